@@ -1,0 +1,36 @@
+"""The one form in which every benchmark says what it aimed at and what it got."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+class Goal(msgspec.Struct, frozen=True):
+    """``value`` is at most ``at_most``; None where it was not measured, which never holds."""
+
+    name: str
+    value: float | None
+    unit: str
+    at_most: float
+
+    @property
+    def holds(self) -> bool:
+        return self.value is not None and self.value <= self.at_most
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "value": self.value,
+            "unit": self.unit,
+            "goal": f"<= {self.at_most:g}",
+            "holds": self.holds,
+        }
+
+
+def write_report(path: Path, goals: list[Goal], figures: dict[str, Any]) -> None:
+    """One JSON file: ``goals`` at its top, everything else under names of its own."""
+    path.write_text(json.dumps({"goals": [g.row() for g in goals], **figures}, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""Modified SGLang runtimes: everything that touches SGLang, from outside its files."""

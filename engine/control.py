@@ -1,0 +1,64 @@
+"""The engine's control port: plans from the gateway, and signs of life."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import zmq
+
+from engine.plans import Plans
+from transfer.messages import (
+    EndPlan,
+    EngineHello,
+    EnginePlan,
+    MalformedMessage,
+    Message,
+    Ping,
+    PlanAccepted,
+    decode,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+_QUEUE_MAX = 1000
+
+
+class ControlServer:
+    """A ROUTER socket served by one thread of its own."""
+
+    def __init__(self, endpoint: str, plans: Plans, hello: Callable[[], EngineHello]) -> None:
+        self._plans = plans
+        self._hello = hello
+        self.malformed_total = 0
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, _QUEUE_MAX)
+        self._socket.setsockopt(zmq.RCVHWM, _QUEUE_MAX)
+        self._socket.bind(endpoint)
+        threading.Thread(target=self._serve, name="dualpath-control", daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            sender, *frames = self._socket.recv_multipart()
+            try:
+                answer = self._answer(decode(frames[-1] if frames else b""))
+            except MalformedMessage as error:
+                self.malformed_total += 1
+                log.warning("malformed control message dropped: %s", error)
+                continue
+            if answer is not None:
+                self._socket.send_multipart([sender, encode(answer)])
+
+    def _answer(self, message: Message) -> Message | None:
+        match message:
+            case Ping():
+                return self._hello()
+            case EnginePlan():
+                self._plans.put(message)
+                return PlanAccepted(message.plan)
+            case EndPlan():
+                self._plans.drop(message.rid)
+        return None

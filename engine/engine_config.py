@@ -1,0 +1,31 @@
+"""Settings of the plugin inside one SGLang engine (environment variable ``DUALPATH_ENGINE``).
+
+Absent variable: the plugin does nothing, and SGLang is plain SGLang.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+VARIABLE = "DUALPATH_ENGINE"
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One engine and its way to the agents."""
+
+    name: str
+    role: str
+    """"prefill" or "decode"."""
+    control: str
+    """zmq endpoint to bind, e.g. ``tcp://127.0.0.1:31012``."""
+    agent: str
+    """Name of the node's own agent, which persists this engine's blocks."""
+    agents: dict[str, str]
+    """Every agent's name and control endpoint."""
+    deliver_timeout_s: float = 20.0
+    """A delivery that has not completed by then fails; its pages go to quarantine."""
+    pull_timeout_s: float = 30.0
+    quarantine_fraction_max: float = 0.25
+    """Share of the KV pool in quarantine at which the engine ends itself to be restarted."""
+    poison_kv: bool = False
+    """Tests: fill the KV pool with noise at start and after each flush."""

@@ -1,0 +1,69 @@
+"""Digest of a model's config and weights: what makes two engines' KV interchangeable.
+
+A path or a served name proves nothing (another model can be put under the same one), so
+the bytes are hashed: config and weight files, with xxh3-128, at disk speed. The result is
+remembered beside the user's cache under the files' sizes and modification times, so that
+a large model is read for this only once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import xxhash
+
+_CHUNK_BYTES = 8 << 20
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+
+
+class NoWeights(Exception):
+    """The folder holds no weight file."""
+
+
+def model_digest(model: Path) -> str:
+    """Hex digest of ``config.json`` and every weight file of a model folder."""
+    files = [model / "config.json"]
+    files += sorted(f for pattern in _WEIGHTS for f in model.glob(pattern))
+    if len(files) < 2 or not files[0].exists():
+        raise NoWeights(f"{model} holds no config.json with weights beside it")
+    stamp = hashlib.sha256(json.dumps([_identity(f) for f in files]).encode()).hexdigest()
+    remembered = _cache_folder() / stamp
+    if remembered.exists():
+        return remembered.read_text()
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        digest.update(_file_digest(file))
+    _remember(remembered, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _identity(file: Path) -> list[str | int]:
+    status = file.resolve().stat()
+    return [str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _file_digest(file: Path) -> bytes:
+    hasher = xxhash.xxh3_128()
+    with file.open("rb", buffering=0) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            hasher.update(chunk)
+    return hasher.digest()
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "dualpath" / "digests"
+
+
+def _remember(path: Path, digest: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(digest)
+        temporary.rename(path)
+    except OSError:
+        return  # a read-only home costs a second hash at the next start, nothing else

@@ -1,0 +1,107 @@
+"""Pages that a transfer may still touch are not given out again.
+
+A one-sided write that failed or timed out can land late, and a one-sided read of a page
+that was freed and reused would store another request's KV under this block's key. So
+every page is *held* from the moment a job names it until the job is known to have ended.
+SGLang may free a held page at any time (abort, eviction, flush); the free is deferred.
+Holds of jobs whose end is overdue are the quarantine of the design.
+
+SGLang's accounting stays exact: deferred pages are reported as held by sessions, which its
+leak check adds up, and pages that are held but not yet freed are taken off the decode
+engine's allocation budget, since evicting them yields nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+class PageHolds:
+    """Holds by job. ``hold`` and ``release`` may come from any thread; everything that
+    touches the allocator runs in the scheduler's thread."""
+
+    def __init__(self, allocator: Any) -> None:
+        self.allocator = allocator
+        self._lock = threading.Lock()
+        self._pages_of: dict[int, list[int]] = {}
+        self._holders: Counter[int] = Counter()
+        self._deferred: set[int] = set()
+        self._returned: deque[list[int]] = deque()
+
+    def hold(self, job: int, pages: Iterable[int]) -> None:
+        """``job`` may touch these pages from now on."""
+        with self._lock:
+            held = list(pages)
+            self._pages_of[job] = held
+            self._holders.update(held)
+
+    def release(self, job: int) -> None:
+        """No transfer of ``job`` is in flight any more. Unknown jobs are ignored."""
+        with self._lock:
+            free_now = []
+            for page in self._pages_of.pop(job, ()):
+                self._holders[page] -= 1
+                if self._holders[page] == 0:
+                    del self._holders[page]
+                    if page in self._deferred:
+                        free_now.append(page)
+            if free_now:
+                self._returned.append(free_now)
+
+    def pages_of(self, jobs: Iterable[int]) -> int:
+        """How many distinct pages these jobs hold."""
+        with self._lock:
+            return len({page for job in jobs for page in self._pages_of.get(job, ())})
+
+    @property
+    def deferred_tokens(self) -> int:
+        """Freed by SGLang, kept back here."""
+        return len(self._deferred) * self.allocator.page_size
+
+    @property
+    def unevictable_tokens(self) -> int:
+        """Held, and still owned by a request or the radix tree."""
+        with self._lock:
+            return (len(self._holders.keys() - self._deferred)) * self.allocator.page_size
+
+    def held_pages(self) -> list[int]:
+        """Every page that a transfer may touch now."""
+        with self._lock:
+            return list(self._holders)
+
+    # ---- the scheduler's thread: hooks on PagedTokenToKVPoolAllocator ----
+
+    def keep_back(self, page_ids: torch.Tensor) -> torch.Tensor:
+        """Of pages about to become free, those that may; the others are deferred."""
+        with self._lock:
+            if not self._holders:
+                return page_ids
+            held = torch.tensor(list(self._holders), dtype=page_ids.dtype, device=page_ids.device)
+            is_held = torch.isin(page_ids, held)
+            self._deferred.update(page_ids[is_held].tolist())
+            return page_ids[~is_held]
+
+    def take_returned(self) -> list[int]:
+        """Deferred pages whose last job has ended since the last call."""
+        pages: list[int] = []
+        with self._lock:
+            while self._returned:
+                pages += [p for p in self._returned.popleft() if p in self._deferred]
+            self._deferred.difference_update(pages)
+        return pages
+
+    def after_clear(self) -> None:
+        """The allocator just declared every page free: take the held ones out again."""
+        with self._lock:
+            self._returned.clear()
+            self._deferred = set(self._holders)
+            if not self._deferred:
+                return
+            free = self.allocator.free_pages
+            held = torch.tensor(list(self._deferred), dtype=free.dtype, device=free.device)
+            self.allocator.free_pages = free[~torch.isin(free, held)]

@@ -1,0 +1,117 @@
+"""Decode engine: every full block goes out to the node's agent, once, as soon as it is full.
+
+The agent pulls the pages with one-sided reads; the engine only names them. Pages are held
+for the duration of the pull (:mod:`engine.page_holds`), so decoding, freeing and eviction
+go on as if nothing happened. With no free DRAM slot the agent skips a block; with too many
+pulls open the engine offers it later. The prefill engine persists nothing.
+
+A request keeps the namespace (weights) that it began with; blocks that fill after a weight
+update mix two versions and are stored under neither.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from engine.block_keys import continue_chain, namespace_seed
+from storage.block import BlockKey, block_keys
+from transfer.messages import PullBlocks, PullEnded
+
+if TYPE_CHECKING:
+    from engine.runtime import EngineRuntime
+
+PULLS_OPEN_MAX = 64
+PULL_BLOCKS_MAX = 256
+REQUESTS_MAX = 8192
+
+
+class _Progress(msgspec.Struct):
+    namespace_digest: bytes
+    blocks_done: int
+    last_hash: bytes | None
+
+
+class Persister:
+    """Tracks which blocks of which request have been offered. The agent knows what it
+    already holds, so a block offered by several requests is pulled once."""
+
+    def __init__(self, engine: EngineRuntime) -> None:
+        self._engine = engine
+        self._progress: OrderedDict[str, _Progress] = OrderedDict()
+        self._open_pulls: set[int] = set()
+        self.offered_blocks_total = 0
+        self.stored_blocks_total = 0
+        self.deferred_offers_total = 0
+
+    def begin(self, req: Any, stored_blocks: int) -> None:
+        """The prompt's KV is in this engine; its first ``stored_blocks`` came from the store,
+        the others are offered from now on."""
+        page = self._engine.memory.layout.page_tokens
+        last_hash = namespace_seed(req.extra_key, req.cache_salt)
+        stored = continue_chain(last_hash, req.origin_input_ids[: stored_blocks * page], page)
+        progress = _Progress(
+            self._engine.namespace_digest, len(stored), stored[-1] if stored else last_hash
+        )
+        self._progress[req.rid] = progress
+        while len(self._progress) > REQUESTS_MAX:
+            self._progress.popitem(last=False)
+        self.advance(req, len(req.origin_input_ids))
+
+    def advance(self, req: Any, tokens: int) -> None:
+        """The KV of the request's first ``tokens`` tokens is complete: offer full blocks."""
+        progress = self._progress.get(req.rid)
+        page = self._engine.memory.layout.page_tokens
+        if progress is None:
+            return
+        if progress.namespace_digest != self._engine.namespace_digest:
+            self.end(req)
+            return
+        while tokens // page > progress.blocks_done:
+            if len(self._open_pulls) >= PULLS_OPEN_MAX:
+                self.deferred_offers_total += 1
+                return
+            if not self._offer(
+                req, progress, min(tokens // page, progress.blocks_done + PULL_BLOCKS_MAX)
+            ):
+                self.end(req)  # the agent is away: do not ask again at each token
+                return
+
+    def end(self, req: Any) -> None:
+        """The request leaves this engine."""
+        self._progress.pop(req.rid, None)
+
+    def _offer(self, req: Any, progress: _Progress, end: int) -> bool:
+        start, page = progress.blocks_done, self._engine.memory.layout.page_tokens
+        tokens = islice(chain(req.origin_input_ids, req.output_ids), start * page, end * page)
+        hashes = continue_chain(progress.last_hash, tokens, page)
+        table = self._engine.scheduler.req_to_token_pool.req_to_token
+        rows = table[req.kv.req_pool_idx, start * page : end * page : page]
+        keys = block_keys(progress.namespace_digest, hashes)
+        progress.blocks_done, progress.last_hash = end, hashes[-1]
+        return self._pull(keys, (rows // page).tolist())
+
+    def _pull(self, keys: list[BlockKey], pages: list[int]) -> bool:
+        engine = self._engine
+        agent, timeout_s = engine.config.agent, engine.config.pull_timeout_s
+        incarnation = engine.links.incarnation(agent)
+        if incarnation is None or not engine.links.alive(agent):
+            return False
+
+        def ended(reason: str) -> None:
+            self._open_pulls.discard(job)
+
+        job = engine.jobs.open(agent, incarnation, pages, timeout_s, ended)
+        self._open_pulls.add(job)
+        if not engine.links.send(agent, PullBlocks(job, keys, pages, timeout_s)):
+            engine.jobs.close(job, "agent queue full")
+            return False
+        self.offered_blocks_total += len(keys)
+        return True
+
+    def pull_ended(self, message: PullEnded) -> None:
+        """Count what the agent now holds (link thread)."""
+        self.stored_blocks_total += sum(message.held)

@@ -1,0 +1,65 @@
+"""Plans that the gateway has announced for requests about to arrive."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+
+import msgspec
+
+from storage.block import BlockKey
+from transfer.messages import EnginePlan
+
+PLANS_MAX = 4096
+
+
+class HeldPlan(msgspec.Struct, frozen=True):
+    """The hit prefix of one request: block i of its prompt is ``keys[i]``, in the DRAM of
+    ``agents[reader[i]]``. A hint: whoever uses it checks the keys."""
+
+    plan: int
+    rid: str
+    keys: list[BlockKey]
+    agents: list[str]
+    reader: list[int]
+    expires_at: float
+
+    def reader_of(self, block: int) -> str:
+        """The agent that delivers a block."""
+        return self.agents[self.reader[block]]
+
+
+class Plans:
+    """By request id; bounded, and each plan expires on its own. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_rid: OrderedDict[str, HeldPlan] = OrderedDict()
+
+    def put(self, message: EnginePlan) -> None:
+        """Hold a plan; at the bound the oldest is forgotten (its request recomputes)."""
+        held = HeldPlan(
+            message.plan,
+            message.rid,
+            message.keys,
+            message.agents,
+            message.reader,
+            time.monotonic() + message.deadline_s,
+        )
+        with self._lock:
+            self._by_rid[message.rid] = held
+            while len(self._by_rid) > PLANS_MAX:
+                self._by_rid.popitem(last=False)
+
+    def get(self, rid: str) -> HeldPlan | None:
+        """The plan of a request, unless there is none or its deadline has passed."""
+        held = self._by_rid.get(rid)
+        if held is None or time.monotonic() > held.expires_at:
+            return None
+        return held
+
+    def drop(self, rid: str) -> None:
+        """The request is over."""
+        with self._lock:
+            self._by_rid.pop(rid, None)

@@ -1,0 +1,203 @@
+"""Entry point of the SGLang plugin, and the table of every place where SGLang is touched.
+
+``docs/sglang.md`` renders this table with what to check for a newer SGLang. Nothing is
+hooked in a process that was not started as a DualPath engine.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+from storage.settings import from_env
+
+
+class TouchPoint(NamedTuple):
+    """One hooked SGLang name. ``kind`` is SGLang's HookType."""
+
+    target: str
+    kind: str
+    hook: str
+    """``module:function`` of ours."""
+    reason: str
+    role: str = "both"
+
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
+_DECODE = "sglang.srt.disaggregation.decode."
+_MIXIN = "sglang.srt.disaggregation.decode_hicache_mixin.DecodeHiCachePreallocMixin."
+_ALLOCATOR = "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator."
+_LINKER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper."
+_TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache."
+_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+_POOL_STATS = (
+    "sglang.srt.managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver."
+)
+
+TOUCH_POINTS = (
+    TouchPoint(
+        _SCHEDULER + "init_disaggregation",
+        "AFTER",
+        "engine.plugin:after_init_disaggregation",
+        "KV pool, Mooncake engine and P/D queues exist: start the runtime",
+    ),
+    TouchPoint(
+        _ALLOCATOR + "_release_page_ids",
+        "AROUND",
+        "engine.pool_hooks:around_release",
+        "pages under a transfer are not given out again",
+    ),
+    TouchPoint(
+        _ALLOCATOR + "available_size",
+        "BEFORE",
+        "engine.pool_hooks:before_available_size",
+        "return pages whose transfers have ended, in the scheduler's own thread",
+    ),
+    TouchPoint(
+        _ALLOCATOR + "clear",
+        "AFTER",
+        "engine.pool_hooks:after_clear",
+        "a flush frees every page: keep those under a transfer out",
+    ),
+    TouchPoint(
+        _POOL_STATS + "session_held_tokens",
+        "AFTER",
+        "engine.pool_hooks:after_session_held",
+        "pages kept back stay accounted for in SGLang's leak check",
+    ),
+    TouchPoint(
+        _SCHEDULER + "flush_cache",
+        "AFTER",
+        "engine.pool_hooks:after_flush",
+        "tests: poison the freed pages, so that a delivery that never happened is seen",
+    ),
+    TouchPoint(
+        _WEIGHTS + "update_weights_from_disk",
+        "AFTER",
+        "engine.pool_hooks:after_update_from_disk",
+        "new weights, new namespace: older blocks become unreachable",
+    ),
+    TouchPoint(
+        _WEIGHTS + "record_weight_version_after_update",
+        "AFTER",
+        "engine.pool_hooks:after_weight_version",
+        "the same for updates from tensors, collectives and IPC",
+    ),
+    TouchPoint(
+        _SCHEDULER + "process_batch_result",
+        "BEFORE",
+        "engine.prefill_linker:before_batch_result",
+        "measure each prefill forward, for the scheduler's choice between load and recompute",
+        "prefill",
+    ),
+    TouchPoint(
+        _LINKER + "finish_loads",
+        "AROUND",
+        "engine.prefill_linker:only_failed_requests",
+        "a failed delivery drops its own request, not its batch-mates",
+        "prefill",
+    ),
+    TouchPoint(
+        _MIXIN + "_build_decode_prefix_match",
+        "AFTER",
+        "engine.decode_restore:after_prefix_match",
+        "promise P the plan's blocks as decode_prefix_len",
+        "decode",
+    ),
+    TouchPoint(
+        _DECODE + "DecodePreallocQueue._pre_alloc",
+        "AROUND",
+        "engine.decode_restore:around_pre_alloc",
+        "allocate pages for the promised prefix",
+        "decode",
+    ),
+    TouchPoint(
+        _DECODE + "DecodePreallocQueue._allocatable_token_budgets",
+        "AFTER",
+        "engine.decode_restore:less_unevictable",
+        "pages under a transfer cannot be evicted for a new request",
+        "decode",
+    ),
+    TouchPoint(
+        _DECODE + "DecodeTransferQueue.extend",
+        "BEFORE",
+        "engine.decode_restore:before_transfer_extend",
+        "start the delivery of the prefix",
+        "decode",
+    ),
+    TouchPoint(
+        _DECODE + "DecodeTransferQueue._pollers",
+        "AROUND",
+        "engine.decode_restore:gated_pollers",
+        "a request decodes only when its prefix is whole; a failed one fails alone",
+        "decode",
+    ),
+    TouchPoint(
+        _DECODE + "DecodeTransferQueue._commit_transfer_to_req",
+        "AROUND",
+        "engine.decode_restore:around_commit",
+        "restored pages are the request's own; release the plan; begin persisting",
+        "decode",
+    ),
+    TouchPoint(
+        _DECODE + "DecodeTransferQueue._release_request",
+        "BEFORE",
+        "engine.decode_restore:before_release",
+        "cancel the delivery of a failed or aborted request",
+        "decode",
+    ),
+    TouchPoint(
+        _SCHEDULER + "process_batch_result",
+        "AFTER",
+        "engine.persist_hooks:after_batch_result",
+        "offer blocks as soon as they are full",
+        "decode",
+    ),
+    TouchPoint(
+        _TREE + "checkpoint",
+        "BEFORE",
+        "engine.persist_hooks:before_checkpoint",
+        "offer the last blocks while the request still has its pages",
+        "decode",
+    ),
+)
+
+
+def register() -> None:
+    """Entry point of group ``sglang.srt.plugins``; runs in every SGLang process."""
+    from engine import cpu_platform
+    from engine.engine_config import VARIABLE, EngineConfig
+
+    if cpu_platform.is_active():
+        cpu_platform.register_fixes()
+    if VARIABLE not in os.environ:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    config = from_env(VARIABLE, EngineConfig)
+    for point in TOUCH_POINTS:
+        if point.role in ("both", config.role):
+            HookRegistry.register(point.target, _lazily(point.hook), HookType[point.kind])
+
+
+def _lazily(hook: str) -> Any:
+    # SGLang loads plugins before its own modules: ours may import them only when called.
+    module, name = hook.split(":")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        import importlib
+
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call
+
+
+def after_init_disaggregation(result: Any, scheduler: Any) -> None:
+    """Start the runtime once SGLang's P/D side exists (scheduler process only)."""
+    from engine.engine_config import VARIABLE, EngineConfig
+    from engine.pool_hooks import poison
+    from engine.runtime import start_runtime
+
+    engine = start_runtime(from_env(VARIABLE, EngineConfig), scheduler)
+    if engine.config.poison_kv:
+        poison(engine)

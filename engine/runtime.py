@@ -1,0 +1,252 @@
+"""What the plugin keeps in one engine process (SGLang's scheduler process), in one place.
+
+Built when SGLang has set up its P/D side, so that the KV pool and Mooncake's engine exist.
+The hooks find it through :func:`runtime`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.block_keys import page_hashes
+from engine.completion_board import CompletionBoard
+from engine.control import ControlServer
+from engine.deliveries import Deliveries
+from engine.engine_config import EngineConfig
+from engine.jobs import Jobs
+from engine.kv_memory import KvMemory
+from engine.model_digest import model_digest
+from engine.page_holds import PageHolds
+from engine.persist import Persister
+from engine.plans import Plans
+from engine.prefill_cost import PrefillCostFit
+from storage.block import BlockKey, Namespace, block_keys
+from storage.settings import incarnation
+from transfer.client import AgentLinks
+from transfer.messages import (
+    EngineHello,
+    JobEnded,
+    Message,
+    PullEnded,
+    RegisterEngine,
+    UnknownEngine,
+)
+
+log = logging.getLogger(__name__)
+
+BOARD_WORDS = 4096
+_REAP_S = 0.25
+_runtime: EngineRuntime | None = None
+
+
+class NotStarted(Exception):
+    """A hook ran before SGLang had set up its P/D side."""
+
+
+def runtime() -> EngineRuntime:
+    """The process's runtime."""
+    if _runtime is None:
+        raise NotStarted("the engine runtime is not up yet")
+    return _runtime
+
+
+def runtime_if_up() -> EngineRuntime | None:
+    """The same for hooks that SGLang also calls while it starts."""
+    return _runtime
+
+
+def start_runtime(config: EngineConfig, scheduler: Any) -> EngineRuntime:
+    """Build the runtime on a scheduler whose P/D side is set up."""
+    global _runtime
+    _runtime = EngineRuntime(config, scheduler)
+    return _runtime
+
+
+class EngineRuntime:
+    """Owns the board, the holds, the links to agents and the control port."""
+
+    def __init__(self, config: EngineConfig, scheduler: Any) -> None:
+        from sglang.srt.distributed.parallel_state import get_mooncake_transfer_engine
+
+        args = scheduler.server_args
+        if args.tp_size * args.pp_size * args.dp_size != 1:
+            raise NotImplementedError(
+                "DualPath serves one rank an engine so far: take --tp, --pp and --dp out"
+            )
+        self.config = config
+        self.scheduler = scheduler
+        self.incarnation = incarnation()
+        allocator = scheduler.token_to_kv_pool_allocator
+        self.memory = KvMemory.of_pool(allocator.get_kvcache())
+        transfer_engine = get_mooncake_transfer_engine()
+        self._session_id = transfer_engine.get_session_id()
+        self.namespace = self._first_namespace()
+        self.namespace_digest = self.namespace.digest()
+        self.plans = Plans()
+        self.prefill_cost = PrefillCostFit()
+        self.holds = PageHolds(allocator)
+        self.jobs = Jobs(self.incarnation, self.holds)
+        board = CompletionBoard(BOARD_WORDS, transfer_engine.register)
+        self.links = AgentLinks(
+            config.agents, self._registration(), self._on_message, self.jobs.agent_restarted
+        )
+        self.deliveries = Deliveries(
+            board,
+            self.jobs,
+            self.links,
+            self.memory.layout.num_layers,
+            config.deliver_timeout_s,
+            urgent=config.role == "prefill",
+        )
+        self.persister = Persister(self)
+        self.control = ControlServer(config.control, self.plans, self.hello)
+        threading.Thread(target=self._watch, name="dualpath-watch", daemon=True).start()
+        log.info(
+            "dualpath engine up name=%s role=%s session=%s namespace=%s",
+            config.name,
+            config.role,
+            self._session_id,
+            self.namespace_digest.hex()[:16],
+        )
+
+    # ---- keys ----
+
+    def _first_namespace(self) -> Namespace:
+        args = self.scheduler.server_args
+        return Namespace(
+            model_digest(Path(args.model_path)),
+            str(getattr(args, "weight_version", None) or ""),
+            self.memory.kv_dtype,
+            self.memory.layout,
+        )
+
+    def keys_of(self, hashes: Iterable[bytes]) -> list[BlockKey]:
+        """Block keys of SGLang page hashes, under the present weights."""
+        return block_keys(self.namespace_digest, hashes)
+
+    def prompt_keys(self, req: Any, blocks: int) -> list[BlockKey]:
+        """Keys of the first ``blocks`` full blocks of a request's prompt."""
+        page = self.memory.layout.page_tokens
+        tokens = req.origin_input_ids[: blocks * page]
+        return self.keys_of(page_hashes(tokens, page, req.extra_key, req.cache_salt))
+
+    def weights_changed(self, version: str | None, model_path: str | None) -> None:
+        """The next request sees other weights: every older block becomes unreachable.
+
+        Weights from a folder are named by their digest. Others without a version get a
+        namespace of this engine's own: nothing is shared until the next update names one.
+        """
+        digest = model_digest(Path(model_path)) if model_path else self.namespace.model_digest
+        if version is None:
+            version = "" if model_path else f"unnamed-{uuid.uuid4().hex}"
+        self.namespace = msgspec.structs.replace(
+            self.namespace, model_digest=digest, weight_version=version
+        )
+        self.namespace_digest = self.namespace.digest()
+        self.links.set_hello(self._registration())
+        log.info("weights changed: new namespace=%s", self.namespace_digest.hex()[:16])
+
+    # ---- messages ----
+
+    def _registration(self) -> RegisterEngine:
+        return RegisterEngine(
+            self.config.name,
+            self.incarnation,
+            self._session_id,
+            self.namespace,
+            self.memory.addresses,
+        )
+
+    def _on_message(self, agent: str, message: Message) -> None:
+        match message:
+            case JobEnded():
+                if self.jobs.of_incarnation(message.job, agent, message.incarnation):
+                    self.jobs.close(message.job, message.error)
+            case PullEnded():
+                if self.jobs.of_incarnation(message.job, agent, message.incarnation):
+                    self.persister.pull_ended(message)
+                    self.jobs.close(message.job)
+            case UnknownEngine():
+                # A restarted agent got an order meant for its predecessor: it started nothing.
+                self.jobs.close(message.job, f"agent {agent} restarted")
+
+    def hello(self) -> EngineHello:
+        """State for the gateway: read from the scheduler without locks, so approximate."""
+        scheduler = self.scheduler
+        waiting = list(scheduler.waiting_queue)
+        for queue in (
+            scheduler.disagg_prefill_bootstrap_queue,
+            scheduler.disagg_decode_prealloc_queue,
+            scheduler.disagg_decode_transfer_queue,
+        ):
+            waiting += [getattr(entry, "req", entry) for entry in queue.queue] if queue else []
+        running = list(scheduler.running_batch.reqs)
+        chunked = [scheduler.chunked_req] if scheduler.chunked_req is not None else []
+        allocator = scheduler.token_to_kv_pool_allocator
+        is_prefill = self.config.role == "prefill"
+        return EngineHello(
+            engine=self.config.name,
+            role=self.config.role,
+            incarnation=self.incarnation,
+            namespace=self.namespace,
+            bootstrap_port=self._bootstrap_port(),
+            group=self.config.name,
+            sequences=len(running) + len(waiting),
+            pending_tokens=sum(map(self._pending_tokens, waiting + chunked)) if is_prefill else 0,
+            context_tokens=sum(
+                len(req.origin_input_ids) + len(req.output_ids) for req in running + waiting
+            ),
+            free_tokens=len(allocator.free_pages) * allocator.page_size
+            + scheduler.tree_cache.evictable_size(),
+            prefill_cost=self.prefill_cost.cost(),
+            counters=self._counters(),
+        )
+
+    def _pending_tokens(self, req: Any) -> int:
+        """Prompt tokens of a request that are neither computed nor to be loaded."""
+        plan = self.plans.get(req.rid)
+        loaded = len(plan.keys) * self.memory.layout.page_tokens if plan is not None else 0
+        return max(0, len(req.origin_input_ids) - max(loaded, req.prefix_len))
+
+    def _bootstrap_port(self) -> int:
+        if self.config.role != "prefill":
+            return 0
+        return int(self.scheduler.server_args.disaggregation_bootstrap_port)
+
+    def _counters(self) -> dict[str, float]:
+        return {
+            "dualpath:engine_deliveries_total": self.deliveries.started_total,
+            "dualpath:engine_deliveries_failed_total": self.deliveries.failed_total,
+            "dualpath:engine_open_jobs": len(self.jobs),
+            "dualpath:engine_quarantined_pages": self.holds.pages_of(self.jobs.overdue()),
+            "dualpath:engine_blocks_offered_total": self.persister.offered_blocks_total,
+            "dualpath:engine_blocks_stored_total": self.persister.stored_blocks_total,
+            "dualpath:engine_offers_deferred_total": self.persister.deferred_offers_total,
+        }
+
+    # ---- quarantine ----
+
+    def _watch(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(_REAP_S):
+            self.jobs.reap()
+            self._end_if_quarantine_is_full()
+
+    def _end_if_quarantine_is_full(self) -> None:
+        pool = self.scheduler.token_to_kv_pool_allocator.num_pages
+        quarantined = self.holds.pages_of(self.jobs.overdue())
+        if quarantined <= pool * self.config.quarantine_fraction_max:
+            return
+        log.critical("%d of %d pages in quarantine: ending to be restarted", quarantined, pool)
+        # SGLang's own convention: the HTTP process ends everything on SIGQUIT.
+        os.kill(os.getppid(), signal.SIGQUIT)
+        os._exit(1)

@@ -1,0 +1,1 @@
+"""Entry points: the cluster, its gateway, and their configuration."""

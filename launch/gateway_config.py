@@ -1,0 +1,43 @@
+"""Settings of the gateway process (environment variable ``DUALPATH_GATEWAY``)."""
+
+from __future__ import annotations
+
+import msgspec
+
+from scheduler.options import SchedulerOptions
+
+VARIABLE = "DUALPATH_GATEWAY"
+
+
+class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where an engine is reached."""
+
+    name: str
+    role: str
+    """"prefill" or "decode"."""
+    agent: str
+    """The agent of the engine's node."""
+    http: str
+    """e.g. ``http://127.0.0.1:31011``."""
+    control: str
+    """zmq endpoint, e.g. ``tcp://127.0.0.1:31012``."""
+    bootstrap_host: str
+
+
+class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The OpenAI-compatible front door and its scheduler."""
+
+    host: str
+    port: int
+    agents: dict[str, str]
+    """Every agent's name and control endpoint."""
+    engines: list[EngineAddress]
+    model: str
+    served_model_name: str
+    path_policy: str = "shorter-queue"
+    scheduler: SchedulerOptions = SchedulerOptions()
+    requests_max: int = 256
+    """Requests in flight or queued; beyond it the answer is 429."""
+    read_timeout_s: float = 20.0
+    """A storage read that is not done by then is given up and its blocks recomputed."""
+    request_timeout_s: float = 600.0

@@ -1,0 +1,104 @@
+"""What can be known to be wrong before any process is started."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from launch.config import BadConfig, ClusterConfig
+from launch.processes import ProcessRecord
+from launch.sizes import format_size
+
+_LOCK = ".cluster.lock"
+
+
+def check(config: ClusterConfig, records: Sequence[ProcessRecord]) -> list[IO[str]]:
+    """Raises :class:`BadConfig`; the returned files hold locks for as long as they are open."""
+    check_memory(config, _available_memory_bytes())
+    for record in records:
+        for purpose, port in record.ports.items():
+            check_port(record, purpose, port)
+    _check_writable(config.log_folder, "--log-dir")
+    check_remote(config)
+    return [_lock_store(config.ssd_folder)] if config.ssd_bytes else []
+
+
+def check_port(record: ProcessRecord, purpose: str, port: int) -> None:
+    """The port can be bound now."""
+    option = "--port" if record.kind == "gateway" else "--base-port"
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((record.host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise BadConfig(
+                    f"port {port} of {record.host} is in use, and {record.name} needs it "
+                    f"({purpose}): end the process that has it, or choose another {option}."
+                ) from error
+            raise BadConfig(
+                f"{record.name} cannot listen on {record.host}:{port}: {error.strerror}; "
+                f"choose another --host or {option}."
+            ) from error
+
+
+def check_memory(config: ClusterConfig, available_bytes: int) -> None:
+    """The DRAM tiers, which agents fill with zeros at start, fit."""
+    agents = config.prefill + config.decode
+    if agents * config.dram_bytes > available_bytes:
+        raise BadConfig(
+            f"--dram-bytes {format_size(config.dram_bytes)} for each of {agents} agents, but "
+            f"{format_size(available_bytes)} of memory are available: choose less."
+        )
+
+
+def check_remote(config: ClusterConfig) -> None:
+    """The remote tier's URL and options make a filesystem."""
+    if not config.remote:
+        return
+    from storage.remote_tier import RemoteTier, RemoteUnusable
+
+    try:
+        tier = RemoteTier(config.remote, config.remote_options, lambda: None)
+    except RemoteUnusable as error:
+        raise BadConfig(f"--remote: {error}; check the URL and --remote-options.") from error
+    tier.close()
+
+
+def _check_writable(folder: Path, option: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadConfig(
+            f"{option} {folder} is not writable ({error.strerror}): choose another folder."
+        ) from error
+
+
+def _lock_store(folder: Path) -> IO[str]:
+    """Two clusters with the same agents' folders would overwrite each other's blocks."""
+    _check_writable(folder, "--ssd-dir")
+    lock = (folder / _LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise BadConfig(
+            f"--ssd-dir {folder} is in use by another cluster: give each its own folder."
+        ) from error
+    return lock
+
+
+def _available_memory_bytes() -> int:
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    return (
+        int(match[1]) * 1024 if match else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )

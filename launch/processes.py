@@ -1,0 +1,363 @@
+"""Every process of a cluster as plain data, made from the settings by pure functions.
+
+A *node* is one engine with its agent: ``p0`` and ``agent-p0``. Each process owns a block
+of ``PORTS_PER_PROCESS`` ports, counted from ``--base-port``, so that a port seen in a log
+tells whose it is.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import engine.engine_config
+import launch.gateway_config
+import transfer.agent_config
+from engine.engine_config import EngineConfig
+from launch.config import ClusterConfig
+from launch.gateway_config import EngineAddress, GatewayConfig
+from launch.hardware import Hardware
+from scheduler.options import LoadPolicy, SchedulerOptions
+from storage.settings import to_env
+from transfer.agent_config import AgentConfig
+
+LOOPBACK = "127.0.0.1"
+PORTS_PER_PROCESS = 32
+PAGE_TOKENS = 64
+CPU_POOL_TOKENS = 65536
+
+# Offsets inside a process's block of ports.
+_CONTROL = 0
+_HTTP = 1
+_RENDEZVOUS = 2
+_BOOTSTRAP, _BOOTSTRAP_PORTS = 8, 8
+_MOONCAKE_FIRST, _MOONCAKE_LAST = 16, 31
+
+_BOOTSTRAP_FLAG = "--disaggregation-bootstrap-port"
+_LINKER = {
+    "linker": "PrefillLinker",
+    "linker_module_path": "engine.prefill_linker",
+    "linker_extra_config": {},
+}
+
+
+@dataclass(frozen=True)
+class HealthCheck:
+    """How to ask a process for a sign of life."""
+
+    kind: str
+    """"http": GET ``target``; "zmq": ``Ping`` to the control endpoint ``target``."""
+    target: str
+    any_status: bool = False
+    """An HTTP answer of any status counts, not 200 alone."""
+
+
+@dataclass(frozen=True)
+class ProcessRecord:
+    """All that is needed to run one process, on this machine or another."""
+
+    name: str
+    kind: str
+    """"agent", "engine" or "gateway"."""
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    """Added to the environment of whoever starts it."""
+    host: str
+    ports: Mapping[str, int]
+    """Ports that must be free at the start, by purpose."""
+    ready: tuple[HealthCheck, ...]
+    """All must pass before the process counts as started."""
+    alive: HealthCheck
+    """Must keep passing from then on."""
+    after: tuple[str, ...] = field(default=())
+    """Processes that must be ready before this one is started."""
+
+
+def process_records(
+    config: ClusterConfig,
+    model: Path,
+    hardware: Hardware,
+    hosts: Mapping[str, str] | None = None,
+) -> list[ProcessRecord]:
+    """Agents, engines and gateway of a cluster, in that order.
+
+    ``model`` is an absolute folder, or a relative path that is a hub's name.
+    ``hosts`` maps nodes (``p0``, ``d1``) to addresses; absent ones are on the loopback.
+    """
+    nodes = node_names(config)
+    where = {node: (hosts or {}).get(node, LOOPBACK) for node in nodes}
+    cluster = _Cluster(config, model, hardware, nodes, where)
+    agents = [cluster.agent(node) for node in nodes]
+    engines = [cluster.engine(node) for node in nodes]
+    return [*agents, *engines, cluster.gateway()]
+
+
+def respawn(record: ProcessRecord, restart_count: int) -> ProcessRecord:
+    """The record for the start after ``restart_count`` deaths.
+
+    A prefill engine comes back with another bootstrap port: decode engines keep what they
+    learnt from a bootstrap address, and would wait for the ranks of the dead one.
+    """
+    if "bootstrap" not in record.ports:
+        return record
+    first = record.ports["http"] - _HTTP + _BOOTSTRAP
+    port = first + restart_count % _BOOTSTRAP_PORTS
+    argv = list(record.argv)
+    argv[argv.index(_BOOTSTRAP_FLAG) + 1] = str(port)
+    return replace(record, argv=tuple(argv), ports={**record.ports, "bootstrap": port})
+
+
+def node_names(config: ClusterConfig) -> list[str]:
+    """``p0 .. d0 ..``: an engine's name is its node's."""
+    prefill = [f"p{i}" for i in range(config.prefill)]
+    return prefill + [f"d{i}" for i in range(config.decode)]
+
+
+def agent_name(node: str) -> str:
+    return f"agent-{node}"
+
+
+def served_model_name(config: ClusterConfig) -> str:
+    """``--served-model-name``, or the model's own name."""
+    if config.served_model_name:
+        return config.served_model_name
+    return {"default": "SmolLM2-135M-Instruct"}.get(config.model, Path(config.model).name)
+
+
+class _Cluster:
+    """What all the records of one cluster share."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        model: Path,
+        hardware: Hardware,
+        nodes: list[str],
+        hosts: Mapping[str, str],
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.hardware = hardware
+        self.nodes = nodes
+        self.hosts = hosts
+        self.agents = {
+            agent_name(node): self._endpoint(node, self._port(node, "agent", _CONTROL))
+            for node in nodes
+        }
+
+    def agent(self, node: str) -> ProcessRecord:
+        name = agent_name(node)
+        config = self.config
+        settings = AgentConfig(
+            name=name,
+            control=self.agents[name],
+            host=self.hosts[node],
+            protocol=self.hardware.transfer,
+            rdma_devices=config.rdma_devices,
+            dram_bytes=config.dram_bytes,
+            ssd_dir=str(config.ssd_folder / name) if config.ssd_bytes else "",
+            ssd_bytes=config.ssd_bytes,
+            remote_url=config.remote,
+            remote_options=config.remote_options,
+        )
+        alive = HealthCheck("zmq", self.agents[name])
+        return ProcessRecord(
+            name=name,
+            kind="agent",
+            argv=(sys.executable, "-m", "transfer.agent"),
+            env={
+                **self._mooncake_env(self._port(node, "agent", 0)),
+                transfer.agent_config.VARIABLE: to_env(settings),
+            },
+            host=self.hosts[node],
+            ports={"control": self._port(node, "agent", _CONTROL)},
+            ready=(alive,),
+            alive=alive,
+        )
+
+    def engine(self, node: str) -> ProcessRecord:
+        role = _role(node)
+        settings = EngineConfig(
+            name=node,
+            role=role,
+            control=self._control(node),
+            agent=agent_name(node),
+            agents=self.agents,
+            deliver_timeout_s=self.config.deliver_timeout_s,
+            poison_kv=self.config.poison_kv,
+        )
+        offsets = {"control": _CONTROL, "http": _HTTP, "rendezvous": _RENDEZVOUS}
+        if role == "prefill":
+            offsets["bootstrap"] = _BOOTSTRAP
+        ports = {name: self._port(node, "engine", offset) for name, offset in offsets.items()}
+        alive = HealthCheck("zmq", self._control(node))
+        return ProcessRecord(
+            name=node,
+            kind="engine",
+            argv=(sys.executable, "-m", "sglang.launch_server", *self._engine_flags(node, ports)),
+            env={
+                **self._mooncake_env(self._port(node, "engine", 0)),
+                **self._engine_env(node),
+                engine.engine_config.VARIABLE: to_env(settings),
+            },
+            host=self.hosts[node],
+            ports=ports,
+            ready=(HealthCheck("http", f"{self._http(node)}/model_info"), alive),
+            alive=alive,
+            after=tuple(self.agents),
+        )
+
+    def gateway(self) -> ProcessRecord:
+        config = self.config
+        settings = GatewayConfig(
+            host=config.host,
+            port=config.port,
+            agents=self.agents,
+            engines=[self._address(node) for node in self.nodes],
+            model=str(self.model),
+            served_model_name=served_model_name(config),
+            path_policy=config.path_policy,
+            scheduler=SchedulerOptions(
+                load_policy=cast(LoadPolicy, config.load_policy),
+                alpha_bytes=config.alpha_bytes,
+                beta_tokens=config.beta_tokens,
+            ),
+            requests_max=config.requests_max,
+            read_timeout_s=config.read_timeout_s,
+            request_timeout_s=config.request_timeout_s,
+        )
+        reachable = LOOPBACK if config.host in ("0.0.0.0", "") else config.host
+        health = f"http://{reachable}:{config.port}/health"
+        return ProcessRecord(
+            name="gateway",
+            kind="gateway",
+            argv=(sys.executable, "-m", "launch.gateway"),
+            env={
+                **self._python_env(),
+                # It tokenizes, and computes nothing on a device.
+                "CUDA_VISIBLE_DEVICES": "",
+                launch.gateway_config.VARIABLE: to_env(settings),
+            }
+            | ({"SGLANG_PLATFORM": "dualpath_cpu"} if self.hardware.device == "cpu" else {}),
+            host=config.host,
+            ports={"http": config.port},
+            ready=(HealthCheck("http", health),),
+            # 503 while no engine is up: that is no reason to end the gateway.
+            alive=HealthCheck("http", health, any_status=True),
+        )
+
+    def _address(self, node: str) -> EngineAddress:
+        return EngineAddress(
+            name=node,
+            role=_role(node),
+            agent=agent_name(node),
+            http=self._http(node),
+            control=self._control(node),
+            bootstrap_host=self.hosts[node],
+        )
+
+    def _port(self, node: str, kind: str, offset: int) -> int:
+        block = 2 * self.nodes.index(node) + (kind == "engine")
+        return self.config.first_port + block * PORTS_PER_PROCESS + offset
+
+    def _endpoint(self, node: str, port: int) -> str:
+        return f"tcp://{self.hosts[node]}:{port}"
+
+    def _control(self, node: str) -> str:
+        return self._endpoint(node, self._port(node, "engine", _CONTROL))
+
+    def _http(self, node: str) -> str:
+        return f"http://{self.hosts[node]}:{self._port(node, 'engine', _HTTP)}"
+
+    def _python_env(self) -> dict[str, str]:
+        env = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if self.model.is_absolute():
+            env["HF_HUB_OFFLINE"] = "1"
+        return env
+
+    def _mooncake_env(self, block_port: int) -> dict[str, str]:
+        env = self._python_env() | {
+            "MC_MIN_RPC_PORT": str(block_port + _MOONCAKE_FIRST),
+            "MC_MAX_RPC_PORT": str(block_port + _MOONCAKE_LAST),
+            # The defaults are 30 s: a hung peer would hold a forward for as long.
+            "MC_TRANSFER_TIMEOUT": "15",
+            "MC_TCP_PROGRESS_TIMEOUT_SEC": "5",
+            "MC_TCP_STATUS_TIMEOUT_SEC": "5",
+        }
+        if self.hardware.transfer == "tcp":
+            env |= {"MC_FORCE_TCP": "1", "MOONCAKE_PROTOCOL": "tcp"}
+        return env
+
+    def _engine_env(self, node: str) -> dict[str, str]:
+        env = {
+            "SGLANG_HOST_IP": self.hosts[node],
+            # Pages of an aborted request stay held until P can no longer write to them.
+            "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE": "1",
+            "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2",
+            "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+        }
+        if self.hardware.device == "cpu":
+            env |= {
+                "SGLANG_PLATFORM": "dualpath_cpu",
+                "SGLANG_DISABLE_CUDNN_CHECK": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+                # Several engines share a CPU; with more threads each they fight for it.
+                "OMP_NUM_THREADS": "1",
+            }
+        return env
+
+    def _engine_flags(self, node: str, ports: Mapping[str, int]) -> list[str]:
+        config = self.config
+        role_args = config.prefill_args if _role(node) == "prefill" else config.decode_args
+        passed = [*shlex.split(config.engine_args), *shlex.split(role_args)]
+        flags = {
+            "--model-path": str(self.model),
+            "--served-model-name": served_model_name(config),
+            "--host": self.hosts[node],
+            "--port": str(ports["http"]),
+            "--nccl-port": str(ports["rendezvous"]),
+            "--page-size": str(PAGE_TOKENS),
+            "--disaggregation-mode": _role(node),
+            "--disaggregation-transfer-backend": "mooncake",
+        }
+        if config.rdma_devices:
+            flags["--disaggregation-ib-device"] = config.rdma_devices
+        tokens = config.max_total_tokens
+        if self.hardware.device == "cpu":
+            flags |= {"--device": "cpu", "--dtype": "float32"}
+            tokens = tokens or CPU_POOL_TOKENS
+        else:  # untested: no such machine was at hand
+            flags["--base-gpu-id"] = str(self.nodes.index(node) * _tensor_parallel(passed))
+        if tokens:
+            flags["--max-total-tokens"] = str(tokens)
+        switches = ["--sleep-on-idle", "--skip-server-warmup", "--enable-cache-report"]
+        if _role(node) == "prefill":
+            flags |= {
+                _BOOTSTRAP_FLAG: str(ports["bootstrap"]),
+                "--unified-cache-external-linker-backend": "dynamic",
+                "--unified-cache-external-linker-config": json.dumps(_LINKER),
+            }
+            switches.append("--enable-unified-cache-external-linker")
+        else:
+            # Without cpu_tensor D keeps a second host pool of its own.
+            flags["--disaggregation-decode-retraction-backup"] = "cpu_tensor"
+            switches.append("--disaggregation-decode-enable-radix-cache")
+        return [*(word for pair in flags.items() for word in pair), *switches, *passed]
+
+
+def _role(node: str) -> str:
+    return "prefill" if node.startswith("p") else "decode"
+
+
+def _tensor_parallel(flags: list[str]) -> int:
+    """GPUs of one engine, from the user's SGLang flags."""
+    for name, value in zip(flags, [*flags[1:], ""], strict=True):
+        head, _, tail = name.partition("=")
+        if head in ("--tp", "--tp-size", "--tensor-parallel-size"):
+            return int(tail or value)
+    return 1

@@ -1,0 +1,297 @@
+"""The walk of one prompt: plan, read, hand over, compute, answer; once more if that fails.
+
+A walk is a task of its own, whose answer is taken from its outlet. Every wait inside is
+by the request's timeout, by the death of an engine it depends on, or by cancelling
+the walk, and each of these cleans up at engines and readers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+from launch.control_plane import ControlPlane
+from launch.engine_proxy import EngineProxy
+from launch.exchange import Exchange, Outlet, drain
+from launch.gateway_config import GatewayConfig
+from launch.gateway_errors import (
+    AttemptFailed,
+    BadRequest,
+    GatewayError,
+    RequestFailed,
+    RequestTimeout,
+    Unavailable,
+)
+from launch.gateway_metrics import GatewayMetrics
+from launch.interruption import Interruptible
+from launch.peers import EnginePeer
+from launch.prompt import hit_candidates, vocabulary_tokens
+from launch.request_parts import Part
+from launch.trace import Trace
+from scheduler.plan import NoEngine, Plan, PlanRequest
+from scheduler.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+ROOM_BITS = 62
+
+
+class Services:
+    """What all walks share."""
+
+    def __init__(self, config: GatewayConfig, scheduler: Scheduler, plane: ControlPlane) -> None:
+        self.config = config
+        self.scheduler = scheduler
+        self.plane = plane
+        self.proxy = EngineProxy(plane, connections_max=4 * config.requests_max + 64)
+        self.metrics = GatewayMetrics(plane)
+        self.vocabulary_tokens = vocabulary_tokens(config.model)
+        self.turn = asyncio.Lock()
+        """Held by the request at the head of the global queue: asyncio's locks are FIFO."""
+        self.walks: dict[str, RequestWalk] = {}
+        self.admitted = 0
+        self._background: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        self.plane.start()
+        self.proxy.start()
+
+    def enter(self, parts: int) -> None:
+        """Count admitted parts of requests, from before they are tokenised."""
+        self.admitted += parts
+        self.metrics.in_flight.set(self.admitted)
+
+    def leave(self, parts: int) -> None:
+        """The parts are over."""
+        self.enter(-parts)
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run clean-up that must survive the request; ``work`` bounds its own time."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def close(self) -> None:
+        for walk in list(self.walks.values()):
+            walk.cancel()
+        while self._background:
+            await asyncio.wait(set(self._background))
+        await self.proxy.close()
+        await self.plane.close()
+
+
+class RequestWalk:
+    """Serves one :class:`Part`. Create it inside the running loop."""
+
+    def __init__(
+        self, services: Services, part: Part, trace: Trace, begun_s: float, use_cache: bool = True
+    ) -> None:
+        self.part = part
+        self.trace = trace
+        self.outlet = Outlet(part.stream)
+        self._services = services
+        self._use_cache = use_cache
+        self._begun_s = begun_s
+        self._rid = part.rid
+        self._posted: list[EnginePeer] = []
+        self._page_tokens = 0
+        self.task = asyncio.create_task(self._run())
+
+    def cancel(self) -> None:
+        """The client is gone."""
+        self.task.cancel()
+
+    async def abort(self) -> None:
+        """``/abort_request``: the engines end the answer, if they have the request yet."""
+        self.outlet.aborted = True
+        if self._posted:
+            await self._services.proxy.abort(self._posted, {"rid": self._rid})
+        else:
+            self.task.cancel()
+            await self.outlet.close(BadRequest("the request was aborted before it started"))
+
+    # ---- the whole walk ---------------------------------------------------------------
+
+    async def _run(self) -> None:
+        outcome = "client_gone"
+        error: GatewayError | None = None
+        try:
+            await self._serve()
+            outcome = "ok"
+        except GatewayError as ending:
+            outcome, error = ending.outcome, ending
+        except Exception:
+            log.exception("walk failed rid=%s", self.part.rid)
+            outcome, error = "failed", RequestFailed("internal error of the gateway")
+        finally:
+            self._account(outcome)
+        await self.outlet.close(error)
+
+    def _account(self, outcome: str) -> None:
+        self.trace.clock("total", self._begun_s)
+        self._services.metrics.requests.labels(self.part.path, outcome).inc()
+        if outcome == "ok":
+            first_token_s = self.outlet.first_token_s - self._begun_s
+            self._services.metrics.served(self.trace, self._page_tokens, first_token_s)
+        log.info(
+            "request rid=%s path=%s outcome=%s prompt_tokens=%d attempts=%d total_s=%.3f",
+            self.part.rid,
+            self.part.path,
+            outcome,
+            len(self.part.token_ids or ()),
+            self.trace.attempts,
+            self.trace.timings_s["total"],
+        )
+        self.trace.log(self.part.rid, outcome)
+
+    async def _serve(self) -> None:
+        excluded: frozenset[str] = frozenset()
+        try:
+            await self._attempt(excluded, self._use_cache)
+            return
+        except AttemptFailed as failure:
+            if self.outlet.opened or self.outlet.aborted:
+                raise RequestFailed(f"failed while answering: {failure}") from failure
+            log.warning("retrying rid=%s reason=%s", self.part.rid, failure)
+            excluded = failure.dead
+        self._services.metrics.retries.inc()
+        # The first id may still be known at an engine, and an abort of it, still under
+        # way there, ends every request whose id begins with it.
+        self._rid = f"retry-{self.part.rid}"
+        try:
+            await self._attempt(excluded, use_cache=False)
+        except AttemptFailed as failure:
+            raise RequestFailed(f"failed twice: {failure}") from failure
+
+    async def _attempt(self, excluded: frozenset[str], use_cache: bool) -> None:
+        self.trace.attempts += 1
+        plan = await self._plan(excluded, use_cache)
+        exchange = Exchange(self._services.proxy, self.part, self.outlet, self.trace)
+        finished = False
+        self._services.plane.on_delivered[plan.plan] = self.trace.delivered
+        try:
+            async with Interruptible(self._left_s(), self._timeout()) as block:
+                with self._watched(plan, block, exchange):
+                    plan = await self._bring(plan)
+                    await self._hand_over(plan)
+                    await self._compute(plan, block, exchange)
+            finished = True
+        finally:
+            del self._services.plane.on_delivered[plan.plan]
+            self._services.plane.end(plan)
+            if self._posted and not finished:
+                abort = self._services.proxy.abort(self._posted, {"rid": self._rid})
+                self._services.in_background(abort)
+            self._posted = []
+
+    def _left_s(self) -> float:
+        limit_s = self._services.config.request_timeout_s
+        return max(0.0, self._begun_s + limit_s - time.monotonic())
+
+    def _timeout(self) -> RequestTimeout:
+        return RequestTimeout(f"no answer within {self._services.config.request_timeout_s:g} s")
+
+    # ---- plan -------------------------------------------------------------------------
+
+    async def _plan(self, excluded: frozenset[str], use_cache: bool) -> Plan:
+        begun_s = time.monotonic()
+        self._services.metrics.queued.inc()
+        try:
+            async with asyncio.timeout(self._left_s()), self._services.turn:
+                plan = await self._next_plan(excluded, use_cache)
+        except TimeoutError as error:
+            raise self._timeout() from error
+        finally:
+            self._services.metrics.queued.dec()
+        self.trace.clock("queue", begun_s)
+        self.trace.planned(plan)
+        return plan
+
+    async def _next_plan(self, excluded: frozenset[str], use_cache: bool) -> Plan:
+        plane = self._services.plane
+        while True:
+            namespace = plane.namespace()
+            if namespace is None:
+                raise Unavailable("; ".join(plane.troubles()) or "no engine is ready")
+            self._page_tokens = namespace.layout.page_tokens
+            request = PlanRequest(
+                rid=self._rid,
+                prompt_tokens=len(self.part.token_ids or ()),
+                keys=hit_candidates(self.part, namespace) if use_cache else [],
+                max_new_tokens=self.part.max_new_tokens,
+                page_tokens=self._page_tokens,
+                block_bytes=namespace.layout.block_bytes,
+                excluded=excluded | plane.strangers(),
+                use_cache=use_cache,
+            )
+            try:
+                return self._services.scheduler.plan(request, time.monotonic())
+            except NoEngine as error:
+                if not error.transient:
+                    raise Unavailable(str(error)) from error
+            await plane.wait_change()
+
+    @contextlib.contextmanager
+    def _watched(self, plan: Plan, block: Interruptible, exchange: Exchange) -> Iterator[None]:
+        """End ``block`` when an engine dies whose work is still needed."""
+
+        def prefill_died(reason: str) -> None:
+            if not exchange.prefilled and not self.outlet.opened:
+                block.interrupt(AttemptFailed(reason, frozenset([plan.prefill])))
+
+        def decode_died(reason: str) -> None:
+            block.interrupt(AttemptFailed(reason, frozenset([plan.decode])))
+
+        engines = self._services.plane.engines
+        watches = ((engines[plan.prefill], prefill_died), (engines[plan.decode], decode_died))
+        for engine, watcher in watches:
+            engine.watchers.add(watcher)
+        try:
+            yield
+        finally:
+            for engine, watcher in watches:
+                engine.watchers.discard(watcher)
+
+    # ---- read and hand over -----------------------------------------------------------
+
+    async def _bring(self, plan: Plan) -> Plan:
+        """Have the hit in DRAM; returns the plan cut at the first block that is not."""
+        begun_s = time.monotonic()
+        plane, scheduler = self._services.plane, self._services.scheduler
+        shares = await plane.read_shares(plan)
+        now = self.trace.clock("read", begun_s)
+        hit_blocks = len(plan.keys)
+        for agent, share in shares.items():
+            in_dram = share.in_dram if share is not None else []
+            hit_blocks = scheduler.share_settled(plan.plan, agent, in_dram, now)
+        cut = plan.cut(hit_blocks)
+        plane.release(plan.plan, [agent for agent, keys in cut.shares().items() if not keys])
+        self.trace.read(cut, shares, len(self.part.token_ids or ()), self._page_tokens)
+        return cut
+
+    async def _hand_over(self, plan: Plan) -> None:
+        begun_s = time.monotonic()
+        refused = await self._services.plane.place(plan)
+        if refused:
+            raise AttemptFailed(f"{' and '.join(refused)} took no plan", frozenset(refused))
+        self.trace.clock("plan", begun_s)
+
+    async def _compute(self, plan: Plan, block: Interruptible, exchange: Exchange) -> None:
+        engines = self._services.plane.engines
+        prefill, decode = engines[plan.prefill], engines[plan.decode]
+        body = self.part.engine_body() | {
+            "rid": self._rid,
+            "bootstrap_host": prefill.address.bootstrap_host,
+            "bootstrap_port": prefill.known().bootstrap_port,
+            "bootstrap_room": secrets.randbits(ROOM_BITS),
+        }
+        now = time.monotonic()
+        self._services.scheduler.submitted(plan.plan, now)
+        self._posted = [prefill, decode]
+        prefill_answer = await exchange.run((prefill, decode), body, block, now)
+        self._services.in_background(drain(prefill_answer))

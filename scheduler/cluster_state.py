@@ -1,0 +1,276 @@
+"""What the scheduler knows of engines and agents: their last reports, and what it has
+promised on top of them.
+
+A report is late by a heartbeat, and a decision shows in it only once the work has reached
+the process. Until then the decision is kept as a *promise* and counted in, so that the
+requests between two reports do not all go to the node that looked idle in the last one.
+
+Numbers of all processes of a kind lie in one array a field, one row a process, because a
+decision looks at every one of up to a thousand nodes.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.options import SchedulerOptions
+from storage.tier import TierName
+
+PREFILL = "prefill"
+DECODE = "decode"
+REPORT_LAG_S = 0.25
+"""A report that came sooner after a hand-over may have been written before it."""
+DEFAULT_BYTES_PER_S = 1e9
+"""Assumed of a device while none of its kind has been measured."""
+RATE_TRUSTED_S = 5.0
+"""A measured rate that no new measurement confirms for longer fades ..."""
+RATE_FADES_S = 5.0
+"""... with this time constant towards the mean of the others: a node that was slow gets
+work again, and with it the measurement that says what it is worth now."""
+
+Floats = NDArray[np.float64]
+Rows = NDArray[np.intp]
+Mask = NDArray[np.bool_]
+
+
+class Device(IntEnum):
+    """What of an agent's node can be a bottleneck: columns of its numbers."""
+
+    SSD = 0
+    STORAGE_NIC = 1
+    COMPUTE_OUT = 2
+    """The compute NIC, sending what the agent delivers ..."""
+    COMPUTE_IN = 3
+    """... and receiving what is delivered into the node's engine."""
+
+
+READING = slice(Device.SSD, Device.COMPUTE_OUT)
+"""The devices that read."""
+
+
+DEVICE_OF = {TierName.SSD: Device.SSD, TierName.REMOTE: Device.STORAGE_NIC}
+
+
+class Processes:
+    """Rows of one kind of process; the arrays' rows beyond ``len(names)`` are unused.
+
+    ``promised`` has ``kinds`` columns: the sum of all promises to the process, by kind.
+    """
+
+    def __init__(self, kinds: int) -> None:
+        self.names: list[str] = []
+        self.row_of: dict[str, int] = {}
+        self.incarnation: list[int] = []
+        self.last_seen_s: Floats = np.empty(0)
+        self.draining: Mask = np.empty(0, bool)
+        self.promised: Floats = np.empty((0, kinds))
+        self._promises: list[dict[int, tuple[tuple[float, ...], float]]] = []
+        """By row and plan: how much of each kind, and when the process got it."""
+        self._columns = ["last_seen_s", "draining", "promised"]
+
+    def row(self, name: str) -> int:
+        """The row of a process, a new one for a name not seen before."""
+        row = self.row_of.get(name)
+        if row is not None:
+            return row
+        row = self.row_of[name] = len(self.names)
+        self.names.append(name)
+        self.incarnation.append(0)
+        self._promises.append({})
+        if row == len(self.last_seen_s):
+            self._grow(max(8, 2 * row))
+        self.last_seen_s[row] = -np.inf
+        return row
+
+    def _grow(self, rows: int) -> None:
+        for column in self._columns:
+            old = getattr(self, column)
+            new = np.zeros((rows, *old.shape[1:]), old.dtype)
+            new[: len(old)] = old
+            setattr(self, column, new)
+
+    def report(self, name: str, incarnation: int, now: float) -> int | None:
+        """Note a sign of life; None if it is an earlier incarnation's and must be ignored."""
+        row = self.row(name)
+        if incarnation < self.incarnation[row]:
+            return None
+        if incarnation > self.incarnation[row]:
+            self._promises[row].clear()
+            self.promised[row] = 0
+        self.incarnation[row] = incarnation
+        self.last_seen_s[row] = now
+        due = [p for p, (_, at) in self._promises[row].items() if at + REPORT_LAG_S <= now]
+        for plan in due:
+            self.settle(row, plan)
+        return row
+
+    def lost(self, name: str) -> None:
+        """The process is known to be gone, until it reports again."""
+        row = self.row(name)
+        self.last_seen_s[row] = -np.inf
+        self._promises[row].clear()
+        self.promised[row] = 0
+
+    def promise(self, row: int, plan: int, amounts: tuple[float, ...], at: float) -> None:
+        """Count work in until a report that comes after ``at`` shows it; ``at`` is infinite
+        while the scheduler alone knows of the work."""
+        self._promises[row][plan] = amounts, at
+        self.promised[row] += amounts
+
+    def promised_to(self, row: int, plan: int) -> tuple[float, ...] | None:
+        """What is still promised to the process for a plan."""
+        entry = self._promises[row].get(plan)
+        return entry[0] if entry is not None else None
+
+    def handed_over(self, row: int, plan: int, now: float) -> None:
+        """The process has the work now: its reports will show it."""
+        if plan in self._promises[row]:
+            self._promises[row][plan] = self._promises[row][plan][0], now
+
+    def settle(self, row: int, plan: int) -> None:
+        """The work is done or given up, or shows in the reports."""
+        entry = self._promises[row].pop(plan, None)
+        if entry is not None:
+            # Rounding must not add up: with no promise left the sum is 0 again.
+            left = self.promised[row] - entry[0]
+            self.promised[row] = left if self._promises[row] else 0
+
+
+class Engines(Processes):
+    """Prefill and decode engines, as their groups' leaders report them."""
+
+    TOKENS, SEQUENCES, CONTEXT = range(3)
+    """Kinds of promises: prompt tokens to compute, requests, KV tokens to hold."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.is_prefill: Mask = np.empty(0, bool)
+        self.agent_row: Rows = np.empty(0, np.intp)
+        self.group: Rows = np.empty(0, np.intp)
+        self.groups: dict[str, int] = {}
+        self.sequences: Floats = np.empty(0)
+        self.pending_tokens: Floats = np.empty(0)
+        self.context_tokens: Floats = np.empty(0)
+        self.free_tokens: Floats = np.empty(0)
+        self.last_chosen: Floats = np.empty(0)
+        """Number of the decision that last chose it: ties go to the one that waited longest."""
+        self.base_s: Floats = np.empty(0)
+        self.token_s: Floats = np.empty(0)
+        self.pair_s: Floats = np.empty(0)
+        """Fitted cost of a prefill forward (transfer/messages.py, PrefillCost); 0: unknown."""
+        self._columns += ["is_prefill", "agent_row", "group", "sequences", "pending_tokens"]
+        self._columns += ["context_tokens", "free_tokens", "last_chosen"]
+        self._columns += ["base_s", "token_s", "pair_s"]
+
+    def compute_s(self, row: int, tokens: float | Floats, context: float | Floats) -> Floats:
+        """Time of prefilling ``tokens`` after ``context`` tokens; 0 while not measured."""
+        pairs = tokens * (context + tokens / 2)
+        cost = self.base_s[row] + self.token_s[row] * tokens + self.pair_s[row] * pairs
+        return np.asarray(cost)
+
+
+class Agents(Processes):
+    """Agents; every number by :class:`Device`. Promises are bytes, likewise by device."""
+
+    def __init__(self) -> None:
+        super().__init__(len(Device))
+        devices = len(Device)
+        self.queue_bytes: Floats = np.empty((0, devices))
+        self.measured_bytes_per_s: Floats = np.empty((0, devices))
+        self.measured_at_s: Floats = np.empty((0, devices))
+        """When the measured rate last changed, that is, was measured anew."""
+        self.assigned_bytes: Floats = np.empty(0)
+        """All that plans ever gave it to read."""
+        self.dram_slots: Floats = np.empty(0)
+        self.dram_slots_free: Floats = np.empty(0)
+        self._columns += ["queue_bytes", "measured_bytes_per_s", "measured_at_s"]
+        self._columns += ["assigned_bytes", "dram_slots", "dram_slots_free"]
+
+    def measured(self, row: int, device: Device, bytes_per_s: float, now: float) -> None:
+        """Take over a reported rate."""
+        if bytes_per_s != self.measured_bytes_per_s[row, device]:
+            self.measured_bytes_per_s[row, device] = bytes_per_s
+            self.measured_at_s[row, device] = now
+
+
+class ClusterState:
+    """All engines and agents. Call :meth:`look` first in every decision."""
+
+    LOOK_S = 0.02
+    """Who is alive, and the rates, are worked out anew after this time or any report."""
+
+    def __init__(self, options: SchedulerOptions) -> None:
+        self.options = options
+        self.engines = Engines()
+        self.agents = Agents()
+        self.alive_agents: frozenset[str] = frozenset()
+        """Agents that may be given reads: alive, and not draining."""
+        self.agent_rows: Rows = np.empty(0, np.intp)
+        """Their rows."""
+        self.engine_rows: dict[str, Rows] = {}
+        """Engines that may be given requests, by role."""
+        self.usable_agents: Mask = np.empty(0, bool)
+        self.usable_engines: Mask = np.empty(0, bool)
+        self.bytes_per_s: Floats = np.empty((0, len(Device)))
+        """Rates to reckon with, shape (agents, devices); never 0."""
+        self._looked_s = -np.inf
+
+    def changed(self) -> None:
+        """A report came, or a process went."""
+        self._looked_s = -np.inf
+
+    def look(self, now: float) -> None:
+        """Bring up to date what depends on the time."""
+        if 0 <= now - self._looked_s < self.LOOK_S:
+            return
+        self._looked_s = now
+        timeout_s = self.options.heartbeat_timeout_s
+        self.usable_engines = self._usable(self.engines, now, timeout_s)
+        self.usable_agents = self._usable(self.agents, now, timeout_s)
+        is_prefill = self.engines.is_prefill[: len(self.usable_engines)]
+        self.engine_rows = {
+            PREFILL: np.flatnonzero(self.usable_engines & is_prefill),
+            DECODE: np.flatnonzero(self.usable_engines & ~is_prefill),
+        }
+        names = self.agents.names
+        self.agent_rows = np.flatnonzero(self.usable_agents)
+        alive = frozenset(names[row] for row in self.agent_rows.tolist())
+        if alive != self.alive_agents:
+            self.alive_agents = alive
+        self.bytes_per_s = self._rates(now)
+
+    @staticmethod
+    def _usable(processes: Processes, now: float, timeout_s: float) -> Mask:
+        count = len(processes.names)
+        seen = now - processes.last_seen_s[:count] <= timeout_s
+        return np.asarray(seen & ~processes.draining[:count])
+
+    def _rates(self, now: float) -> Floats:
+        count = len(self.agents.names)
+        measured = self.agents.measured_bytes_per_s[:count]
+        known = measured > 0
+        sums, counts = measured.sum(axis=0), known.sum(axis=0)
+        mean = np.where(counts, sums / np.maximum(counts, 1), DEFAULT_BYTES_PER_S)
+        stale_s = np.maximum(0.0, now - self.agents.measured_at_s[:count] - RATE_TRUSTED_S)
+        # Only upwards: a fast node need not be measured again to stay one.
+        faded = mean + (measured - mean) * np.exp(-stale_s / RATE_FADES_S)
+        rates = np.where(known, np.maximum(measured, faded), mean)
+        rates[:, Device.COMPUTE_IN] = rates[:, Device.COMPUTE_OUT]  # full duplex, one speed
+        return rates
+
+    def backlog_s(self) -> Floats:
+        """Time until each device has done its queue and its promises; shape (agents, devices)."""
+        count = len(self.bytes_per_s)
+        queued = self.agents.queue_bytes[:count] + self.agents.promised[:count]
+        return np.asarray(queued / self.bytes_per_s)
+
+    def read_backlog_s(self, agent: str) -> float:
+        """Of one agent: the later of its SSD and its storage NIC; infinite if unknown."""
+        row = self.agents.row_of.get(agent)
+        if row is None or row >= len(self.bytes_per_s):
+            return np.inf
+        queued = self.agents.queue_bytes[row] + self.agents.promised[row]
+        return float((queued / self.bytes_per_s[row])[READING].max())

@@ -1,0 +1,89 @@
+"""The cluster's state as JSON-able records, for operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scheduler.cluster_state import (
+    DECODE,
+    DEVICE_OF,
+    PREFILL,
+    READING,
+    ClusterState,
+    Device,
+    Processes,
+)
+
+
+def _common(
+    processes: Processes, row: int, usable: bool, now: float, limit_s: float
+) -> dict[str, Any]:
+    silent_s = now - float(processes.last_seen_s[row])
+    return {
+        "name": processes.names[row],
+        "incarnation": processes.incarnation[row],
+        "alive": silent_s <= limit_s,
+        "draining": bool(processes.draining[row]),
+        "usable": usable,
+        "last_seen_s": silent_s,
+    }
+
+
+def engines(state: ClusterState, now: float) -> list[dict[str, Any]]:
+    """One record an engine that has ever reported."""
+    known, views = state.engines, []
+    for row in range(len(known.names)):
+        tokens, sequences, context = known.promised[row].tolist()
+        usable = bool(state.usable_engines[row])
+        pending, held = known.pending_tokens[row] + tokens, known.sequences[row] + sequences
+        speed_s = float(known.token_s[row])
+        views.append(
+            _common(known, row, usable, now, state.options.heartbeat_timeout_s)
+            | {
+                "role": PREFILL if known.is_prefill[row] else DECODE,
+                "agent": state.agents.names[known.agent_row[row]],
+                "group": list(known.groups)[known.group[row]],
+                "sequences": int(known.sequences[row]),
+                "pending_tokens": int(known.pending_tokens[row]),
+                "context_tokens": int(known.context_tokens[row]),
+                "free_tokens": int(known.free_tokens[row]),
+                "load_tokens": int(pending),
+                "load_sequences": int(held),
+                "room_tokens": int(known.free_tokens[row] - context),
+                "prefill_tokens_per_s": 1 / speed_s if speed_s else 0.0,
+                "idle": not held,
+            }
+        )
+    return views
+
+
+def agents(state: ClusterState, now: float) -> list[dict[str, Any]]:
+    """One record an agent that has ever reported, or whose engine has."""
+    known, views = state.agents, []
+    backlog_s = state.backlog_s()
+    for row in range(len(backlog_s)):
+        queued = (known.queue_bytes[row] + known.promised[row]).tolist()
+        out = Device.COMPUTE_OUT
+        views.append(
+            _common(
+                known, row, bool(state.usable_agents[row]), now, state.options.heartbeat_timeout_s
+            )
+            | {
+                "read_queue_bytes": {t.value: int(queued[d]) for t, d in DEVICE_OF.items()},
+                "read_bytes_per_s": _by_tier(state.bytes_per_s[row].tolist()),
+                "measured_read_bytes_per_s": _by_tier(known.measured_bytes_per_s[row].tolist()),
+                "backlog_bytes": int(sum(queued[READING])),
+                "backlog_s": float(backlog_s[row, READING].max()),
+                "deliver_queue_bytes": int(queued[out]),
+                "deliver_bytes_per_s": float(state.bytes_per_s[row, out]),
+                "dram_slots": int(known.dram_slots[row]),
+                "dram_slots_free": int(known.dram_slots_free[row]),
+                "share_bytes_total": int(known.assigned_bytes[row]),
+                "idle": not sum(queued),
+            }
+        )
+    return views
+
+
+def _by_tier(values: list[float]) -> dict[str, float]:
+    return {tier.value: values[device] for tier, device in DEVICE_OF.items()}

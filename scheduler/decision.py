@@ -1,0 +1,128 @@
+"""Why a plan is as it is: kept for a while, told on request."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from scheduler.cluster_state import ClusterState, Device, Floats, Mask
+from scheduler.load_policy import LoadEstimate
+from scheduler.plan import Plan
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """Everything that a plan was made of, as it was before the plan's own promises."""
+
+    plan: Plan
+    policy: str
+    decided_s: float
+    prompt_tokens: int
+    load: LoadEstimate | None
+    engine_names: list[str]
+    agent_names: list[str]
+    usable_engines: Mask
+    usable_agents: Mask
+    is_prefill: Mask
+    pending_tokens: Floats
+    context_tokens: Floats
+    sequences: Floats
+    backlog_s: Floats
+    bytes_per_s: Floats
+
+    def view(self, now: float) -> dict[str, Any]:
+        """JSON-able: candidates, backlogs, estimates, the choice."""
+        plan = self.plan
+        return {
+            "plan": plan.plan,
+            "rid": plan.rid,
+            "policy": self.policy,
+            "age_s": round(now - self.decided_s, 3),
+            "prompt_tokens": self.prompt_tokens,
+            "prefill": {"chosen": plan.prefill, "candidates": self._engines(True)},
+            "decode": {"chosen": plan.decode, "candidates": self._engines(False)},
+            "load": msgspec.to_builtins(self.load),
+            "hit_blocks": len(plan.keys),
+            "estimated_read_s": plan.estimated_read_s,
+            "agents": self._agents(),
+            "ranges": msgspec.to_builtins(plan.ranges),
+        }
+
+    def _engines(self, prefill: bool) -> list[dict[str, Any]]:
+        rows = np.flatnonzero(self.usable_engines & (self.is_prefill == prefill))
+        return [
+            {
+                "name": self.engine_names[row],
+                "pending_tokens": float(self.pending_tokens[row]),
+                "context_tokens": float(self.context_tokens[row]),
+                "sequences": float(self.sequences[row]),
+            }
+            for row in rows
+        ]
+
+    def _agents(self) -> list[dict[str, Any]]:
+        given = self.plan.read_bytes()
+        return [
+            {
+                "name": self.agent_names[row],
+                "backlog_s": by_device(self.backlog_s[row]),
+                "bytes_per_s": by_device(self.bytes_per_s[row]),
+                "read_bytes": sum(given.get(self.agent_names[row], {}).values()),
+            }
+            for row in np.flatnonzero(self.usable_agents)
+        ]
+
+
+def by_device(values: Floats) -> dict[str, float]:
+    """Numbers of one agent, under the names of its devices."""
+    return {device.name.lower(): float(values[device]) for device in Device}
+
+
+class Decisions:
+    """The last ``kept`` decisions by plan number; also found by request id."""
+
+    def __init__(self, kept: int) -> None:
+        self._kept = kept
+        self._decisions: OrderedDict[int, Decision] = OrderedDict()
+
+    def note(
+        self,
+        plan: Plan,
+        state: ClusterState,
+        policy: str,
+        prompt_tokens: int,
+        load: LoadEstimate | None,
+        now: float,
+    ) -> None:
+        """Remember what ``plan`` was made of; call it before the plan's promises are made."""
+        engines, agents = state.engines, state.agents
+        count = len(state.usable_engines)
+        promised = engines.promised[:count]
+        self._decisions[plan.plan] = Decision(
+            plan,
+            policy,
+            now,
+            prompt_tokens,
+            load,
+            engines.names,
+            agents.names,
+            state.usable_engines,
+            state.usable_agents,
+            engines.is_prefill[:count],
+            engines.pending_tokens[:count] + promised[:, engines.TOKENS],
+            engines.context_tokens[:count] + promised[:, engines.CONTEXT],
+            engines.sequences[:count] + promised[:, engines.SEQUENCES],
+            state.backlog_s(),
+            state.bytes_per_s,
+        )
+        if len(self._decisions) > self._kept:
+            self._decisions.popitem(last=False)
+
+    def find(self, plan: int | str) -> Decision | None:
+        """By plan number, or the latest of a request id."""
+        if isinstance(plan, int):
+            return self._decisions.get(plan)
+        found = (d for d in reversed(self._decisions.values()) if d.plan.rid == plan)
+        return next(found, None)

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Makes .venv from nothing, or finds that there is nothing to do.
+#   scripts/setup.sh        what serving needs (DEVICE=cpu or DEVICE=cuda)
+#   scripts/setup.sh test   also the S3 server that one test talks to
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+DEVICE=${DEVICE:-cpu}
+LOG=.venv/setup.log
+STAMP=.venv/setup.stamp
+
+say() { echo "set-up: $*"; }
+
+logged() {
+    if ! "$@" >>"$LOG" 2>&1; then
+        tail -n 20 "$LOG" >&2
+        say "failed: $*; all of its output is in $LOG" >&2
+        exit 1
+    fi
+}
+
+# apt_install WHY PACKAGE...: as root with apt-get, otherwise a sentence.
+apt_install() {
+    local why=$1
+    shift
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "system packages for $why: $*"
+        logged apt-get update -qq
+        logged env DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y -qq --no-install-recommends "$@"
+    else
+        say "$why needs these system packages (Debian's names), please install them: $*" >&2
+        return 1
+    fi
+}
+
+install_libraries() { # what Mooncake's engine.so links
+    local missing=() name
+    for name in libibverbs:libibverbs.so.1 libnuma:libnuma.so.1 librdmacm:librdmacm.so.1; do
+        ldconfig -p | grep -q "${name#*:}" || missing+=("${name%:*}1")
+    done
+    [ ${#missing[@]} = 0 ] || apt_install "Mooncake" "${missing[@]}"
+    # SGLang compiles its page hash (mem_cache/cpp_utils) at an engine's first look-up.
+    command -v g++ >/dev/null && echo '#include <openssl/evp.h>' | g++ -E -x c++ - >/dev/null 2>&1 ||
+        apt_install "SGLang's page hash" g++ libssl-dev
+}
+
+make_venv() {
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        { say "Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 1; }
+    "$PYTHON" -c 'import ensurepip' 2>/dev/null || apt_install "a virtual environment" python3-venv
+    local options=()
+    [ "$DEVICE" = cpu ] || options=(--system-site-packages) # keep the machine's torch and SGLang
+    logged "$PYTHON" -m venv "${options[@]}" .venv
+}
+
+install_packages() {
+    local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+    if [ "$DEVICE" = cpu ]; then
+        # First and alone: beside torchvision's wish for another torch, pip would fetch CUDA.
+        say "torch ..."
+        logged "${pip[@]}" "$(grep '^torch==' requirements.lock)"
+        say "SGLang, Mooncake and the other packages of requirements.lock ..."
+        logged "${pip[@]}" --no-deps -r requirements.lock
+        logged "${pip[@]}" --no-deps --no-build-isolation -e .
+    else
+        say "SGLang and Mooncake for CUDA, with their own pins ..."
+        logged "${pip[@]}" -e '.[cuda,s3,test]'
+    fi
+    # See engine/torchvision_stub.py.
+    echo 'import engine.torchvision_stub' \
+        >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_dualpath.pth"
+    logged .venv/bin/python -c 'import mooncake.engine, sglang'
+}
+
+build_default_model() {
+    say "default model (SmolLM2-135M-Instruct, a 93 MB download; once) ..."
+    .venv/bin/python -m launch.models default >>"$LOG" 2>&1 ||
+        say "it could not be built ($(tail -n 1 "$LOG")); serving needs --model, or make setup again" >&2
+}
+
+mkdir -p .venv
+exec 9>.venv/setup.lock
+flock 9
+wanted=$({ cat requirements.lock pyproject.toml scripts/setup.sh; echo "$DEVICE $PWD"; "$PYTHON" -V; } | sha256sum)
+if [ "$wanted" != "$(cat "$STAMP" 2>/dev/null)" ]; then
+    began=$SECONDS
+    : >"$LOG"
+    install_libraries || true
+    say "virtual environment in .venv for $DEVICE ..."
+    make_venv
+    install_packages
+    build_default_model
+    echo "$wanted" >"$STAMP"
+    say "done in $((SECONDS - began)) s"
+fi
+if [ "${1:-}" = test ] && ! { command -v radosgw && command -v ceph-mon && command -v ceph-osd; } >/dev/null; then
+    apt_install "the test of the remote tier (a real S3 server)" \
+        radosgw ceph-mon ceph-osd ceph-common || true
+fi

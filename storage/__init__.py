@@ -1,0 +1,1 @@
+"""The tiered KV store: registered DRAM, local SSD, remote object storage."""

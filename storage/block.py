@@ -1,0 +1,72 @@
+"""The nouns that every part shares: what a KV block is, and what names it.
+
+A *block* is the KV of one page of tokens (64 by default) in all layers of one
+rank. Inside a block the bytes are layer-major: layer 0's components (K page,
+V page; a single latent page for MLA), then layer 1's, and so on, so that a
+*layer block*, the unit of delivery into device memory, is one contiguous range.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import NewType
+
+import msgspec
+
+BlockKey = NewType("BlockKey", bytes)
+"""32 bytes: sha256 over the namespace digest and SGLang's page hash."""
+
+KEY_BYTES = 32
+
+
+class BlockLayout(msgspec.Struct, frozen=True):
+    """Shape of a block's bytes.
+
+    ``component_bytes`` are the sizes of one page in each buffer of a layer:
+    ``(K, V)`` for MHA/GQA, ``(latent,)`` for MLA. All layers are alike.
+    """
+
+    page_tokens: int
+    num_layers: int
+    component_bytes: tuple[int, ...]
+
+    @property
+    def layer_bytes(self) -> int:
+        return sum(self.component_bytes)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.num_layers * self.layer_bytes
+
+
+class Namespace(msgspec.Struct, frozen=True):
+    """Everything that makes the KV of equal tokens different.
+
+    Two engines may exchange blocks exactly when their namespaces are equal. The
+    tenant's salt is not here: it seeds SGLang's page hashes themselves.
+    """
+
+    model_digest: str
+    """Digest of the model's config and weights, never its name or path."""
+    weight_version: str
+    kv_dtype: str
+    layout: BlockLayout
+    rank: int = 0
+    ranks: int = 1
+    """Group size where KV is sharded; 1 where each rank holds all of it."""
+
+    def digest(self) -> bytes:
+        """32 bytes, stable across processes and versions of msgspec."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).digest()
+
+
+def block_keys(namespace_digest: bytes, page_hashes: Iterable[bytes]) -> list[BlockKey]:
+    """Fold a namespace into SGLang's page hash chain (32-byte digests, in order)."""
+    prefix = hashlib.sha256(b"dualpath-block-v1\0" + namespace_digest)
+    keys = []
+    for page_hash in page_hashes:
+        digest = prefix.copy()
+        digest.update(page_hash)
+        keys.append(BlockKey(digest.digest()))
+    return keys

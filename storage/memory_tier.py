@@ -1,0 +1,45 @@
+"""The in-memory twin of the tiers: same contract, same bookkeeping, no threads."""
+
+from __future__ import annotations
+
+from storage.block import BlockKey
+from storage.block_format import encode_header, verify
+from storage.io_threads import CallerThread
+from storage.queued_tier import QueuedTier
+from storage.tier import BlockMissing, TierName, Wake
+from storage.tier_operation import Operation
+
+
+class MemoryTier(QueuedTier):
+    """Keeps blocks in ``blocks``: each as (header, payload). For tests and dry runs.
+
+    ``blocks`` may be shared by several tiers, as object stores are shared by agents;
+    pass ``index_is_complete=False`` for such a tier to try keys that it did not write.
+    """
+
+    def __init__(
+        self,
+        name: TierName,
+        on_wake: Wake,
+        capacity_bytes: int = 0,
+        blocks: dict[BlockKey, tuple[bytes, bytes]] | None = None,
+        index_is_complete: bool = True,
+    ) -> None:
+        caller = CallerThread()
+        super().__init__(name, on_wake, caller, caller, capacity_bytes)
+        self.blocks = {} if blocks is None else blocks
+        self.index_is_complete = index_is_complete
+
+    def _load(self, operation: Operation) -> None:
+        if operation.key not in self.blocks:
+            raise BlockMissing("not stored")
+        header, payload = self.blocks[operation.key]
+        verify(header, payload, operation.key)
+        operation.deliver(payload)
+
+    def _store(self, operation: Operation) -> None:
+        payload = operation.private_payload()
+        self.blocks[operation.key] = encode_header(operation.key, payload), payload
+
+    def _remove(self, key: BlockKey) -> None:
+        self.blocks.pop(key, None)

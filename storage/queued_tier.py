@@ -1,0 +1,307 @@
+"""What every tier does alike: index, room, queue, completions and counters.
+
+All bookkeeping belongs to the owner's thread. I/O threads carry out one operation
+at a time and hand it back through ``_done``; they see no index. Per key, a write or a
+removal never overlaps another operation: it waits until the key is idle.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from storage.block import BlockKey
+from storage.block_format import HEADER_BYTES
+from storage.io_threads import Work
+from storage.tier import (
+    BlockCorrupt,
+    BlockIO,
+    BlockMissing,
+    Completion,
+    HoldingChange,
+    TierBusy,
+    TierFull,
+    TierName,
+    TierStats,
+    Wake,
+)
+from storage.tier_operation import Kind, Operation
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 3.0
+
+
+class Executor(Protocol):
+    """Where operations run: IoThreads or CallerThread."""
+
+    def submit(self, work: Work) -> None: ...
+
+    def close(self, timeout_s: float) -> None: ...
+
+
+class QueuedTier(ABC):
+    """A :class:`storage.tier.Tier` but for the bytes, which a subclass moves.
+
+    ``capacity_bytes`` 0 means that the tier does not bound or evict what it holds.
+    ``index_is_complete``: a block that is not in the index is certainly not here.
+    ``removed_on``: read errors after which the stored bytes are removed.
+    """
+
+    index_is_complete = True
+    removed_on: tuple[type[Exception], ...] = (BlockCorrupt,)
+
+    def __init__(
+        self,
+        name: TierName,
+        on_wake: Wake,
+        readers: Executor,
+        writers: Executor,
+        capacity_bytes: int = 0,
+        queue_blocks_max: int = 65536,
+    ) -> None:
+        self.name = name
+        self._on_wake = on_wake
+        self._readers = readers
+        self._writers = writers
+        self._queue_blocks_max = queue_blocks_max
+        self._index: OrderedDict[BlockKey, int] = OrderedDict()
+        """Stored bytes of each block, least recently used first."""
+        self._inflight: set[Operation] = set()
+        self._waiting: defaultdict[BlockKey, deque[Operation]] = defaultdict(deque)
+        """Writes whose key still has another operation."""
+        self._waiting_writes = 0
+        self._busy: Counter[BlockKey] = Counter()
+        self._done: deque[Operation] = deque()
+        self._completions: list[Completion] = []
+        self._changes: list[HoldingChange] = []
+        self._stats = TierStats(capacity_bytes=capacity_bytes)
+
+    # ---- moved by subclasses, in I/O threads ----------------------------------------
+
+    @abstractmethod
+    def _load(self, operation: Operation) -> None:
+        """Fill the operation's buffer, verified; raise otherwise."""
+
+    @abstractmethod
+    def _store(self, operation: Operation) -> None:
+        """Store the operation's payload durably; raise otherwise (TierFull: no room)."""
+
+    @abstractmethod
+    def _remove(self, key: BlockKey) -> None:
+        """Delete what is stored under ``key``, if anything."""
+
+    # ---- the contract ---------------------------------------------------------------
+
+    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
+        return [key in self._index for key in keys]
+
+    def keys(self) -> list[BlockKey]:
+        return list(self._index)
+
+    def stats(self) -> TierStats:
+        self._stats.blocks = len(self._index)
+        return copy.copy(self._stats)
+
+    def submit_reads(self, blocks: Sequence[BlockIO]) -> None:
+        for block in blocks:
+            operation = Operation(Kind.READ, block.key, block.buffer)
+            self._stats.read_queue_bytes += operation.nbytes
+            if self.index_is_complete and block.key not in self._index:
+                self._refuse(operation, BlockMissing("not in the index"))
+            elif self._queue_is_full():
+                self._refuse(operation, TierBusy(f"{self._queue_blocks_max} blocks are queued"))
+            else:
+                self._start(operation)
+
+    def submit_writes(self, blocks: Sequence[BlockIO]) -> None:
+        for block in blocks:
+            operation = Operation(Kind.WRITE, block.key, block.buffer)
+            self._stats.write_queue_bytes += operation.nbytes
+            if self._queue_is_full():
+                self._refuse(operation, TierBusy(f"{self._queue_blocks_max} blocks are queued"))
+            elif self._busy[block.key] and block.key not in self._index:
+                self._waiting[block.key].append(operation)
+                self._waiting_writes += 1
+            else:
+                self._begin_write(operation)
+
+    def poll(self) -> list[Completion]:
+        self._drain()
+        completions, self._completions = self._completions, []
+        return completions
+
+    def take_changes(self) -> list[HoldingChange]:
+        changes, self._changes = self._changes, []
+        return changes
+
+    def close(self) -> None:
+        self._readers.close(CLOSE_TIMEOUT_S)
+        self._writers.close(CLOSE_TIMEOUT_S)
+
+    def _drain(self) -> None:
+        """End what the I/O threads have handed back, but for what was given up."""
+        while self._done:
+            operation = self._done.popleft()
+            if operation in self._inflight:
+                self._end(operation)
+
+    # ---- running an operation -------------------------------------------------------
+
+    def _queue_is_full(self) -> bool:
+        return len(self._inflight) + self._waiting_writes >= self._queue_blocks_max
+
+    def _start(self, operation: Operation) -> None:
+        self._inflight.add(operation)
+        for key in (operation.key, *operation.victims):
+            self._busy[key] += 1
+        executor = self._readers if operation.kind is Kind.READ else self._writers
+        executor.submit(lambda: self._run(operation))
+
+    def _run(self, operation: Operation) -> None:
+        """In an I/O thread."""
+        start = operation.started_s = time.monotonic()
+        try:
+            for victim in operation.victims:
+                self._remove(victim)
+            if operation.kind is Kind.READ:
+                self._load(operation)
+            elif operation.kind is Kind.WRITE:
+                self._store(operation)
+            else:
+                self._remove(operation.key)
+        except Exception as error:  # whatever a file system raises ends this block alone
+            operation.error = error
+        operation.seconds = time.monotonic() - start
+        self._done.append(operation)
+        self._on_wake()
+
+    def _refuse(self, operation: Operation, error: Exception | None) -> None:
+        """Complete an operation that never started."""
+        operation.error = error
+        self._complete(operation)
+        self._on_wake()
+
+    def _end(self, operation: Operation) -> None:
+        self._inflight.discard(operation)
+        if operation.kind is Kind.REMOVE:
+            if operation.error is not None:
+                logger.warning(
+                    "%s tier cannot remove a block: %s", self.name.value, operation.error
+                )
+        else:
+            self._complete(operation)
+        if operation.kind is Kind.READ:
+            self._end_read(operation)
+        elif operation.kind is Kind.WRITE:
+            self._end_write(operation)
+        for key in (operation.key, *operation.victims):
+            self._leave(key)
+
+    def _leave(self, key: BlockKey) -> None:
+        """One operation of ``key`` less; when it is idle, its next write begins."""
+        self._busy[key] -= 1
+        if self._busy[key] == 0:
+            del self._busy[key]
+        while not self._busy[key] and key in self._waiting:
+            waiting = self._waiting[key]
+            operation = waiting.popleft()
+            self._waiting_writes -= 1
+            if not waiting:
+                del self._waiting[key]
+            self._begin_write(operation)
+
+    def _complete(self, operation: Operation) -> None:
+        is_write, error, stats = operation.kind is Kind.WRITE, operation.error, self._stats
+        if is_write:
+            stats.write_queue_bytes -= operation.nbytes
+            stats.write_errors_total += error is not None
+        else:
+            stats.read_queue_bytes -= operation.nbytes
+            stats.read_errors_total += error is not None
+            stats.corrupt_blocks_total += isinstance(error, BlockCorrupt)
+            stats.missing_blocks_total += isinstance(error, BlockMissing)
+        self._completions.append(Completion(operation.key, is_write, error, operation.seconds))
+
+    # ---- what is held ---------------------------------------------------------------
+
+    def _end_read(self, operation: Operation) -> None:
+        key, error = operation.key, operation.error
+        if error is None:
+            self._stats.read_bytes_total += operation.nbytes
+            if key in self._index:
+                self._index.move_to_end(key)
+            else:
+                self._gain(key, HEADER_BYTES + operation.nbytes)
+        elif isinstance(error, (BlockCorrupt, BlockMissing)):
+            self._lose(key)
+            if isinstance(error, self.removed_on):
+                self._start(Operation(Kind.REMOVE, key))
+
+    def _begin_write(self, operation: Operation) -> None:
+        if operation.key in self._index:
+            self._refuse(operation, None)
+            return
+        stored_bytes = HEADER_BYTES + operation.nbytes
+        victims = self._victims(stored_bytes)
+        if victims is None:
+            self._refuse(operation, TierFull(f"no room for {stored_bytes} bytes"))
+            return
+        for victim in victims:
+            self._evict(victim)
+        operation.victims = victims
+        self._stats.used_bytes += stored_bytes
+        self._start(operation)
+
+    def _end_write(self, operation: Operation) -> None:
+        stored_bytes = HEADER_BYTES + operation.nbytes
+        self._stats.used_bytes -= stored_bytes
+        if operation.error is None:
+            self._stats.write_bytes_total += operation.nbytes
+            self._gain(operation.key, stored_bytes)
+        elif isinstance(operation.error, TierFull):
+            self._yield_room(stored_bytes)
+
+    def _victims(self, stored_bytes: int) -> list[BlockKey] | None:
+        """Least recently used idle blocks to evict for ``stored_bytes``; None: not enough."""
+        if not self._stats.capacity_bytes:
+            return []
+        missing_bytes = self._stats.used_bytes + stored_bytes - self._stats.capacity_bytes
+        victims = []
+        for key, held_bytes in self._index.items():
+            if missing_bytes <= 0:
+                break
+            if not self._busy[key]:
+                victims.append(key)
+                missing_bytes -= held_bytes
+        return victims if missing_bytes <= 0 else None
+
+    def _yield_room(self, stored_bytes: int) -> None:
+        """The device is smaller than the capacity: shrink by as much as it refused."""
+        for key in list(self._index):
+            if stored_bytes <= 0:
+                break
+            if not self._busy[key]:
+                stored_bytes -= self._index[key]
+                self._evict(key)
+                self._start(Operation(Kind.REMOVE, key))
+
+    def _evict(self, key: BlockKey) -> None:
+        self._lose(key)
+        self._stats.evicted_blocks_total += 1
+
+    def _gain(self, key: BlockKey, stored_bytes: int) -> None:
+        self._index[key] = stored_bytes
+        self._stats.used_bytes += stored_bytes
+        self._changes.append(HoldingChange(key, True))
+
+    def _lose(self, key: BlockKey) -> None:
+        stored_bytes = self._index.pop(key, None)
+        if stored_bytes is not None:
+            self._stats.used_bytes -= stored_bytes
+            self._changes.append(HoldingChange(key, False))

@@ -1,0 +1,75 @@
+"""What the tiered store reports: events for its owner's loop, counters for metrics."""
+
+from __future__ import annotations
+
+import msgspec
+
+from storage.block import BlockKey
+from storage.tier import TierName, TierStats
+
+
+class ShareSettled(msgspec.Struct, frozen=True):
+    """A plan's share is as good as it gets: ``in_dram[i]`` tells that its block i is in
+    DRAM and pinned until the plan is released."""
+
+    plan: int
+    in_dram: list[bool]
+    read_bytes: dict[TierName, int]
+    """Read for this plan; a block that several plans waited for counts for the first."""
+    queue_s: float
+    """Waited for DRAM slots."""
+    read_s: float
+
+
+class HoldingChanged(msgspec.Struct, frozen=True):
+    """A tier gained or lost a block; SSD and REMOTE gain it when it is durable there."""
+
+    key: BlockKey
+    tier: TierName
+    held: bool
+
+
+StoreEvent = ShareSettled | HoldingChanged
+
+
+class StoreStats(msgspec.Struct):
+    """Counters (``_total``) and gauges; every one becomes a metric."""
+
+    slots: int = 0
+    slots_available: int = 0
+    """Free or evictable now."""
+    resident_blocks: int = 0
+    volatile_blocks: int = 0
+    """In DRAM only."""
+    durable_blocks: int = 0
+    """On SSD or remote or both."""
+    waiting_plans: int = 0
+    """Admitted, and not yet given their slots."""
+    reading_plans: int = 0
+    pinning_plans: int = 0
+    """Settled, and not yet released."""
+    persisting_blocks: int = 0
+    """Being pulled out of an engine, or written behind."""
+    read_queue_bytes: dict[TierName, int] = {}
+    """Promised to plans and not read yet."""
+    read_bytes_per_s: dict[TierName, float] = {}
+    """Exponential average while reads were outstanding; 0 until something was read."""
+    hits_total: dict[TierName, int] = {}
+    """Blocks of plans, by the tier where they were found."""
+    joined_reads_total: int = 0
+    """Blocks of plans that were being read for another plan, or pulled, already."""
+    unavailable_blocks_total: int = 0
+    """Blocks of plans that no tier could give, or that exceed DRAM as a whole."""
+    expired_plans_total: int = 0
+    """Settled by their deadline."""
+    forgotten_plans_total: int = 0
+    """Released by the store because nobody else did."""
+    refused_plans_total: int = 0
+    """Not queued: the queue was full, or the plan was known already."""
+    evicted_blocks_total: int = 0
+    """From DRAM."""
+    skipped_persists_total: int = 0
+    """Not pulled or not written for want of a slot or of room in the write queue."""
+    failed_persists_total: int = 0
+    """Writes to SSD or remote that ended with an error."""
+    tiers: dict[TierName, TierStats] = {}

@@ -1,0 +1,122 @@
+"""The contract of a storage tier below DRAM: submit, poll, partial success by key.
+
+Nothing here blocks the caller. Work is submitted in batches; every block of a
+batch completes on its own, with or without an error; completions are polled.
+A tier wakes its owner through ``on_wake`` (called from any thread) whenever
+``poll`` has something new. All other methods belong to one thread, the owner's.
+
+A tier never returns wrong bytes: a block that is absent, truncated, of another
+key, or whose checksum does not match completes with an error, is dropped from
+the tier, and is reported as lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Protocol
+
+import msgspec
+
+from storage.block import BlockKey
+
+
+class TierName(str, Enum):
+    """Where a block can be held."""
+
+    DRAM = "dram"
+    SSD = "ssd"
+    REMOTE = "remote"
+
+
+class BlockMissing(Exception):
+    """The tier does not hold the block (any more)."""
+
+
+class BlockCorrupt(Exception):
+    """The tier held bytes under this key that are not the block; it dropped them."""
+
+
+class TierFull(Exception):
+    """The block was not stored: no room could be made, or the device refused it."""
+
+
+class TierBusy(Exception):
+    """The tier's queue is full: the block was neither read nor stored."""
+
+
+class BlockIO(msgspec.Struct, frozen=True):
+    """One block to read into, or write from, ``buffer`` (exactly one block long).
+
+    The buffer must stay valid until the block's completion has been polled.
+    """
+
+    key: BlockKey
+    buffer: memoryview
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """The end of one block's read or write. ``error`` is None on success."""
+
+    key: BlockKey
+    is_write: bool
+    error: Exception | None = None
+    seconds: float = 0.0
+
+
+class HoldingChange(msgspec.Struct, frozen=True):
+    """A tier gained (durably) or lost a block."""
+
+    key: BlockKey
+    held: bool
+
+
+class TierStats(msgspec.Struct):
+    """Counters and gauges; every one becomes a metric."""
+
+    capacity_bytes: int = 0
+    used_bytes: int = 0
+    blocks: int = 0
+    read_queue_bytes: int = 0
+    """Promised to be read and not read yet."""
+    write_queue_bytes: int = 0
+    read_bytes_total: int = 0
+    write_bytes_total: int = 0
+    read_errors_total: int = 0
+    write_errors_total: int = 0
+    corrupt_blocks_total: int = 0
+    missing_blocks_total: int = 0
+    evicted_blocks_total: int = 0
+
+
+class Tier(Protocol):
+    """A bounded, evicting, content-addressed home of immutable blocks."""
+
+    name: TierName
+
+    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Which blocks are believed to be here: no I/O, so a hint."""
+
+    def submit_reads(self, blocks: Sequence[BlockIO]) -> None:
+        """Read each block into its buffer."""
+
+    def submit_writes(self, blocks: Sequence[BlockIO]) -> None:
+        """Store each block durably. One already held completes at once."""
+
+    def poll(self) -> list[Completion]:
+        """Completions since the last call, without waiting."""
+
+    def take_changes(self) -> list[HoldingChange]:
+        """Holdings gained or lost since the last call (eviction, corruption, writes)."""
+
+    def keys(self) -> list[BlockKey]:
+        """Every block held, for an announcement from scratch."""
+
+    def stats(self) -> TierStats:
+        """Present counters; cheap enough for every heartbeat."""
+
+    def close(self) -> None:
+        """End I/O within seconds and release files and threads."""
+
+
+Wake = Callable[[], None]

@@ -1,0 +1,400 @@
+"""DRAM slots over an SSD tier over a remote tier, driven by one thread's loop.
+
+Nothing here waits: work is submitted to the tiers, and ``poll`` moves it on. The
+caller passes the time (seconds of any one clock), so that tests and simulations can.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.block import BlockKey
+from storage.holdings import Holdings
+from storage.rate import RateMeter
+from storage.read_share import ReadShare, ShareBook
+from storage.slot_pool import SlotPool
+from storage.store_events import HoldingChanged, ShareSettled, StoreEvent, StoreStats
+from storage.tier import BlockIO, Completion, Tier, TierName
+from storage.write_behind import WriteBehind
+
+
+class _Fill:
+    """A slot that is being filled: from ``tier``, or from an engine where that is None."""
+
+    __slots__ = ("tier", "plans")
+
+    def __init__(self, tier: TierName | None) -> None:
+        self.tier = tier
+        self.plans: set[int] = set()
+
+
+class TieredStore:
+    """Has plans' blocks in DRAM when they are needed, and persists new ones behind.
+
+    *Reading.* Shares get their slots in the order of their arrival, each all at once, and
+    only then are read: SSD before remote, a failed SSD read again from remote. A block is
+    read once while it stays in DRAM, however many plans want it. What is settled stays
+    pinned until the plan is released, at most ``hold_s``.
+
+    *Persisting.* ``reserve`` a slot, fill it, ``commit`` it: the block is resident, and is
+    written to SSD and remote behind. While a plan waits for slots, persisting leaves
+    as many unpinned as that plan wants, so that neither starves the other. Where there
+    is no slot or no room in the write queue, the block is skipped and counted.
+
+    ``keep_in_dram=False``: what nobody needs is dropped at once, so every hit is read.
+    """
+
+    def __init__(
+        self,
+        pool: SlotPool,
+        ssd: Tier | None,
+        remote: Tier | None,
+        *,
+        write_queue_blocks: int = 1024,
+        plans_max: int = 4096,
+        hold_s: float = 600.0,
+        keep_in_dram: bool = True,
+    ) -> None:
+        self.pool = pool
+        self._tiers = {tier.name: tier for tier in (ssd, remote) if tier is not None}
+        self._plans_max = plans_max
+        self._hold_s = hold_s
+        self._keep_in_dram = keep_in_dram
+        self._shares = ShareBook()
+        self._fills: dict[BlockKey, _Fill] = {}
+        self._pulls = 0
+        """Fills from engines."""
+        self._ready: list[ReadShare] = []
+        """Shares that wait for nothing more."""
+        self._writes = WriteBehind(pool, self._tiers, write_queue_blocks)
+        self._holdings = Holdings()
+        self._events: list[StoreEvent] = []
+        self._rates = {name: RateMeter() for name in self._tiers}
+        self._reads: Counter[TierName] = Counter()
+        self._stats = StoreStats(slots=pool.num_slots)
+        for name, tier in self._tiers.items():
+            for key in tier.keys():
+                self._holdings.change(key, name, True)
+
+    # ---- plans ----------------------------------------------------------------------
+
+    def admit(self, plan: int, keys: Sequence[BlockKey], deadline: float, now: float) -> None:
+        """Queue a plan's share; ShareSettled follows, by ``deadline`` at the latest.
+
+        A plan that is here already is ignored; one that does not fit the queue settles
+        at once with nothing.
+        """
+        if plan in self._shares:
+            self._stats.refused_plans_total += 1
+            return
+        if self._shares.queued >= self._plans_max:
+            self._stats.refused_plans_total += 1
+            self._events.append(ShareSettled(plan, [False] * len(keys), {}, 0.0, 0.0))
+            return
+        share = ReadShare(plan, list(keys), deadline, now)
+        share.promised_blocks.update(
+            TierName.SSD if self._holdings.has(key, TierName.SSD) else TierName.REMOTE
+            for key in keys
+            if not self._holdings.has(key, TierName.DRAM) and key not in self._fills
+        )
+        self._shares.enqueue(share)
+        self._grant(now)
+
+    def release(self, plan: int) -> None:
+        """The plan needs its blocks no more, settled or not. Unknown plans are ignored."""
+        share = self._shares.get(plan)
+        if share is None:
+            return
+        self._stop_waiting(share)
+        self.pool.unpin_all(plan)
+        self._shares.remove(share)
+
+    def _grant(self, now: float) -> None:
+        """Give slots to the queue's head, and so on, until they do not suffice."""
+        while (share := self._shares.head()) is not None:
+            if self.pool.available < share.unpinned_slots_wanted:
+                return  # nothing that matters has changed since it was last looked at
+            here, joined, reads = self._classify(share)
+            wanted = len(reads) + sum(self.pool.is_evictable(key) for key in here)
+            if wanted > self.pool.available:
+                share.unpinned_slots_wanted = wanted
+                return
+            self._shares.dequeue(share)
+            share.granted_s = now
+            self._begin(share, here, joined, reads)
+
+    def _classify(
+        self, share: ReadShare
+    ) -> tuple[list[BlockKey], list[BlockKey], dict[BlockKey, TierName]]:
+        """The leading blocks that fit the pool: in DRAM, being filled, to be read."""
+        here: list[BlockKey] = []
+        joined: list[BlockKey] = []
+        reads: dict[BlockKey, TierName] = {}
+        for key in dict.fromkeys(share.keys):
+            if len(here) + len(joined) + len(reads) == self.pool.num_slots:
+                break
+            if key in self._fills:
+                joined.append(key)
+            elif self._holdings.has(key, TierName.DRAM):
+                here.append(key)
+            elif self._holdings.has(key, TierName.SSD):
+                reads[key] = TierName.SSD
+            elif TierName.REMOTE in self._tiers:
+                reads[key] = TierName.REMOTE
+        return here, joined, reads
+
+    def _begin(
+        self,
+        share: ReadShare,
+        here: list[BlockKey],
+        joined: list[BlockKey],
+        reads: dict[BlockKey, TierName],
+    ) -> None:
+        """Pin, join, and submit the reads of a share that has got its slots."""
+        for key in (*here, *joined):
+            self.pool.pin(key, share.plan)
+        by_tier: defaultdict[TierName, list[BlockIO]] = defaultdict(list)
+        for key, tier in reads.items():
+            self._begin_fill(key, tier)
+            self.pool.pin(key, share.plan)
+            by_tier[tier].append(BlockIO(key, self.pool.buffer(key)))
+        share.waiting.update(joined, reads)
+        for key in share.waiting:
+            self._fills[key].plans.add(share.plan)
+        self._count_hit(TierName.DRAM, len(here))
+        self._stats.joined_reads_total += len(joined)
+        unique = len(set(share.keys))
+        self._stats.unavailable_blocks_total += unique - len(here) - len(joined) - len(reads)
+        for tier, blocks in by_tier.items():
+            self._tiers[tier].submit_reads(blocks)
+        if not share.waiting:
+            self._ready.append(share)
+
+    def _stop_waiting(self, share: ReadShare) -> None:
+        """Let unfinished fills go on without this plan."""
+        for key in share.waiting:
+            self._fills[key].plans.discard(share.plan)
+            self.pool.unpin(key, share.plan)
+        share.waiting.clear()
+
+    def _settle(self, share: ReadShare, now: float) -> None:
+        if share.granted_s is None:  # its deadline came first: what is here must do
+            for key in share.keys:
+                if self.pool.is_resident(key):
+                    self.pool.pin(key, share.plan)
+        self._stop_waiting(share)
+        in_dram = [self.pool.is_pinned_by(key, share.plan) for key in share.keys]
+        granted_s = now if share.granted_s is None else share.granted_s
+        queue_s, read_s = granted_s - share.admitted_s, now - granted_s
+        self._events.append(ShareSettled(share.plan, in_dram, share.read_bytes, queue_s, read_s))
+        self._shares.mark_settled(share, now, self._hold_s)
+        if not any(in_dram):
+            self._shares.remove(share)
+
+    # ---- blocks from engines ----------------------------------------------------------
+
+    def reserve(self, keys: Iterable[BlockKey]) -> dict[BlockKey, int]:
+        """Slots (byte offsets) for those of the blocks that are new to this store.
+
+        Each must be ended by :meth:`commit` or :meth:`abandon`. Blocks that are held,
+        or on their way, are left out; so are, counted, those without a slot.
+        """
+        offsets = {}
+        for key in keys:
+            if key in self._fills or self._holdings.has_any(key):
+                continue
+            if not self.pool.available or not self._may_persist():
+                self._stats.skipped_persists_total += 1
+                continue
+            self._begin_fill(key, None)
+            self._pulls += 1
+            offsets[key] = self.pool.offset(key)
+        return offsets
+
+    def commit(self, key: BlockKey) -> None:
+        """A reserved slot holds the block's bytes: it is resident, and written behind."""
+        self._end_pull(key, filled=True)
+        self._write_behind(key, self._tiers)
+
+    def abandon(self, key: BlockKey) -> None:
+        """Nothing came, or will come, into a reserved slot: it is free."""
+        self._end_pull(key, filled=False)
+
+    def _end_pull(self, key: BlockKey, filled: bool) -> None:
+        fill = self._fills.get(key)
+        if fill is None or fill.tier is not None:
+            raise KeyError(f"block {key.hex()} is not reserved")
+        self._pulls -= 1
+        self._end_fill(key, filled)
+
+    def _may_persist(self) -> bool:
+        """May one more slot be pinned by persisting?"""
+        head = self._shares.head()
+        reserved = head.unpinned_slots_wanted if head is not None else 0
+        return self._pulls + len(self._writes) < self.pool.num_slots - reserved
+
+    def _write_behind(self, key: BlockKey, tiers: Iterable[TierName]) -> None:
+        targets = [tier for tier in tiers if not self._holdings.has(key, tier)]
+        if targets and not self._writes.start(key, targets):
+            self._stats.skipped_persists_total += 1
+
+    # ---- progress ---------------------------------------------------------------------
+
+    def poll(self, now: float) -> list[StoreEvent]:
+        """Move everything on, and return what happened since the last call.
+
+        Call it when a tier wakes the owner, after messages were handled (admit and
+        commit report here as well), and now and then for deadlines.
+        """
+        for name, tier in self._tiers.items():
+            completions, read_bytes = tier.poll(), 0
+            for change in tier.take_changes():
+                self._note_holding(change.key, name, change.held)
+            for completion in completions:
+                if completion.is_write:
+                    self._stats.failed_persists_total += completion.error is not None
+                    self._writes.end(completion.key, name)
+                else:
+                    read_bytes += self._end_read(name, completion)
+            self._rates[name].note(now, read_bytes, self._reads[name] > 0)
+        self._settle_ready(now)
+        for share in self._shares.due(now):
+            self._end_overdue(share, now)
+        self._grant(now)
+        self._settle_ready(now)
+        if not self._keep_in_dram:
+            for key in self.pool.evict_all():
+                self._note_holding(key, TierName.DRAM, False)
+        events, self._events = self._events, []
+        return events
+
+    def _settle_ready(self, now: float) -> None:
+        ready, self._ready = self._ready, []
+        for share in ready:
+            if share.settled_s is None and self._shares.get(share.plan) is share:
+                self._settle(share, now)
+
+    def _end_overdue(self, share: ReadShare, now: float) -> None:
+        if share.settled_s is None:
+            self._stats.expired_plans_total += 1
+            self._settle(share, now)
+        elif now >= share.settled_s + self._hold_s:
+            self._stats.forgotten_plans_total += 1
+            self.release(share.plan)
+
+    def _begin_fill(self, key: BlockKey, tier: TierName | None) -> None:
+        evicted = self.pool.begin_fill(key)
+        if evicted is not None:
+            self._stats.evicted_blocks_total += 1
+            self._note_holding(evicted, TierName.DRAM, False)
+        self._fills[key] = _Fill(tier)
+        if tier is not None:
+            self._reads[tier] += 1
+
+    def _end_fill(self, key: BlockKey, filled: bool) -> None:
+        fill = self._fills.pop(key)
+        if filled:
+            self.pool.commit(key)
+            self._note_holding(key, TierName.DRAM, True)
+        else:
+            self.pool.abandon(key)
+        for plan in sorted(fill.plans):
+            share = self._shares.get(plan)
+            assert share is not None, "a released plan waits for nothing"
+            share.waiting.discard(key)
+            if not share.waiting:
+                self._ready.append(share)
+
+    def _end_read(self, tier: TierName, completion: Completion) -> int:
+        """Returns the bytes that came in."""
+        key = completion.key
+        fill = self._fills[key]
+        self._reads[tier] -= 1
+        if completion.error is None:
+            nbytes = self.pool.block_bytes
+            first = self._shares.get(min(fill.plans)) if fill.plans else None
+            if first is not None:
+                first.read_bytes[tier] = first.read_bytes.get(tier, 0) + nbytes
+            self._count_hit(tier, 1)
+            self._end_fill(key, filled=True)
+            if tier is TierName.REMOTE and TierName.SSD in self._tiers:
+                self._keep_on_ssd(key)
+            return nbytes
+        if tier is TierName.SSD and TierName.REMOTE in self._tiers:
+            fill.tier = TierName.REMOTE
+            self._reads[TierName.REMOTE] += 1
+            block = BlockIO(key, self.pool.buffer(key))
+            self._tiers[TierName.REMOTE].submit_reads([block])
+        else:
+            self._stats.unavailable_blocks_total += 1
+            self._end_fill(key, filled=False)
+        return 0
+
+    def _keep_on_ssd(self, key: BlockKey) -> None:
+        """Later reads of a block that came from remote are local."""
+        if self._may_persist():
+            self._write_behind(key, [TierName.SSD])
+        else:
+            self._stats.skipped_persists_total += 1
+
+    def _note_holding(self, key: BlockKey, tier: TierName, held: bool) -> None:
+        if self._holdings.change(key, tier, held):
+            self._events.append(HoldingChanged(key, tier, held))
+
+    def _count_hit(self, tier: TierName, blocks: int) -> None:
+        hits = self._stats.hits_total
+        hits[tier] = hits.get(tier, 0) + blocks
+
+    # ---- questions --------------------------------------------------------------------
+
+    def is_resident(self, keys: Iterable[BlockKey]) -> list[bool]:
+        """Which blocks are in DRAM now; only pinned ones stay there."""
+        return [self._holdings.has(key, TierName.DRAM) for key in keys]
+
+    def offset(self, key: BlockKey) -> int:
+        """Where the block lies in DRAM, for its delivery; KeyError if it is not there."""
+        if not self.pool.is_resident(key):
+            raise KeyError(f"block {key.hex()} is not in DRAM")
+        return self.pool.offset(key)
+
+    def offsets(self, keys: Sequence[BlockKey]) -> NDArray[np.int64]:
+        """:meth:`offset` of each block; shape (len(keys),)."""
+        for key in keys:
+            self.offset(key)
+        return self.pool.offsets(keys)
+
+    def holdings(self) -> list[HoldingChanged]:
+        """Everything held, for an announcement from scratch.
+
+        Events that ``poll`` has not returned yet are in it already, and harmless after it.
+        """
+        return [HoldingChanged(key, tier, True) for key, tier in self._holdings]
+
+    def stats(self) -> StoreStats:
+        """Present counters; a copy."""
+        stats, shares = self._stats, self._shares
+        stats.slots_available = self.pool.available
+        stats.resident_blocks = self.pool.num_resident
+        stats.volatile_blocks = self._holdings.volatile
+        stats.durable_blocks = self._holdings.durable
+        stats.waiting_plans = shares.queued
+        stats.reading_plans = shares.reading
+        stats.pinning_plans = shares.settled
+        stats.persisting_blocks = self._pulls + len(self._writes)
+        tiers = {name: tier.stats() for name, tier in self._tiers.items()}
+        stats.read_bytes_per_s = {name: rate.bytes_per_s for name, rate in self._rates.items()}
+        stats.read_queue_bytes = {
+            name: tier.read_queue_bytes + shares.promised_blocks[name] * self.pool.block_bytes
+            for name, tier in tiers.items()
+        }
+        return msgspec.structs.replace(stats, tiers=tiers, hits_total=dict(stats.hits_total))
+
+    def close(self) -> None:
+        """End the tiers' I/O within seconds; blocks not yet durable are lost."""
+        for tier in self._tiers.values():
+            tier.close()

@@ -1,0 +1,283 @@
+"""A real cluster for tests: ``launch.cluster`` as a subprocess, and a client of its API."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+START_TIMEOUT_S = 240
+STOP_TIMEOUT_S = 15
+
+
+class RequestFailed(Exception):
+    """An HTTP answer other than 2xx."""
+
+    def __init__(self, status: int, body: str, headers: dict[str, str]) -> None:
+        super().__init__(f"HTTP {status}: {body[:500]}")
+        self.status, self.body, self.headers = status, body, headers
+
+
+@dataclass
+class Answer:
+    """What a request gave: its JSON and the trace in its header."""
+
+    body: Any
+    trace: dict[str, Any]
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.body["output_ids"]
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.body["meta_info"]["cached_tokens"]
+
+    @property
+    def reader_agents(self) -> set[str]:
+        return {agent for agent, share in self.trace["readers"].items() if share["blocks"]}
+
+    def read_bytes(self, tier: str) -> int:
+        return sum(share["read_bytes"].get(tier, 0) for share in self.trace["readers"].values())
+
+
+def post(
+    url: str, body: Any, timeout_s: float = 120, headers: dict[str, str] | None = None
+) -> Answer:
+    """POST JSON; raises :class:`RequestFailed`."""
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            text = response.read().decode()
+            trace = json.loads(response.headers.get("x-dualpath-trace") or "{}")
+            return Answer(json.loads(text) if text[:1] in "[{" else text, trace)
+    except urllib.error.HTTPError as error:
+        text = error.read().decode(errors="replace")
+        raise RequestFailed(error.code, text, dict(error.headers)) from None
+
+
+def get(url: str, timeout_s: float = 10) -> tuple[int, str]:
+    """GET: status and text."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
+
+
+def free_port_block(size: int) -> int:
+    """First of ``size`` consecutive ports that are free now."""
+    # Below the ports of outgoing connections, where Mooncake refuses a fixed range.
+    for first in range(17500 + os.getpid() % 20 * size, 32000, size):
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + size):
+                    probe = stack.enter_context(socket.socket())
+                    probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+    raise RuntimeError("no free block of ports")
+
+
+GREEDY = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
+
+
+@dataclass
+class Cluster:
+    """Handle of a running cluster."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log_dir: Path
+    flags: list[str] = field(default_factory=list)
+
+    def generate(self, input_ids: list[int], timeout_s: float = 120, **fields: Any) -> Answer:
+        """One ``/generate`` with token ids; greedy unless told otherwise."""
+        params = {**GREEDY, **fields.pop("sampling_params", {})}
+        body = {"input_ids": input_ids, "sampling_params": params, **fields}
+        return post(f"{self.url}/generate", body, timeout_s)
+
+    def set_policy(self, name: str) -> None:
+        post(f"{self.url}/admin/policy", {"path_policy": name})
+
+    def flush_engines(self) -> None:
+        """Empty the engines' own caches (and poison them): only the store keeps blocks."""
+        deadline = time.monotonic() + 90  # one may just be starting again
+        while True:
+            try:
+                post(f"{self.url}/flush_cache", {})
+                return
+            except RequestFailed:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def incarnations(self, kind: str) -> dict[str, int]:
+        """Incarnation of each live agent or engine that the gateway knows."""
+        state = json.loads(get(f"{self.url}/admin/cluster")[1])
+        return {peer["name"]: peer["incarnation"] for peer in state[kind] if peer["alive"]}
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of ``/metrics``, by name with labels."""
+        samples = {}
+        for line in get(f"{self.url}/metrics")[1].splitlines():
+            if line and not line.startswith("#"):
+                name, _, value = line.rpartition(" ")
+                samples[name] = float(value)
+        return samples
+
+    def metric_sum(self, part: str) -> float:
+        """Sum of all samples whose name contains ``part``."""
+        return sum(value for name, value in self.metrics().items() if part in name)
+
+    def pids(self, marker: str) -> list[int]:
+        """Processes of this cluster whose settings or command line contain ``marker``."""
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                names = [child.environ().get(v, "") for v in ("DUALPATH_AGENT", "DUALPATH_ENGINE")]
+                own = [json.loads(text)["name"] for text in names if text]
+                if marker in own or marker in " ".join(child.cmdline()):
+                    found.append(child.pid)
+        return found
+
+    def engine_url(self, name: str) -> str:
+        """SGLang's own HTTP port of one engine."""
+        for pid in self.pids(name):
+            argv = psutil.Process(pid).cmdline()
+            if "sglang.launch_server" in argv:
+                return f"http://127.0.0.1:{argv[argv.index('--port') + 1]}"
+        raise AssertionError(f"{name} does not run")
+
+    def signal(self, name: str, number: signal.Signals) -> list[int]:
+        """Send a signal to every process of one agent, engine or the gateway."""
+        pids = self.pids(name)
+        assert pids, f"no process of {name}"
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        return pids
+
+    def wait_healthy(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Until ``/health`` is 200."""
+        self.wait_until(lambda: get(f"{self.url}/health")[0] == 200, timeout_s, "health")
+
+    def wait_until(self, holds: Any, timeout_s: float, what: str) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with contextlib.suppress(OSError, RequestFailed):
+                if holds():
+                    return
+            if self.process.poll() is not None:
+                raise RuntimeError(f"cluster ended with {self.process.returncode}:\n{self.log()}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{what} not within {timeout_s} s:\n{self.log()}")
+            time.sleep(0.1)
+
+    def wait_stored(self) -> None:
+        """Until every block offered by the engines is with the agents and durable."""
+
+        def settled() -> bool:
+            metrics = self.metrics()
+
+            def total(part: str) -> float:
+                return sum(value for name, value in metrics.items() if part in name)
+
+            return total("dualpath:engine_open_jobs") == 0 and total('state="volatile"') == 0
+
+        time.sleep(0.5)
+        self.wait_until(settled, 30, "stored")
+        time.sleep(1.2)  # one more status round: the directory has what the agents announced
+
+    def log(self) -> str:
+        """Ends of all log files, for a failed test."""
+        parts = []
+        for path in sorted(self.log_dir.glob("*.log")):
+            parts.append(f"==== {path.name}\n" + "\n".join(path.read_text().splitlines()[-25:]))
+        return "\n".join(parts)
+
+    def stop(self) -> float:
+        """SIGTERM; returns the seconds it took."""
+        started = time.monotonic()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(STOP_TIMEOUT_S)
+        return time.monotonic() - started
+
+
+@contextlib.contextmanager
+def running_cluster(folder: Path, *flags: str, wait: bool = True) -> Iterator[Cluster]:
+    """Start a cluster on free ports with its store and logs under ``folder``."""
+    port = free_port_block(400)
+    log_dir = folder / "logs"
+    argv = [sys.executable, "-m", "launch.cluster", "--port", str(port)]
+    argv += ["--base-port", str(port + 10), "--log-dir", str(log_dir)]
+    argv += ["--restart-backoff-max-s", "1"]
+    argv += [] if "--ssd-dir" in flags else ["--ssd-dir", str(folder / "ssd")]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "cluster.out").open("wb") as output:
+        process = subprocess.Popen([*argv, *flags], stdout=output, stderr=output)
+    cluster = Cluster(process, f"http://127.0.0.1:{port}", log_dir, list(flags))
+    try:
+        if wait:
+            cluster.wait_healthy()
+        yield cluster
+    finally:
+        try:
+            cluster.stop()
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+@contextlib.contextmanager
+def plain_sglang(model: Path, folder: Path) -> Iterator[str]:
+    """One ordinary SGLang process, the reference for token identity; yields its URL."""
+    port = free_port_block(50)
+    argv = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+    argv += ["--device", "cpu", "--dtype", "float32", "--page-size", "64"]
+    argv += ["--max-total-tokens", "32768", "--host", "127.0.0.1", "--port", str(port)]
+    argv += ["--skip-server-warmup", "--sleep-on-idle"]
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("DUALPATH_")}
+    environment |= {
+        "SGLANG_PLATFORM": "dualpath_cpu",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    log = (folder / "plain.log").open("wb")
+    process = subprocess.Popen(
+        argv, stdout=log, stderr=log, env=environment, start_new_session=True
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            with contextlib.suppress(OSError):
+                if get(f"{url}/model_info")[0] == 200:
+                    break
+            assert process.poll() is None and time.monotonic() < deadline, "plain SGLang died"
+            time.sleep(0.3)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+        log.close()

@@ -1,0 +1,32 @@
+"""A model's digest follows its bytes, not its name."""
+
+import pytest
+
+from engine.model_digest import NoWeights, model_digest
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"w" * 1000)
+    return folder
+
+
+def test_same_bytes_elsewhere_have_the_same_digest(model):
+    before = model_digest(model)
+    moved = model.rename(model.with_name("another-name"))
+    assert model_digest(moved) == before == model_digest(moved)
+
+
+def test_another_weight_under_the_same_name_has_another_digest(model):
+    before = model_digest(model)
+    (model / "model.safetensors").write_bytes(b"w" * 999 + b"x")
+    assert model_digest(model) != before
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(NoWeights):
+        model_digest(tmp_path)

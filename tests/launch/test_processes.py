@@ -1,0 +1,159 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine.engine_config import EngineConfig
+from launch.config import BadConfig, ClusterConfig
+from launch.gateway_config import GatewayConfig
+from launch.hardware import Hardware, choose_transfer
+from launch.processes import ProcessRecord, process_records, respawn
+from storage.settings import from_env
+from transfer.agent_config import AgentConfig
+
+CPU = Hardware("cpu", "tcp", "test")
+MODEL = Path("/models/tiny")
+
+
+def records_of(config: ClusterConfig, **more) -> dict[str, ProcessRecord]:
+    return {record.name: record for record in process_records(config, MODEL, CPU, **more)}
+
+
+def settings_of(monkeypatch, record: ProcessRecord, variable: str, kind):
+    monkeypatch.setenv(variable, record.env[variable])
+    return from_env(variable, kind)
+
+
+def flag_value(record: ProcessRecord, flag: str) -> str:
+    """What argparse would take: the last one."""
+    return record.argv[len(record.argv) - 1 - record.argv[::-1].index(flag) + 1]
+
+
+def test_each_engine_gets_an_agent_and_there_is_one_gateway():
+    records = records_of(ClusterConfig(prefill=2, decode=3))
+    engines = ["p0", "p1", "d0", "d1", "d2"]
+    assert list(records) == [*(f"agent-{name}" for name in engines), *engines, "gateway"]
+    assert set(records["d2"].after) == {f"agent-{name}" for name in engines}
+
+
+def test_no_port_is_used_twice():
+    records = records_of(ClusterConfig(prefill=3, decode=4)).values()
+    ports: list[int] = [port for record in records for port in record.ports.values()]
+    for record in records:
+        if "MC_MIN_RPC_PORT" in record.env:
+            first, last = int(record.env["MC_MIN_RPC_PORT"]), int(record.env["MC_MAX_RPC_PORT"])
+            ports += range(first, last + 1)
+        for restart in range(1, 8):
+            again = respawn(record, restart)
+            ports += [again.ports["bootstrap"]] if "bootstrap" in again.ports else []
+    assert len(ports) == len(set(ports))
+
+
+def test_every_process_is_told_the_same_addresses(monkeypatch):
+    records = records_of(ClusterConfig(prefill=1, decode=2))
+    gateway = settings_of(monkeypatch, records["gateway"], "DUALPATH_GATEWAY", GatewayConfig)
+    for address in gateway.engines:
+        record = records[address.name]
+        engine = settings_of(monkeypatch, record, "DUALPATH_ENGINE", EngineConfig)
+        agent = settings_of(monkeypatch, records[address.agent], "DUALPATH_AGENT", AgentConfig)
+        assert (engine.name, engine.role, engine.agent) == (address.name, address.role, agent.name)
+        assert engine.agents == gateway.agents
+        assert engine.agents[agent.name] == agent.control == records[agent.name].alive.target
+        assert engine.control == address.control == record.alive.target
+        assert address.http == f"http://127.0.0.1:{flag_value(record, '--port')}"
+        assert flag_value(record, "--disaggregation-mode") == address.role
+
+
+def test_agents_share_nothing_on_disk(monkeypatch, tmp_path):
+    records = records_of(ClusterConfig(prefill=1, decode=1, ssd_dir=str(tmp_path)))
+    folders = {
+        settings_of(monkeypatch, records[name], "DUALPATH_AGENT", AgentConfig).ssd_dir
+        for name in ("agent-p0", "agent-d0")
+    }
+    assert folders == {str(tmp_path / "agent-p0"), str(tmp_path / "agent-d0")}
+
+
+def test_no_ssd_bytes_means_no_ssd_tier(monkeypatch):
+    record = records_of(ClusterConfig(ssd_bytes=0))["agent-p0"]
+    assert settings_of(monkeypatch, record, "DUALPATH_AGENT", AgentConfig).ssd_dir == ""
+
+
+def test_the_users_engine_flags_come_last_and_so_win():
+    config = ClusterConfig(
+        decode=1,
+        engine_args="--dtype bfloat16 --page-size 32",
+        prefill_args="--chunked-prefill-size 1024",
+        decode_args="--dtype float16",
+    )
+    records = records_of(config)
+    assert flag_value(records["p0"], "--dtype") == "bfloat16"
+    assert flag_value(records["d0"], "--dtype") == "float16"
+    assert flag_value(records["d0"], "--page-size") == "32"
+    assert "--chunked-prefill-size" not in records["d0"].argv
+
+
+def test_a_prefill_engine_loads_blocks_through_our_linker():
+    record = records_of(ClusterConfig())["p0"]
+    linker = json.loads(flag_value(record, "--unified-cache-external-linker-config"))
+    assert linker["linker_module_path"] == "engine.prefill_linker"
+    assert "--enable-unified-cache-external-linker" in record.argv
+
+
+def test_a_restarted_prefill_engine_changes_its_bootstrap_port_and_nothing_else():
+    record = records_of(ClusterConfig())["p0"]
+    seen = [respawn(record, count).ports["bootstrap"] for count in range(9)]
+    assert len(set(seen[:8])) == 8 and seen[8] == seen[0] == record.ports["bootstrap"]
+    again = respawn(record, 3)
+    assert flag_value(again, "--disaggregation-bootstrap-port") == str(seen[3])
+    assert replace(again, argv=record.argv, ports=record.ports) == record
+
+
+@pytest.mark.parametrize("name", ["agent-p0", "d0", "gateway"])
+def test_other_processes_come_back_as_they_were(name):
+    record = records_of(ClusterConfig())[name]
+    assert respawn(record, 1) == record
+
+
+def test_nodes_can_live_on_different_hosts():
+    records = records_of(ClusterConfig(), hosts={"p0": "10.0.0.1", "d0": "10.0.0.2"})
+    assert records["agent-d0"].host == "10.0.0.2"
+    assert records["p0"].env["SGLANG_HOST_IP"] == "10.0.0.1"
+    assert records["p0"].alive.target.startswith("tcp://10.0.0.1:")
+
+
+def test_a_hub_name_keeps_the_hub_reachable():
+    local = process_records(ClusterConfig(), MODEL, CPU)[1]
+    hub = process_records(ClusterConfig(), Path("org/name"), CPU)[1]
+    assert local.env["HF_HUB_OFFLINE"] == "1" and "HF_HUB_OFFLINE" not in hub.env
+
+
+def test_on_cuda_each_engine_has_its_own_gpus_and_no_cpu_platform():
+    config = ClusterConfig(prefill=1, decode=1, engine_args="--tp-size 4")
+    cuda = Hardware("cuda", "rdma", "test")
+    records = {r.name: r for r in process_records(config, MODEL, cuda)}
+    assert flag_value(records["d0"], "--base-gpu-id") == "4"
+    assert "SGLANG_PLATFORM" not in records["d0"].env
+    assert "MC_FORCE_TCP" not in records["agent-d0"].env
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "devices", "chosen"),
+    [
+        ("auto", "cpu", [], "tcp"),
+        ("auto", "cpu", ["mlx5_0"], "tcp"),
+        ("auto", "cuda", [], "tcp"),
+        ("auto", "cuda", ["mlx5_0"], "rdma"),
+        ("tcp", "cuda", ["mlx5_0"], "tcp"),
+        ("rdma", "cpu", ["mlx5_0"], "rdma"),
+    ],
+)
+def test_the_transport_is_chosen_and_explained(asked, device, devices, chosen):
+    hardware = choose_transfer(asked, device, devices)
+    assert hardware.transfer == chosen
+    assert hardware.reason.endswith(".")
+
+
+def test_rdma_without_a_device_is_refused():
+    with pytest.raises(BadConfig, match="--transfer tcp"):
+        choose_transfer("rdma", "cpu", [])

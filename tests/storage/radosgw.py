@@ -1,0 +1,157 @@
+"""A real S3 server for tests: Ceph's RADOS gateway over a memory-backed cluster of one.
+
+Needs Debian's ``radosgw ceph-mon ceph-osd ceph-common``. All daemons listen on free
+loopback ports, keep everything below one folder, and are ended by their process ids.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+import uuid
+from pathlib import Path
+from typing import Any
+
+PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph")
+START_TIMEOUT_S = 60.0
+
+_CONFIG = """[global]
+fsid={fsid}
+mon host=[v1:127.0.0.1:{mon_port}]
+auth cluster required=none
+auth service required=none
+auth client required=none
+auth supported=none
+public addr=127.0.0.1
+cluster addr=127.0.0.1
+osd pool default size=1
+osd pool default min size=1
+mon allow pool size one=true
+paxos propose interval=0.05
+osd pool default pg num=1
+osd crush chooseleaf type=0
+osd objectstore=memstore
+memstore device bytes=1073741824
+run dir={root}/run
+pid file=
+log file={root}/log/$name.log
+admin socket={root}/run/$name.asok
+mon data={root}/mon
+osd data={root}/osd
+osd max object name len=256
+ms bind msgr2=false
+mon max pg per osd=1000
+osd pool default pg autoscale mode=off
+rgw frontends=beast endpoint=127.0.0.1:{rgw_port}
+rgw dns name=
+"""
+
+
+class RadosGateway:
+    """``start()``, then ``options`` are fsspec's for s3 URLs in ``bucket``; ``stop()``."""
+
+    bucket = "blocks"
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._mon_port, self._rgw_port = _free_port(), _free_port()
+        self.options: dict[str, Any] = {
+            "key": "test-key",
+            "secret": "test-secret",
+            "endpoint_url": f"http://127.0.0.1:{self._rgw_port}",
+        }
+
+    def start(self) -> None:
+        """Returns once the bucket exists; raises what went wrong otherwise."""
+        end = time.monotonic() + START_TIMEOUT_S
+        self._start_cluster(end)
+        self._start_gateway(end)
+        import s3fs  # slow to import, and most tests do without
+
+        s3fs.S3FileSystem(skip_instance_cache=True, **self.options).mkdir(self.bucket)
+
+    def stop(self) -> None:
+        """End the daemons that were started, whether or not ``start`` succeeded."""
+        for process in reversed(self._processes):
+            process.kill()
+            process.wait(10)
+        self._processes.clear()
+
+    def _start_cluster(self, end: float) -> None:
+        fsid = str(uuid.uuid4())
+        for folder in ("mon", "osd", "run", "log"):
+            (self._root / folder).mkdir()
+        (self._root / "ceph.conf").write_text(
+            _CONFIG.format(
+                fsid=fsid, root=self._root, mon_port=self._mon_port, rgw_port=self._rgw_port
+            )
+        )
+        monmap = str(self._root / "monmap")
+        address = f"[v1:127.0.0.1:{self._mon_port}]"
+        self._run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", address, monmap)
+        self._run("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap)
+        self._spawn("ceph-mon", "-i", "a", "-f")
+        osd = str(uuid.uuid4())
+        self._run("ceph", "osd", "new", osd)
+        self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
+        self._start_osd(end)
+
+    def _start_osd(self, end: float) -> None:
+        """An OSD that asks its monitor before the two have met exits: then start another."""
+        osd = self._spawn("ceph-osd", "-i", "0", "-f")
+        while b'"num_up_osds":1' not in self._run("ceph", "osd", "stat", "--format=json"):
+            if time.monotonic() > end:
+                raise RuntimeError(f"ceph-osd did not start: see {self._root}/log")
+            if osd.poll() is not None:
+                osd = self._spawn("ceph-osd", "-i", "0", "-f")
+
+    def _start_gateway(self, end: float) -> None:
+        user = ("user", "create", "--uid=test", "--display-name=test")
+        keys = (f"--access-key={self.options['key']}", f"--secret={self.options['secret']}")
+        self._run("radosgw-admin", *user, *keys)
+        gateway = self._spawn("radosgw", "-n", "client.rgw.a", "-f")
+        while True:
+            try:
+                urllib.request.urlopen(self.options["endpoint_url"], timeout=5).close()
+                return
+            except urllib.error.HTTPError:
+                return  # it answers
+            except OSError:
+                if gateway.poll() is not None or time.monotonic() > end:
+                    raise RuntimeError(f"radosgw did not start: see {self._root}/log") from None
+                time.sleep(0.2)
+
+    def _command(self, program: str, *arguments: str) -> list[str]:
+        config = () if program == "monmaptool" else ("-c", str(self._root / "ceph.conf"))
+        return [program, *config, *arguments]
+
+    def _run(self, program: str, *arguments: str) -> bytes:
+        command = self._command(program, *arguments)
+        done = subprocess.run(command, capture_output=True, timeout=START_TIMEOUT_S, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr.decode()[-2000:]}")
+        return done.stdout
+
+    def _spawn(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
+        with open(self._root / "log" / f"{program}.out", "wb") as output:
+            process = subprocess.Popen(
+                self._command(program, *arguments), stdout=output, stderr=output
+            )
+        self._processes.append(process)
+        return process
+
+
+def missing_programs() -> list[str]:
+    """Those without which no gateway can be started here."""
+    return [program for program in PROGRAMS if shutil.which(program) is None]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,17 @@
+"""The README's table of flags is the one that the configuration prints."""
+
+from pathlib import Path
+
+from launch.config import help_markdown
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_table_of_flags_is_current():
+    assert help_markdown() in (ROOT / "README.md").read_text()
+
+
+def test_every_document_named_in_the_readme_exists():
+    text = (ROOT / "README.md").read_text()
+    for name in ("architecture", "sglang", "dependencies", "limits"):
+        assert f"docs/{name}.md" in text and (ROOT / "docs" / f"{name}.md").exists()

@@ -1,0 +1,103 @@
+"""The wrapper over real Mooncake, TCP on loopback; and host memory."""
+
+from __future__ import annotations
+
+import mmap
+import time
+
+import numpy as np
+import pytest
+from fake_engine import LAYOUT, FakeEngine
+
+from transfer import memory
+from transfer.memory import HostMemory, NotEnoughMemory
+from transfer.mooncake import OutOfBounds, PeerSuspended, TransferFailed, TransferPeer
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(scope="module")
+def clock():
+    return Clock()
+
+
+@pytest.fixture(scope="module")
+def peer(clock):
+    return TransferPeer("127.0.0.1", "tcp", retry_after_s=5.0, clock=clock)
+
+
+def registered(peer, nbytes: int) -> tuple[np.ndarray, int]:
+    array = np.zeros(nbytes, np.uint8)
+    peer.register(int(array.ctypes.data), nbytes)
+    return array, int(array.ctypes.data)
+
+
+def ranges(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def test_more_ranges_than_mooncake_takes_at_once_arrive(peer):
+    other = TransferPeer("127.0.0.1", "tcp")
+    count, size = 6000, 16
+    (source, at), (target, to) = registered(peer, count * size), registered(other, count * size)
+    source[:] = np.random.default_rng(0).integers(0, 256, count * size)
+    order = np.random.default_rng(1).permutation(count) * size
+    lengths = np.full(count, size, np.int64)
+    batch_count = []
+    peer.write(other.session_id, at + order, to + order, lengths, lambda: batch_count.append(1))
+    assert np.array_equal(source, target) and len(batch_count) == 6
+    source[:] = 0
+    peer.read(other.session_id, at + order, to + order, lengths)
+    assert np.array_equal(source, target)
+
+
+def test_a_local_range_outside_registered_memory_is_refused(peer):
+    other = TransferPeer("127.0.0.1", "tcp")
+    _, at = registered(peer, 4096)
+    _, to = registered(other, 8192)
+    for address, length in ((at - 1, 8), (at, 4097), (at + 4095, 2), (0, 8), (1 << 46, 8)):
+        with pytest.raises(OutOfBounds):
+            peer.write(other.session_id, ranges(at, address), ranges(to, to), ranges(8, length))
+    peer.write(other.session_id, ranges(at), ranges(to), ranges(4096))
+
+
+def test_a_dead_peer_is_refused_until_it_is_time_to_try_again(peer, clock):
+    engine = FakeEngine("e", {})
+    session = engine.session_id
+    _, at = registered(peer, 4096)
+    word = ranges(at), ranges(engine.board_address), ranges(8)
+    peer.write(session, *word)
+    engine.kill()
+    with pytest.raises(TransferFailed) as failure:
+        peer.write(session, *word)
+    assert (failure.value.peer, failure.value.operation) == (session, "write")
+    started = time.monotonic()
+    with pytest.raises(PeerSuspended):
+        peer.read(session, *word)
+    assert time.monotonic() - started < 0.1
+    clock.now += 6
+    with pytest.raises(TransferFailed):
+        peer.write(session, *word)
+    peer.forgive(session)
+    with pytest.raises(TransferFailed):
+        peer.write(session, *word)
+
+
+def test_host_memory_is_whole_pages_that_are_there():
+    block = HostMemory(LAYOUT.block_bytes + 1)
+    assert block.size_bytes % mmap.PAGESIZE == 0 and block.size_bytes > LAYOUT.block_bytes
+    assert block.address % mmap.PAGESIZE == 0
+    block.view[-1] = 7
+    assert block.view[-1] == 7
+    block.close()
+
+
+def test_memory_that_the_host_lacks_is_refused_before_it_is_touched(monkeypatch):
+    monkeypatch.setattr(memory, "_meminfo_bytes", lambda field: 1 << 20)
+    with pytest.raises(NotEnoughMemory, match="choose a smaller"):
+        HostMemory(2 << 20)

@@ -1,0 +1,1 @@
+"""Mooncake, the agent, and the messages between processes."""

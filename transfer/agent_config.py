@@ -1,0 +1,31 @@
+"""Settings of one agent process (environment variable ``DUALPATH_AGENT``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+VARIABLE = "DUALPATH_AGENT"
+
+
+class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One agent a node. Zero bytes or an empty name switch a tier off."""
+
+    name: str
+    control: str
+    """zmq endpoint to bind, e.g. ``tcp://127.0.0.1:31010``."""
+    host: str
+    """Address that Mooncake advertises for this node."""
+    protocol: str
+    """"tcp" or "rdma"."""
+    rdma_devices: str = ""
+    dram_bytes: int = 0
+    dram_keep: bool = True
+    """False: blocks stay in DRAM only while a plan or a write needs them."""
+    ssd_dir: str = ""
+    ssd_bytes: int = 0
+    remote_url: str = ""
+    remote_options: dict[str, Any] = {}
+    read_threads: int = 8
+    deliver_threads: int = 4

@@ -1,0 +1,177 @@
+"""An engine's links to all agents: one background thread, one DEALER socket for each agent.
+
+``AgentLinks`` pings every agent each second, registers the engine with each new incarnation
+that answers, and hands every other message to ``on_message(agent, message)`` in its own
+thread. ``send`` is non-blocking and may be called from any thread: False means that the
+agent is not connected or its queue is full, and nothing was sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import zmq
+
+from transfer.messages import (
+    AgentHello,
+    MalformedMessage,
+    Message,
+    Ping,
+    RegisterEngine,
+    UnknownEngine,
+    decode,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+QUEUE_MAX = 4096
+PING_EVERY_S = 1.0
+SILENT_AFTER_S = 5.0
+
+
+class _Link:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
+        self.socket.setsockopt(zmq.RCVHWM, QUEUE_MAX)
+        self.socket.connect(endpoint)
+        self.incarnation: int | None = None
+        self.last_heard = -SILENT_AFTER_S
+
+
+class AgentLinks:
+    """``endpoints``: agent name -> zmq endpoint. ``on_incarnation(agent, incarnation)`` is
+    called when an agent shows a newer incarnation than before."""
+
+    def __init__(
+        self,
+        endpoints: dict[str, str],
+        hello: RegisterEngine,
+        on_message: Callable[[str, Message], None],
+        on_incarnation: Callable[[str, int], None] = lambda agent, incarnation: None,
+    ) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self.malformed_total = 0
+        self._hello = hello
+        self._on_message = on_message
+        self._on_incarnation = on_incarnation
+        self._links = {name: _Link(context, endpoint) for name, endpoint in endpoints.items()}
+        self._outbox: deque[tuple[str, Message]] = deque()
+        self._closed = threading.Event()
+        # Sockets belong to the thread below; a pair of inproc sockets wakes it for sends.
+        self._wake_lock = threading.Lock()
+        self._wake = context.socket(zmq.PAIR)
+        self._woken = context.socket(zmq.PAIR)
+        address = f"inproc://agent-links-{id(self)}"
+        self._woken.bind(address)
+        self._wake.connect(address)
+        self._thread = threading.Thread(target=self._run, name="dualpath-links", daemon=True)
+        self._thread.start()
+
+    # ---- any thread ----
+
+    def send(self, agent: str, message: Message) -> bool:
+        """Queue a message for an agent that has answered lately."""
+        if agent not in self._links or not self.alive(agent) or len(self._outbox) >= QUEUE_MAX:
+            return False
+        self._outbox.append((agent, message))
+        with self._wake_lock:
+            with contextlib.suppress(zmq.Again):  # wake-ups are already waiting
+                self._wake.send(b"", zmq.NOBLOCK)
+        return True
+
+    def incarnation(self, agent: str) -> int | None:
+        """The newest incarnation seen, or None before the first answer or for a stranger."""
+        link = self._links.get(agent)
+        return link.incarnation if link is not None else None
+
+    def alive(self, agent: str) -> bool:
+        """Whether the agent has said anything in the last seconds."""
+        link = self._links.get(agent)
+        return link is not None and time.monotonic() - link.last_heard < SILENT_AFTER_S
+
+    def set_hello(self, hello: RegisterEngine) -> None:
+        """Register anew with every agent, e.g. under another namespace."""
+        self._hello = hello
+        for agent in self._links:
+            self.send(agent, hello)
+
+    def close(self) -> None:
+        """End the thread within a second."""
+        self._closed.set()
+        self._thread.join(2 * PING_EVERY_S)
+
+    # ---- the links' own thread ----
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._woken, zmq.POLLIN)
+        names = {}
+        for name, link in self._links.items():
+            poller.register(link.socket, zmq.POLLIN)
+            names[link.socket] = name
+        next_ping = 0.0
+        while not self._closed.is_set():
+            if time.monotonic() >= next_ping:
+                next_ping = time.monotonic() + PING_EVERY_S
+                for name in self._links:
+                    self._transmit(name, Ping())
+            wait_s = max(0.0, next_ping - time.monotonic())
+            for socket, _ in poller.poll(int(wait_s * 1000) + 1):
+                self._drain(socket, names.get(socket))
+            while self._outbox:
+                self._transmit(*self._outbox.popleft())
+        for link in self._links.values():
+            link.socket.close()
+
+    def _drain(self, socket: zmq.Socket, agent: str | None) -> None:
+        while True:
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if agent is None:
+                continue
+            try:
+                self._received(agent, frames[-1])
+            except Exception:  # the callbacks' own: without this thread the engine is deaf
+                log.exception("message could not be handled agent=%s", agent)
+
+    def _received(self, agent: str, frame: bytes) -> None:
+        try:
+            message = decode(frame)
+        except MalformedMessage as error:
+            self.malformed_total += 1
+            log.warning("malformed message dropped agent=%s error=%s", agent, error)
+            return
+        link = self._links[agent]
+        link.last_heard = time.monotonic()
+        match message:
+            case AgentHello():
+                self._greeted(agent, link, message.incarnation)
+            case UnknownEngine():
+                self._transmit(agent, self._hello)
+                self._on_message(agent, message)
+            case _:
+                self._on_message(agent, message)
+
+    def _greeted(self, agent: str, link: _Link, incarnation: int) -> None:
+        if link.incarnation is not None and incarnation <= link.incarnation:
+            return
+        link.incarnation = incarnation
+        log.info("agent met name=%s incarnation=%d", agent, incarnation)
+        self._transmit(agent, self._hello)
+        self._on_incarnation(agent, incarnation)
+
+    def _transmit(self, agent: str, message: Message) -> None:
+        try:
+            self._links[agent].socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            log.warning("queue to agent full agent=%s dropped=%s", agent, type(message).__name__)

@@ -1,0 +1,122 @@
+"""The engines that an agent serves: who they are now, and what is open with each."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from storage.block import BlockLayout
+from transfer.delivery import TransferJob, TransferQueue
+from transfer.messages import JobEnded, PullEnded, RegisterEngine
+
+JOBS_REMEMBERED = 65536
+UNSENT_MAX = 4096
+
+
+class BadRegistration(Exception):
+    """The engine's KV memory does not fit its layout."""
+
+
+class BadPages(Exception):
+    """The pages of an order are no pages, or not one for each block."""
+
+
+class Engine:
+    """One incarnation of an engine."""
+
+    def __init__(self, identity: bytes, message: RegisterEngine) -> None:
+        self.name = message.engine
+        self.incarnation = message.incarnation
+        self.is_gone = False
+        """A newer incarnation has replaced it."""
+        self.jobs: dict[int, tuple[TransferQueue, TransferJob]] = {}
+        """Deliveries and pulls in a queue, by job number."""
+        self.unsent: deque[JobEnded | PullEnded] = deque(maxlen=UNSENT_MAX)
+        """Ends of jobs that found no connection: sent when it registers again."""
+        self._seen_jobs: OrderedDict[int, None] = OrderedDict()
+        self.update(identity, message)
+
+    def update(self, identity: bytes, message: RegisterEngine) -> None:
+        """The same process says it again: it has reconnected, or its weights have changed."""
+        self.identity = identity
+        self.session_id = message.session_id
+        self.layout: BlockLayout = message.namespace.layout
+        self.kv_addresses = _addresses(message)
+
+    def first_time(self, job: int) -> bool:
+        """False if this job number was seen before."""
+        if job in self._seen_jobs:
+            return False
+        self._seen_jobs[job] = None
+        if len(self._seen_jobs) > JOBS_REMEMBERED:
+            self._seen_jobs.popitem(last=False)
+        return True
+
+    def cancel_jobs(self) -> None:
+        """Stop everything that is queued or under way."""
+        for queue, job in list(self.jobs.values()):
+            queue.cancel(job)
+
+
+class Engines:
+    """All registered engines, by name and by the identity of their connection."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Engine] = {}
+        self._by_identity: dict[bytes, Engine] = {}
+
+    def find(self, identity: bytes) -> Engine | None:
+        return self._by_identity.get(identity)
+
+    def register(
+        self, identity: bytes, message: RegisterEngine
+    ) -> tuple[Engine | None, Engine | None]:
+        """Note an engine; returns (the engine, the incarnation that it has replaced).
+
+        The engine is None if a newer incarnation is known already. Raises
+        :class:`BadRegistration`.
+        """
+        known = self._by_name.get(message.engine)
+        if known is not None and message.incarnation < known.incarnation:
+            return None, None
+        if known is not None:
+            self._by_identity.pop(known.identity, None)
+        replaced = None
+        if known is None or message.incarnation > known.incarnation:
+            known, replaced = Engine(identity, message), known
+        else:
+            known.update(identity, message)
+        self._by_name[known.name] = self._by_identity[identity] = known
+        if replaced is not None:
+            replaced.is_gone = True
+        return known, replaced
+
+
+def page_array(pages: Sequence[int], blocks: int) -> np.ndarray:
+    """An order's pages, one for each block; shape (blocks,), int64. Raises :class:`BadPages`."""
+    try:
+        array = np.array(pages, np.int64)
+    except OverflowError as error:
+        raise BadPages(str(error)) from error
+    if len(array) != blocks or (array < 0).any():
+        raise BadPages(
+            f"{len(array)} pages for {blocks} blocks, the least is {min(pages, default=0)}"
+        )
+    return array
+
+
+def _addresses(message: RegisterEngine) -> np.ndarray:
+    """Shape (layers, components), int64."""
+    layout = message.namespace.layout
+    shape = (layout.num_layers, len(layout.component_bytes))
+    try:
+        addresses = np.array(message.kv_addresses, np.int64)
+    except (ValueError, OverflowError) as error:
+        raise BadRegistration(f"engine {message.engine}: {error}") from error
+    if addresses.shape != shape or not addresses.size or min(layout.component_bytes) <= 0:
+        raise BadRegistration(
+            f"engine {message.engine}: addresses of shape {addresses.shape} for a layout of {shape}"
+        )
+    return addresses

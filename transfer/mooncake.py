@@ -1,0 +1,209 @@
+"""One-sided reads and writes: the only module that imports Mooncake.
+
+Mooncake's return codes become exceptions here. After a failure a peer is refused for a
+while: with a hung one every call would otherwise cost a thread its timeout.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Mooncake reads its environment once, when it is imported. Without these a hung peer holds a
+# thread for 30 s and more; with them a call fails once no byte has moved for 2 s.
+os.environ.setdefault("MC_TCP_PROGRESS_TIMEOUT_SEC", "2")
+os.environ.setdefault("MC_TCP_STATUS_TIMEOUT_SEC", "2")
+os.environ.setdefault("MC_TRANSFER_TIMEOUT", "10")
+os.environ.setdefault("MC_LOG_LEVEL", "WARNING")
+
+DESCRIPTORS_PER_BATCH = 1024
+"""Mooncake's TCP transport refuses batches of 4,096 and more."""
+BYTES_PER_BATCH = 16 << 20
+"""Bounds the time of a batch, on a slow link below MC_TRANSFER_TIMEOUT."""
+RETRY_AFTER_S = 5.0
+LANDED_AFTER_S = float(os.environ["MC_TRANSFER_TIMEOUT"])
+"""Bytes of a failed read may come in for about so long."""
+
+Addresses = NDArray[np.int64]
+
+
+class TransferFailed(Exception):
+    """Mooncake refused or gave up an operation; its bytes may still land."""
+
+    def __init__(self, peer: str, operation: str, code: int) -> None:
+        super().__init__(f"{operation} with {peer} failed with code {code}")
+        self.peer = peer
+        self.operation = operation
+        self.code = code
+
+
+class PeerSuspended(Exception):
+    """The peer failed a moment ago: not tried again yet, and nothing was sent."""
+
+    def __init__(self, peer: str, retry_in_s: float) -> None:
+        super().__init__(f"{peer} failed lately, next try in {retry_in_s:.1f} s")
+        self.peer = peer
+        self.retry_in_s = retry_in_s
+
+
+class OutOfBounds(Exception):
+    """A local range outside all registered memory. (TCP would read it all the same.)"""
+
+    def __init__(self, address: int, length: int) -> None:
+        super().__init__(f"{length} bytes at {address:#x} are not in registered memory")
+        self.address = address
+        self.length = length
+
+
+class TransferPeer:
+    """This process as a Mooncake peer. Thread-safe; calls block without holding the GIL.
+
+    ``protocol`` is "tcp" or "rdma"; ``devices`` are RDMA device names, comma-separated,
+    and empty for all of them (RDMA is untested: no such machine was at hand).
+    """
+
+    def __init__(
+        self,
+        host: str,
+        protocol: str,
+        devices: str = "",
+        retry_after_s: float = RETRY_AFTER_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if protocol == "tcp":
+            os.environ.setdefault("MC_FORCE_TCP", "1")
+        from mooncake.engine import TransferEngine
+
+        self._engine = TransferEngine()
+        code = self._engine.initialize(host, "P2PHANDSHAKE", protocol, devices)
+        if code != 0:
+            raise TransferFailed(host, f"start over {protocol}", code)
+        self.session_id = f"{host}:{self._engine.get_rpc_port()}"
+        """What other peers call this one."""
+        self._retry_after_s = retry_after_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._suspended_until: dict[str, float] = {}
+        self._regions: list[tuple[int, int]] = []
+        self._starts = self._ends = np.empty(0, np.int64)
+        self._word = np.zeros(1, np.uint64)
+        self.register(int(self._word.ctypes.data), self._word.nbytes)
+
+    def register(self, address: int, length: int) -> None:
+        """Make ``length`` bytes at ``address`` usable for transfers of both sides."""
+        code = self._engine.register_memory(address, length)
+        if code != 0:
+            raise TransferFailed(self.session_id, f"registration of {length} bytes", code)
+        with self._lock:
+            bisect.insort(self._regions, (address, address + length))
+            bounds = np.array(self._regions, np.int64)
+            self._starts, self._ends = bounds[:, 0], bounds[:, 1]
+
+    def meet(self, session_id: str, address: int) -> None:
+        """Make the first contact: read 8 bytes at ``address``. Raises :class:`TransferFailed`.
+
+        Mooncake shakes hands at the first transfer, and while a hung peer does not answer that
+        (60 s), transfers with all other peers wait. So meet a peer as soon as it shows itself.
+        """
+        word = int(self._word.ctypes.data)
+        for _ in range(2):
+            # The first attempt may use, and so drop, what Mooncake knows of an earlier process
+            # that had the same port.
+            code = self._engine.batch_transfer_sync_read(session_id, [word], [address], [8])
+            if code == 0:
+                return
+        raise TransferFailed(session_id, "first contact", code)
+
+    def forgive(self, session_id: str) -> None:
+        """Try this peer again at once, e.g. since a new process has its address."""
+        with self._lock:
+            self._suspended_until.pop(session_id, None)
+
+    def write(
+        self,
+        session_id: str,
+        src: Addresses,
+        dst: Addresses,
+        lengths: Addresses,
+        before_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy local ranges ``src`` to the peer's ``dst``; all arrays have shape (ranges,).
+
+        Returns when all bytes are in the peer's memory. ``before_batch`` runs before each
+        batch and may raise to stop there. Raises :class:`TransferFailed`,
+        :class:`PeerSuspended` or :class:`OutOfBounds`.
+        """
+        call = self._engine.batch_transfer_sync_write
+        self._transfer("write", call, session_id, src, dst, lengths, before_batch)
+
+    def read(
+        self,
+        session_id: str,
+        dst: Addresses,
+        src: Addresses,
+        lengths: Addresses,
+        before_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy the peer's ranges ``src`` to local ``dst``; otherwise like :meth:`write`."""
+        call = self._engine.batch_transfer_sync_read
+        self._transfer("read", call, session_id, dst, src, lengths, before_batch)
+
+    def _transfer(
+        self,
+        operation: str,
+        call: Callable[[str, list[int], list[int], list[int]], int],
+        session_id: str,
+        local: Addresses,
+        remote: Addresses,
+        lengths: Addresses,
+        before_batch: Callable[[], None],
+    ) -> None:
+        self._check_bounds(local, lengths)
+        for part in batches(lengths):
+            before_batch()
+            self._refuse_suspended(session_id)
+            code = call(
+                session_id, local[part].tolist(), remote[part].tolist(), lengths[part].tolist()
+            )
+            if code != 0:
+                with self._lock:
+                    self._suspended_until[session_id] = self._clock() + self._retry_after_s
+                raise TransferFailed(session_id, operation, code)
+
+    def _check_bounds(self, addresses: Addresses, lengths: Addresses) -> None:
+        with self._lock:
+            starts, ends = self._starts, self._ends
+        region = np.searchsorted(starts, addresses, side="right") - 1
+        # Region -1 is before the first start; the appended 0 makes it (or no regions) fail.
+        outside = addresses + lengths > np.append(ends, 0)[region]
+        if outside.any():
+            first = int(np.argmax(outside))
+            raise OutOfBounds(int(addresses[first]), int(lengths[first]))
+
+    def _refuse_suspended(self, session_id: str) -> None:
+        with self._lock:
+            retry_in_s = self._suspended_until.get(session_id, 0.0) - self._clock()
+            if retry_in_s <= 0:
+                self._suspended_until.pop(session_id, None)
+                return
+        raise PeerSuspended(session_id, retry_in_s)
+
+
+def batches(lengths: Addresses) -> list[slice]:
+    """Cut ranges into batches of at most DESCRIPTORS_PER_BATCH, and of about BYTES_PER_BATCH."""
+    if not len(lengths):
+        return []
+    ends_bytes = np.cumsum(lengths)
+    parts, start, done_bytes = [], 0, 0
+    while start < len(lengths):
+        end = int(np.searchsorted(ends_bytes, done_bytes + BYTES_PER_BATCH, side="right"))
+        end = min(max(end, start + 1), start + DESCRIPTORS_PER_BATCH)
+        parts.append(slice(start, end))
+        start, done_bytes = end, int(ends_bytes[end - 1])
+    return parts

@@ -1,0 +1,154 @@
+"""Pulls of an agent: blocks out of an engine's pages into DRAM slots, each block once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+
+from storage.block import BlockKey
+from storage.tiered_store import TieredStore
+from transfer.agent_metrics import AgentCounters
+from transfer.delivery import QueueFull, TransferJob, TransferQueue
+from transfer.engines import BadPages, Engine, page_array
+from transfer.messages import PullBlocks, PullEnded
+from transfer.mooncake import LANDED_AFTER_S, TransferFailed
+
+log = logging.getLogger(__name__)
+
+
+class _Pull(msgspec.Struct, eq=False):
+    """``waits_for``: blocks that this pull or an earlier one is filling."""
+
+    engine: Engine
+    message: PullBlocks
+    waits_for: set[BlockKey]
+
+
+class _Quarantine(msgspec.Struct):
+    """Slots of a failed read: not reused while bytes may still land in them."""
+
+    engine: Engine
+    keys: list[BlockKey]
+    until: float
+
+
+class PullJobs:
+    """Starts and ends pulls. Lives in the agent's loop."""
+
+    def __init__(
+        self,
+        queue: TransferQueue,
+        store: TieredStore,
+        memory_address: int,
+        reply: Callable[[Engine, PullEnded], None],
+        held: Callable[[list[BlockKey]], list[bool]],
+        incarnation: int,
+        counters: AgentCounters,
+    ) -> None:
+        self._queue = queue
+        self._store = store
+        self._memory_address = memory_address
+        self._reply = reply
+        self._held = held
+        self._incarnation = incarnation
+        self._counters = counters
+        self._filling: dict[BlockKey, list[_Pull]] = {}
+        """Blocks on their way out of an engine -> the pulls that wait for them."""
+        self._quarantines: list[_Quarantine] = []
+
+    def start(self, engine: Engine, message: PullBlocks) -> None:
+        """Pull those blocks that are neither held nor on their way here."""
+        try:
+            pages = page_array(message.pages, len(message.keys))
+        except BadPages as error:
+            log.warning("pull refused engine=%s job=%d: %s", engine.name, message.job, error)
+            self._finish(_Pull(engine, message, set()))
+            return
+        offsets = self._store.reserve(message.keys)
+        for key in offsets:
+            self._filling[key] = []
+        pull = _Pull(engine, message, {key for key in message.keys if key in self._filling})
+        for key in pull.waits_for:
+            self._filling[key].append(pull)
+        if offsets:
+            self._submit(pull, pages, offsets)
+        elif not pull.waits_for:
+            self._finish(pull)
+
+    def release_quarantine(self) -> None:
+        """Give back slots into which nothing can land any more; call a few times a second."""
+        now = time.monotonic()
+        over = [q for q in self._quarantines if q.engine.is_gone or now >= q.until]
+        for quarantine in over:
+            self._quarantines.remove(quarantine)
+            for key in quarantine.keys:
+                self._store.abandon(key)
+
+    @property
+    def quarantined_slots(self) -> int:
+        """Slots that are out of use since bytes may still land in them."""
+        return sum(len(quarantine.keys) for quarantine in self._quarantines)
+
+    def _submit(self, pull: _Pull, pages: np.ndarray, offsets: dict[BlockKey, int]) -> None:
+        engine, message = pull.engine, pull.message
+        row_of = {key: row for row, key in enumerate(message.keys)}
+        started = time.monotonic()
+
+        def ended(error: Exception | None) -> None:
+            self._ended(engine, job, list(offsets), started, error)
+
+        job = TransferJob(
+            message.job,
+            engine.session_id,
+            engine.layout,
+            engine.kv_addresses,
+            self._memory_address + np.fromiter(offsets.values(), np.int64, len(offsets)),
+            pages[[row_of[key] for key in offsets]],
+            started + message.deadline_s,
+            ended,
+            is_read=True,
+        )
+        try:
+            self._queue.submit(job)
+        except QueueFull as error:
+            ended(error)
+            return
+        engine.jobs[message.job] = self._queue, job
+
+    def _ended(
+        self,
+        engine: Engine,
+        job: TransferJob,
+        keys: list[BlockKey],
+        started: float,
+        error: Exception | None,
+    ) -> None:
+        engine.jobs.pop(job.job, None)
+        self._counters.pulled(error is None, job.nbytes)
+        log.log(
+            logging.INFO if error is None else logging.WARNING,
+            "pull ended engine=%s job=%d blocks=%d bytes=%d seconds=%.4f error=%s",
+            *(engine.name, job.job, len(keys), job.nbytes, time.monotonic() - started),
+            error or "",
+        )
+        if error is None:
+            for key in keys:
+                self._store.commit(key)
+        elif isinstance(error, TransferFailed) and not engine.is_gone:
+            self._quarantines.append(_Quarantine(engine, keys, time.monotonic() + LANDED_AFTER_S))
+        else:
+            for key in keys:
+                self._store.abandon(key)
+        for key in keys:
+            for pull in self._filling.pop(key):
+                pull.waits_for.discard(key)
+                if not pull.waits_for:
+                    self._finish(pull)
+
+    def _finish(self, pull: _Pull) -> None:
+        held = self._held(pull.message.keys)
+        self._reply(pull.engine, PullEnded(self._incarnation, pull.message.job, held))
