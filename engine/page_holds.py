@@ -64,6 +64,15 @@ class PageHolds:
         return len(self._deferred) * self.allocator.page_size
 
     @property
+    def free_tokens(self) -> int:
+        """What the allocator can give out, for any thread: its own ``available_size`` is
+        hooked, and for the scheduler's thread only."""
+        pages = len(self.allocator.free_pages) + self.allocator.num_staged_pages
+        with self._lock:
+            pages += sum(map(len, self._returned))
+        return int(pages * self.allocator.page_size)
+
+    @property
     def unevictable_tokens(self) -> int:
         """Held, and still owned by a request or the radix tree."""
         with self._lock:

@@ -191,7 +191,6 @@ class EngineRuntime:
             waiting += [getattr(entry, "req", entry) for entry in queue.queue] if queue else []
         running = list(scheduler.running_batch.reqs)
         chunked = [scheduler.chunked_req] if scheduler.chunked_req is not None else []
-        allocator = scheduler.token_to_kv_pool_allocator
         is_prefill = self.config.role == "prefill"
         return EngineHello(
             engine=self.config.name,
@@ -205,8 +204,7 @@ class EngineRuntime:
             context_tokens=sum(
                 len(req.origin_input_ids) + len(req.output_ids) for req in running + waiting
             ),
-            free_tokens=len(allocator.free_pages) * allocator.page_size
-            + scheduler.tree_cache.evictable_size(),
+            free_tokens=self.holds.free_tokens + scheduler.tree_cache.evictable_size(),
             prefill_cost=self.prefill_cost.cost(),
             counters=self._counters(),
         )

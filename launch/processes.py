@@ -299,6 +299,10 @@ class _Cluster:
             # Pages of an aborted request stay held until P can no longer write to them.
             "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE": "1",
             "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2",
+            # P sends nothing to a D that failed once until a probe finds it: by default after
+            # 30 s at first, minutes later on, for a D that was suspended for a moment.
+            "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "1",
+            "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "4",
             "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
         }
         if self.hardware.device == "cpu":

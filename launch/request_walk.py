@@ -99,6 +99,8 @@ class RequestWalk:
         self._begun_s = begun_s
         self._rid = part.rid
         self._posted: list[EnginePeer] = []
+        self._tried: frozenset[str] = frozenset()
+        """Engines of the failed attempt. Its error does not tell which one was at fault."""
         self._page_tokens = 0
         self.task = asyncio.create_task(self._run())
 
@@ -150,27 +152,27 @@ class RequestWalk:
         self.trace.log(self.part.rid, outcome)
 
     async def _serve(self) -> None:
-        excluded: frozenset[str] = frozenset()
         try:
-            await self._attempt(excluded, self._use_cache)
+            await self._attempt(frozenset(), self._use_cache)
             return
         except AttemptFailed as failure:
             if self.outlet.opened or self.outlet.aborted:
                 raise RequestFailed(f"failed while answering: {failure}") from failure
             log.warning("retrying rid=%s reason=%s", self.part.rid, failure)
-            excluded = failure.dead
+            dead = failure.dead
         self._services.metrics.retries.inc()
         # The first id may still be known at an engine, and an abort of it, still under
         # way there, ends every request whose id begins with it.
         self._rid = f"retry-{self.part.rid}"
         try:
-            await self._attempt(excluded, use_cache=False)
+            await self._attempt(dead, use_cache=False)
         except AttemptFailed as failure:
             raise RequestFailed(f"failed twice: {failure}") from failure
 
-    async def _attempt(self, excluded: frozenset[str], use_cache: bool) -> None:
+    async def _attempt(self, dead: frozenset[str], use_cache: bool) -> None:
         self.trace.attempts += 1
-        plan = await self._plan(excluded, use_cache)
+        plan = await self._plan(dead, use_cache)
+        self._tried = frozenset((plan.prefill, plan.decode))
         exchange = Exchange(self._services.proxy, self.part, self.outlet, self.trace)
         finished = False
         self._services.plane.on_delivered[plan.plan] = self.trace.delivered
@@ -198,12 +200,12 @@ class RequestWalk:
 
     # ---- plan -------------------------------------------------------------------------
 
-    async def _plan(self, excluded: frozenset[str], use_cache: bool) -> Plan:
+    async def _plan(self, dead: frozenset[str], use_cache: bool) -> Plan:
         begun_s = time.monotonic()
         self._services.metrics.queued.inc()
         try:
             async with asyncio.timeout(self._left_s()), self._services.turn:
-                plan = await self._next_plan(excluded, use_cache)
+                plan = await self._next_plan(dead, use_cache)
         except TimeoutError as error:
             raise self._timeout() from error
         finally:
@@ -212,7 +214,7 @@ class RequestWalk:
         self.trace.planned(plan)
         return plan
 
-    async def _next_plan(self, excluded: frozenset[str], use_cache: bool) -> Plan:
+    async def _next_plan(self, dead: frozenset[str], use_cache: bool) -> Plan:
         plane = self._services.plane
         while True:
             namespace = plane.namespace()
@@ -226,7 +228,8 @@ class RequestWalk:
                 max_new_tokens=self.part.max_new_tokens,
                 page_tokens=self._page_tokens,
                 block_bytes=namespace.layout.block_bytes,
-                excluded=excluded | plane.strangers(),
+                excluded=dead | plane.strangers(),
+                avoided=self._tried,
                 use_cache=use_cache,
             )
             try:
