@@ -45,12 +45,14 @@ class ControlServer:
             sender, *frames = self._socket.recv_multipart()
             try:
                 answer = self._answer(decode(frames[-1] if frames else b""))
+                if answer is not None:
+                    self._socket.send_multipart([sender, encode(answer)])
             except MalformedMessage as error:
                 self.malformed_total += 1
                 log.warning("malformed control message dropped: %s", error)
-                continue
-            if answer is not None:
-                self._socket.send_multipart([sender, encode(answer)])
+            except Exception:
+                # Without this thread the engine would count as dead, whatever it serves.
+                log.exception("control message not answered")
 
     def _answer(self, message: Message) -> Message | None:
         match message:

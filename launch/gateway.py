@@ -20,7 +20,7 @@ from fastapi import FastAPI, Request, Response
 
 from launch.control_plane import ControlPlane
 from launch.gateway_config import VARIABLE, GatewayConfig
-from launch.gateway_errors import BadRequest, GatewayError, Unavailable
+from launch.gateway_errors import BadRequest, GatewayError, NotFound, Unavailable
 from launch.request_parts import CHAT, COMPLETIONS, GENERATE, Part
 from launch.request_walk import RequestWalk, Services
 from launch.serve_request import error_response, serve
@@ -28,6 +28,8 @@ from launch.trace import Trace
 from scheduler.policies import UnknownPolicy
 from scheduler.scheduler import Scheduler
 from storage.settings import from_env
+
+log = logging.getLogger(__name__)
 
 PLANS_PER_MS = 128
 """Plan numbers begin at the start time: a restarted gateway repeats none (48 bits last
@@ -43,6 +45,13 @@ class PolicyChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Body of ``POST /admin/policy``."""
 
     path_policy: str
+
+
+class DrainChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``POST /admin/drain``; ``name`` is an engine's or an agent's."""
+
+    name: str
+    on: bool
 
 
 class AbortRequest(msgspec.Struct, frozen=True):
@@ -198,6 +207,32 @@ def _admin_routes(app: FastAPI) -> None:
         except UnknownPolicy as error:
             raise BadRequest(str(error)) from error
         return _json({"path_policy": asked.path_policy})
+
+    @app.post("/admin/drain")
+    async def drain(request: Request) -> Response:
+        """Nothing new for an engine or an agent; what runs there finishes."""
+        asked = await _decode(request, DrainChange)
+        services = _services(request)
+        try:
+            services.scheduler.drain(asked.name, asked.on)
+        except KeyError as error:
+            view = services.scheduler.cluster(time.monotonic())
+            names = [known["name"] for known in (*view["engines"], *view["agents"])]
+            raise NotFound(f"no engine or agent {asked.name!r}: {', '.join(names)}") from error
+        log.info("drain name=%s on=%s", asked.name, asked.on)
+        services.plane.changed.set()
+        return _json({"name": asked.name, "draining": asked.on})
+
+    @app.get("/admin/plan/{plan:path}")
+    async def plan(request: Request, plan: str) -> Response:
+        """Why a request went where it went, by the plan's number or the request's id."""
+        scheduler, now = _services(request).scheduler, time.monotonic()
+        view = scheduler.explain(int(plan), now) if plan.isdecimal() else None
+        view = view or scheduler.explain(plan, now)
+        if view is None:
+            kept = scheduler.options.decisions_kept
+            raise NotFound(f"{plan} is no plan and no request id among the last {kept}")
+        return _json(view)
 
 
 def main() -> None:

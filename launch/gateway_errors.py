@@ -43,6 +43,14 @@ class BadRequest(GatewayError):
     outcome = "client_error"
 
 
+class NotFound(GatewayError):
+    """An operator named something that is not there."""
+
+    status = 404
+    kind = "not_found_error"
+    outcome = "client_error"
+
+
 class TooManyRequests(GatewayError):
     """As many requests are in flight as ``requests_max`` admits."""
 

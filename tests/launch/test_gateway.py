@@ -3,54 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from typing import Any
 
 import msgspec
 import pytest
-from gateway_stubs import NAMESPACE, PAGE_TOKENS, PREFILL_LOGPROBS, WORDS, StubCluster
+from gateway_client import (
+    CHAT,
+    GENERATE,
+    PROMPT,
+    TEXT,
+    content_of,
+    keys_of,
+    metric,
+    post,
+    stream_of,
+)
+from gateway_stubs import NAMESPACE, PREFILL_LOGPROBS, WORDS
 from gateway_stubs import running_cluster as cluster_of
 
-from engine.block_keys import page_hashes
-from storage.block import BlockKey, block_keys
 from transfer import messages as m
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
-
-TEXT = "".join(WORDS)
-PROMPT = "0123456789abc"  # 13 tokens of 4 a page: 3 full pages
-GENERATE = {"text": PROMPT, "sampling_params": {"max_new_tokens": 3}}
-CHAT = {"model": "stub", "messages": [{"role": "user", "content": PROMPT}]}
-
-
-def keys_of(text: str, cache_salt: str | None = None) -> list[BlockKey]:
-    hashes = page_hashes([ord(c) for c in text], PAGE_TOKENS, cache_salt=cache_salt)
-    return block_keys(NAMESPACE.digest(), hashes)
-
-
-async def post(cluster: StubCluster, path: str, body: Any) -> tuple[int, Any, Any]:
-    async with cluster.http.post(path, json=body) as answer:
-        text = await answer.text()
-        trace = answer.headers.get("x-dualpath-trace")
-        value = json.loads(text) if answer.content_type == "application/json" else text
-        return answer.status, value, json.loads(trace) if trace else None
-
-
-def stream_of(text: str) -> list[Any]:
-    events = [event[len("data: ") :] for event in text.split("\n\n") if event]
-    return [event if event == "[DONE]" else json.loads(event) for event in events]
-
-
-def content_of(events: list[Any], index: int = 0) -> str:
-    choices = [c for e in events if isinstance(e, dict) for c in e.get("choices", [])]
-    return "".join(c["delta"].get("content") or "" for c in choices if c["index"] == index)
-
-
-async def metric(cluster: StubCluster, sample: str) -> float:
-    async with cluster.http.get("/metrics") as answer:
-        lines = (await answer.text()).splitlines()
-    return next((float(li.rpartition(" ")[2]) for li in lines if li.startswith(sample + " ")), 0.0)
 
 
 async def test_hits_travel_and_the_trace_says_so() -> None:
@@ -321,31 +294,13 @@ async def test_malformed_messages_are_counted_and_dropped() -> None:
 async def test_engines_of_another_namespace_are_not_paired() -> None:
     async with cluster_of(decodes=2) as cluster:
         other = msgspec.structs.replace(NAMESPACE, weight_version="2")
-        cluster.decodes[0].hello_changes = {"namespace": other}
-        plane = cluster.services.plane
-        await cluster.until(lambda: plane.engines["d0"].hello.namespace == other)
+        first, second = cluster.decodes
+        peers = cluster.services.plane.engines
+        first.hello_changes = {"namespace": other}
+        await cluster.until(lambda: peers[first.name].hello.namespace == other)
         for _ in range(3):
             _, _, trace = await post(cluster, "/generate", GENERATE)
-            assert trace["decode"] == "d1"
-        cluster.decodes[1].hello_changes = {"namespace": other}
-        await cluster.until(lambda: plane.engines["d1"].hello.namespace == other)
+            assert trace["decode"] == second.name
+        second.hello_changes = {"namespace": other}
+        await cluster.until(lambda: peers[second.name].hello.namespace == other)
         assert (await post(cluster, "/generate", GENERATE))[0] == 503
-
-
-async def test_operator_endpoints() -> None:
-    async with cluster_of() as cluster:
-        for path in ("/health", "/health_generate", "/v1/models", "/get_model_info"):
-            async with cluster.http.get(path) as answer:
-                assert answer.status == 200, path
-        async with cluster.http.post("/flush_cache") as answer:
-            assert answer.status == 200
-        assert [engine.flushed for engine in cluster.engines] == [1, 1]
-        assert (await post(cluster, "/admin/policy", {"path_policy": "split"}))[0] == 200
-        status, answer, _ = await post(cluster, "/admin/policy", {"path_policy": "none"})
-        assert status == 400 and "split" in answer["error"]["message"]
-        async with cluster.http.get("/admin/cluster") as answer:
-            view = await answer.json()
-        assert view["policy"] == "split" and len(view["engines"]) == 2
-        assert await metric(cluster, 'dualpath:peer_up{engine="p0"}') == 1
-        begun = 'dualpath:requests_total{endpoint="/generate",outcome="ok"}'
-        assert await metric(cluster, begun) == 1
