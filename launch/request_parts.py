@@ -66,6 +66,12 @@ class Part(msgspec.Struct):
             asked = DEFAULT_NEW_TOKENS[self.path]
         return max(0, min(asked, RESERVED_NEW_TOKENS))
 
+    @property
+    def priority(self) -> int:
+        """SGLang's field; a form that is not its own is left for it to refuse."""
+        priority = self.body.get("priority")
+        return priority if type(priority) is int else 0
+
     def salt(self, field: str) -> str | None:
         """``extra_key`` or ``cache_salt`` as the engine's radix cache will see it."""
         value = self.body.get(field)
@@ -94,6 +100,8 @@ class PartedRequest(msgspec.Struct, frozen=True):
 
     path: str
     rid: str
+    body: dict[str, Any]
+    """As the client sent it."""
     parts: list[Part]
     samples: int
     merged: bool
@@ -121,7 +129,7 @@ def split_request(path: str, body: dict[str, Any], parts_max: int) -> PartedRequ
         part.rid = names[index] if names else rid if count == 1 else f"{index}-{rid}"
         parts.append(part)
     listed = path == GENERATE and (samples > 1 or _is_list_of_prompts(body))
-    return PartedRequest(path, rid, parts, samples, merged=count > 1 or listed)
+    return PartedRequest(path, rid, body, parts, samples, merged=count > 1 or listed)
 
 
 def refuse_media(body: dict[str, Any]) -> None:

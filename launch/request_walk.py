@@ -12,13 +12,10 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Coroutine, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-from launch.control_plane import ControlPlane
-from launch.engine_proxy import EngineProxy
+from launch.admission import Seat
 from launch.exchange import Exchange, Outlet, drain
-from launch.gateway_config import GatewayConfig
 from launch.gateway_errors import (
     AttemptFailed,
     BadRequest,
@@ -27,74 +24,40 @@ from launch.gateway_errors import (
     RequestTimeout,
     Unavailable,
 )
-from launch.gateway_metrics import GatewayMetrics
 from launch.interruption import Interruptible
 from launch.peers import EnginePeer
-from launch.prompt import hit_candidates, vocabulary_tokens
+from launch.prompt import hit_candidates
 from launch.request_parts import Part
+from launch.services import Services
 from launch.trace import Trace
 from scheduler.plan import NoEngine, Plan, PlanRequest
-from scheduler.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
 ROOM_BITS = 62
-
-
-class Services:
-    """What all walks share."""
-
-    def __init__(self, config: GatewayConfig, scheduler: Scheduler, plane: ControlPlane) -> None:
-        self.config = config
-        self.scheduler = scheduler
-        self.plane = plane
-        self.proxy = EngineProxy(plane, connections_max=4 * config.requests_max + 64)
-        self.metrics = GatewayMetrics(plane)
-        self.vocabulary_tokens = vocabulary_tokens(config.model)
-        self.turn = asyncio.Lock()
-        """Held by the request at the head of the global queue: asyncio's locks are FIFO."""
-        self.walks: dict[str, RequestWalk] = {}
-        self.admitted = 0
-        self._background: set[asyncio.Task[None]] = set()
-
-    def start(self) -> None:
-        self.plane.start()
-        self.proxy.start()
-
-    def enter(self, parts: int) -> None:
-        """Count admitted parts of requests, from before they are tokenised."""
-        self.admitted += parts
-        self.metrics.in_flight.set(self.admitted)
-
-    def leave(self, parts: int) -> None:
-        """The parts are over."""
-        self.enter(-parts)
-
-    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run clean-up that must survive the request; ``work`` bounds its own time."""
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
-    async def close(self) -> None:
-        for walk in list(self.walks.values()):
-            walk.cancel()
-        while self._background:
-            await asyncio.wait(set(self._background))
-        await self.proxy.close()
-        await self.plane.close()
+ABORT_GRACE_S = 5.0
+"""An aborted request that an engine has not begun to answer by then is given up here."""
 
 
 class RequestWalk:
     """Serves one :class:`Part`. Create it inside the running loop."""
 
     def __init__(
-        self, services: Services, part: Part, trace: Trace, begun_s: float, use_cache: bool = True
+        self,
+        services: Services,
+        part: Part,
+        seat: Seat,
+        begun_s: float,
+        tokenized: asyncio.Future[None] | None = None,
+        use_cache: bool = True,
     ) -> None:
+        """``tokenized``: what fills in the part's ``token_ids``, unless they are there."""
         self.part = part
-        self.trace = trace
+        self.trace = Trace()
         self.outlet = Outlet(part.stream)
         self._services = services
+        self._seat = seat
+        self._tokenized = tokenized
         self._use_cache = use_cache
         self._begun_s = begun_s
         self._rid = part.rid
@@ -113,9 +76,17 @@ class RequestWalk:
         self.outlet.aborted = True
         if self._posted:
             await self._services.proxy.abort(self._posted, {"rid": self._rid})
-        else:
+            self._services.in_background(self._end_unanswered())
+        elif not self.outlet.opened:
             self.task.cancel()
             await self.outlet.close(BadRequest("the request was aborted before it started"))
+
+    async def _end_unanswered(self) -> None:
+        """An engine that was told of the abort before it got the request ends nothing."""
+        await asyncio.wait({self.task}, timeout=ABORT_GRACE_S)
+        if not self.outlet.opened:
+            self.task.cancel()
+            await self.outlet.close(BadRequest("the request was aborted"))
 
     # ---- the whole walk ---------------------------------------------------------------
 
@@ -150,8 +121,12 @@ class RequestWalk:
             self.trace.timings_s["total"],
         )
         self.trace.log(self.part.rid, outcome)
+        self._services.note(self.part, self.trace, outcome)
 
     async def _serve(self) -> None:
+        if self._tokenized is not None:
+            await asyncio.shield(self._tokenized)  # other parts wait for it too
+            self.trace.clock("tokenize", self._begun_s)
         try:
             await self._attempt(frozenset(), self._use_cache)
             return
@@ -202,15 +177,16 @@ class RequestWalk:
 
     async def _plan(self, dead: frozenset[str], use_cache: bool) -> Plan:
         begun_s = time.monotonic()
-        self._services.metrics.queued.inc()
+        tokens = len(self.part.token_ids or ())
+        turn = self._services.admission.turn(self._seat, tokens, self.part.priority)
         try:
-            async with asyncio.timeout(self._left_s()), self._services.turn:
+            async with asyncio.timeout(self._left_s()), turn:
                 plan = await self._next_plan(dead, use_cache)
         except TimeoutError as error:
             raise self._timeout() from error
         finally:
-            self._services.metrics.queued.dec()
-        self.trace.clock("queue", begun_s)
+            now = self.trace.clock("queue", begun_s)
+            self._services.metrics.queue_time.observe(now - begun_s)
         self.trace.planned(plan)
         return plan
 

@@ -11,12 +11,14 @@ import msgspec
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
+from launch.admission import Seat, tenant_of
 from launch.exchange import CHUNKS_MAX
-from launch.gateway_errors import BadRequest, GatewayError, TooManyRequests
+from launch.gateway_errors import BadRequest, GatewayError
 from launch.merge_answers import StreamMerger, merge_answers
 from launch.prompt import check_token_ids, tokenize
 from launch.request_parts import Part, PartedRequest, split_request
-from launch.request_walk import RequestWalk, Services
+from launch.request_walk import RequestWalk
+from launch.services import Services
 from launch.trace import Trace
 
 GONE_POLL_S = 0.25
@@ -34,16 +36,15 @@ class ClientGone(Exception):
 async def serve(services: Services, path: str, request: Request) -> Response:
     """Answer one of the three generating endpoints."""
     begun_s = time.monotonic()
-    trace = Trace()
     try:
         parted = split_request(path, await _body(request), services.config.requests_max)
-        walks = await _begin(services, parted, request, trace, begun_s)
+        check_token_ids(parted, services.vocabulary_tokens)
+        seat = _admit(services, parted, request)
     except GatewayError as error:
         services.metrics.requests.labels(path, error.outcome).inc()
-        return error_response(error, trace)
-    except ClientGone:
-        services.metrics.requests.labels(path, "client_gone").inc()
-        return Response(status_code=CLIENT_GONE_STATUS)
+        return error_response(error)
+    tokenized = asyncio.ensure_future(tokenize(parted, services.proxy))
+    walks = [_walk(services, part, seat, begun_s, tokenized) for part in parted.parts]
     streaming = False
     try:
         response = await _until_gone(request, _answer(parted, walks))
@@ -56,6 +57,7 @@ async def serve(services: Services, path: str, request: Request) -> Response:
     finally:
         if not streaming:
             _cancel(walks)
+            tokenized.cancel()
 
 
 def error_response(error: GatewayError, trace: Trace | None = None) -> Response:
@@ -72,40 +74,23 @@ async def _body(request: Request) -> dict[str, Any]:
         raise BadRequest(f"The body is not a JSON object: {error}") from error
 
 
-async def _begin(
-    services: Services, parted: PartedRequest, request: Request, trace: Trace, begun_s: float
-) -> list[RequestWalk]:
-    """Admit the request, tokenise it and start a walk for each part."""
-    count = len(parted.parts)
-    check_token_ids(parted, services.vocabulary_tokens)
-    _admit(services, parted)
-    try:
-        await _until_gone(request, tokenize(parted, services.proxy))
-    except BaseException:
-        services.leave(count)
-        raise
-    trace.clock("tokenize", begun_s)
-    return [_walk(services, part, trace, begun_s) for part in parted.parts]
-
-
-def _admit(services: Services, parted: PartedRequest) -> None:
-    limit = services.config.requests_max
-    if services.admitted + len(parted.parts) > limit:
-        raise TooManyRequests(f"{services.admitted} requests are in flight; at most {limit}")
+def _admit(services: Services, parted: PartedRequest, request: Request) -> Seat:
     rids = [part.rid for part in parted.parts]
     taken = sorted({rid for rid in rids if rid in services.walks or rids.count(rid) > 1})
     if taken:
         raise BadRequest(f"Duplicate request ID: {', '.join(taken)}")
-    services.enter(len(parted.parts))
+    tenant = tenant_of(parted.body, request.headers.get("authorization"))
+    return services.admission.admit(tenant, len(parted.parts))
 
 
-def _walk(services: Services, part: Part, trace: Trace, begun_s: float) -> RequestWalk:
-    own = Trace(timings_s=dict(trace.timings_s))
-    walk = services.walks[part.rid] = RequestWalk(services, part, own, begun_s)
+def _walk(
+    services: Services, part: Part, seat: Seat, begun_s: float, tokenized: asyncio.Future[None]
+) -> RequestWalk:
+    walk = services.walks[part.rid] = RequestWalk(services, part, seat, begun_s, tokenized)
 
     def ended(_: asyncio.Task[None]) -> None:
         del services.walks[part.rid]
-        services.leave(1)
+        services.admission.leave(seat)
 
     walk.task.add_done_callback(ended)
     return walk

@@ -39,11 +39,16 @@ class Trace(msgspec.Struct):
     """tokenize; queue (for an engine); slots (longest wait for DRAM) and read (until all
     shares were settled); plan (accepted by both engines); deliver (the longest delivery); prefill
     (P's answer) and first_byte (D's), both since the request was posted; total."""
+    estimates_s: dict[str, float] = {}
+    """What the scheduler expected, from the plan on: ``read`` as above; ``first_token``, where
+    it weighed loading against computing."""
 
     def planned(self, plan: Plan) -> None:
         """Begin an attempt with this plan."""
         self.plan, self.prefill, self.decode = plan.plan, plan.prefill, plan.decode
         self.readers, self.delivered_bytes = {}, {}
+        estimates_s = {"read": plan.estimated_read_s, "first_token": plan.estimated_first_token_s}
+        self.estimates_s = {k: round(v, 6) for k, v in estimates_s.items() if v}
         self.timings_s = {k: v for k, v in self.timings_s.items() if k in ("tokenize", "queue")}
 
     def read(

@@ -215,6 +215,8 @@ class Scheduler:
         ranges, work, load = self._assign(hit, request, prefill)
         read_s = float(work.ends_s(state)[:, READING].max(initial=0.0))
         plan = self._build(request, prefill, decode, ranges, read_s)
+        if load is not None and state.engines.speed_known(prefill):
+            plan = msgspec.structs.replace(plan, estimated_first_token_s=load.chosen_s)
         self._decisions.note(plan, state, self.policy, request.prompt_tokens, load, now)
         self._promise(plan, request, (prefill, decode), work, now)
         for agent, keys in plan.shares().items():

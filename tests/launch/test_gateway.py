@@ -201,7 +201,7 @@ async def test_the_bound_on_requests_in_flight() -> None:
         cluster.decodes[0].word_delay_s = 0.3
         body = {**CHAT, "stream": True}
         held = [asyncio.create_task(post(cluster, "/v1/chat/completions", body)) for _ in range(2)]
-        await cluster.until(lambda: cluster.services.admitted == 2)
+        await cluster.until(lambda: cluster.services.admission.admitted == 2)
         async with cluster.http.post("/v1/chat/completions", json=CHAT) as answer:
             assert answer.status == 429 and int(answer.headers["retry-after"]) >= 1
             assert (await answer.json())["error"]["type"] == "rate_limit_error"
@@ -226,7 +226,7 @@ async def test_a_client_that_leaves_is_aborted_everywhere(stream: bool) -> None:
         await cluster.until(lambda: all("mine" in engine.aborted for engine in cluster.engines))
         await cluster.until(lambda: all(engine.got(m.EndPlan) for engine in cluster.engines))
         await cluster.until(lambda: cluster.agents["node-p"].got(m.ReleasePlan))
-        await cluster.until(lambda: cluster.services.admitted == 0)
+        await cluster.until(lambda: cluster.services.admission.admitted == 0)
 
 
 async def test_abort_request_reaches_the_engines() -> None:

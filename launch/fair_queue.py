@@ -1,0 +1,121 @@
+"""Whose request goes next: fair queuing of tenants by prompt tokens. Pure; no clock.
+
+Start-time fair queuing (Goyal, Vin and Cheng, SIGCOMM 1996; the virtual token counter of
+Sheng et al., OSDI 2024, is a relative). Every tenant that waits has a *start*, a virtual time
+in tokens. The tenant with the earliest start goes next, and its start moves on by the tokens
+of its request. So tenants that wait all the time get the same number of tokens, to within
+one request. Within a tenant the higher priority goes first, then the older request.
+
+A tenant that comes joins at the virtual time, which moves on with every request by its
+tokens divided among those who wait. Virtual time so catches up with everyone's start, however
+many new tenants come, and of equal starts the older tenant goes first: nobody starves. (With
+the start of the last request in its place, as in the paper, an endless row of new tenants
+would all go before an old one.)
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+TENANTS_REMEMBERED = 1024
+"""Tenants that have nothing waiting, but may have had more than their share."""
+
+
+@dataclass(eq=False)
+class Entry(Generic[T]):
+    """One request in the queue."""
+
+    tenant: str
+    cost_tokens: int
+    priority: int
+    number: int
+    """Counts up with each request that comes."""
+    item: T
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Order within its tenant."""
+        return -self.priority, self.number
+
+
+@dataclass
+class _Line(Generic[T]):
+    """What one tenant has waiting, in order."""
+
+    start: float
+    joined: int
+    entries: list[Entry[T]] = field(default_factory=list)
+
+
+class FairQueue(Generic[T]):
+    """Takes entries of any tenant, gives them back in a fair order.
+
+    Bounded by whoever admits the requests. A push is logarithmic in the tenant's entries,
+    a pop linear in the tenants that wait.
+    """
+
+    def __init__(self) -> None:
+        self._lines: dict[str, _Line[T]] = {}
+        self._owing: OrderedDict[str, float] = OrderedDict()
+        """Start of tenants that have nothing waiting."""
+        self._virtual = 0.0
+        self._count = 0
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def tenants(self) -> int:
+        """Tenants with something waiting."""
+        return len(self._lines)
+
+    def push(self, tenant: str, cost_tokens: int, priority: int, item: T) -> Entry[T]:
+        """Queue ``item``, which takes ``cost_tokens`` (at least 1 is counted)."""
+        self._count += 1
+        entry = Entry(tenant, max(1, cost_tokens), priority, self._count, item)
+        line = self._lines.get(tenant)
+        if line is None:
+            start = max(self._virtual, self._owing.pop(tenant, 0.0))
+            line = self._lines[tenant] = _Line(start, self._count)
+        bisect.insort(line.entries, entry, key=lambda e: e.rank)
+        self._length += 1
+        return entry
+
+    def pop(self) -> Entry[T] | None:
+        """The next entry, which is paid for; None if the queue is empty."""
+        if not self._lines:
+            return None
+        line = min(self._lines.values(), key=lambda line: (line.start, line.joined))
+        entry = line.entries[0]
+        latest = max(line.start for line in self._lines.values())
+        moved_on = self._virtual + entry.cost_tokens / len(self._lines)
+        self._virtual = min(max(moved_on, line.start), latest)
+        line.start += entry.cost_tokens
+        self.remove(entry)
+        return entry
+
+    def remove(self, entry: Entry[T]) -> bool:
+        """Take an entry out unpaid; False if it is not in the queue any more."""
+        line = self._lines.get(entry.tenant)
+        if line is None or entry not in line.entries:
+            return False
+        line.entries.remove(entry)
+        self._length -= 1
+        if not line.entries:
+            del self._lines[entry.tenant]
+            self._owing[entry.tenant] = line.start
+            if len(self._owing) > TENANTS_REMEMBERED:
+                self._owing.popitem(last=False)
+        return True
+
+    def last_first(self, tenant: str) -> Iterator[Entry[T]]:
+        """What a tenant has waiting, beginning with what would go last."""
+        line = self._lines.get(tenant)
+        return reversed(line.entries) if line is not None else iter(())

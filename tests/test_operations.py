@@ -1,0 +1,139 @@
+"""What operators do to a cluster that serves: no request fails, and every token is right.
+
+One prefill and two decode engines, poisoned pools, a load of conversations that never
+pauses; meanwhile the path policy is switched, a node is drained and taken back, and an
+agent gets a tenth of its time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+
+from tests.cluster import Answer, Cluster, get, post, running_cluster
+from tests.test_walk import BLOCK_BYTES, POLICIES, prompt
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+PROMPTS = 6
+CLIENTS = 3
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("operations")
+    # Less DRAM than the prompts need, so that storage is read all the time.
+    flags = ["--model", "tiny", "--decode", "2", "--poison-kv", "--load-policy", "always"]
+    flags += ["--dram-bytes", str(60 * BLOCK_BYTES), "--remote", (folder / "remote").as_uri()]
+    with running_cluster(folder / "cluster", *flags) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(cluster) -> list[list[int]]:
+    """Tokens of each prompt's cold answer, which the walk's tests prove to be plain SGLang's."""
+    tokens = [cluster.generate(prompt(1500, seed=2000 + i)).output_ids for i in range(PROMPTS)]
+    cluster.wait_stored()
+    return tokens
+
+
+@dataclass
+class Load:
+    """Clients that repeat the prompts in turns, each on one of its own."""
+
+    cluster: Cluster
+    expected: list[list[int]]
+    answers: list[Answer] = field(default_factory=list)
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Raises at the end what any client raised."""
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            clients = [pool.submit(self._repeat, client) for client in range(CLIENTS)]
+            try:
+                yield
+            finally:
+                self._ended.set()
+            for client in clients:
+                client.result(60)
+
+    def _repeat(self, client: int) -> None:
+        for turn in itertools.count(client):
+            if self._ended.is_set():
+                return
+            which = turn % PROMPTS
+            answer = self.cluster.generate(prompt(1500, seed=2000 + which), timeout_s=60)
+            assert answer.output_ids == self.expected[which], answer.trace
+            self.answers.append(answer)
+
+    def take(self, count: int) -> list[Answer]:
+        """Wait for ``count`` more answers; these."""
+        before = len(self.answers)
+        self.cluster.wait_until(lambda: len(self.answers) >= before + count, 90, "answers")
+        return self.answers[before:]
+
+
+@pytest.fixture
+def load(cluster, expected) -> Iterator[Load]:
+    load = Load(cluster, expected)
+    with load.running():
+        yield load
+
+
+def admin_state(cluster: Cluster) -> dict:
+    return json.loads(get(f"{cluster.url}/admin/cluster")[1])
+
+
+def test_the_policy_is_switched_while_requests_run(cluster, load):
+    for policy in (*POLICIES, *reversed(POLICIES)):
+        cluster.set_policy(policy)
+        load.take(2 * CLIENTS)
+        assert admin_state(cluster)["policy"] == policy
+
+
+def test_a_drained_node_gets_nothing_new_and_comes_back(cluster, load):
+    cluster.set_policy("n-way")
+    for name in ("d1", "agent-d1"):
+        post(f"{cluster.url}/admin/drain", {"name": name, "on": True})
+    load.take(2 * CLIENTS)  # those that were under way
+    drained = load.take(3 * CLIENTS)
+    assert {answer.trace["decode"] for answer in drained} == {"d0"}
+    assert "agent-d1" not in set().union(*(answer.reader_agents for answer in drained))
+    cluster.wait_until(lambda: _idle(cluster, "d1"), 20, "the drained engine is idle")
+    for name in ("d1", "agent-d1"):
+        post(f"{cluster.url}/admin/drain", {"name": name, "on": False})
+    cluster.wait_until(
+        lambda: "d1" in {answer.trace["decode"] for answer in load.answers[-2 * CLIENTS :]},
+        60,
+        "the engine is used again",
+    )
+
+
+def _idle(cluster: Cluster, name: str) -> bool:
+    state = admin_state(cluster)
+    return all(e["idle"] and e["draining"] for e in state["engines"] if e["name"] == name)
+
+
+def test_an_agent_that_gets_a_tenth_of_its_time_fails_no_request(cluster, load):
+    cluster.set_policy("n-way")
+    load.take(CLIENTS)
+    deadline = time.monotonic() + 8
+    try:
+        while time.monotonic() < deadline:
+            cluster.signal("agent-d1", signal.SIGSTOP)
+            time.sleep(0.45)
+            cluster.signal("agent-d1", signal.SIGCONT)
+            time.sleep(0.05)
+    finally:
+        cluster.signal("agent-d1", signal.SIGCONT)
+    load.take(2 * CLIENTS)
