@@ -131,7 +131,8 @@ class StubAgent(ControlStub):
 
 
 class StubEngine(ControlStub):
-    """``faults`` are taken one a request: "500", "400", "close", "abort" or "hang"."""
+    """``faults`` are taken one a request: "500", "400", "close", "abort" or "hang". While
+    ``tokenizing`` is not set, there is no answer from ``/v1/tokenize``."""
 
     def __init__(self, name: str, role: str, rooms: dict[int, asyncio.Event]) -> None:
         super().__init__(name)
@@ -139,6 +140,7 @@ class StubEngine(ControlStub):
         self.port = free_port()
         self.faults: list[str] = []
         self.word_delay_s = 0.0
+        self.tokenizing: asyncio.Event | None = None
         self.break_after_words = len(WORDS) + 1
         self.hello_changes: dict[str, Any] = {}
         self.bodies: list[dict[str, Any]] = []
@@ -207,6 +209,8 @@ class StubEngine(ControlStub):
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
+        if self.tokenizing is not None:
+            await self.tokenizing.wait()
         if body.get("stream"):
             return web.json_response({"message": "does not support streaming"}, status=501)
         if "messages" in body:
