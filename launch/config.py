@@ -188,7 +188,7 @@ class ClusterConfig:
     )
     requests_max: int = setting(
         256,
-        "Requests in flight or queued at the gateway; beyond it the answer is 429.",
+        "Requests in flight or queued; beyond it the tenant that holds most gets 429.",
         int,
         metavar="N",
     )

@@ -37,7 +37,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path_policy: str = "shorter-queue"
     scheduler: SchedulerOptions = SchedulerOptions()
     requests_max: int = 256
-    """Requests in flight or queued; beyond it the answer is 429."""
+    """Requests in flight or queued; beyond it the tenant that holds most gets 429."""
     read_timeout_s: float = 20.0
     """A storage read that is not done by then is given up and its blocks recomputed."""
     request_timeout_s: float = 600.0

@@ -121,7 +121,8 @@ class RequestWalk:
             self.trace.timings_s["total"],
         )
         self.trace.log(self.part.rid, outcome)
-        self._services.note(self.part, self.trace, outcome)
+        hit_tokens = self.trace.hit_blocks * self._page_tokens
+        self._services.note(self.part, self.trace, hit_tokens, outcome)
 
     async def _serve(self) -> None:
         if self._tokenized is not None:

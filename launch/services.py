@@ -60,7 +60,7 @@ class Services:
 
     # ---- what can be seen -------------------------------------------------------------
 
-    def note(self, part: Part, trace: Trace, outcome: str) -> None:
+    def note(self, part: Part, trace: Trace, hit_tokens: int, outcome: str) -> None:
         """A part of a request has ended."""
         ended = {
             "rid": part.rid,
@@ -70,7 +70,7 @@ class Services:
             "decode": trace.decode,
             "readers": {agent: reader.blocks for agent, reader in trace.readers.items()},
             "prompt_tokens": len(part.token_ids or ()),
-            "recomputed_tokens": trace.recomputed_tokens,
+            "hit_tokens": hit_tokens,
             "attempts": trace.attempts,
             "timings_s": trace.timings_s,
         }

@@ -13,5 +13,5 @@ def test_the_table_of_flags_is_current():
 
 def test_every_document_named_in_the_readme_exists():
     text = (ROOT / "README.md").read_text()
-    for name in ("architecture", "sglang", "dependencies", "limits"):
+    for name in ("architecture", "sglang", "dependencies", "limits", "operations"):
         assert f"docs/{name}.md" in text and (ROOT / "docs" / f"{name}.md").exists()
