@@ -19,7 +19,7 @@ from rich.text import Text
 from launch.sizes import format_size
 
 FETCH_TIMEOUT_S = 5.0
-BAR_CELLS = 20
+BAR_CELLS = 10
 RECENT_ROWS = 8
 RID_CHARS = 16
 EXIT_UNREACHABLE = 1
@@ -114,7 +114,8 @@ def _agents(agents: Sequence[View], before: Sequence[View]) -> Table:
 
 
 def _requests(recent: Sequence[View]) -> Table:
-    table = _table("request", "outcome", "engines", "prompt", "hit", "total", "ago", "readers")
+    table = _table("request", "outcome", "engines", "prompt", "hit", "total", "ago")
+    table.add_column("readers")  # the one that folds in a narrow terminal
     for ended in recent:
         table.add_row(
             ended["rid"][:RID_CHARS],
