@@ -188,7 +188,7 @@ class RequestWalk:
         finally:
             now = self.trace.clock("queue", begun_s)
             self._services.metrics.queue_time.observe(now - begun_s)
-        self.trace.planned(plan)
+        self.trace.planned(plan, self._services.scheduler.expected_first_token_s(plan.plan))
         return plan
 
     async def _next_plan(self, dead: frozenset[str], use_cache: bool) -> Plan:

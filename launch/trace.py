@@ -43,11 +43,11 @@ class Trace(msgspec.Struct):
     """What the scheduler expected, from the plan on: ``read`` as above; ``first_token``, where
     it weighed loading against computing."""
 
-    def planned(self, plan: Plan) -> None:
-        """Begin an attempt with this plan."""
+    def planned(self, plan: Plan, first_token_s: float) -> None:
+        """Begin an attempt with this plan; ``first_token_s``: when that is expected, or 0."""
         self.plan, self.prefill, self.decode = plan.plan, plan.prefill, plan.decode
         self.readers, self.delivered_bytes = {}, {}
-        estimates_s = {"read": plan.estimated_read_s, "first_token": plan.estimated_first_token_s}
+        estimates_s = {"read": plan.estimated_read_s, "first_token": first_token_s}
         self.estimates_s = {k: round(v, 6) for k, v in estimates_s.items() if v}
         self.timings_s = {k: v for k, v in self.timings_s.items() if k in ("tokenize", "queue")}
 

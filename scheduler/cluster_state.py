@@ -165,10 +165,6 @@ class Engines(Processes):
         self._columns += ["context_tokens", "free_tokens", "last_chosen"]
         self._columns += ["base_s", "token_s", "pair_s"]
 
-    def speed_known(self, row: int) -> bool:
-        """Whether the engine's forwards have been measured."""
-        return bool(self.token_s[row] or self.pair_s[row])
-
     def compute_s(self, row: int, tokens: float | Floats, context: float | Floats) -> Floats:
         """Time of prefilling ``tokens`` after ``context`` tokens; 0 while not measured."""
         pairs = tokens * (context + tokens / 2)

@@ -64,9 +64,6 @@ class Plan(msgspec.Struct, frozen=True):
     block_bytes: int
     estimated_read_s: float = 0.0
     """Until the last block is in DRAM, as the scheduler sees it."""
-    estimated_first_token_s: float = 0.0
-    """Until the prefill engine has the first token, where loading was weighed against
-    computing at a measured speed; otherwise 0."""
     zero_io: bool = False
     """Nothing is really read or delivered: the upper bound of benchmarks."""
 

@@ -215,8 +215,6 @@ class Scheduler:
         ranges, work, load = self._assign(hit, request, prefill)
         read_s = float(work.ends_s(state)[:, READING].max(initial=0.0))
         plan = self._build(request, prefill, decode, ranges, read_s)
-        if load is not None and state.engines.speed_known(prefill):
-            plan = msgspec.structs.replace(plan, estimated_first_token_s=load.chosen_s)
         self._decisions.note(plan, state, self.policy, request.prompt_tokens, load, now)
         self._promise(plan, request, (prefill, decode), work, now)
         for agent, keys in plan.shares().items():
@@ -269,6 +267,14 @@ class Scheduler:
         request's id; None if it is too long ago."""
         decision = self._decisions.find(plan)
         return decision.view(now) if decision is not None else None
+
+    def expected_first_token_s(self, plan: int) -> float:
+        """What a plan's choice to load or to recompute was made by, from the plan on; 0 where
+        there was no such choice, or the prefill engine's speed was not known."""
+        decision = self._decisions.find(plan)
+        load = decision.load if decision is not None else None
+        # To compute everything takes no time only as long as nothing is measured.
+        return load.chosen_s if load is not None and load.recompute_all_s else 0.0
 
     def cluster(self, now: float) -> dict[str, Any]:
         """Every number that decisions are made of, for metrics and the admin view."""

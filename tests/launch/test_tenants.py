@@ -93,7 +93,7 @@ async def test_the_error_of_estimates_is_a_metric() -> None:
         cost = PrefillCost(base_s=0.5, token_s=0.01, pair_s=0.0)
         cluster.prefills[0].hello_changes = {"prefill_cost": cost}
         known = cluster.services.scheduler.state.engines
-        await cluster.until(lambda: known.speed_known(known.row_of["p0"]))
+        await cluster.until(lambda: known.token_s[known.row_of["p0"]])
         _, _, trace = await post(cluster, "/generate", GENERATE)
         assert trace["estimates_s"]["first_token"] == pytest.approx(0.5, rel=0.2)
         # The stubs' reads and forwards take next to no time.
