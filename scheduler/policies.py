@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 
 from scheduler.cluster_state import DEVICE_OF, ClusterState, Device, Floats
-from scheduler.directory import Holders, Run
+from scheduler.directory import Run
+from scheduler.holder_sets import Holders
 from scheduler.plan import Range
 from storage.tier import TierName
 

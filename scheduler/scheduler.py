@@ -217,8 +217,7 @@ class Scheduler:
         plan = self._build(request, prefill, decode, ranges, read_s)
         self._decisions.note(plan, state, self.policy, request.prompt_tokens, load, now)
         self._promise(plan, request, (prefill, decode), work, now)
-        for agent, keys in plan.shares().items():
-            self.directory.expect(agent, keys, in_dram=True)
+        self.directory.expect_read(plan.keys, plan.ranges)
         return plan
 
     def share_settled(self, plan: int, agent: str, in_dram: list[bool], now: float) -> int:

@@ -14,7 +14,8 @@ import heapq
 import numpy as np
 
 from scheduler.cluster_state import ClusterState, Device, Floats, Rows
-from scheduler.directory import Holders, Run
+from scheduler.directory import Run
+from scheduler.holder_sets import Holders
 from scheduler.plan import Range
 from scheduler.policies import DELIVERIES, Hit, expected_tier, from_side, in_dram, last_byte_s
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.cluster_state import ClusterState
-from scheduler.directory import Holders, Run
+from scheduler.directory import Run
+from scheduler.holder_sets import Holders
 from scheduler.options import SchedulerOptions
 from scheduler.policies import POLICY_NAMES, Hit, UnknownPolicy, last_byte_s, read_policy
 from scheduler.scheduler import Scheduler
