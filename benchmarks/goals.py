@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,32 @@ import msgspec
 
 
 class Goal(msgspec.Struct, frozen=True):
-    """``value`` is at most ``at_most``; None where it was not measured, which never holds."""
+    """``value`` is within its bounds; None where it was not measured, which never holds."""
 
     name: str
     value: float | None
     unit: str
-    at_most: float
+    at_most: float = math.inf
+    at_least: float = -math.inf
 
     @property
     def holds(self) -> bool:
-        return self.value is not None and self.value <= self.at_most
+        return self.value is not None and self.at_least <= self.value <= self.at_most
+
+    @property
+    def bounds(self) -> str:
+        """As text, e.g. ``<= 1.05``."""
+        bounds = [f"<= {self.at_most:g}"] if self.at_most < math.inf else []
+        return " and ".join(
+            bounds + ([f">= {self.at_least:g}"] if self.at_least > -math.inf else [])
+        )
 
     def row(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "value": self.value,
             "unit": self.unit,
-            "goal": f"<= {self.at_most:g}",
+            "goal": self.bounds,
             "holds": self.holds,
         }
 
