@@ -23,7 +23,7 @@ Slots = NDArray[np.intp]
 BUCKET_SLOTS = 8
 LOAD_MAX = 0.78
 """Taken slots of all: beyond, searches get long."""
-PACKED_AT_ONCE = 1 << 20
+PACKED_AT_ONCE = 1 << 16
 """Bounds the temporary arrays of a resize."""
 
 
@@ -83,7 +83,9 @@ class KeyTable:
             order = np.argsort(bucket, kind="stable")
             bucket, pending = bucket[order], pending[order]
             # A bucket fills from the left: those that want it queue behind what is there.
-            queue = np.arange(len(bucket)) - np.searchsorted(bucket, bucket)
+            place = np.arange(len(bucket))
+            is_first = np.diff(bucket, prepend=-1) != 0
+            queue = place - np.maximum.accumulate(np.where(is_first, place, 0))
             column = np.count_nonzero(self._buckets[bucket], axis=1) + queue
             fits = column < BUCKET_SLOTS
             taken = bucket[fits] * BUCKET_SLOTS + column[fits]
