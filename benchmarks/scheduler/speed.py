@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 import numpy as np
 
-from benchmarks.scheduler.cluster import PAGE_TOKENS, Cluster, RemoteStore, some_keys
+from benchmarks.scheduler.cluster import Cluster, RemoteStore, some_keys
 from scheduler.plan import Plan
 from storage.block import KEY_BYTES, BlockKey
 from storage.tier import TierName
