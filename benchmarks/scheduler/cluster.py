@@ -18,15 +18,19 @@ PAGE_TOKENS = 64
 
 
 class Hardware(msgspec.Struct, frozen=True):
-    """One node: DualPath, arXiv 2602.21548, section 7.1 (8 GPUs with a 400 Gbit/s NIC each,
-    one more for storage) and DeepSeek-V3.2's KV (61 layers of 576 two-byte numbers a token)."""
+    """One node with one engine: 8 GPUs, each with a NIC of 400 Gbit/s, and one such NIC for
+    storage (DualPath, arXiv 2602.21548, section 7.1); Qwen2.5-32B in two-byte numbers."""
 
     storage_bytes_per_s: float = 50e9
     compute_bytes_per_s: float = 400e9
     prefill_tokens_per_s: float = 40_000.0
-    block_bytes: int = PAGE_TOKENS * 61 * 576 * 2
+    """65 GFLOP a token at 40 % of 8 x 0.8 PFLOP/s."""
+    block_bytes: int = PAGE_TOKENS * 64 * 8 * 128 * 2 * 2
+    """64 layers, 8 heads of 128 numbers, keys and values."""
     kv_tokens: int = 4_000_000
-    dram_slots: int = 16_000
+    """More than comes together here: the size of the pool is not what is measured."""
+    dram_slots: int = 19_000
+    """320 GB, the paper's figure for a Qwen model."""
 
     @property
     def cost(self) -> PrefillCost:

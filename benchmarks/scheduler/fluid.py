@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from benchmarks.scheduler.cluster import PAGE_TOKENS, Cluster, Hardware, RemoteStore, some_keys
 from scheduler.options import SchedulerOptions
 from scheduler.plan import NoEngine, Plan, PlanRequest
+from storage.block import BlockKey
 from storage.rate import RateMeter
 
 REPORT_PERIOD_S = 1.0
@@ -174,7 +176,8 @@ class Fluid:
         self.waiting: list[float] = []
         """Bytes in all read queues, likewise."""
         self._engine = {name: row for row, name in enumerate(self.cluster.engines)}
-        self._nic = dict(zip(self.cluster.agents, self.nics * (self.nodes if pooled else 1)))
+        of_node = self.nics * self.nodes if pooled else self.nics
+        self._nic = dict(zip(self.cluster.agents, of_node, strict=True))
         self._free_s = [0.0] * self.nodes
         self._load = np.zeros((self.nodes, 3), np.int64)
         """Of each engine: sequences, pending tokens, context tokens."""
@@ -248,15 +251,15 @@ class Fluid:
         turn.unread = len(shares)
         for agent, keys in shares.items():
             size_bytes = float(len(keys) * self.hardware.block_bytes)
-            self._nic[agent].read(size_bytes, lambda a=agent, n=len(keys): read(a, n))
-
-        def read(agent: str, blocks: int) -> None:
-            self.cluster.scheduler.share_settled(plan.plan, agent, [True] * blocks, self.clock.now)
-            turn.unread -= 1
-            if not turn.unread:
-                self._submit(turn, plan)
-
+            self._nic[agent].read(size_bytes, partial(self._share_read, turn, plan, agent, keys))
         if not shares:
+            self._submit(turn, plan)
+
+    def _share_read(self, turn: Turn, plan: Plan, agent: str, keys: list[BlockKey]) -> None:
+        in_dram = [True] * len(keys)
+        self.cluster.scheduler.share_settled(plan.plan, agent, in_dram, self.clock.now)
+        turn.unread -= 1
+        if not turn.unread:
             self._submit(turn, plan)
 
     def _submit(self, turn: Turn, plan: Plan) -> None:
