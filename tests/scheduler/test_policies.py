@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduler.cluster_state import ClusterState
 from scheduler.directory import Run
 from scheduler.holder_sets import Holders
 from scheduler.options import SchedulerOptions
