@@ -33,7 +33,7 @@ PLANS_A_ROUND = 500
 POLICIES = ("n-way", "split", "shorter-queue", "round-robin", "prefill")
 LOADS = (1.1, 1.5)
 """NICs barely saturated, where balance matters most, and with long queues."""
-STEP_LOAD = 1.1
+STEP_LOAD = 1.15
 BALANCE_S = 60.0
 JOB_TURNS = 48_000
 SLOW_PART = 0.25

@@ -83,8 +83,8 @@ def job_times(
 class Step(msgspec.Struct, frozen=True):
     """The first node's storage NIC drops to a tenth of its rate, and later comes back.
 
-    ``share``: the part of what all read in a window of 10 s that it read (``read``) and was
-    given to read (``given``), over the part that its rate is of all rates.
+    The part of what all read in a window of 10 s that it read (``read``) and was given to read
+    (``given``), over the part that its rate is of all rates, in the mean of the window.
     """
 
     time_s: list[float]
@@ -121,25 +121,24 @@ def step(
         read.append(fluid.read_bytes())
         given.append(agents.assigned_bytes[: fluid.nodes].copy())
         progress((second + 1) / total_s)
-    begins = np.arange(total_s - round(WINDOW_S) + 1)
-    slow = (begins + WINDOW_S > LEAD_S) & (begins < BACK_S)
-    parts = np.ones((len(begins), fluid.nodes))
-    parts[slow, 0] = SLOW_PART
+    seconds = np.arange(total_s + 1)
+    rates = np.ones((len(seconds), fluid.nodes))
+    rates[(seconds > LEAD_S) & (seconds <= BACK_S), 0] = SLOW_PART
+    ideal = np.cumsum(rates / rates.sum(axis=1, keepdims=True), axis=0)
+    begins = seconds[: -round(WINDOW_S)]
     settled = np.zeros(len(begins), bool)
     for step_s in (LEAD_S, BACK_S):
         settled |= (begins >= step_s + SETTLE_S) & (begins <= step_s + SETTLE_S + STAY_S)
-    shares = [_over_ideal(np.array(total), parts) for total in (read, given)]
+    shares = [_shares(np.array(total)) / _shares(ideal) for total in (read, given)]
     worst = [float(np.abs(share[settled] - 1).max()) for share in shares]
     times = (begins + WINDOW_S - LEAD_S).tolist()
     return Step(times, shares[0][:, 0].tolist(), shares[1][:, 0].tolist(), *worst)
 
 
-def _over_ideal(total: NDArray[np.float64], parts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shares of each node in each window, over its part of all rates."""
-    width = round(WINDOW_S)
-    windows = total[width:] - total[:-width]
-    shares = windows / windows.sum(axis=1, keepdims=True)
-    return np.asarray(shares / (parts / parts.sum(axis=1, keepdims=True)))
+def _shares(total: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each node in each window, from totals by second, shape (seconds, nodes)."""
+    windows = total[round(WINDOW_S) :] - total[: -round(WINDOW_S)]
+    return np.asarray(windows / windows.sum(axis=1, keepdims=True))
 
 
 def _run(fluid: Fluid, seconds: float, progress: Progress) -> None:

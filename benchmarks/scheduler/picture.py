@@ -54,7 +54,7 @@ def step_response(path: Path, result: Step, back_s: float) -> None:
         panel.axvline(time_s, color="0.4", linestyle=":")
         panel.annotate(text, (time_s, 0.02), xytext=(4, 0), textcoords="offset points")
     panel.set(xlabel="end of the 10 s window, s after the drop", ylabel="share over ideal")
-    panel.set_ylim(0, 3)
+    panel.set_ylim(0, 2)
     panel.legend(loc="upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)

@@ -47,7 +47,7 @@ def test_the_model_reads_what_its_turns_hit():
 def test_shares_follow_a_step_of_one_nodes_rate_and_stay():
     """To a tenth and back: in 10 s within 10 % of ideal, and there for 60 s; of every node, of
     what they read and of what they are given to read."""
-    result = step("n-way", (4, 8), 1.1, silent)
+    result = step("n-way", (4, 8), 1.15, silent)
     assert result.worst_read <= 0.1
     assert result.worst_given <= 0.1
 
