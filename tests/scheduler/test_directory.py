@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -70,8 +71,13 @@ steps = st.lists(
 
 
 @settings(max_examples=200, deadline=None)
-@given(steps, st.sets(st.sampled_from(AGENTS)))
-def test_equals_a_model_under_gaps_and_restarts(steps, alive):
+@given(steps, st.sets(st.sampled_from(AGENTS)), st.sampled_from([1, 1 << 16]))
+def test_equals_a_model_under_gaps_and_restarts(steps, alive, sets_min):
+    with patch("scheduler.directory._SETS_MIN", sets_min):  # 1: unused sets go at once
+        equals_a_model(steps, alive)
+
+
+def equals_a_model(steps, alive):
     directory, model = Directory(), Model()
     incarnation = dict.fromkeys(AGENTS, 1)
     sequence: dict[str, int | None] = dict.fromkeys(AGENTS)
