@@ -168,11 +168,18 @@ class Directory:
     # ---- inside -----------------------------------------------------------------------
 
     def _merge(self, agent: str, changes: list[Change]) -> None:
-        last = {(change.key, change.tier): change.held for change in changes}
-        for tier in TierName:
+        dram: dict[BlockKey, bool] = {}
+        ssd: dict[BlockKey, bool] = {}
+        remote: dict[BlockKey, bool] = {}
+        for change in changes:  # the last word on a block counts; hashing a tier would be slow
+            of = change.tier
+            last = dram if of is TierName.DRAM else ssd if of is TierName.SSD else remote
+            last[change.key] = change.held
+        tiers = ((TierName.DRAM, dram), (TierName.SSD, ssd), (TierName.REMOTE, remote))
+        for tier, last in tiers:
             bit = self._sets.bit(agent, tier)
             for held in (True, False):
-                keys = [k for (k, of), is_held in last.items() if of is tier and is_held is held]
+                keys = [key for key, is_held in last.items() if is_held is held]
                 if keys:
                     prints = fingerprints(keys)
                     self._put(self._add(prints) if held else self._known(prints), bit, held)
