@@ -30,6 +30,8 @@ RATE_TRUSTED_S = 5.0
 RATE_FADES_S = 5.0
 """... with this time constant towards the mean of the others: a node that was slow gets
 work again, and with it the measurement that says what it is worth now."""
+BETA_PROBE_TOKENS = 4096
+"""A prefill engine's speed is taken from a forward of so many tokens."""
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.intp]
@@ -67,7 +69,7 @@ class Processes:
         self.last_seen_s: Floats = np.empty(0)
         self.draining: Mask = np.empty(0, bool)
         self.promised: Floats = np.empty((0, kinds))
-        self._promises: list[dict[int, tuple[tuple[float, ...], float]]] = []
+        self._promises: list[dict[int, tuple[Floats, float]]] = []
         """By row and plan: how much of each kind, and when the process got it."""
         self._columns = ["last_seen_s", "draining", "promised"]
 
@@ -114,13 +116,14 @@ class Processes:
         self._promises[row].clear()
         self.promised[row] = 0
 
-    def promise(self, row: int, plan: int, amounts: tuple[float, ...], at: float) -> None:
+    def promise(self, rows: Rows, plan: int, amounts: Floats, at: float) -> None:
         """Count work in until a report that comes after ``at`` shows it; ``at`` is infinite
-        while the scheduler alone knows of the work."""
-        self._promises[row][plan] = amounts, at
-        self.promised[row] += amounts
+        while the scheduler alone knows of the work. ``amounts`` has a row for each process."""
+        for row, of_row in zip(rows.tolist(), amounts, strict=True):
+            self._promises[row][plan] = of_row, at
+        self.promised[rows] += amounts
 
-    def promised_to(self, row: int, plan: int) -> tuple[float, ...] | None:
+    def promised_to(self, row: int, plan: int) -> Floats | None:
         """What is still promised to the process for a plan."""
         entry = self._promises[row].get(plan)
         return entry[0] if entry is not None else None
@@ -132,11 +135,14 @@ class Processes:
 
     def settle(self, row: int, plan: int) -> None:
         """The work is done or given up, or shows in the reports."""
-        entry = self._promises[row].pop(plan, None)
-        if entry is not None:
-            # Rounding must not add up: with no promise left the sum is 0 again.
-            left = self.promised[row] - entry[0]
-            self.promised[row] = left if self._promises[row] else 0
+        promises = self._promises[row]
+        entry = promises.pop(plan, None)
+        if entry is None:
+            return
+        if promises:
+            self.promised[row] -= entry[0]
+        else:  # Rounding must not add up: with no promise left the sum is 0 again.
+            self.promised[row] = 0
 
 
 class Engines(Processes):
@@ -165,7 +171,7 @@ class Engines(Processes):
         self._columns += ["context_tokens", "free_tokens", "last_chosen"]
         self._columns += ["base_s", "token_s", "pair_s"]
 
-    def compute_s(self, row: int, tokens: float | Floats, context: float | Floats) -> Floats:
+    def compute_s(self, row: int | Rows, tokens: float | Floats, context: float | Floats) -> Floats:
         """Time of prefilling ``tokens`` after ``context`` tokens; 0 while not measured."""
         pairs = tokens * (context + tokens / 2)
         cost = self.base_s[row] + self.token_s[row] * tokens + self.pair_s[row] * pairs
@@ -216,6 +222,10 @@ class ClusterState:
         self.usable_engines: Mask = np.empty(0, bool)
         self.bytes_per_s: Floats = np.empty((0, len(Device)))
         """Rates to reckon with, shape (agents, devices); never 0."""
+        self.alpha_bytes: Floats = np.empty(0)
+        """A read queue up to here is short; by engine, for the agent of its node."""
+        self.beta_tokens: Floats = np.empty(0)
+        """A prefill engine with more to compute is full; infinite while not measured."""
         self._looked_s = -np.inf
 
     def changed(self) -> None:
@@ -241,6 +251,8 @@ class ClusterState:
         if alive != self.alive_agents:
             self.alive_agents = alive
         self.bytes_per_s = self._rates(now)
+        self.alpha_bytes = self._alpha_bytes()
+        self.beta_tokens = self._beta_tokens()
 
     @staticmethod
     def _usable(processes: Processes, now: float, timeout_s: float) -> Mask:
@@ -260,6 +272,23 @@ class ClusterState:
         rates = np.where(known, np.maximum(measured, faded), mean)
         rates[:, Device.COMPUTE_IN] = rates[:, Device.COMPUTE_OUT]  # full duplex, one speed
         return rates
+
+    def _alpha_bytes(self) -> Floats:
+        """What each engine's agent reads from remote storage in alpha seconds."""
+        count = len(self.usable_engines)
+        if self.options.alpha_bytes:
+            return np.full(count, float(self.options.alpha_bytes))
+        rates = self.bytes_per_s[self.engines.agent_row[:count], Device.STORAGE_NIC]
+        return np.asarray(self.options.alpha_s * rates)
+
+    def _beta_tokens(self) -> Floats:
+        """What each engine computes in beta seconds, from its time for a usual forward."""
+        count = len(self.usable_engines)
+        if self.options.beta_tokens:
+            return np.full(count, float(self.options.beta_tokens))
+        probe_s = self.engines.compute_s(np.arange(count), BETA_PROBE_TOKENS, 0.0)
+        tokens = self.options.beta_s * BETA_PROBE_TOKENS
+        return np.divide(tokens, probe_s, out=np.full(count, np.inf), where=probe_s > 0)
 
     def backlog_s(self) -> Floats:
         """Time until each device has done its queue and its promises; shape (agents, devices)."""

@@ -7,18 +7,25 @@ entry costs a recomputation, never a wrong token, because readers check keys the
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby, islice
+from itertools import islice
 from typing import Protocol
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
+from scheduler.holder_sets import NOBODY, Holders, HolderSets, SetIds, run_starts
+from scheduler.key_table import Fingerprints, KeyTable, Slots, fingerprints
+from scheduler.plan import Range
 from storage.block import BlockKey
 from storage.tier import TierName
 
-_REMOTE_BIT = 1
-_DECODED_MAX = 4096
 _EVICT_DIVISOR = 16
-"""The oldest 1/16 go at once: dropping one at a time would rescan the emptied front of the dict."""
+"""The oldest 1/16 go at once: to find them is a pass over all blocks."""
+_CHANGES_AT_ONCE = 1 << 16
+_ENTRIES_MIN = 1 << 12
+_SETS_MIN = 1 << 16
+"""Fewer sets than these are not looked through for unused ones."""
 
 
 class Change(Protocol):
@@ -30,22 +37,6 @@ class Change(Protocol):
     def tier(self) -> TierName: ...
     @property
     def held(self) -> bool: ...
-
-
-class Holders(msgspec.Struct, frozen=True):
-    """Where one block can be had: by agent names in ascending order, and remotely by anyone."""
-
-    dram: tuple[str, ...] = ()
-    ssd: tuple[str, ...] = ()
-    remote: bool = False
-
-    def tier_at(self, agent: str) -> TierName | None:
-        """The fastest tier from which ``agent`` itself can have the block; None if it cannot."""
-        if agent in self.dram:
-            return TierName.DRAM
-        if agent in self.ssd:
-            return TierName.SSD
-        return TierName.REMOTE if self.remote else None
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -64,29 +55,40 @@ class _Stream(msgspec.Struct):
 
 
 class Directory:
-    """Block key -> holders, as one bit mask a block: remote, and DRAM and SSD of each agent.
+    """Block key -> holders: the number of a set of holders for each block.
 
-    100 to 200 bytes a block (32-byte key object, dict slot, mask); 2,000 keys are looked up
-    in a few ms. Bounded: beyond ``entries_max`` the blocks announced longest ago are
-    forgotten, which only makes them misses.
+    22 bytes a block when full (fingerprint 8, set 4, age 4, at a load of 0.73). Bounded:
+    beyond ``entries_max`` the blocks announced longest ago are forgotten, which only makes
+    them misses.
     """
 
-    def __init__(self, entries_max: int = 4_000_000) -> None:
+    def __init__(self, entries_max: int = 10_000_000) -> None:
         if entries_max < 1:
             raise ValueError(f"entries_max must be at least 1, got {entries_max}")
         self._entries_max = entries_max
-        self._masks: dict[BlockKey, int] = {}
-        self._agents: dict[str, int] = {}
-        """Number of each agent's two bits."""
-        self._usable: tuple[frozenset[str], int, int] = (frozenset(), 0, 0)
-        """Of the last look-up: its agents, how many were known then, and their mask."""
+        self._added_max = max(1, min(entries_max // _EVICT_DIVISOR, _CHANGES_AT_ONCE))
+        """New entries between two looks at the bound."""
+        self._table = KeyTable(self._capacity(0))
+        self._set_ids: SetIds = np.zeros(self._table.slots, np.int32)
+        """By slot. A slot whose set is empty is no entry: only its fingerprint is left."""
+        self._announced: NDArray[np.uint32] = np.zeros(self._table.slots, np.uint32)
+        """By slot, a count of new entries: their order. After 4 billion it begins anew, and the
+        next blocks that the bound drops may be younger ones."""
+        self._announced_next = 0
+        self._entries = 0
+        self._sets = HolderSets()
+        self._sets_max = _SETS_MIN
         self._streams: dict[str, _Stream] = {}
-        self._decoded: dict[int, Holders] = {}
         self.dropped_total = 0
         """Blocks forgotten because of the bound."""
 
     def __len__(self) -> int:
-        return len(self._masks)
+        return self._entries
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the arrays that grow with the number of blocks."""
+        return self._table.memory_bytes + self._set_ids.nbytes + self._announced.nbytes
 
     def apply(
         self,
@@ -112,27 +114,26 @@ class Directory:
             return False
         stream.incarnation = incarnation
         stream.next_sequence = sequence + 1
-        self._merge(agent, changes)
-        self._enforce_bound()
+        changes = iter(changes)
+        while batch := list(islice(changes, self._added_max)):
+            self._merge(agent, batch)
         return True
 
-    def expect(self, agent: str, keys: Iterable[BlockKey], in_dram: bool) -> None:
+    def expect(self, agent: str, keys: Sequence[BlockKey], in_dram: bool) -> None:
         """``agent`` is about to have these blocks in DRAM, or turned out not to.
 
         So a second request for a block that is being read goes to the same reader, which
         reads it once. What the agent announces later corrects a wrong guess.
         """
-        bit = self._bit(agent, TierName.DRAM)
-        for key in keys:
-            mask = self._masks.get(key, 0)
-            if not mask:
-                continue
-            if in_dram:
-                self._masks[key] = mask | bit
-            elif mask & ~bit:
-                self._masks[key] = mask & ~bit
-            else:
-                del self._masks[key]
+        if keys:
+            self._expect(agent, self._table.find(fingerprints(keys)), in_dram)
+
+    def expect_read(self, keys: Sequence[BlockKey], ranges: Iterable[Range]) -> None:
+        """The same for a whole plan: each agent will have its ranges of ``keys`` in DRAM."""
+        if keys:
+            slots = self._table.find(fingerprints(keys))
+            for part in ranges:
+                self._expect(part.agent, slots[part.first : part.first + part.blocks], True)
 
     def forget(self, agent: str, incarnation: int = 0) -> None:
         """Drop the DRAM and SSD holdings of an agent that died; remote blocks stay.
@@ -149,79 +150,101 @@ class Directory:
 
         Holdings of other agents do not count; the first block that nobody holds ends it.
         """
-        usable = self._usable_mask(agents)
-        runs: list[tuple[int, int, int]] = []
-        first = 0
-        for known, group in groupby(map(self._masks.get, keys)):
-            mask = (known or 0) & usable
-            if not mask:
+        if not keys:
+            return []
+        slots = self._table.find(fingerprints(keys))
+        ids = np.where(slots < 0, NOBODY, self._set_ids[slots])
+        starts = run_starts(ids).tolist()
+        runs: list[Run] = []
+        for first, end in zip(starts, [*starts[1:], len(keys)], strict=True):
+            holders = self._sets.seen_by(int(ids[first]), agents)
+            if holders is None:
                 break
-            blocks = len(list(group))
-            if runs and runs[-1][2] == mask:
-                start, before, _ = runs.pop()
-                runs.append((start, before + blocks, mask))
-            else:
-                runs.append((first, blocks, mask))
-            first += blocks
-        decoded = self._decoded
-        return [Run(f, n, decoded.get(mask) or self._decode(mask)) for f, n, mask in runs]
+            if runs and runs[-1].holders == holders:
+                first = runs.pop().first
+            runs.append(Run(first, end - first, holders))
+        return runs
 
-    def _usable_mask(self, agents: frozenset[str]) -> int:
-        before, known, usable = self._usable
-        if before is not agents or known != len(self._agents):
-            usable = _REMOTE_BIT if agents else 0
-            for name, index in self._agents.items():
-                if name in agents:
-                    usable |= 3 << (1 + 2 * index)
-            self._usable = agents, len(self._agents), usable
-        return usable
+    # ---- inside -----------------------------------------------------------------------
 
-    def _bit(self, agent: str, tier: TierName) -> int:
-        if tier is TierName.REMOTE:
-            return _REMOTE_BIT
-        index = self._agents.setdefault(agent, len(self._agents))
-        return 1 << (1 + 2 * index + (tier is TierName.SSD))
+    def _merge(self, agent: str, changes: list[Change]) -> None:
+        dram: dict[BlockKey, bool] = {}
+        ssd: dict[BlockKey, bool] = {}
+        remote: dict[BlockKey, bool] = {}
+        for change in changes:  # the last word on a block counts; hashing a tier would be slow
+            of = change.tier
+            last = dram if of is TierName.DRAM else ssd if of is TierName.SSD else remote
+            last[change.key] = change.held
+        tiers = ((TierName.DRAM, dram), (TierName.SSD, ssd), (TierName.REMOTE, remote))
+        for tier, last in tiers:
+            bit = self._sets.bit(agent, tier)
+            for held in (True, False):
+                keys = [key for key, is_held in last.items() if is_held is held]
+                if keys:
+                    prints = fingerprints(keys)
+                    self._put(self._add(prints) if held else self._known(prints), bit, held)
+        self._enforce_bounds()
 
-    def _decode(self, mask: int) -> Holders:
-        names = list(self._agents)
-        found: dict[bool, list[str]] = {False: [], True: []}
-        rest = mask >> 1
-        while rest:
-            bit = rest.bit_length() - 1
-            rest ^= 1 << bit
-            found[bit % 2 == 1].append(names[bit // 2])
-        holders = Holders(
-            tuple(sorted(found[False])), tuple(sorted(found[True])), bool(mask & _REMOTE_BIT)
-        )
-        if len(self._decoded) >= _DECODED_MAX:
-            self._decoded.clear()
-        self._decoded[mask] = holders
-        return holders
+    def _expect(self, agent: str, slots: Slots, in_dram: bool) -> None:
+        slots = slots[slots >= 0]
+        slots = slots[self._set_ids[slots] != NOBODY]
+        if len(slots):
+            self._put(slots, self._sets.bit(agent, TierName.DRAM), in_dram)
 
-    def _merge(self, agent: str, changes: Iterable[Change]) -> None:
-        bits = {tier: self._bit(agent, tier) for tier in TierName}
-        masks = self._masks
-        for change in changes:
-            mask = masks.get(change.key, 0)
-            if change.held:
-                masks[change.key] = mask | bits[change.tier]
-            elif mask & ~bits[change.tier]:
-                masks[change.key] = mask & ~bits[change.tier]
-            elif mask:
-                del masks[change.key]
+    def _known(self, prints: Fingerprints) -> Slots:
+        slots = self._table.find(prints)
+        return slots[slots >= 0]
+
+    def _add(self, prints: Fingerprints) -> Slots:
+        """Slots of these; of those that are not there, new ones."""
+        slots = self._table.find(prints)
+        absent = np.flatnonzero(slots < 0)
+        if self._table.taken + len(absent) > self._table.capacity:
+            self._pack(len(absent))
+            slots = self._table.find(prints)
+            absent = np.flatnonzero(slots < 0)
+        slots[absent] = self._table.insert(prints[absent])
+        return slots
+
+    def _put(self, slots: Slots, bits: int, held: bool) -> None:
+        """Change the sets of these entries, and with them which slots are entries."""
+        before = self._set_ids[slots]
+        after = self._sets.changed(before, bits, held)
+        self._set_ids[slots] = after
+        new = slots[before == NOBODY] if held else slots[:0]
+        count = self._announced_next + np.arange(len(new))
+        self._announced[new] = count.astype(np.uint32)
+        self._announced_next += len(new)
+        self._entries += int(np.count_nonzero(after)) - int(np.count_nonzero(before))
 
     def _clear(self, agent: str) -> None:
-        """One pass over all blocks (some 0.1 s a million), at an agent's restart only."""
-        if agent not in self._agents:
-            return
-        own = self._bit(agent, TierName.DRAM) | self._bit(agent, TierName.SSD)
-        self._masks = {k: m & ~own for k, m in self._masks.items() if m & ~own}
+        """One pass over all blocks (some 10 ms a million), at an agent's restart only."""
+        self._set_ids = self._sets.without(self._sets.local_bits(agent))[self._set_ids]
+        self._entries = int(np.count_nonzero(self._set_ids))
 
-    def _enforce_bound(self) -> None:
-        if len(self._masks) <= self._entries_max:
-            return
-        target = self._entries_max - self._entries_max // _EVICT_DIVISOR
-        oldest = list(islice(self._masks, len(self._masks) - target))
-        for key in oldest:
-            del self._masks[key]
-        self.dropped_total += len(oldest)
+    def _capacity(self, entries: int) -> int:
+        return min(max(2 * entries, _ENTRIES_MIN), self._entries_max + self._added_max)
+
+    def _pack(self, more: int) -> None:
+        """Leave out the slots that are no entries, and make room for so many more."""
+        kept = np.flatnonzero(self._set_ids)
+        self._table, slots = self._table.resized(kept, self._capacity(len(kept) + more))
+        for name in ("_set_ids", "_announced"):
+            column = getattr(self, name)
+            moved = np.zeros(self._table.slots, column.dtype)
+            moved[slots] = column[kept]
+            setattr(self, name, moved)
+
+    def _enforce_bounds(self) -> None:
+        if self._entries > self._entries_max:
+            dropped = self._entries - self._entries_max + self._entries_max // _EVICT_DIVISOR
+            entries = np.flatnonzero(self._set_ids)
+            age = np.uint32(self._announced_next & 0xFFFFFFFF) - self._announced[entries]
+            oldest = entries[np.argpartition(age, len(age) - dropped)[len(age) - dropped :]]
+            self._set_ids[oldest] = NOBODY
+            self._entries -= dropped
+            self.dropped_total += dropped
+        if len(self._sets) > self._sets_max:
+            used = np.flatnonzero(np.bincount(self._set_ids, minlength=len(self._sets)))
+            self._set_ids = self._sets.keep(used.astype(np.int32))[self._set_ids]
+            self._sets_max = max(_SETS_MIN, 2 * len(self._sets))

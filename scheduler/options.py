@@ -27,6 +27,6 @@ class SchedulerOptions(msgspec.Struct, frozen=True):
     """Agents that share one request's read."""
     range_min_blocks: int = 4
     """No agent is asked for fewer blocks, unless nobody else can read them."""
-    directory_entries_max: int = 4_000_000
+    directory_entries_max: int = 10_000_000
     decisions_kept: int = 1000
     """Plans that can be explained afterwards."""

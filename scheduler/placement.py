@@ -10,9 +10,6 @@ import numpy as np
 from scheduler.cluster_state import DECODE, PREFILL, ClusterState, Device, Floats, Mask, Rows
 from scheduler.plan import NoEngine, PlanRequest
 
-BETA_PROBE_TOKENS = 4096
-"""A prefill engine's speed is taken from a forward of so many tokens."""
-
 
 def candidates(state: ClusterState, role: str, request: PlanRequest) -> Rows:
     """Rows of the engines that may take the request; raises ``NoEngine`` if there is none."""
@@ -49,13 +46,20 @@ def choose_prefill(state: ClusterState, request: PlanRequest) -> int:
     engines = state.engines
     rows = candidates(state, PREFILL, request)
     pending = engines.pending_tokens[rows] + engines.promised[rows, engines.TOKENS]
-    below_beta = pending <= beta_tokens(state, rows)
+    below_beta = pending <= state.beta_tokens[rows]
     if not below_beta.any():
         raise NoEngine(PREFILL, f"{pending.min():.0f} tokens pend on each", transient=True)
-    rows, pending = rows[below_beta], pending[below_beta]
-    long_queue = read_queue_bytes(state, rows) > alpha_bytes(state, rows)
-    order = np.lexsort((engines.last_chosen[rows], pending, long_queue))
-    return int(rows[order[0]])
+    nodes, nic = engines.agent_row[rows], Device.STORAGE_NIC
+    read_queue = state.agents.queue_bytes[nodes, nic] + state.agents.promised[nodes, nic]
+    preferred = below_beta & (read_queue <= state.alpha_bytes[rows])
+    among = preferred if preferred.any() else below_beta
+    return _least(state, rows[among], pending[among])
+
+
+def _least(state: ClusterState, rows: Rows, rank: Floats) -> int:
+    """The row of the least rank; of equals, the one that was chosen longest ago."""
+    equals = rows[rank == rank.min()]
+    return int(equals[state.engines.last_chosen[equals].argmin()])
 
 
 def choose_decode(state: ClusterState, request: PlanRequest) -> int:
@@ -70,16 +74,16 @@ def choose_decode(state: ClusterState, request: PlanRequest) -> int:
     needed = request.prompt_tokens + request.max_new_tokens
     tokens = engines.context_tokens[rows] + engines.promised[rows, engines.CONTEXT]
     groups = engines.group[rows]
-    totals = np.bincount(groups, weights=tokens)
-    chosen = engines.last_chosen[rows]
-    first = np.lexsort((chosen, totals[groups]))[0]
-    members = groups == groups[first]
-    rows, tokens, chosen = rows[members], tokens[members], chosen[members]
+    totals = np.bincount(groups, weights=tokens).astype(np.float64, copy=False)
+    members = groups == engines.group[_least(state, rows, totals[groups])]
+    rows, tokens = rows[members], tokens[members]
     limit = state.options.decode_balance * (tokens.sum() + needed) / len(rows)
+    within = tokens + needed <= limit
+    if not within.any():
+        return _least(state, rows, tokens)
+    rows = rows[within]
     sequences = engines.sequences[rows] + engines.promised[rows, engines.SEQUENCES]
-    over = tokens + needed > limit
-    rank = np.where(over, tokens, sequences)
-    return int(rows[np.lexsort((chosen, rank, over))[0]])
+    return _least(state, rows, sequences)
 
 
 def _fit(state: ClusterState, rows: Rows, request: PlanRequest) -> Mask:
@@ -97,42 +101,3 @@ def _fit(state: ClusterState, rows: Rows, request: PlanRequest) -> Mask:
         reason = f"{needed} KV tokens needed, {room.max():.0f} free at most"
         raise NoEngine(DECODE, reason, transient=True)
     return np.asarray(fit)
-
-
-# ---- the paper's constants, from measurement ----------------------------------------------
-
-
-def beta_tokens(state: ClusterState, rows: Rows) -> Floats:
-    """What each prefill engine computes in beta seconds; infinite while not measured."""
-    options, engines = state.options, state.engines
-    if options.beta_tokens:
-        return np.full(len(rows), float(options.beta_tokens))
-    pairs = BETA_PROBE_TOKENS**2 / 2
-    probe_s = engines.base_s[rows] + BETA_PROBE_TOKENS * engines.token_s[rows]
-    probe_s = probe_s + pairs * engines.pair_s[rows]
-    with np.errstate(divide="ignore"):
-        return np.asarray(options.beta_s * BETA_PROBE_TOKENS / probe_s)
-
-
-def alpha_bytes(state: ClusterState, rows: Rows) -> Floats:
-    """What the agent of each engine's node reads from remote storage in alpha seconds."""
-    if state.options.alpha_bytes:
-        return np.full(len(rows), float(state.options.alpha_bytes))
-    agents = state.engines.agent_row[rows]
-    return np.asarray(state.options.alpha_s * _of_agents(state, agents, state.bytes_per_s))
-
-
-def read_queue_bytes(state: ClusterState, rows: Rows) -> Floats:
-    """Read queue of the storage NIC of each engine's node."""
-    agents = state.engines.agent_row[rows]
-    count = len(state.bytes_per_s)
-    queued = state.agents.queue_bytes[:count] + state.agents.promised[:count]
-    return _of_agents(state, agents, queued)
-
-
-def _of_agents(state: ClusterState, agents: Rows, values: Floats) -> Floats:
-    """Storage-NIC column for these agents; 0 for one that has not reported yet."""
-    known = agents < len(values)
-    found = np.zeros(len(agents))
-    found[known] = values[agents[known], Device.STORAGE_NIC]
-    return found

@@ -13,8 +13,9 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from scheduler.cluster_state import DEVICE_OF, ClusterState, Device, Floats
-from scheduler.directory import Holders, Run
+from scheduler.cluster_state import DEVICE_OF, READING, ClusterState, Device, Floats, Rows
+from scheduler.directory import Run
+from scheduler.holder_sets import Holders
 from scheduler.plan import Range
 from storage.tier import TierName
 
@@ -174,10 +175,12 @@ def expected_tier(holders: Holders, reader: str) -> TierName:
 
 class Work(msgspec.Struct, frozen=True):
     """What a set of ranges asks of the agents: ``added[i]`` bytes by :class:`Device` of the
-    agent in row ``rows[i]``, readers first."""
+    agent in row ``rows[i]``, readers first; and when each device has done it, at the
+    backlogs of then (0 where it has none)."""
 
-    rows: list[int]
+    rows: Rows
     added: Floats
+    ends_s: Floats
 
     @staticmethod
     def of(hit: Hit, ranges: list[Range], state: ClusterState) -> Work:
@@ -195,19 +198,22 @@ class Work(msgspec.Struct, frozen=True):
         for agent in hit.sides if ranges else ():
             mine = by_row.setdefault(row_of[agent], [0.0] * len(Device))
             mine[Device.COMPUTE_IN] += total_bytes
-        return Work(list(by_row), np.array(list(by_row.values())).reshape(-1, len(Device)))
+        rows = np.array(list(by_row), np.intp)
+        added = np.array(list(by_row.values())).reshape(-1, len(Device))
+        queued = state.agents.queue_bytes[rows] + state.agents.promised[rows]
+        ends_s = (queued + added) / state.bytes_per_s[rows]
+        ends_s[added == 0] = 0
+        return Work(rows, added, ends_s)
 
-    def ends_s(self, state: ClusterState) -> Floats:
-        """When each device has done its part, at the present backlogs; 0 where it has none.
-        Shape as ``added``."""
-        queued = state.agents.queue_bytes[self.rows] + state.agents.promised[self.rows]
-        ends_s = (queued + self.added) / state.bytes_per_s[self.rows]
-        return np.where(self.added > 0, ends_s, 0.0)
+    @property
+    def read_s(self) -> float:
+        """When the last byte has been read from storage."""
+        return float(self.ends_s[:, READING].max(initial=0.0))
 
 
 def last_byte_s(hit: Hit, ranges: list[Range], state: ClusterState) -> float:
     """When the last of these ranges has been read, sent and received."""
-    return float(Work.of(hit, ranges, state).ends_s(state).max(initial=0.0))
+    return float(Work.of(hit, ranges, state).ends_s.max(initial=0.0))
 
 
 # ---- by name ------------------------------------------------------------------------------

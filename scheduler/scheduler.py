@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 
 from scheduler import cluster_view
 from scheduler.cluster_state import (
     DECODE,
     DEVICE_OF,
     PREFILL,
-    READING,
     ClusterState,
     Device,
     Engines,
@@ -61,6 +61,17 @@ def _reading(plan: int) -> int:
 def _moving(plan: int) -> int:
     """... and of the promise to send and to receive, which outlasts the reading."""
     return ~plan
+
+
+def _missing(plan: Plan, agent: str, in_dram: list[bool]) -> list[int]:
+    """Blocks of the agent's share that it does not have in DRAM, in prompt order."""
+    mine = [
+        block
+        for part in plan.ranges
+        if part.agent == agent
+        for block in range(part.first, part.first + part.blocks)
+    ]
+    return [b for i, b in enumerate(mine) if i >= len(in_dram) or not in_dram[i]]
 
 
 class UnknownPlan(KeyError):
@@ -213,12 +224,10 @@ class Scheduler:
         state.engines.last_chosen[[prefill, decode]] = self._chosen
         hit = self._hit(request, prefill, decode)
         ranges, work, load = self._assign(hit, request, prefill)
-        read_s = float(work.ends_s(state)[:, READING].max(initial=0.0))
-        plan = self._build(request, prefill, decode, ranges, read_s)
+        plan = self._build(request, prefill, decode, ranges, work.read_s)
         self._decisions.note(plan, state, self.policy, request.prompt_tokens, load, now)
         self._promise(plan, request, (prefill, decode), work, now)
-        for agent, keys in plan.shares().items():
-            self.directory.expect(agent, keys, in_dram=True)
+        self.directory.expect_read(plan.keys, plan.ranges)
         return plan
 
     def share_settled(self, plan: int, agent: str, in_dram: list[bool], now: float) -> int:
@@ -228,13 +237,10 @@ class Scheduler:
         Returns how many leading blocks of the plan's hit still stand; raises ``UnknownPlan``.
         """
         entry = self._entry(plan)
-        mine = [
-            block
-            for part in entry.plan.ranges
-            if part.agent == agent
-            for block in range(part.first, part.first + part.blocks)
-        ]
-        missing = [b for i, b in enumerate(mine) if i >= len(in_dram) or not in_dram[i]]
+        blocks = sum(part.blocks for part in entry.plan.ranges if part.agent == agent)
+        missing = (
+            [] if all(in_dram) and len(in_dram) >= blocks else _missing(entry.plan, agent, in_dram)
+        )
         if missing:
             self._cut(entry, missing[0])
             self.directory.expect(agent, [entry.plan.keys[b] for b in missing], in_dram=False)
@@ -306,8 +312,8 @@ class Scheduler:
         promised = engines.promised_to(row, plan)
         if promised is not None:
             engines.settle(row, plan)
-            tokens = promised[Engines.TOKENS] + lost_blocks * entry.page_tokens
-            engines.promise(row, plan, (tokens, *promised[1:]), math.inf)
+            promised[Engines.TOKENS] += lost_blocks * entry.page_tokens
+            engines.promise(np.array([row]), plan, promised[None], math.inf)
 
     def _hit(self, request: PlanRequest, prefill: int, decode: int) -> Hit:
         agents, of_engine = self.state.agents.names, self.state.engines.agent_row
@@ -334,9 +340,9 @@ class Scheduler:
         if not ranges or load_policy == "always":
             return ranges, work, None
         blocks = ranges[-1].first + ranges[-1].blocks
-        ends_s, alone_s = work.ends_s(state), work.added / state.bytes_per_s[work.rows]
-        first_s = float((ends_s - alone_s).min(where=work.added > 0, initial=math.inf))
-        load = worth_loading(state, request, prefill, blocks, first_s, float(ends_s.max()))
+        start_s = work.ends_s - work.added / state.bytes_per_s[work.rows]
+        first_s = float(start_s.min(where=work.added > 0, initial=math.inf))
+        load = worth_loading(state, request, prefill, blocks, first_s, float(work.ends_s.max()))
         if load.load_blocks < blocks:
             shorter = hit.leading(load.load_blocks)
             ranges = self._within_slots(self._policy.assign(shorter, state))
@@ -384,11 +390,14 @@ class Scheduler:
         engines, agents, number = self.state.engines, self.state.agents, plan.plan
         miss = request.prompt_tokens - len(plan.keys) * request.page_tokens
         needed = request.prompt_tokens + request.max_new_tokens
-        engines.promise(rows[0], number, (miss, 1, request.prompt_tokens), math.inf)
-        engines.promise(rows[1], number, (0, 1, needed), math.inf)
-        for row, (ssd, nic, out, into) in zip(work.rows, work.added.tolist(), strict=True):
-            if ssd or nic:
-                agents.promise(row, _reading(number), (ssd, nic, 0.0, 0.0), now)
-                agents.assigned_bytes[row] += ssd + nic
-            agents.promise(row, _moving(number), (0.0, 0.0, out, into), math.inf)
-        self._open[number] = _Open(plan, request.page_tokens, len(plan.keys), rows, work.rows)
+        asked = np.array([[miss, 1, request.prompt_tokens], [0, 1, needed]], np.float64)
+        engines.promise(np.array(rows), number, asked, math.inf)
+        reading, moving = work.added.copy(), work.added.copy()
+        reading[:, Device.COMPUTE_OUT :] = 0
+        moving[:, : Device.COMPUTE_OUT] = 0
+        agents.promise(work.rows, _reading(number), reading, now)
+        agents.promise(work.rows, _moving(number), moving, math.inf)
+        agents.assigned_bytes[work.rows] += reading.sum(axis=1)
+        self._open[number] = _Open(
+            plan, request.page_tokens, len(plan.keys), rows, work.rows.tolist()
+        )

@@ -14,7 +14,8 @@ import heapq
 import numpy as np
 
 from scheduler.cluster_state import ClusterState, Device, Floats, Rows
-from scheduler.directory import Holders, Run
+from scheduler.directory import Run
+from scheduler.holder_sets import Holders
 from scheduler.plan import Range
 from scheduler.policies import DELIVERIES, Hit, expected_tier, from_side, in_dram, last_byte_s
 
@@ -105,6 +106,15 @@ class WaterFilling:
         return whole if ends[1] < ends[0] else ranges
 
 
+def _pace(values: Floats, on_ssd: Rows) -> Floats:
+    """Reading and sending overlap: of each agent, the slower of the two, given by device."""
+    sending = values[:, Device.COMPUTE_OUT]
+    slower = np.maximum(values[:, Device.STORAGE_NIC], sending)
+    if len(on_ssd):
+        slower[on_ssd] = np.maximum(values[on_ssd, Device.SSD], sending[on_ssd])
+    return np.asarray(slower)
+
+
 class _Pouring:
     """One request: the backlogs as they grow by what it has been given so far."""
 
@@ -132,30 +142,31 @@ class _Pouring:
         on_ssd = np.array([row_of[agent] for agent in holders.ssd], np.intp)
         rows = self._candidates if holders.remote else np.intersect1d(on_ssd, self._candidates)
         rows = rows if len(rows) else on_ssd
-        device = np.full(len(rows), Device.STORAGE_NIC)
-        if len(on_ssd):
-            device[np.isin(rows, on_ssd)] = Device.SSD
-        # Reading and sending overlap: the slower of the two stages sets the pace.
-        start_s = np.maximum(self._busy_s[rows, device], self._busy_s[rows, Device.COMPUTE_OUT])
-        block_s = np.maximum(self._block_s[rows, device], self._block_s[rows, Device.COMPUTE_OUT])
+        start_s, block_s = (_pace(v, on_ssd)[rows] for v in (self._busy_s, self._block_s))
         blocks = sum(run.blocks for run in runs)
         options = self._state.options
         readers = max(1, min(options.readers_max, blocks // options.range_min_blocks))
         order = self._first(rows, start_s + blocks / readers * block_s, start_s, readers)
         shares = pour(blocks, start_s[order], block_s[order], options.range_min_blocks)
-        rows, device = rows[order], device[order]
-        self._busy_s[rows, device] += shares * self._block_s[rows, device]
-        self._busy_s[rows, Device.COMPUTE_OUT] += shares * self._block_s[rows, Device.COMPUTE_OUT]
+        rows = rows[order]
+        by_device = shares[:, None] * self._block_s[rows]
+        by_device[:, Device.COMPUTE_IN] = 0
+        reads_ssd = np.isin(rows, on_ssd) if len(on_ssd) else np.zeros(len(rows), bool)
+        by_device[reads_ssd, Device.STORAGE_NIC] = 0
+        by_device[~reads_ssd, Device.SSD] = 0
+        self._busy_s[rows] += by_device
         return self._cut(holders, runs, rows, shares)
 
     def _first(self, rows: Rows, fair_end_s: Floats, start_s: Floats, readers: int) -> Rows:
         """Indexes of those who take part: the ``readers`` that would end a fair share first,
         of equals those that were given least so far; in the order of their start."""
-        if len(rows) > readers:
-            given = self._state.agents.assigned_bytes[rows]
-            best = np.lexsort((given, fair_end_s))[:readers]
-            return np.asarray(best[np.argsort(start_s[best], kind="stable")])
-        return np.argsort(start_s, kind="stable")
+        if len(rows) <= readers:
+            return np.argsort(start_s, kind="stable")
+        limit_s = np.partition(fair_end_s, readers - 1)[readers - 1]
+        best, equals = np.flatnonzero(fair_end_s < limit_s), np.flatnonzero(fair_end_s == limit_s)
+        given = self._state.agents.assigned_bytes[rows[equals]]
+        best = np.concatenate((best, equals[np.argsort(given, kind="stable")]))[:readers]
+        return np.asarray(best[np.argsort(start_s[best], kind="stable")])
 
     def _cut(self, holders: Holders, runs: list[Run], rows: Rows, shares: Rows) -> list[Range]:
         """Ranges of the runs, one after the other, for the agents in ``rows``."""

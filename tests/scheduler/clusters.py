@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from scheduler.cluster_state import ClusterState
 from scheduler.options import SchedulerOptions
 from scheduler.plan import PlanRequest
 from scheduler.scheduler import Scheduler
@@ -11,6 +12,7 @@ from transfer.messages import Holding
 
 PAGE_TOKENS = 64
 BLOCK_BYTES = 1000
+EVERY_BLOCK = SchedulerOptions(range_min_blocks=1)
 
 
 def keys_of(count: int) -> list[BlockKey]:
@@ -72,3 +74,24 @@ def cluster(
 def hold(scheduler: Scheduler, agent: str, blocks: int, tier: TierName) -> None:
     changes = [Holding(key, tier, True) for key in keys_of(blocks)]
     assert scheduler.announce(agent, 1, 0, True, changes)
+
+
+def state_of(
+    queues: dict[str, tuple[int, float]], options: SchedulerOptions = EVERY_BLOCK
+) -> ClusterState:
+    """Agents with (bytes queued at SSD and storage NIC each, bytes a second of each)."""
+    scheduler = Scheduler("prefill", options)
+    for name, (queue_bytes, rate) in queues.items():
+        scheduler.agent_report(
+            name,
+            incarnation=1,
+            read_queue_bytes={TierName.SSD: queue_bytes, TierName.REMOTE: queue_bytes},
+            read_bytes_per_s={TierName.SSD: rate, TierName.REMOTE: rate},
+            deliver_queue_bytes=0,
+            deliver_bytes_per_s=1e9,
+            dram_slots=1000,
+            dram_slots_free=1000,
+            now=0.0,
+        )
+    scheduler.state.look(0.0)
+    return scheduler.state

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.directory import Directory, Holders, Run
+from scheduler.directory import Directory, Run
+from scheduler.holder_sets import Holders
+from scheduler.plan import Range
 from storage.block import BlockKey
 from storage.tier import TierName
 from transfer.messages import Holding
@@ -68,8 +71,13 @@ steps = st.lists(
 
 
 @settings(max_examples=200, deadline=None)
-@given(steps, st.sets(st.sampled_from(AGENTS)))
-def test_equals_a_model_under_gaps_and_restarts(steps, alive):
+@given(steps, st.sets(st.sampled_from(AGENTS)), st.sampled_from([1, 1 << 16]))
+def test_equals_a_model_under_gaps_and_restarts(steps, alive, sets_min):
+    with patch("scheduler.directory._SETS_MIN", sets_min):  # 1: unused sets go at once
+        equals_a_model(steps, alive)
+
+
+def equals_a_model(steps, alive):
     directory, model = Directory(), Model()
     incarnation = dict.fromkeys(AGENTS, 1)
     sequence: dict[str, int | None] = dict.fromkeys(AGENTS)
@@ -158,3 +166,69 @@ def test_a_long_prompt_is_looked_up_in_milliseconds():
         assert blocks_of(directory.lookup(wanted, frozenset("ab"))) == 2000
         times.append(time.perf_counter() - start)
     assert min(times) < 0.02, "2,000 keys take about 1 ms; 20 ms leaves room for a busy machine"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 60),
+    st.lists(
+        st.tuples(st.sampled_from(AGENTS), st.integers(0, 400), st.integers(1, 120), st.booleans()),
+        max_size=30,
+    ),
+)
+def test_the_bound_holds_and_forgets_in_the_order_of_announcement(entries_max, steps):
+    """Against a dict in order of announcement that drops its first ones."""
+    directory, model = Directory(entries_max), {}
+    for agent in AGENTS:
+        directory.apply(agent, 1, 0, True, [])
+    sequence = dict.fromkeys(AGENTS, 1)
+    for agent, first, count, is_held in steps:
+        for n in range(first, first + count):  # one by one, so that the drops come at one time
+            change = held(n, TierName.REMOTE, is_held)
+            assert directory.apply(agent, 1, sequence[agent], False, [change])
+            sequence[agent] += 1
+            if is_held:
+                model.setdefault(n, None)
+            else:
+                model.pop(n, None)
+            if len(model) > entries_max:
+                for old in list(model)[: len(model) - entries_max + entries_max // 16]:
+                    del model[old]
+            assert len(directory) == len(model) <= entries_max
+    found = {n for n in range(520) if directory.lookup([key(n)], frozenset("a"))}
+    assert found == set(model)
+
+
+def test_a_plan_is_expected_range_by_range():
+    directory = Directory()
+    directory.apply("a", 1, 0, True, [held(n, TierName.REMOTE) for n in range(9)])
+    keys = [key(n) for n in range(10)]
+    parts = [Range(0, 4, "a", TierName.REMOTE), Range(4, 6, "b", TierName.REMOTE)]
+    directory.expect_read(keys, parts)
+    assert directory.lookup(keys, frozenset("ab")) == [
+        Run(0, 4, Holders(dram=("a",), remote=True)),
+        Run(4, 5, Holders(dram=("b",), remote=True)),
+    ], "a block that nobody has is not expected of anyone"
+    directory.expect("b", keys[4:], in_dram=False)
+    assert directory.lookup(keys[4:], frozenset("ab")) == [Run(0, 5, Holders(remote=True))]
+
+
+def test_many_blocks_survive_growth_restarts_and_churn_in_little_memory():
+    """Blocks move from agent to agent, so that sets of holders come and go as well."""
+    directory = Directory(entries_max=200_000)
+    alive = frozenset(f"agent-{i}" for i in range(40))
+    for i in range(40):
+        blocks = range(5000 * i, 5000 * i + 5000)
+        changes = [held(n, tier) for n in blocks for tier in (TierName.SSD, TierName.REMOTE)]
+        assert directory.apply(f"agent-{i}", 1, 0, True, changes)
+    assert len(directory) == 200_000
+    assert directory.memory_bytes / len(directory) < 26
+    directory.forget("agent-7")
+    own = [key(n) for n in range(35_000, 40_000)]
+    assert directory.lookup(own, alive) == [Run(0, 5000, Holders(remote=True))]
+    other = [key(n) for n in range(40_000, 45_000)]
+    assert directory.lookup(other, alive) == [Run(0, 5000, Holders(ssd=("agent-8",), remote=True))]
+    assert len(directory) == 200_000
+    gone = [held(n, TierName.REMOTE, False) for n in range(35_000, 40_000)]
+    assert directory.apply("agent-8", 1, 1, False, gone)
+    assert directory.lookup(own, alive) == [] and len(directory) == 195_000

@@ -7,37 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.cluster_state import ClusterState
-from scheduler.directory import Holders, Run
+from scheduler.directory import Run
+from scheduler.holder_sets import Holders
 from scheduler.options import SchedulerOptions
 from scheduler.policies import POLICY_NAMES, Hit, UnknownPolicy, last_byte_s, read_policy
 from scheduler.scheduler import Scheduler
-from storage.tier import TierName
+from tests.scheduler.clusters import BLOCK_BYTES, state_of
 
 AGENTS = ("p", "d", "x")
-BLOCK_BYTES = 1000
 ALL = frozenset(AGENTS)
-EVERY_BLOCK = SchedulerOptions(range_min_blocks=1)
-
-
-def state_of(
-    queues: dict[str, tuple[int, float]], options: SchedulerOptions = EVERY_BLOCK
-) -> ClusterState:
-    """Agents with (bytes queued at SSD and storage NIC each, bytes a second of each)."""
-    scheduler = Scheduler("prefill", options)
-    for name, (queue_bytes, rate) in queues.items():
-        scheduler.agent_report(
-            name,
-            incarnation=1,
-            read_queue_bytes={TierName.SSD: queue_bytes, TierName.REMOTE: queue_bytes},
-            read_bytes_per_s={TierName.SSD: rate, TierName.REMOTE: rate},
-            deliver_queue_bytes=0,
-            deliver_bytes_per_s=1e9,
-            dram_slots=1000,
-            dram_slots_free=1000,
-            now=0.0,
-        )
-    scheduler.state.look(0.0)
-    return scheduler.state
 
 
 def hit_of(holders: list[Holders], alive: frozenset[str] = ALL, decode: str = "d") -> Hit:
