@@ -12,6 +12,7 @@ decision looks at every one of up to a thousand nodes.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,6 +144,17 @@ class Processes:
             self.promised[row] -= entry[0]
         else:  # Rounding must not add up: with no promise left the sum is 0 again.
             self.promised[row] = 0
+
+
+class ForwardCost(Protocol):
+    """Fitted time of a prefill forward (``PrefillCost`` in transfer/messages.py)."""
+
+    @property
+    def base_s(self) -> float: ...
+    @property
+    def token_s(self) -> float: ...
+    @property
+    def pair_s(self) -> float: ...
 
 
 class Engines(Processes):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,6 +21,7 @@ from scheduler.cluster_state import (
     ClusterState,
     Device,
     Engines,
+    ForwardCost,
 )
 from scheduler.decision import Decisions
 from scheduler.directory import Change, Directory
@@ -30,17 +31,6 @@ from scheduler.placement import choose_decode, choose_prefill, in_turn
 from scheduler.plan import Plan, PlanRequest, Range
 from scheduler.policies import Hit, Work, read_policy
 from storage.tier import TierName
-
-
-class ForwardCost(Protocol):
-    """Fitted time of a prefill forward (``PrefillCost`` in transfer/messages.py)."""
-
-    @property
-    def base_s(self) -> float: ...
-    @property
-    def token_s(self) -> float: ...
-    @property
-    def pair_s(self) -> float: ...
 
 
 class _Open(msgspec.Struct):
