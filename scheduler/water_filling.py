@@ -96,9 +96,10 @@ class WaterFilling:
     def _no_later_than_one_side(
         self, ranges: list[Range], hit: Hit, state: ClusterState
     ) -> list[Range]:
-        """Blocks of different tiers are poured one kind after the other, which is not always
-        the best; the paper's rule is a bound that it must not exceed."""
-        if len(hit.runs) < 2:
+        """Blocks of different tiers are poured one kind after the other, and an SSD of the two
+        sides may be busier than a third one, which the paper's rule then takes; that rule is
+        a bound that must not be exceeded."""
+        if len(hit.runs) < 2 and self._anyone:
             return ranges
         side = min(hit.sides, key=state.read_backlog_s, default=None)
         whole = from_side(hit, state, side)
