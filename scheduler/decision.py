@@ -126,3 +126,11 @@ class Decisions:
             return self._decisions.get(plan)
         found = (d for d in reversed(self._decisions.values()) if d.plan.rid == plan)
         return next(found, None)
+
+    def expected_first_token_s(self, plan: int) -> float:
+        """What a plan's choice to load or to recompute was made by, from the plan on; 0 where
+        there was no such choice, or the prefill engine's speed was not known."""
+        decision = self.find(plan)
+        load = decision.load if decision is not None else None
+        # To compute everything takes no time only as long as nothing is measured.
+        return load.chosen_s if load is not None and load.recompute_all_s else 0.0

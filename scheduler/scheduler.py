@@ -265,12 +265,8 @@ class Scheduler:
         return decision.view(now) if decision is not None else None
 
     def expected_first_token_s(self, plan: int) -> float:
-        """What a plan's choice to load or to recompute was made by, from the plan on; 0 where
-        there was no such choice, or the prefill engine's speed was not known."""
-        decision = self._decisions.find(plan)
-        load = decision.load if decision is not None else None
-        # To compute everything takes no time only as long as nothing is measured.
-        return load.chosen_s if load is not None and load.recompute_all_s else 0.0
+        """See ``Decisions``."""
+        return self._decisions.expected_first_token_s(plan)
 
     def cluster(self, now: float) -> dict[str, Any]:
         """Every number that decisions are made of, for metrics and the admin view."""

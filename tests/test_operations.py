@@ -1,8 +1,8 @@
 """What operators do to a cluster that serves: no request fails, and every token is right.
 
 One prefill and two decode engines, poisoned pools, a load of conversations that never
-pauses; meanwhile the path policy is switched, a node is drained and taken back, and an
-agent gets a tenth of its time.
+pauses; meanwhile the path policy is switched, a node is drained and taken back, an agent
+gets a tenth of its time, and one tenant asks for far more than its share.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 PROMPTS = 6
 CLIENTS = 3
+HEAVY = 12
+"""Requests that one tenant sends at once."""
+BETA_TOKENS = 1600
+"""Two cold prompts at a time at the prefill engine; the others wait in the gateway."""
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,7 @@ def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("operations")
     # Less DRAM than the prompts need, so that storage is read all the time.
     flags = ["--model", "tiny", "--decode", "2", "--poison-kv", "--load-policy", "always"]
+    flags += ["--beta-tokens", str(BETA_TOKENS)]
     flags += ["--dram-bytes", str(60 * BLOCK_BYTES), "--remote", (folder / "remote").as_uri()]
     with running_cluster(folder / "cluster", *flags) as running:
         yield running
@@ -137,3 +142,25 @@ def test_an_agent_that_gets_a_tenth_of_its_time_fails_no_request(cluster, load):
     finally:
         cluster.signal("agent-d1", signal.SIGCONT)
     load.take(2 * CLIENTS)
+
+
+def test_a_tenant_that_floods_the_queue_does_not_keep_others_waiting(cluster, expected):
+    ended: list[str] = []
+
+    def ask(tenant: str, seed: int) -> None:
+        cluster.generate(prompt(1500, seed=seed), timeout_s=60, user=tenant)
+        ended.append(tenant)
+
+    with ThreadPoolExecutor(HEAVY + 1) as pool:
+        asked = [pool.submit(ask, "heavy", 3000 + i) for i in range(HEAVY)]
+        cluster.wait_until(lambda: _queued(cluster) >= HEAVY // 2, 20, "the queue is long")
+        before = len(ended)
+        asked.append(pool.submit(ask, "light", 4000))
+        for one in asked:
+            one.result(90)
+    # Before it: what had a plan (two or three), and the one whose turn it was.
+    assert ended.index("light") - before <= HEAVY // 3, ended
+
+
+def _queued(cluster: Cluster) -> int:
+    return admin_state(cluster)["requests"]["queued"]
