@@ -25,11 +25,12 @@ from scheduler.cluster_state import (
 )
 from scheduler.decision import Decisions
 from scheduler.directory import Change, Directory
+from scheduler.hit import Hit, Work
 from scheduler.load_policy import LoadEstimate, worth_loading
 from scheduler.options import SchedulerOptions
 from scheduler.placement import choose_decode, choose_prefill, in_turn
 from scheduler.plan import Plan, PlanRequest, Range
-from scheduler.policies import Hit, Work, read_policy
+from scheduler.policies import read_policy
 from storage.tier import TierName
 
 

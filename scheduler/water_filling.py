@@ -15,9 +15,10 @@ import numpy as np
 
 from scheduler.cluster_state import ClusterState, Device, Floats, Rows
 from scheduler.directory import Run
+from scheduler.hit import DELIVERIES, Hit, expected_tier, last_byte_s
 from scheduler.holder_sets import Holders
+from scheduler.one_reader import from_side, in_dram
 from scheduler.plan import Range
-from scheduler.policies import DELIVERIES, Hit, expected_tier, from_side, in_dram, last_byte_s
 
 
 def pour(blocks: int, start_s: Floats, block_s: Floats, least_blocks: int) -> Rows:

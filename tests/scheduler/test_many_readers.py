@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.directory import Run
+from scheduler.hit import Hit, last_byte_s
 from scheduler.holder_sets import Holders
 from scheduler.options import SchedulerOptions
-from scheduler.policies import Hit, last_byte_s, read_policy
+from scheduler.policies import read_policy
 from tests.scheduler.clusters import BLOCK_BYTES, state_of
 
 READERS_MAX = 4

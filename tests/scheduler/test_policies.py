@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from scheduler.cluster_state import ClusterState
 from scheduler.directory import Run
+from scheduler.hit import Hit, last_byte_s
 from scheduler.holder_sets import Holders
 from scheduler.options import SchedulerOptions
-from scheduler.policies import POLICY_NAMES, Hit, UnknownPolicy, last_byte_s, read_policy
+from scheduler.policies import POLICY_NAMES, UnknownPolicy, read_policy
 from scheduler.scheduler import Scheduler
 from tests.scheduler.clusters import BLOCK_BYTES, state_of
 

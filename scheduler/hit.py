@@ -1,0 +1,97 @@
+"""The hit prefix of one request, and what reading it asks of the cluster's devices."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from scheduler.cluster_state import DEVICE_OF, READING, ClusterState, Device, Floats, Rows
+from scheduler.directory import Run
+from scheduler.holder_sets import Holders
+from scheduler.plan import Range
+from storage.tier import TierName
+
+DELIVERIES = 2
+"""Of each block: into the prefill engine and into the decode engine."""
+
+
+class Hit(msgspec.Struct, frozen=True):
+    """The hit prefix of one request: who has each block, and whom it is for."""
+
+    runs: list[Run]
+    prefill_agent: str
+    decode_agent: str
+    alive: frozenset[str]
+    """Agents that may read."""
+    block_bytes: int
+
+    @property
+    def blocks(self) -> int:
+        return self.runs[-1].first + self.runs[-1].blocks if self.runs else 0
+
+    @property
+    def sides(self) -> list[str]:
+        """Agents of the prefill and of the decode engine, in this order, as far as they are
+        alive, each once: two, one (same node, or the other is dead) or none."""
+        both = dict.fromkeys((self.prefill_agent, self.decode_agent))
+        return [agent for agent in both if agent in self.alive]
+
+    def leading(self, blocks: int) -> Hit:
+        """The same for the first ``blocks`` blocks."""
+        runs = [
+            run if run.first + run.blocks <= blocks else Run(run.first, blocks - run.first, holders)
+            for run in self.runs
+            if (holders := run.holders) and run.first < blocks
+        ]
+        return msgspec.structs.replace(self, runs=runs)
+
+
+def expected_tier(holders: Holders, reader: str) -> TierName:
+    """Where ``reader`` will find a block that a policy gave to it."""
+    tier = holders.tier_at(reader)
+    if tier is None:
+        raise ValueError(f"{reader} was assigned a block that it cannot read")
+    return tier
+
+
+class Work(msgspec.Struct, frozen=True):
+    """What a set of ranges asks of the agents: ``added[i]`` bytes by :class:`Device` of the
+    agent in row ``rows[i]``, readers first; and when each device has done it, at the
+    backlogs of then (0 where it has none)."""
+
+    rows: Rows
+    added: Floats
+    ends_s: Floats
+
+    @staticmethod
+    def of(hit: Hit, ranges: list[Range], state: ClusterState) -> Work:
+        """Reading and sending at the readers, receiving at the nodes of P and D."""
+        by_row: dict[int, list[float]] = {}
+        row_of = state.agents.row_of
+        total_bytes = 0.0
+        for part in ranges:
+            mine = by_row.setdefault(row_of[part.agent], [0.0] * len(Device))
+            part_bytes = part.blocks * hit.block_bytes
+            total_bytes += part_bytes
+            mine[Device.COMPUTE_OUT] += DELIVERIES * part_bytes
+            if part.tier is not TierName.DRAM:
+                mine[DEVICE_OF[part.tier]] += part_bytes
+        for agent in hit.sides if ranges else ():
+            mine = by_row.setdefault(row_of[agent], [0.0] * len(Device))
+            mine[Device.COMPUTE_IN] += total_bytes
+        rows = np.array(list(by_row), np.intp)
+        added = np.array(list(by_row.values())).reshape(-1, len(Device))
+        queued = state.agents.queue_bytes[rows] + state.agents.promised[rows]
+        ends_s = (queued + added) / state.bytes_per_s[rows]
+        ends_s[added == 0] = 0
+        return Work(rows, added, ends_s)
+
+    @property
+    def read_s(self) -> float:
+        """When the last byte has been read from storage."""
+        return float(self.ends_s[:, READING].max(initial=0.0))
+
+
+def last_byte_s(hit: Hit, ranges: list[Range], state: ClusterState) -> float:
+    """When the last of these ranges has been read, sent and received."""
+    return float(Work.of(hit, ranges, state).ends_s.max(initial=0.0))
