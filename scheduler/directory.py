@@ -126,14 +126,19 @@ class Directory:
         reads it once. What the agent announces later corrects a wrong guess.
         """
         if keys:
-            self._expect(agent, self._table.find(fingerprints(keys)), in_dram)
+            slots = self._known(fingerprints(keys))
+            slots = slots[self._set_ids[slots] != NOBODY]
+            self._put(slots, self._sets.bit(agent, TierName.DRAM), in_dram)
 
-    def expect_read(self, keys: Sequence[BlockKey], ranges: Iterable[Range]) -> None:
-        """The same for a whole plan: each agent will have its ranges of ``keys`` in DRAM."""
-        if keys:
+    def expect_read(self, keys: Sequence[BlockKey], ranges: Sequence[Range]) -> None:
+        """The same for a plan, whose ``ranges`` cover ``keys``: each agent will have its own in
+        DRAM."""
+        if ranges:
             slots = self._table.find(fingerprints(keys))
-            for part in ranges:
-                self._expect(part.agent, slots[part.first : part.first + part.blocks], True)
+            ids = np.where(slots < 0, NOBODY, self._set_ids[slots])
+            bits = [self._sets.bit(part.agent, TierName.DRAM) for part in ranges]
+            ids = self._sets.added(ids, [part.first for part in ranges], bits)
+            self._set_ids[slots[slots >= 0]] = ids[slots >= 0]
 
     def forget(self, agent: str, incarnation: int = 0) -> None:
         """Drop the DRAM and SSD holdings of an agent that died; remote blocks stay.
@@ -184,12 +189,6 @@ class Directory:
                     prints = fingerprints(keys)
                     self._put(self._add(prints) if held else self._known(prints), bit, held)
         self._enforce_bounds()
-
-    def _expect(self, agent: str, slots: Slots, in_dram: bool) -> None:
-        slots = slots[slots >= 0]
-        slots = slots[self._set_ids[slots] != NOBODY]
-        if len(slots):
-            self._put(slots, self._sets.bit(agent, TierName.DRAM), in_dram)
 
     def _known(self, prints: Fingerprints) -> Slots:
         slots = self._table.find(prints)

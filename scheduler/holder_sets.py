@@ -70,6 +70,17 @@ class HolderSets:
         new = [self._id(mask | bits if held else mask & ~bits) for mask in masks]
         return np.repeat(np.array(new, np.int32), lengths)
 
+    def added(self, ids: SetIds, firsts: list[int], bits: list[int]) -> SetIds:
+        """The same sets with ``bits[i]`` from index ``firsts[i]`` (ascending from 0) to the next;
+        an empty one stays empty."""
+        starts = np.union1d(run_starts(ids), firsts)
+        of = np.searchsorted(firsts, starts, "right") - 1
+        new = [
+            self._id(self._masks[number] | bits[part]) if number != NOBODY else NOBODY
+            for number, part in zip(ids[starts].tolist(), of.tolist(), strict=True)
+        ]
+        return np.repeat(np.array(new, np.int32), np.diff(starts, append=len(ids)))
+
     def without(self, bits: int) -> SetIds:
         """For every set, in the order of their numbers, the set without these bits."""
         return np.array([self._id(mask & ~bits) for mask in self._masks[:]], np.int32)

@@ -83,12 +83,12 @@ def measure_speed(bar: Bar) -> tuple[dict[str, Speed], dict[str, float], float]:
     the directory's bytes a block."""
     directory, prompts = speed.full_directory(BLOCKS, bar("directory of 10M blocks"))
     block_bytes = directory.memory_bytes / len(directory)
-    progress, half = bar("plans"), len(prompts) // 2
+    progress = bar("plans")
     loops: dict[str, PlanLoop] = {
         "policy, 144 nodes": speed.policy_alone(*PAPER),
         "policy, 1,000 nodes": speed.policy_alone(*THOUSAND),
-        "look-up, 144 nodes": speed.with_directory(*PAPER, directory, prompts[:half]),
-        "look-up, 1,000 nodes": speed.with_directory(*THOUSAND, directory, prompts[half:]),
+        "look-up, 144 nodes": speed.with_directory(*PAPER, directory, prompts),
+        "look-up, 1,000 nodes": speed.with_directory(*THOUSAND, directory, prompts),
     }
     for done in range(ROUNDS):
         for loop in loops.values():

@@ -23,7 +23,7 @@ PROMPT_TOKENS = 64 * 1024
 NEW_TOKENS = 176
 HIT_BLOCKS = 1000
 """Of the prompt's 1,023 full blocks: 98 %, as in the paper's traces."""
-OPEN_PLANS_A_NODE = 8
+OPEN_PLANS_A_NODE = 2
 REPORT_PERIOD_S = 1.0
 CLOCK_PLANS_PER_S = 5000
 """The simulated clock: at this rate requests come, and between them every process reports."""
@@ -45,6 +45,7 @@ class PlanLoop:
     comes, and every process reports once a second of the simulated clock."""
 
     def __init__(self, cluster: Cluster, keys: Iterator[list[BlockKey]]) -> None:
+        """``keys``: of one request after the other."""
         self._cluster = cluster
         self._keys = keys
         self._now = 0.0
@@ -57,9 +58,10 @@ class PlanLoop:
         self.plans_per_s: list[float] = []
         """By round, as the next one."""
         self.cycles_per_s: list[float] = []
-        self.round(OPEN_PLANS_A_NODE * self._nodes)  # until as many are open as always will be
-        for record in (self._plan_s, self._plan_wall_s, self.plans_per_s, self.cycles_per_s):
-            record.clear()
+        for _ in range(OPEN_PLANS_A_NODE * self._nodes):
+            self._one(next(keys))
+        self._plan_s.clear()
+        self._plan_wall_s.clear()
 
     def round(self, plans: int) -> None:
         """So many requests."""
@@ -114,22 +116,27 @@ def policy_alone(prefill: int, decode: int) -> PlanLoop:
     return PlanLoop(cluster, iter(lambda: keys, None))
 
 
-def with_directory(prefill: int, decode: int, directory: Directory, prompts: list[int]) -> PlanLoop:
-    """The same with a look-up: request after request of the keys of the next prompt."""
+def with_directory(
+    prefill: int, decode: int, directory: Directory, keys: Iterator[list[BlockKey]]
+) -> PlanLoop:
+    """The same with a look-up: every request has the keys of another prompt."""
     cluster = Cluster("n-way", prefill, decode)
     cluster.scheduler.directory = directory
-    return PlanLoop(cluster, map(_prompt_keys, prompts))
+    return PlanLoop(cluster, keys)
 
 
-def full_directory(blocks: int, progress: Callable[[float], None]) -> tuple[Directory, list[int]]:
+def full_directory(
+    blocks: int, progress: Callable[[float], None]
+) -> tuple[Directory, Iterator[list[BlockKey]]]:
     """A directory with as many blocks in the remote store, in prompts of ``HIT_BLOCKS``; and
-    the prompts in random order. ``progress`` is told the part that is done."""
+    the prompts' keys, in random order. ``progress`` is told the part that is done."""
     directory, prompts = Directory(blocks), blocks // HIT_BLOCKS
     for prompt in range(prompts):
         changes = [_Held(key, TierName.REMOTE) for key in _prompt_keys(prompt)]
         directory.apply("agent-p0", 1, prompt, prompt == 0, changes)
         progress((prompt + 1) / prompts)
-    return directory, np.random.default_rng(1).permutation(prompts).tolist()
+    order = np.random.default_rng(1).permutation(prompts).tolist()
+    return directory, map(_prompt_keys, order)
 
 
 class _Held(msgspec.Struct, frozen=True):
