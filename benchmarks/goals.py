@@ -10,23 +10,40 @@ import msgspec
 
 
 class Goal(msgspec.Struct, frozen=True):
-    """``value`` is at most ``at_most``; None where it was not measured, which never holds."""
+    """``value`` is at most ``at_most``, or at least ``at_least``: exactly one of them is set.
+
+    None is a value that was not measured, which never holds.
+    """
 
     name: str
     value: float | None
     unit: str
-    at_most: float
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.at_most is None) == (self.at_least is None):
+            raise ValueError(f"goal {self.name!r}: give at_most or at_least")
 
     @property
     def holds(self) -> bool:
-        return self.value is not None and self.value <= self.at_most
+        if self.value is None:
+            return False
+        if self.at_most is not None:
+            return self.value <= self.at_most
+        return self.at_least is not None and self.value >= self.at_least
+
+    @property
+    def threshold(self) -> str:
+        """Such as ``<= 2``."""
+        return f"<= {self.at_most:g}" if self.at_most is not None else f">= {self.at_least:g}"
 
     def row(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "value": self.value,
             "unit": self.unit,
-            "goal": f"<= {self.at_most:g}",
+            "goal": self.threshold,
             "holds": self.holds,
         }
 

@@ -29,3 +29,6 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Share of the KV pool in quarantine at which the engine ends itself to be restarted."""
     poison_kv: bool = False
     """Tests: fill the KV pool with noise at start and after each flush."""
+    keep_prefixes: bool = True
+    """False: the engine's own cache forgets a prefix as soon as no request needs it, so that
+    every hit is delivered (benchmarks)."""

@@ -72,6 +72,12 @@ TOUCH_POINTS = (
         "tests: poison the freed pages, so that a delivery that never happened is seen",
     ),
     TouchPoint(
+        _TREE + "on_release",
+        "AFTER",
+        "engine.pool_hooks:after_request_release",
+        "benchmarks: forget prefixes that no request needs, so that every hit is delivered",
+    ),
+    TouchPoint(
         _WEIGHTS + "update_weights_from_disk",
         "AFTER",
         "engine.pool_hooks:after_update_from_disk",

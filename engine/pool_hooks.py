@@ -55,6 +55,16 @@ def after_flush(result: Any, scheduler: Any, *_: Any, **__: Any) -> None:
         poison(engine)
 
 
+def after_request_release(result: Any, tree: Any, *_: Any, **__: Any) -> None:
+    """AFTER ``UnifiedRadixCache.on_release``: the request has let go of its prefix."""
+    engine = runtime_if_up()
+    if engine is None or engine.config.keep_prefixes:
+        return
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    tree.evict(EvictParams(num_tokens=tree.evictable_size()))
+
+
 def poison(engine: EngineRuntime) -> None:
     """Fill the pool with noise, except pages that an agent is still reading."""
     allocator = engine.holds.allocator

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv from nothing, or finds that there is nothing to do.
 #   scripts/setup.sh        what serving needs (DEVICE=cpu or DEVICE=cuda)
-#   scripts/setup.sh test   also the S3 server that one test talks to
+#   scripts/setup.sh test   also the S3 server and iperf3 that tests and benchmarks talk to
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -95,7 +95,11 @@ if [ "$wanted" != "$(cat "$STAMP" 2>/dev/null)" ]; then
     echo "$wanted" >"$STAMP"
     say "done in $((SECONDS - began)) s"
 fi
-if [ "${1:-}" = test ] && ! { command -v radosgw && command -v ceph-mon && command -v ceph-osd; } >/dev/null; then
+[ "${1:-}" = test ] || exit 0
+if ! { command -v radosgw && command -v ceph-mon && command -v ceph-osd; } >/dev/null; then
     apt_install "the test of the remote tier (a real S3 server)" \
         radosgw ceph-mon ceph-osd ceph-common || true
+fi
+if ! { command -v ip && command -v tc && command -v iperf3; } >/dev/null; then
+    apt_install "the testbed (hosts as network namespaces)" iproute2 iperf3 || true
 fi

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from radosgw import RadosGateway, missing_programs
 
+from benchmarks.radosgw import RadosGateway, missing_programs
 from storage.block import BlockKey
 from storage.memory_tier import MemoryTier
 from storage.remote_tier import RemoteTier

@@ -15,8 +15,8 @@ import fsspec
 import pytest
 from conftest import BLOCK_BYTES, finish, key_of, no_wake, payload_of, read, settle, write
 from fsspec.implementations.memory import MemoryFileSystem
-from radosgw import RadosGateway
 
+from benchmarks.radosgw import RadosGateway
 from storage.block_format import HEADER_BYTES, object_name
 from storage.remote_tier import RemoteTier, RemoteUnusable
 from storage.tier import BlockCorrupt, BlockIO, BlockMissing, HoldingChange

@@ -1,7 +1,8 @@
-"""A real S3 server for tests: Ceph's RADOS gateway over a memory-backed cluster of one.
+"""A real S3 server for tests and benchmarks: Ceph's RADOS gateway over a memory-backed
+cluster of one.
 
 Needs Debian's ``radosgw ceph-mon ceph-osd ceph-common``. All daemons listen on free
-loopback ports, keep everything below one folder, and are ended by their process ids.
+ports, keep everything below one folder, and are ended by their process ids.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ paxos propose interval=0.05
 osd pool default pg num=1
 osd crush chooseleaf type=0
 osd objectstore=memstore
-memstore device bytes=1073741824
+memstore device bytes={memory_bytes}
 run dir={root}/run
 pid file=
 log file={root}/log/$name.log
@@ -46,24 +48,37 @@ osd max object name len=256
 ms bind msgr2=false
 mon max pg per osd=1000
 osd pool default pg autoscale mode=off
-rgw frontends=beast endpoint=127.0.0.1:{rgw_port}
+rgw frontends=beast endpoint={address}:{rgw_port}
 rgw dns name=
 """
 
 
 class RadosGateway:
-    """``start()``, then ``options`` are fsspec's for s3 URLs in ``bucket``; ``stop()``."""
+    """``start()``, then ``options`` are fsspec's for s3 URLs in ``bucket``; ``stop()``.
+
+    ``address`` is where clients reach it; ``within`` goes before every command, such as
+    ``ip netns exec NAME``. Objects take at most ``memory_bytes``.
+    """
 
     bucket = "blocks"
 
-    def __init__(self, root: Path) -> None:
+    def __init__(
+        self,
+        root: Path,
+        address: str = "127.0.0.1",
+        within: Sequence[str] = (),
+        memory_bytes: int = 1 << 30,
+    ) -> None:
         self._root = root
+        self._address = address
+        self._within = within
+        self._memory_bytes = memory_bytes
         self._processes: list[subprocess.Popen[bytes]] = []
         self._mon_port, self._rgw_port = _free_port(), _free_port()
         self.options: dict[str, Any] = {
             "key": "test-key",
             "secret": "test-secret",
-            "endpoint_url": f"http://127.0.0.1:{self._rgw_port}",
+            "endpoint_url": f"http://{address}:{self._rgw_port}",
         }
 
     def start(self) -> None:
@@ -88,7 +103,12 @@ class RadosGateway:
             (self._root / folder).mkdir()
         (self._root / "ceph.conf").write_text(
             _CONFIG.format(
-                fsid=fsid, root=self._root, mon_port=self._mon_port, rgw_port=self._rgw_port
+                fsid=fsid,
+                root=self._root,
+                mon_port=self._mon_port,
+                rgw_port=self._rgw_port,
+                address=self._address,
+                memory_bytes=self._memory_bytes,
             )
         )
         monmap = str(self._root / "monmap")
@@ -128,7 +148,7 @@ class RadosGateway:
 
     def _command(self, program: str, *arguments: str) -> list[str]:
         config = () if program == "monmaptool" else ("-c", str(self._root / "ceph.conf"))
-        return [program, *config, *arguments]
+        return [*self._within, program, *config, *arguments]
 
     def _run(self, program: str, *arguments: str) -> bytes:
         command = self._command(program, *arguments)

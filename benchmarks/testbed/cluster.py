@@ -1,0 +1,213 @@
+"""The product's own processes, each on its host of the testbed, under the product's supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+import msgspec
+
+import engine.engine_config
+import transfer.agent_config
+from benchmarks.testbed.network import Network
+from engine.engine_config import EngineConfig
+from launch.config import ClusterConfig
+from launch.hardware import Hardware
+from launch.models import resolve_model
+from launch.processes import ProcessRecord, node_names, process_records
+from launch.supervisor import Supervisor
+from storage.settings import to_env
+from transfer.agent_config import AgentConfig
+
+MODEL = "tiny"
+BLOCK_BYTES = 64 * 8 * 2 * 2 * 64 * 4
+"""KV of the model's block: 64 tokens, 8 layers, K and V, 2 heads of 64 in float32."""
+START_TIMEOUT_S = 240.0
+STORED_TIMEOUT_S = 90.0
+STATUS_S = 0.6
+"""Agents report five times a second: after so long the gateway has heard their last count."""
+REQUEST_TIMEOUT_S = 300.0
+
+
+class ClusterFailed(Exception):
+    """A process did not start, died, or an answer was not one."""
+
+
+class Supervised:
+    """What the supervisor reports: whether the cluster serves, and that nothing has died."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.is_serving = asyncio.Event()
+        self.deaths: list[str] = []
+        self._say = say
+
+    def ready(self, name: str, seconds: float) -> None:
+        self._say(f"{name} ready after {seconds:.0f} s")
+
+    def waiting(self, names: Sequence[str], seconds: float) -> None:
+        pass
+
+    def serving(self) -> None:
+        self.is_serving.set()
+
+    def restarting(self, name: str, reason: str, delay_s: float) -> None:
+        self.deaths.append(f"{name} {reason}")
+        self._say(f"{name} {reason}: starting it again")
+
+    def stopping(self, reason: str) -> None:
+        self._say(reason)
+
+
+class Gateway:
+    """Client of a cluster's HTTP API."""
+
+    def __init__(self, http: aiohttp.ClientSession, supervised: Supervised) -> None:
+        self._http = http
+        self._supervised = supervised
+
+    async def generate(self, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Answer and trace of one ``/generate``; raises :class:`ClusterFailed`."""
+        async with self._http.post("/generate", json=body) as response:
+            text = await response.text()
+            if response.status != 200:
+                raise ClusterFailed(f"HTTP {response.status}: {text[:300]}")
+            trace = msgspec.json.decode(response.headers["x-dualpath-trace"])
+            return msgspec.json.decode(text), trace
+
+    async def set_policy(self, name: str) -> None:
+        """From the next request on."""
+        async with self._http.post("/admin/policy", json={"path_policy": name}) as response:
+            if response.status != 200:
+                raise ClusterFailed(f"policy {name}: {await response.text()}")
+
+    async def metrics(self) -> dict[str, float]:
+        """Every sample, by name with labels, once the agents have reported what was done."""
+        await asyncio.sleep(STATUS_S)
+        async with self._http.get("/metrics") as response:
+            lines = (await response.text()).splitlines()
+        pairs = (line.rpartition(" ") for line in lines if line and line[0] != "#")
+        return {name: float(value) for name, _, value in pairs}
+
+    async def wait_stored(self) -> dict[str, float]:
+        """Until every full block of the engines is in the remote store; returns the metrics."""
+        async with asyncio.timeout(STORED_TIMEOUT_S):
+            while True:
+                metrics = await self.metrics()
+                self.check_alive()
+                names = ("dualpath:engine_open_jobs", 'state="volatile"')
+                if not any(total(metrics, name) for name in names):
+                    return metrics
+
+    def check_alive(self) -> None:
+        """Raises :class:`ClusterFailed` if any process had to be started again."""
+        if self._supervised.deaths:
+            raise ClusterFailed("; ".join(self._supervised.deaths))
+
+
+def total(metrics: dict[str, float], part: str) -> float:
+    """Sum of all samples whose name contains ``part``."""
+    return sum(value for name, value in metrics.items() if part in name)
+
+
+def cluster_config(
+    prefill: int, decode: int, port: int, folder: Path, remote: str, options: dict[str, Any]
+) -> ClusterConfig:
+    """SSD off, and DRAM for what is in flight; every hit is loaded. Long queues at the
+    slowed-down storage NICs are the point, so no read of a job may time out."""
+    return ClusterConfig(
+        model=MODEL,
+        prefill=prefill,
+        decode=decode,
+        port=port,
+        device="cpu",
+        transfer="tcp",
+        dram_bytes=512 << 20,
+        ssd_bytes=0,
+        remote=remote,
+        remote_options=options,
+        path_policy="prefill",
+        load_policy="always",
+        read_timeout_s=120.0,
+        deliver_timeout_s=60.0,
+        log_dir=str(folder),
+        start_timeout_s=START_TIMEOUT_S,
+    )
+
+
+def records_on(network: Network, config: ClusterConfig) -> list[ProcessRecord]:
+    """The cluster's records, each node's to be started in the node's namespace; neither
+    agents nor engines keep what no request needs."""
+    hosts = {node: network.compute_address(node) for node in node_names(config)}
+    hardware = Hardware("cpu", "tcp", "the testbed has no other")
+    node_at = {address: node for node, address in hosts.items()}
+    records = process_records(config, resolve_model(MODEL), hardware, hosts)
+    return [_moved(record, network, node_at.get(record.host)) for record in records]
+
+
+def _moved(record: ProcessRecord, network: Network, node: str | None) -> ProcessRecord:
+    if node is None:  # the gateway is in the control namespace, as its supervisor is
+        return record
+    env = dict(record.env)
+    if record.kind == "agent":
+        _change(env, transfer.agent_config.VARIABLE, AgentConfig, dram_keep=False)
+    else:
+        _change(env, engine.engine_config.VARIABLE, EngineConfig, keep_prefixes=False)
+    argv = (*network.within(network.namespace(node)), *record.argv)
+    return dataclasses.replace(record, argv=argv, env=env)
+
+
+_Settings = TypeVar("_Settings", bound=msgspec.Struct)
+
+
+def _change(env: dict[str, str], variable: str, kind: type[_Settings], **fields: Any) -> None:
+    settings = msgspec.json.decode(env[variable], type=kind)
+    env[variable] = to_env(msgspec.structs.replace(settings, **fields))
+
+
+_Result = TypeVar("_Result")
+
+
+async def in_cluster(
+    network: Network,
+    config: ClusterConfig,
+    say: Callable[[str], None],
+    work: Callable[[Gateway], Awaitable[_Result]],
+) -> _Result:
+    """Start the cluster, do the work, end it; nothing of it is left, whatever happens.
+
+    Raises :class:`ClusterFailed`, ``StartFailed``, and ``KeyboardInterrupt`` when a signal has
+    ended the cluster (its supervisor takes the process's signals while it runs).
+    """
+    supervised = Supervised(say)
+    config.log_folder.mkdir(parents=True, exist_ok=True)
+    supervisor = Supervisor(
+        records_on(network, config), config.log_folder, supervised, config.start_timeout_s
+    )
+    tasks = [
+        running := asyncio.create_task(supervisor.run()),
+        working := asyncio.create_task(_when_serving(config, supervised, work)),
+    ]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        running.result()
+        raise KeyboardInterrupt
+    finally:
+        for task in reversed(tasks):
+            task.cancel()
+            await asyncio.wait([task])
+
+
+async def _when_serving(
+    config: ClusterConfig, supervised: Supervised, work: Callable[[Gateway], Awaitable[_Result]]
+) -> _Result:
+    await supervised.is_serving.wait()
+    timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+    url = f"http://{config.host}:{config.port}"
+    async with aiohttp.ClientSession(url, timeout=timeout, read_bufsize=1 << 22) as http:
+        return await work(Gateway(http, supervised))

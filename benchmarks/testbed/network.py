@@ -1,0 +1,267 @@
+"""Hosts as network namespaces: two switches, and two rate-limited links to each host.
+
+Everything of one run lies in namespaces named ``dptb<pid>-...``, so that a later run can tell
+what a dead one left behind. The *control* namespace has both switches in it and an address on
+each, without a limit: gateway, load generator and byte counters live there. The *store*
+namespace, also without a limit, is where the S3 server listens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PREFIX = "dptb"
+COMMAND_TIMEOUT_S = 20.0
+GONE_TIMEOUT_S = 5.0
+BURST_BYTES = 128 * 1024
+"""More than the largest packet that the kernel hands over (64 KiB), so none is dropped."""
+OPEN_MBIT = 10_000
+QUEUE_MS = 100
+"""A packet that would wait longer for the link is dropped, and TCP slows down."""
+
+_STORAGE, _COMPUTE = "storage", "compute"
+_SUBNET = {_STORAGE: "10.77.1", _COMPUTE: "10.77.2"}
+_CONTROL_HOST, _STORE_HOST, _FIRST_NODE = 254, 253, 1
+_CLONE_NEWNET = 0x40000000
+_OWNER = re.compile(rf"{PREFIX}(\d+)-\S*")
+
+
+class NetworkFailed(Exception):
+    """A command of iproute2 failed."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of each node's links, in either direction. Mbit/s as ``tc`` counts them."""
+
+    storage_mbit: float
+    compute_mbit: float
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Bytes that a node has received and sent over one NIC since it exists."""
+
+    received_bytes: int
+    sent_bytes: int
+
+
+class Network:
+    """``build``, use, ``remove``. ``nodes`` are short names such as ``p0``."""
+
+    def __init__(self, nodes: Sequence[str], rates: Rates) -> None:
+        self.nodes = list(nodes)
+        self.rates = rates
+        self.control = self._name("control")
+        self.store = self._name("store")
+
+    def _name(self, host: str) -> str:
+        return f"{PREFIX}{os.getpid()}-{host}"
+
+    # ---- addresses ----------------------------------------------------------------------
+
+    def namespace(self, node: str) -> str:
+        return self._name(node)
+
+    def compute_address(self, node: str) -> str:
+        return f"{_SUBNET[_COMPUTE]}.{_FIRST_NODE + self.nodes.index(node)}"
+
+    @property
+    def store_address(self) -> str:
+        """Of the S3 server, on the storage network."""
+        return f"{_SUBNET[_STORAGE]}.{_STORE_HOST}"
+
+    def within(self, namespace: str) -> tuple[str, ...]:
+        """What goes before a command that is to run in the namespace."""
+        return ("ip", "netns", "exec", namespace)
+
+    # ---- life ---------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Everything at once; what was built is removed if something fails."""
+        try:
+            self._build()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _build(self) -> None:
+        for namespace in (self.control, self.store, *map(self.namespace, self.nodes)):
+            _run("ip", "netns", "add", namespace)
+            _run("ip", "-n", namespace, "link", "set", "dev", "lo", "up")
+        for kind, subnet in _SUBNET.items():
+            switch = f"{kind}-switch"
+            _run("ip", "-n", self.control, "link", "add", "name", switch, "type", "bridge")
+            self._address(self.control, switch, f"{subnet}.{_CONTROL_HOST}")
+        self._plug(self.store, _STORAGE, "store", _STORE_HOST, None)
+        for number, node in enumerate(self.nodes, _FIRST_NODE):
+            space = self.namespace(node)
+            self._plug(space, _STORAGE, node, number, self.rates.storage_mbit)
+            self._plug(space, _COMPUTE, node, number, self.rates.compute_mbit)
+
+    def _plug(
+        self, namespace: str, kind: str, host: str, number: int, rate_mbit: float | None
+    ) -> None:
+        """A cable from the namespace to a switch; the device is named after the network."""
+        port = _port(kind, host)
+        cable = ("type", "veth", "peer", "name", port, "netns", self.control)
+        _run("ip", "-n", namespace, "link", "add", "name", kind, *cable)
+        switch = f"{kind}-switch"
+        _run("ip", "-n", self.control, "link", "set", "dev", port, "master", switch, "up")
+        self._address(namespace, kind, f"{_SUBNET[kind]}.{number}")
+        if rate_mbit is not None:
+            for space, device in ((namespace, kind), (self.control, port)):
+                _limit("add", space, device, rate_mbit)
+
+    def _address(self, namespace: str, device: str, address: str) -> None:
+        _run("ip", "-n", namespace, "address", "add", f"{address}/24", "dev", device)
+        _run("ip", "-n", namespace, "link", "set", "dev", device, "up")
+
+    def remove(self) -> None:
+        """Also ends whatever still runs in the namespaces."""
+        remove_namespaces([n for n in list_namespaces() if owner_of(n) == os.getpid()])
+
+    @contextlib.contextmanager
+    def open_storage(self) -> Iterator[None]:
+        """The storage links have no limit that matters; afterwards they have theirs again."""
+        try:
+            self._set_storage_rate(OPEN_MBIT)
+            yield
+        finally:
+            self._set_storage_rate(self.rates.storage_mbit)
+
+    def _set_storage_rate(self, rate_mbit: float) -> None:
+        for node in self.nodes:
+            _limit("change", self.namespace(node), _STORAGE, rate_mbit)
+            _limit("change", self.control, _port(_STORAGE, node), rate_mbit)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """This process (its main thread, and threads and children started from it) is in the
+        control namespace."""
+        with open("/proc/self/ns/net") as home:
+            _enter(Path("/run/netns") / self.control)
+            try:
+                yield
+            finally:
+                _set_namespace(home.fileno())
+
+    # ---- what flows ---------------------------------------------------------------------
+
+    def storage_counters(self) -> dict[str, Counter]:
+        """Of every node's storage NIC. To be called inside :meth:`entered`."""
+        return self._counters(_STORAGE)
+
+    def compute_counters(self) -> dict[str, Counter]:
+        """Of every node's compute NIC. To be called inside :meth:`entered`."""
+        return self._counters(_COMPUTE)
+
+    def _counters(self, kind: str) -> dict[str, Counter]:
+        # Counted at the switch's ports, all in one file: what a port sends, the node receives.
+        ports = parse_counters(Path("/proc/thread-self/net/dev").read_text())
+        found = {node: ports[_port(kind, node)] for node in self.nodes}
+        return {node: Counter(c.sent_bytes, c.received_bytes) for node, c in found.items()}
+
+
+def parse_counters(text: str) -> dict[str, Counter]:
+    """``/proc/net/dev``: device -> what it has received and sent."""
+    counters = {}
+    for line in text.splitlines()[2:]:
+        device, _, fields = line.partition(":")
+        values = fields.split()
+        counters[device.strip()] = Counter(int(values[0]), int(values[8]))
+    return counters
+
+
+def _port(kind: str, host: str) -> str:
+    return f"{kind}-{host}"
+
+
+def _limit(verb: str, namespace: str, device: str, rate_mbit: float) -> None:
+    """Token bucket on what the device sends; ``verb`` is "add" or "change"."""
+    bucket = ("tbf", "rate", f"{rate_mbit:g}mbit", "burst", str(BURST_BYTES))
+    latency = ("latency", f"{QUEUE_MS}ms")
+    _run("tc", "-n", namespace, "qdisc", verb, "dev", device, "root", *bucket, *latency)
+
+
+def _enter(namespace: Path) -> None:
+    with namespace.open() as file:
+        _set_namespace(file.fileno())
+
+
+def _set_namespace(descriptor: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(descriptor, _CLONE_NEWNET) != 0:
+        raise NetworkFailed(f"cannot enter the namespace: {os.strerror(ctypes.get_errno())}")
+
+
+# ---- what dead runs have left -----------------------------------------------------------------
+
+
+def list_namespaces() -> list[str]:
+    """All that any run of the testbed has made."""
+    lines = _run("ip", "netns", "list").splitlines()
+    return [name for line in lines if owner_of(name := line.split()[0]) is not None]
+
+
+def owner_of(name: str) -> int | None:
+    """Process id of the run that a namespace or scratch folder is named after."""
+    match = _OWNER.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def remove_leftovers(scratch: Path) -> list[str]:
+    """Namespaces, with the processes in them, and folders under ``scratch`` of runs whose
+    process is gone; to be called before this process has made any. Returns their names."""
+    names = [name for name in list_namespaces() if _is_left(name)]
+    remove_namespaces(names)
+    folders = [path for path in scratch.glob(f"{PREFIX}*-*") if _is_left(path.name)]
+    for folder in folders:
+        _run("rm", "-rf", "--", str(folder))
+    return names + [str(folder) for folder in folders]
+
+
+def _is_left(name: str) -> bool:
+    owner = owner_of(name)
+    return owner is not None and (owner == os.getpid() or not Path(f"/proc/{owner}").exists())
+
+
+def remove_namespaces(names: Sequence[str]) -> None:
+    """End the processes in these namespaces, then remove them and their cables."""
+    end = time.monotonic() + GONE_TIMEOUT_S
+    while pids := {pid for name in names for pid in _pids(name)}:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > end:
+            raise NetworkFailed(f"processes {sorted(pids)} do not end")
+        time.sleep(0.1)
+    for name in names:
+        _run("ip", "netns", "delete", name)
+
+
+def _pids(namespace: str) -> list[int]:
+    """Its processes but this one, which may have entered it."""
+    pids = map(int, _run("ip", "netns", "pids", namespace).split())
+    return [pid for pid in pids if pid != os.getpid()]
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NetworkFailed(f"{' '.join(command)}: {error}") from error
+    if done.returncode:
+        raise NetworkFailed(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
