@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from tqdm import tqdm
 
@@ -23,7 +24,7 @@ from benchmarks.testbed import machine, report
 from benchmarks.testbed.cluster import ClusterFailed
 from benchmarks.testbed.iperf import IperfFailed
 from benchmarks.testbed.network import Network, NetworkFailed, Rates, remove_leftovers
-from benchmarks.testbed.offline import Plan, Race
+from benchmarks.testbed.offline import AGENTS_PER_PREFILL, Plan, Race
 from benchmarks.testbed.results import ARMS, Shape, ShapeResult
 from launch.supervisor import StartFailed
 
@@ -112,6 +113,8 @@ def _report(
             "storage_mbit": arguments.storage_mbit,
             "compute_mbit": arguments.compute_mbit,
             "rounds": plan.rounds,
+            "agents_of_each_prefill_node": AGENTS_PER_PREFILL,
+            "agent": msgspec.structs.asdict(plan.agent),
         },
         "seconds": seconds,
         "shapes": {result.shape.name: result.figures() for result in results},

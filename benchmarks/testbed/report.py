@@ -14,6 +14,8 @@ from benchmarks.testbed.results import ORACLE, Run, ShapeResult
 
 WINDOW_S = 0.5
 """Of the picture's mean rates."""
+TIMINGS = ("queue", "slots", "read", "plan", "deliver", "prefill", "first_byte", "total")
+"""Of the gateway's trace (launch/trace.py); the oracle has no delivery."""
 
 
 def arms_table(results: Sequence[ShapeResult]) -> Table:
@@ -96,7 +98,7 @@ def _turn_rows(results: Sequence[ShapeResult]) -> Iterator[dict[str, Any]]:
                 "prefill": turn.trace["prefill"],
                 "decode": turn.trace["decode"],
                 "readers": json.dumps(turn.trace["readers"]),
-                **{f"{name}_s": value for name, value in turn.trace["timings_s"].items()},
+                **{f"{name}_s": turn.trace["timings_s"].get(name) for name in TIMINGS},
             }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from benchmarks.goals import Goal
 from benchmarks.testbed import iperf, machine, report
+from benchmarks.testbed.cluster import cluster_config, records_on
 from benchmarks.testbed.network import (
     Network,
     Rates,
@@ -195,6 +197,23 @@ def test_table_has_a_row_for_each_arm():
     found = result([run("prefill", 0, 4.0), run("oracle", 0, 1.0, (0, 0), 0)])
     assert report.arms_table([found]).row_count == 2
     assert report.goals_table(found.goals()).row_count == 7
+
+
+# ---- cluster --------------------------------------------------------------------------------
+
+
+def test_each_process_runs_on_its_host_and_keeps_nothing(tmp_path: Path):
+    network = Network(["p0", "p1", "d0"], Rates(100, 800))
+    config = cluster_config(1, 1, 20000, tmp_path, "s3://blocks/kv", {"key": "k"})
+    records = {record.name: record for record in records_on(network, config)}
+    assert records.keys() == {"agent-p0", "agent-d0", "p0", "d0", "gateway"}
+    for name, host in (("agent-d0", "d0"), ("d0", "d0"), ("p0", "p0")):
+        assert records[name].argv[:4] == ("ip", "netns", "exec", network.namespace(host))
+        assert records[name].host == network.compute_address(host)
+    agent = json.loads(records["agent-p0"].env["DUALPATH_AGENT"])
+    assert (agent["dram_keep"], agent["ssd_dir"]) == (False, "")
+    assert json.loads(records["d0"].env["DUALPATH_ENGINE"])["keep_prefixes"] is False
+    assert records["gateway"].argv[0] == sys.executable
 
 
 # ---- machine --------------------------------------------------------------------------------
