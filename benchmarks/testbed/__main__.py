@@ -31,6 +31,7 @@ from launch.supervisor import StartFailed
 SHAPES = {shape.name: shape for shape in (Shape(1, 1), Shape(1, 2), Shape(2, 2))}
 STORE_BYTES = 2 << 30
 RUN_MINUTES_MAX = 45
+TAIL_LINES = 30
 FAILURES = (ClusterFailed, StartFailed, IperfFailed, NetworkFailed, TimeoutError)
 
 
@@ -52,7 +53,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Measure, and say what was measured."""
     arguments = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console, began = Console(stderr=True), time.monotonic()
     shapes = [SHAPES[name] for name in arguments.shapes]
     for name in remove_leftovers(Path(tempfile.gettempdir())):
@@ -86,6 +86,7 @@ def _measure(plan: Plan, rates: Rates, results: list[ShapeResult]) -> None:
         s3 = RadosGateway(
             Path(scratch) / "s3", network.store_address, network.within(network.store), STORE_BYTES
         )
+        _end_on_sigterm()
         network.build()
         try:
             with network.entered():
@@ -93,9 +94,18 @@ def _measure(plan: Plan, rates: Rates, results: list[ShapeResult]) -> None:
                 race = Race(plan, network, s3, Path(scratch), bar.write, bar.update)
                 for shape in plan.shapes:
                     results.append(race.run(shape))
+                    _end_on_sigterm()  # the cluster's event loop has taken the handler away
+        except StartFailed as error:  # its log is about to be removed
+            bar.write("\n".join(error.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]))
+            raise
         finally:
             s3.stop()
             network.remove()
+
+
+def _end_on_sigterm() -> None:
+    """Ending by an exception lets every ``finally`` clean up."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _report(
