@@ -29,7 +29,7 @@ from benchmarks.testbed.workload import (
     store_contexts,
 )
 
-AGENTS_PER_PREFILL = 6
+AGENTS_PER_PREFILL = 4
 """So many requests at once at each of Basic's storage NICs: it never idles between them."""
 PORT = 20000
 REMOTE_FOLDER = "kv"
