@@ -43,9 +43,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--storage-mbit", type=float, default=100.0, help="of each storage link")
+    parser.add_argument("--storage-mbit", type=float, default=50.0, help="of each storage link")
     parser.add_argument(
-        "--compute-mbit", type=float, default=800.0, help="of each compute link (the paper: 8x)"
+        "--compute-mbit", type=float, default=400.0, help="of each compute link (the paper: 8x)"
     )
     return parser.parse_args(argv)
 

@@ -134,7 +134,6 @@ class ShapeResult(msgspec.Struct):
         real = [run for run in self.runs if run.arm != ORACLE]
         off = max((abs(run.storage_over_hit - 1) for run in real), default=None)
         differing = sum(run.differing for run in real) if real else None
-        oracle_cpu = self.figure(ORACLE, lambda run: run.cpu_share)
         return [
             self._goal("best arm's gain over Basic / B", share, at_least=self.bound_share_wanted),
             self._goal(
@@ -154,7 +153,6 @@ class ShapeResult(msgspec.Struct):
             ),
             self._goal("answers that differ between arms", differing, "answers", at_most=0),
             self._goal("|storage bytes / hit bytes - 1|, worst", off, at_most=RATIO_TOLERANCE),
-            self._goal("Oracle's use of all cores", oracle_cpu, at_most=0.7),
         ]
 
     def _goal(self, name: str, value: float | None, unit: str = "ratio", **limit: float) -> Goal:

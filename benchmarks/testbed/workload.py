@@ -25,14 +25,14 @@ TOKEN_FIRST, TOKEN_LAST = 300, 2000
 
 class AgentShape(msgspec.Struct, frozen=True):
     """The paper's 64K trace (arXiv 2602.21548: 157 turns, mean context 32,721, appended 429,
-    generated 176, 98.7 % hits) with every length divided by about 10, and only a few turns from
-    the middle of a trajectory."""
+    generated 176, 98.7 % hits) with every length divided by 14, and only a few turns from the
+    middle of a trajectory."""
 
     turns: int = 3
-    context_tokens: int = 3072
+    context_tokens: int = 2304
     """Whole blocks, stored before the job begins."""
-    append_tokens: int = 43
-    generate_tokens: int = 18
+    append_tokens: int = 31
+    generate_tokens: int = 13
 
 
 class Trajectories:

@@ -133,7 +133,7 @@ def test_a_run_that_read_other_bytes_than_its_hits_is_invalid():
 
 def test_every_goal_is_named_and_missed_when_nothing_was_measured():
     goals = result([]).goals()
-    assert len(goals) == len({g.name for g in goals}) == 7
+    assert len(goals) == len({g.name for g in goals}) == 6
     assert all(g.value is None and not g.holds for g in goals)
 
 
@@ -196,7 +196,7 @@ def test_rows_and_picture_are_written(tmp_path: Path):
 def test_table_has_a_row_for_each_arm():
     found = result([run("prefill", 0, 4.0), run("oracle", 0, 1.0, (0, 0), 0)])
     assert report.arms_table([found]).row_count == 2
-    assert report.goals_table(found.goals()).row_count == 7
+    assert report.goals_table(found.goals()).row_count == 6
 
 
 # ---- cluster --------------------------------------------------------------------------------
