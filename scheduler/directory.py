@@ -78,6 +78,8 @@ class Directory:
         self._entries = 0
         self._sets = HolderSets()
         self._sets_max = _SETS_MIN
+        self._looked_up: tuple[Sequence[BlockKey], Slots] = ((), np.empty(0, np.intp))
+        """The last list of keys and their slots: a plan is made of one look-up."""
         self._streams: dict[str, _Stream] = {}
         self.dropped_total = 0
         """Blocks forgotten because of the bound."""
@@ -131,10 +133,13 @@ class Directory:
             self._put(slots, self._sets.bit(agent, TierName.DRAM), in_dram)
 
     def expect_read(self, keys: Sequence[BlockKey], ranges: Sequence[Range]) -> None:
-        """The same for a plan, whose ``ranges`` cover ``keys``: each agent will have its own in
-        DRAM."""
+        """The same for a plan, whose ``ranges`` cover the first of ``keys``: each agent will
+        have its own in DRAM. Cheaper for the list that was looked up last."""
         if ranges:
-            slots = self._table.find(fingerprints(keys))
+            looked_up, slots = self._looked_up
+            if keys is not looked_up:
+                slots = self._table.find(fingerprints(keys))
+            slots = slots[: ranges[-1].first + ranges[-1].blocks]
             ids = np.where(slots < 0, NOBODY, self._set_ids[slots])
             bits = [self._sets.bit(part.agent, TierName.DRAM) for part in ranges]
             ids = self._sets.added(ids, [part.first for part in ranges], bits)
@@ -158,6 +163,7 @@ class Directory:
         if not keys:
             return []
         slots = self._table.find(fingerprints(keys))
+        self._looked_up = keys, slots
         ids = np.where(slots < 0, NOBODY, self._set_ids[slots])
         starts = run_starts(ids).tolist()
         runs: list[Run] = []
@@ -226,6 +232,7 @@ class Directory:
 
     def _pack(self, more: int) -> None:
         """Leave out the slots that are no entries, and make room for so many more."""
+        self._looked_up = (), np.empty(0, np.intp)
         kept = np.flatnonzero(self._set_ids)
         self._table, slots = self._table.resized(kept, self._capacity(len(kept) + more))
         for name in ("_set_ids", "_announced"):

@@ -73,12 +73,11 @@ class HolderSets:
     def added(self, ids: SetIds, firsts: list[int], bits: list[int]) -> SetIds:
         """The same sets with ``bits[i]`` from index ``firsts[i]`` (ascending from 0) to the next;
         an empty one stays empty."""
-        starts = np.union1d(run_starts(ids), firsts)
-        of = np.searchsorted(firsts, starts, "right") - 1
-        new = [
-            self._id(self._masks[number] | bits[part]) if number != NOBODY else NOBODY
-            for number, part in zip(ids[starts].tolist(), of.tolist(), strict=True)
-        ]
+        starts = sorted({*run_starts(ids).tolist(), *firsts})
+        bit_from, bit, new = dict(zip(firsts, bits, strict=True)), 0, []
+        for first, number in zip(starts, ids[starts].tolist(), strict=True):
+            bit = bit_from.get(first, bit)
+            new.append(self._id(self._masks[number] | bit) if number != NOBODY else NOBODY)
         return np.repeat(np.array(new, np.int32), np.diff(starts, append=len(ids)))
 
     def without(self, bits: int) -> SetIds:

@@ -218,7 +218,7 @@ class Scheduler:
         plan = self._build(request, prefill, decode, ranges, work.read_s)
         self._decisions.note(plan, state, self.policy, request.prompt_tokens, load, now)
         self._promise(plan, request, (prefill, decode), work, now)
-        self.directory.expect_read(plan.keys, plan.ranges)
+        self.directory.expect_read(request.keys, plan.ranges)
         return plan
 
     def share_settled(self, plan: int, agent: str, in_dram: list[bool], now: float) -> int:
