@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from benchmarks.testbed.network import (
 from benchmarks.testbed.nic_use import NicUse
 from benchmarks.testbed.offline import Plan, rotated
 from benchmarks.testbed.results import ARMS, Run, Shape, ShapeResult
-from benchmarks.testbed.workload import BLOCK_BYTES, AgentShape, Job, Trajectories, Turn
+from benchmarks.testbed.workload import BLOCK_BYTES, AgentShape, Job, Trajectories, Turn, run_job
 
 RATE = 12e6
 BLOCKS = 51
@@ -154,6 +155,46 @@ def test_prompts_grow_by_what_was_answered_and_appended():
     second = work.prompt(0, 1)
     assert len(first) == 133 and second[:136] == [*first, 7, 8, 9] and len(second) == 141
     assert first == again.prompt(0, 0) != work.prompt(1, 0)
+
+
+class EchoGateway:
+    """Answers with the prompt's last tokens; two blocks of each were read from storage."""
+
+    def __init__(self) -> None:
+        self.salts: set[str] = set()
+        self.under_way = self.most_under_way = 0
+
+    async def generate(self, body):
+        self.salts.add(body["cache_salt"])
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        await asyncio.sleep(0.01)
+        self.under_way -= 1
+        prompt, new = body["input_ids"], body["sampling_params"]["max_new_tokens"]
+        reader = {"blocks": 2, "read_bytes": {"remote": 2 * BLOCK_BYTES, "ssd": 1}}
+        return {"output_ids": prompt[-new:]}, {"hit_blocks": 2, "readers": {"agent-d0": reader}}
+
+
+async def test_a_job_runs_all_agents_at_once_and_their_turns_in_order():
+    work = Trajectories(3, AgentShape(2, 128, 5, 3))
+    gateway = EchoGateway()
+    done = await run_job(gateway, work, "salt")
+    assert gateway.salts == {"salt"} and gateway.most_under_way == 3
+    assert len(done.turns) == 6 and done.differing(work.answers) == 0
+    for agent in range(3):
+        first, second = [turn for turn in done.turns if turn.agent == agent]
+        assert first.done_s <= second.sent_s
+        assert second.prompt_tokens == first.prompt_tokens + 8
+    assert done.hit_bytes == 12 * BLOCK_BYTES == sum(turn.read_bytes for turn in done.turns)
+    assert done.hit_rate == pytest.approx(6 * 128 / (3 * 133 + 3 * 141))
+
+
+async def test_a_later_job_does_not_change_the_reference():
+    work = Trajectories(1, AgentShape(2, 128, 5, 3))
+    await run_job(EchoGateway(), work, "first")
+    work.answers[0][0] = [1, 2, 3]
+    assert (await run_job(EchoGateway(), work, "second")).differing(work.answers) == 1
+    assert work.answers[0][0] == [1, 2, 3]
 
 
 def test_answers_are_compared_turn_by_turn():
