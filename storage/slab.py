@@ -136,7 +136,7 @@ class Slab:
     def scan(self) -> NDArray[np.void]:
         """The records that the headers tell, written to the table as well; shape (num_slots,).
 
-        A slot with another format version counts as free.
+        A slot with another format version, or that cannot be read, counts as free.
         """
         files = self._opened()
         records = np.zeros(self.num_slots, RECORD)
@@ -156,7 +156,12 @@ class Slab:
             count = min(HEADERS_AT_ONCE, self.num_slots - first)
             for i in range(count):
                 page = memory[i * HEADER_BYTES : (i + 1) * HEADER_BYTES]
-                os.preadv(fd, [page], (first + i) * self.slot_bytes)
+                try:
+                    os.preadv(fd, [page], (first + i) * self.slot_bytes)
+                except OSError as error:
+                    if error.errno != errno.EIO:
+                        raise
+                    page[:] = bytes(HEADER_BYTES)
             headers = np.frombuffer(memory[: count * HEADER_BYTES], np.uint8)
             yield first, headers.reshape(count, HEADER_BYTES)
 

@@ -8,6 +8,7 @@ import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 SLABS_PER_DEVICE = 64
 SLAB_BYTES_MAX = 4 << 30
+SCAN_THREADS = 16
+"""Slabs whose headers are read at once, at a start after a power cut."""
 ERRORS_MAX = 8
 """I/O errors in a row after which a disk is taken out."""
 FATAL_ERRORS = {errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN, errno.ESTALE}
@@ -102,21 +105,30 @@ class SsdDevice:
         """What an earlier process left: the records of each slab.
 
         From the tables if they are right, else from the headers. Slabs beyond the capacity
-        go, those with the oldest blocks first. Raises OSError.
+        go, those with the oldest blocks first. Raises :class:`DirectoryUnusable`, closed.
         """
-        are_right = self._folder.tables_are_right()
-        if are_right:
-            self._folder.mark(is_closed=False)
-            records = {number: slab.table() for number, slab in self.slabs.items()}
-        else:
-            records = {number: slab.scan() for number, slab in self.slabs.items()}
-            self._folder.mark(is_closed=False)
+        try:
+            records = self._read_records()
+        except OSError as error:
+            self.close(0.0)
+            raise DirectoryUnusable(self.path, error.strerror or str(error)) from error
         for number in sorted(records, key=lambda n: records[n]["sequence"].max()):
             if self._held_bytes <= self.capacity_bytes:
                 break
             del records[number]
             self.slabs.pop(number).delete()
         self._is_restored = True
+        return records
+
+    def _read_records(self) -> dict[int, NDArray[np.void]]:
+        are_right = self._folder.tables_are_right()
+        if are_right:
+            self._folder.mark(is_closed=False)
+            return {number: slab.table() for number, slab in self.slabs.items()}
+        with ThreadPoolExecutor(SCAN_THREADS) as pool:
+            scanned = pool.map(Slab.scan, self.slabs.values())
+            records = dict(zip(self.slabs, scanned, strict=True))
+        self._folder.mark(is_closed=False)
         return records
 
     def close(self, timeout_s: float) -> None:

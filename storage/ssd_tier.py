@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from storage.block import KEY_BYTES, BlockKey
 from storage.block_format import verify
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SLOT_BITS = 32
+_Records = dict[int, NDArray[np.void]]
+"""Of each slab of a device."""
 _NOTHING = np.empty(0, np.int64)
 
 
@@ -63,8 +66,10 @@ class SsdTier(QueuedTier):
         """By the upper bits of a place."""
         self._turn = 0
         try:
-            self._open([Path(path) for path in paths], capacity_bytes // len(paths), threads)
-            last_sequence = self._restore()
+            restored = self._open(
+                [Path(path) for path in paths], capacity_bytes // len(paths), threads
+            )
+            last_sequence = self._index_all(restored)
         except BaseException:
             self.close()
             raise
@@ -82,10 +87,13 @@ class SsdTier(QueuedTier):
 
     # ---- start ----------------------------------------------------------------------
 
-    def _open(self, paths: Sequence[Path], capacity_bytes: int, threads: int) -> None:
+    def _open(self, paths: Sequence[Path], capacity_bytes: int, threads: int) -> list[_Records]:
+        """Returns what each device holds."""
+        restored = []
         for path in paths:
             try:
                 device = SsdDevice(path, capacity_bytes, threads, super()._hand_back)
+                restored.append(device.restore())
             except DirectoryUnusable as error:
                 if path is paths[-1] and not self._devices:
                     raise
@@ -93,16 +101,13 @@ class SsdTier(QueuedTier):
                 self._stats.failed_devices += 1
             else:
                 self._devices.append(device)
+        return restored
 
-    def _restore(self) -> int:
+    def _index_all(self, restored: Sequence[_Records]) -> int:
         """Index what is there, the oldest first; returns the greatest sequence."""
         places, sequences, keys = [_NOTHING], [_NOTHING], [b""]
-        for device in self._devices:
-            try:
-                restored = device.restore()
-            except OSError as error:
-                raise DirectoryUnusable(device.path, error.strerror or str(error)) from error
-            for number, records in restored.items():
+        for device, by_slab in zip(self._devices, restored, strict=True):
+            for number, records in by_slab.items():
                 slab = device.slabs[number]
                 fits = records["payload_bytes"] <= slab.payload_bytes_max
                 slots = np.flatnonzero(fits & (records["sequence"] > 0))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import finish, key_of, no_wake, payload_of, read, write
-from slab_files import stored
+from slab_files import cut_power, stored
 
 from storage.slab import slot_bytes_for
 from storage.ssd_device import ERRORS_MAX
@@ -127,6 +127,27 @@ def test_the_tier_starts_without_a_dead_disk(
     assert tier.stats().devices == 2 and tier.stats().failed_devices == 1
     assert "goes on without" in caplog.text and str(folders[1]) in caplog.text
     assert write(tier, key_of(1))[key_of(1)].error is None
+
+
+def test_headers_that_cannot_be_read_lose_those_blocks_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "ssd"
+    tier = SsdTier(folder, 1000 * SLOT_BYTES, no_wake)
+    write(tier, *(key_of(i) for i in range(10)))
+    tier.close()
+    cut_power(folder)
+    real = os.preadv
+
+    def bad_sector(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if offset == 3 * SLOT_BYTES:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", bad_sector)
+    tier = SsdTier(folder, 1000 * SLOT_BYTES, no_wake)
+    assert len(tier.keys()) == 9 and tier.stats().devices == 1
+    tier.close()
 
 
 def test_without_any_disk_it_does_not_start(
