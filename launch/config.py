@@ -117,7 +117,10 @@ class ClusterConfig:
         parse_size("1GiB"), "DRAM tier of each agent, such as 64GiB.", parse_size, metavar="SIZE"
     )
     ssd_dir: str = setting(
-        "", "Folder of the SSD tier; empty means dualpath/store in the user's cache.", metavar="DIR"
+        "",
+        "Folder of the SSD tier, or one a disk, separated by commas; empty means dualpath/store "
+        "in the user's cache.",
+        metavar="DIRS",
     )
     ssd_bytes: int = setting(
         parse_size("8GiB"), "SSD tier of each agent; 0 switches it off.", parse_size, metavar="SIZE"
@@ -222,8 +225,9 @@ class ClusterConfig:
         return self.base_port or self.port + 100
 
     @property
-    def ssd_folder(self) -> Path:
-        return Path(self.ssd_dir).expanduser() if self.ssd_dir else cache_folder() / "store"
+    def ssd_folders(self) -> list[Path]:
+        folders = [Path(folder).expanduser() for folder in self.ssd_dir.split(",") if folder]
+        return folders or [cache_folder() / "store"]
 
     @property
     def log_folder(self) -> Path:

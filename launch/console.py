@@ -64,7 +64,8 @@ def _role(record: ProcessRecord) -> str:
 def _tiers(config: ClusterConfig) -> str:
     tiers = [f"DRAM {format_size(config.dram_bytes)} an agent"]
     if config.ssd_bytes:
-        tiers.append(f"SSD {format_size(config.ssd_bytes)} an agent in {config.ssd_folder}")
+        folders = ", ".join(map(str, config.ssd_folders))
+        tiers.append(f"SSD {format_size(config.ssd_bytes)} an agent in {folders}")
     tiers.append(f"remote {config.remote}" if config.remote else "no remote")
     return "; ".join(tiers)
 

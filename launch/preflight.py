@@ -27,7 +27,7 @@ def check(config: ClusterConfig, records: Sequence[ProcessRecord]) -> list[IO[st
             check_port(record, purpose, port)
     _check_writable(config.log_folder, "--log-dir")
     check_remote(config)
-    return [_lock_store(config.ssd_folder)] if config.ssd_bytes else []
+    return [_lock_store(folder) for folder in config.ssd_folders if config.ssd_bytes]
 
 
 def check_port(record: ProcessRecord, purpose: str, port: int) -> None:

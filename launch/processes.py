@@ -160,7 +160,7 @@ class _Cluster:
             protocol=self.hardware.transfer,
             rdma_devices=config.rdma_devices,
             dram_bytes=config.dram_bytes,
-            ssd_dir=str(config.ssd_folder / name) if config.ssd_bytes else "",
+            ssd_dirs=[str(folder / name) for folder in config.ssd_folders if config.ssd_bytes],
             ssd_bytes=config.ssd_bytes,
             remote_url=config.remote,
             remote_options=config.remote_options,

@@ -61,6 +61,17 @@ class Namespace(msgspec.Struct, frozen=True):
         return hashlib.sha256(msgspec.json.encode(self, order="sorted")).digest()
 
 
+class BlockLabel(msgspec.Struct, frozen=True):
+    """What a stored block says of itself beside its key, for whoever finds it."""
+
+    namespace_digest: bytes
+    layout: BlockLayout
+
+
+UNLABELLED = BlockLabel(bytes(32), BlockLayout(0, 0, ()))
+"""Of blocks whose writer knows no namespace."""
+
+
 def block_keys(namespace_digest: bytes, page_hashes: Iterable[bytes]) -> list[BlockKey]:
     """Fold a namespace into SGLang's page hash chain (32-byte digests, in order)."""
     prefix = hashlib.sha256(b"dualpath-block-v1\0" + namespace_digest)

@@ -30,8 +30,8 @@ class IoThreads:
         """Run ``work`` (which must not raise) in one of the threads."""
         self._queue.put(work)
 
-    def close(self, timeout_s: float) -> None:
-        """Drop queued work, and wait up to ``timeout_s`` for the running calls."""
+    def close(self, timeout_s: float) -> bool:
+        """Drop queued work, and wait up to ``timeout_s`` for the running calls to end."""
         while True:
             try:
                 self._queue.get_nowait()
@@ -42,6 +42,7 @@ class IoThreads:
         end = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:
@@ -53,6 +54,3 @@ class CallerThread:
 
     def submit(self, work: Work) -> None:
         work()
-
-    def close(self, timeout_s: float) -> None:
-        pass

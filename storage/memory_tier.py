@@ -25,21 +25,28 @@ class MemoryTier(QueuedTier):
         blocks: dict[BlockKey, tuple[bytes, bytes]] | None = None,
         index_is_complete: bool = True,
     ) -> None:
-        caller = CallerThread()
-        super().__init__(name, on_wake, caller, caller, capacity_bytes)
+        super().__init__(name, on_wake, capacity_bytes)
+        self._caller = CallerThread()
         self.blocks = {} if blocks is None else blocks
         self.index_is_complete = index_is_complete
+
+    def _executor(self, operation: Operation) -> CallerThread:
+        return self._caller
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def _load(self, operation: Operation) -> None:
         if operation.key not in self.blocks:
             raise BlockMissing("not stored")
         header, payload = self.blocks[operation.key]
-        verify(header, payload, operation.key)
+        operation.label = verify(header, payload, operation.key).label
         operation.deliver(payload)
 
     def _store(self, operation: Operation) -> None:
         payload = operation.private_payload()
-        self.blocks[operation.key] = encode_header(operation.key, payload), payload
+        header = encode_header(operation.key, payload, operation.label)
+        self.blocks[operation.key] = header, payload
 
-    def _remove(self, key: BlockKey) -> None:
-        self.blocks.pop(key, None)
+    def _remove(self, operation: Operation) -> None:
+        self.blocks.pop(operation.key, None)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from storage.block import BlockKey
-from storage.block_format import HEADER_BYTES
+from storage.block_format import HEADER_BYTES, UnknownVersion
 from storage.io_threads import Work
 from storage.tier import (
     BlockCorrupt,
@@ -42,13 +42,13 @@ class Executor(Protocol):
 
     def submit(self, work: Work) -> None: ...
 
-    def close(self, timeout_s: float) -> None: ...
-
 
 class QueuedTier(ABC):
     """A :class:`storage.tier.Tier` but for the bytes, which a subclass moves.
 
-    ``capacity_bytes`` 0 means that the tier does not bound or evict what it holds.
+    Each block has a *place*, a number. Here it is the bytes that it takes of
+    ``capacity_bytes``, where 0 means that the tier does not bound or evict what it holds; a
+    tier with places in a stricter sense overrides ``_reserve`` and ``_release``.
     ``index_is_complete``: a block that is not in the index is certainly not here.
     ``removed_on``: read errors after which the stored bytes are removed.
     """
@@ -60,18 +60,14 @@ class QueuedTier(ABC):
         self,
         name: TierName,
         on_wake: Wake,
-        readers: Executor,
-        writers: Executor,
         capacity_bytes: int = 0,
         queue_blocks_max: int = 65536,
     ) -> None:
         self.name = name
         self._on_wake = on_wake
-        self._readers = readers
-        self._writers = writers
         self._queue_blocks_max = queue_blocks_max
         self._index: OrderedDict[BlockKey, int] = OrderedDict()
-        """Stored bytes of each block, least recently used first."""
+        """Place of each block, least recently used first."""
         self._inflight: set[Operation] = set()
         self._waiting: defaultdict[BlockKey, deque[Operation]] = defaultdict(deque)
         """Writes whose key still has another operation."""
@@ -81,6 +77,14 @@ class QueuedTier(ABC):
         self._completions: list[Completion] = []
         self._changes: list[HoldingChange] = []
         self._stats = TierStats(capacity_bytes=capacity_bytes)
+
+    @abstractmethod
+    def _executor(self, operation: Operation) -> Executor:
+        """Who runs the operation."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End I/O within seconds and release files and threads."""
 
     # ---- moved by subclasses, in I/O threads ----------------------------------------
 
@@ -93,8 +97,8 @@ class QueuedTier(ABC):
         """Store the operation's payload durably; raise otherwise (TierFull: no room)."""
 
     @abstractmethod
-    def _remove(self, key: BlockKey) -> None:
-        """Delete what is stored under ``key``, if anything."""
+    def _remove(self, operation: Operation) -> None:
+        """Delete what is stored under the operation's key, or in its place, if anything."""
 
     # ---- the contract ---------------------------------------------------------------
 
@@ -109,10 +113,15 @@ class QueuedTier(ABC):
         return copy.copy(self._stats)
 
     def submit_reads(self, blocks: Sequence[BlockIO]) -> None:
+        # a prefix is of use only from its beginning, which therefore stays youngest
+        for block in reversed(blocks):
+            if block.key in self._index:
+                self._index.move_to_end(block.key)
         for block in blocks:
             operation = Operation(Kind.READ, block.key, block.buffer)
+            operation.place = self._index.get(block.key)
             self._stats.read_queue_bytes += operation.nbytes
-            if self.index_is_complete and block.key not in self._index:
+            if self.index_is_complete and operation.place is None:
                 self._refuse(operation, BlockMissing("not in the index"))
             elif self._queue_is_full():
                 self._refuse(operation, TierBusy(f"{self._queue_blocks_max} blocks are queued"))
@@ -121,7 +130,7 @@ class QueuedTier(ABC):
 
     def submit_writes(self, blocks: Sequence[BlockIO]) -> None:
         for block in blocks:
-            operation = Operation(Kind.WRITE, block.key, block.buffer)
+            operation = Operation(Kind.WRITE, block.key, block.buffer, block.label)
             self._stats.write_queue_bytes += operation.nbytes
             if self._queue_is_full():
                 self._refuse(operation, TierBusy(f"{self._queue_blocks_max} blocks are queued"))
@@ -140,10 +149,6 @@ class QueuedTier(ABC):
         changes, self._changes = self._changes, []
         return changes
 
-    def close(self) -> None:
-        self._readers.close(CLOSE_TIMEOUT_S)
-        self._writers.close(CLOSE_TIMEOUT_S)
-
     def _drain(self) -> None:
         """End what the I/O threads have handed back, but for what was given up."""
         while self._done:
@@ -158,26 +163,26 @@ class QueuedTier(ABC):
 
     def _start(self, operation: Operation) -> None:
         self._inflight.add(operation)
-        for key in (operation.key, *operation.victims):
-            self._busy[key] += 1
-        executor = self._readers if operation.kind is Kind.READ else self._writers
-        executor.submit(lambda: self._run(operation))
+        self._busy[operation.key] += 1
+        self._executor(operation).submit(lambda: self._run(operation))
 
     def _run(self, operation: Operation) -> None:
         """In an I/O thread."""
         start = operation.started_s = time.monotonic()
         try:
-            for victim in operation.victims:
-                self._remove(victim)
             if operation.kind is Kind.READ:
                 self._load(operation)
             elif operation.kind is Kind.WRITE:
                 self._store(operation)
             else:
-                self._remove(operation.key)
+                self._remove(operation)
         except Exception as error:  # whatever a file system raises ends this block alone
             operation.error = error
         operation.seconds = time.monotonic() - start
+        self._hand_back(operation)
+
+    def _hand_back(self, operation: Operation) -> None:
+        """To the owner's thread."""
         self._done.append(operation)
         self._on_wake()
 
@@ -190,18 +195,14 @@ class QueuedTier(ABC):
     def _end(self, operation: Operation) -> None:
         self._inflight.discard(operation)
         if operation.kind is Kind.REMOVE:
-            if operation.error is not None:
-                logger.warning(
-                    "%s tier cannot remove a block: %s", self.name.value, operation.error
-                )
+            self._end_remove(operation)
         else:
             self._complete(operation)
         if operation.kind is Kind.READ:
             self._end_read(operation)
         elif operation.kind is Kind.WRITE:
             self._end_write(operation)
-        for key in (operation.key, *operation.victims):
-            self._leave(key)
+        self._leave(operation.key)
 
     def _leave(self, key: BlockKey) -> None:
         """One operation of ``key`` less; when it is idle, its next write begins."""
@@ -226,7 +227,10 @@ class QueuedTier(ABC):
             stats.read_errors_total += error is not None
             stats.corrupt_blocks_total += isinstance(error, BlockCorrupt)
             stats.missing_blocks_total += isinstance(error, BlockMissing)
-        self._completions.append(Completion(operation.key, is_write, error, operation.seconds))
+            stats.other_version_blocks_total += isinstance(error, UnknownVersion)
+        self._completions.append(
+            Completion(operation.key, is_write, error, operation.seconds, operation.label)
+        )
 
     # ---- what is held ---------------------------------------------------------------
 
@@ -234,74 +238,84 @@ class QueuedTier(ABC):
         key, error = operation.key, operation.error
         if error is None:
             self._stats.read_bytes_total += operation.nbytes
-            if key in self._index:
-                self._index.move_to_end(key)
-            else:
-                self._gain(key, HEADER_BYTES + operation.nbytes)
+            if key not in self._index:
+                self._found(key, HEADER_BYTES + operation.nbytes)
         elif isinstance(error, (BlockCorrupt, BlockMissing)):
-            self._lose(key)
-            if isinstance(error, self.removed_on):
-                self._start(Operation(Kind.REMOVE, key))
+            place = self._lose(key)
+            if not isinstance(error, self.removed_on):
+                self._release(place)
+            elif place is not None or not self.index_is_complete:
+                self._start_remove(key, place)
+
+    def _start_remove(self, key: BlockKey, place: int | None) -> None:
+        """Delete what is stored; its place is released after that."""
+        removal = Operation(Kind.REMOVE, key)
+        removal.place = place
+        self._start(removal)
+
+    def _end_remove(self, operation: Operation) -> None:
+        if operation.error is not None:
+            logger.warning("%s tier cannot remove a block: %s", self.name.value, operation.error)
+        self._release(operation.place)
 
     def _begin_write(self, operation: Operation) -> None:
         if operation.key in self._index:
             self._refuse(operation, None)
             return
-        stored_bytes = HEADER_BYTES + operation.nbytes
-        victims = self._victims(stored_bytes)
-        if victims is None:
-            self._refuse(operation, TierFull(f"no room for {stored_bytes} bytes"))
-            return
-        for victim in victims:
-            self._evict(victim)
-        operation.victims = victims
-        self._stats.used_bytes += stored_bytes
-        self._start(operation)
+        operation.place = self._reserve(operation.nbytes)
+        if operation.place is None:
+            self._refuse(operation, TierFull(f"no room for {operation.nbytes} bytes"))
+        else:
+            self._start(operation)
 
     def _end_write(self, operation: Operation) -> None:
-        stored_bytes = HEADER_BYTES + operation.nbytes
-        self._stats.used_bytes -= stored_bytes
+        assert operation.place is not None
         if operation.error is None:
             self._stats.write_bytes_total += operation.nbytes
-            self._gain(operation.key, stored_bytes)
-        elif isinstance(operation.error, TierFull):
-            self._yield_room(stored_bytes)
+            self._gain(operation.key, operation.place)
+        else:
+            self._release(operation.place)
 
-    def _victims(self, stored_bytes: int) -> list[BlockKey] | None:
-        """Least recently used idle blocks to evict for ``stored_bytes``; None: not enough."""
-        if not self._stats.capacity_bytes:
-            return []
-        missing_bytes = self._stats.used_bytes + stored_bytes - self._stats.capacity_bytes
-        victims = []
-        for key, held_bytes in self._index.items():
-            if missing_bytes <= 0:
-                break
-            if not self._busy[key]:
-                victims.append(key)
-                missing_bytes -= held_bytes
-        return victims if missing_bytes <= 0 else None
-
-    def _yield_room(self, stored_bytes: int) -> None:
-        """The device is smaller than the capacity: shrink by as much as it refused."""
-        for key in list(self._index):
-            if stored_bytes <= 0:
-                break
-            if not self._busy[key]:
-                stored_bytes -= self._index[key]
-                self._evict(key)
-                self._start(Operation(Kind.REMOVE, key))
-
-    def _evict(self, key: BlockKey) -> None:
-        self._lose(key)
-        self._stats.evicted_blocks_total += 1
-
-    def _gain(self, key: BlockKey, stored_bytes: int) -> None:
-        self._index[key] = stored_bytes
+    def _reserve(self, nbytes: int) -> int | None:
+        """A place for a block, for which others are evicted; None: there is no room."""
+        stored_bytes = HEADER_BYTES + nbytes
+        if self._stats.capacity_bytes:
+            missing_bytes = self._stats.used_bytes + stored_bytes - self._stats.capacity_bytes
+            victims = []
+            for key, held_bytes in self._index.items():
+                if missing_bytes <= 0:
+                    break
+                if not self._busy[key]:
+                    victims.append(key)
+                    missing_bytes -= held_bytes
+            if missing_bytes > 0:
+                return None
+            for victim in victims:
+                self._release(self._evict(victim))
+                self._start_remove(victim, None)
         self._stats.used_bytes += stored_bytes
+        return stored_bytes
+
+    def _release(self, place: int | None) -> None:
+        """Nothing lies in the place any more; None is ignored."""
+        self._stats.used_bytes -= place or 0
+
+    def _found(self, key: BlockKey, stored_bytes: int) -> None:
+        """The block was here all the time."""
+        self._stats.used_bytes += stored_bytes
+        self._gain(key, stored_bytes)
+
+    def _gain(self, key: BlockKey, place: int) -> None:
+        self._index[key] = place
         self._changes.append(HoldingChange(key, True))
 
-    def _lose(self, key: BlockKey) -> None:
-        stored_bytes = self._index.pop(key, None)
-        if stored_bytes is not None:
-            self._stats.used_bytes -= stored_bytes
+    def _evict(self, key: BlockKey) -> int | None:
+        self._stats.evicted_blocks_total += 1
+        return self._lose(key)
+
+    def _lose(self, key: BlockKey) -> int | None:
+        """Take a block out of the index; returns its place, to be released."""
+        place = self._index.pop(key, None)
+        if place is not None:
             self._changes.append(HoldingChange(key, False))
+        return place

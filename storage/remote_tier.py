@@ -1,4 +1,4 @@
-"""Blocks as objects of any file system that fsspec knows; docs/block_format.md."""
+"""Blocks as objects of any file system that fsspec knows; docs/storage.md."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ class RemoteTier(QueuedTier):
         protocols = {protocol} if isinstance(protocol, str) else set(protocol)
         self._visible_as_a_whole = bool(protocols & _VISIBLE_AS_A_WHOLE)
         _probe(url, self._filesystem, self._root, timeout_s)
-        readers = IoThreads("remote-read", threads)
-        writers = IoThreads("remote-write", max(1, threads // 2))
-        super().__init__(TierName.REMOTE, on_wake, readers, writers)
+        super().__init__(TierName.REMOTE, on_wake)
+        self._readers = IoThreads("remote-read", threads)
+        self._writers = IoThreads("remote-write", max(1, threads // 2))
         self._last_start_s = dict.fromkeys(Kind, time.monotonic())
         """When an I/O thread last began an operation: set by any of them."""
         self._next_expiry_s = 0.0
@@ -85,9 +85,13 @@ class RemoteTier(QueuedTier):
 
     def close(self) -> None:
         self._closed.set()
-        super().close()
+        self._readers.close(CLOSE_TIMEOUT_S)
+        self._writers.close(CLOSE_TIMEOUT_S)
         for helper in self._helpers:
             helper.join(CLOSE_TIMEOUT_S)
+
+    def _executor(self, operation: Operation) -> IoThreads:
+        return self._readers if operation.kind is Kind.READ else self._writers
 
     # ---- one block, in an I/O thread -------------------------------------------------
 
@@ -103,13 +107,13 @@ class RemoteTier(QueuedTier):
         if stored.nbytes < HEADER_BYTES:
             raise BlockCorrupt(f"the object has {stored.nbytes} bytes")
         payload = stored[HEADER_BYTES:]
-        verify(stored[:HEADER_BYTES], payload, operation.key)
+        operation.label = verify(stored[:HEADER_BYTES], payload, operation.key).label
         operation.deliver(payload)
 
     def _store(self, operation: Operation) -> None:
         self._last_start_s[Kind.WRITE] = time.monotonic()
         payload = operation.private_payload()
-        stored = encode_header(operation.key, payload) + payload
+        stored = encode_header(operation.key, payload, operation.label) + payload
         path = self._path(operation.key)
         if self._visible_as_a_whole:
             self._filesystem.pipe_file(path, stored)
@@ -118,9 +122,9 @@ class RemoteTier(QueuedTier):
             self._filesystem.pipe_file(temporary, stored)
             self._filesystem.mv(temporary, path)
 
-    def _remove(self, key: BlockKey) -> None:
+    def _remove(self, operation: Operation) -> None:
         try:
-            self._filesystem.rm_file(self._path(key))
+            self._filesystem.rm_file(self._path(operation.key))
         except FileNotFoundError:
             pass  # another agent was faster
 
@@ -135,13 +139,13 @@ class RemoteTier(QueuedTier):
         if self._listed:
             for key, stored_bytes in self._listed.popleft():
                 if key not in self._index:
-                    self._gain(key, stored_bytes)
+                    self._found(key, stored_bytes)
             self._on_wake()
 
-    def _gain(self, key: BlockKey, stored_bytes: int) -> None:
-        super()._gain(key, stored_bytes)
+    def _gain(self, key: BlockKey, place: int) -> None:
+        super()._gain(key, place)
         if len(self._index) > self._index_blocks_max:
-            self._lose(next(iter(self._index)))
+            self._release(self._lose(next(iter(self._index))))
 
     def _expire(self, now: float) -> None:
         """Give up what has run, or waited without anything beginning, for too long."""

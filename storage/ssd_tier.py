@@ -1,214 +1,262 @@
-"""Blocks as files in a directory of a local disk; docs/block_format.md has the layout."""
+"""Blocks in slots of preallocated slabs on local disks; docs/storage.md."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
+import itertools
+import logging
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
-from storage.block import BlockKey
-from storage.block_format import (
-    HEADER_BYTES,
-    UnknownVersion,
-    encode_header,
-    key_of_name,
-    object_name,
-    verify,
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.block import KEY_BYTES, BlockKey
+from storage.block_format import verify
+from storage.queued_tier import CLOSE_TIMEOUT_S, Executor, QueuedTier
+from storage.slab import Slab, slot_bytes_for
+from storage.ssd_device import SsdDevice, Written
+from storage.ssd_folder import DirectoryLocked, DirectoryUnusable
+from storage.tier import (
+    BlockCorrupt,
+    BlockMissing,
+    TierFull,
+    TierName,
+    TierStats,
+    Wake,
 )
-from storage.io_threads import IoThreads
-from storage.queued_tier import QueuedTier
-from storage.tier import BlockCorrupt, BlockMissing, TierFull, TierName, Wake
-from storage.tier_operation import Operation
+from storage.tier_operation import Kind, Operation
+
+__all__ = ["DirectoryLocked", "DirectoryUnusable", "SsdTier"]
+
+logger = logging.getLogger(__name__)
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class DirectoryLocked(Exception):
-    """Another process uses the directory."""
-
-    def __init__(self, directory: Path, owner: str) -> None:
-        super().__init__(
-            f"SSD directory {directory} is in use by process {owner or 'unknown'}: "
-            "stop that process, or give each agent a directory of its own"
-        )
-        self.directory = directory
-        self.owner = owner
-
-
-class DirectoryUnusable(Exception):
-    """Blocks cannot be kept in the directory."""
-
-    def __init__(self, directory: Path, error: OSError) -> None:
-        super().__init__(
-            f"cannot keep blocks in SSD directory {directory}: {error.strerror or error}; "
-            "choose a directory on a local disk that this user may write to"
-        )
-        self.directory = directory
-        self.error = error
+_SLOT_BITS = 32
+_Records = dict[int, NDArray[np.void]]
+"""Of each slab of a device."""
+_NOTHING = np.empty(0, np.int64)
 
 
 class SsdTier(QueuedTier):
-    """One file a block, read straight into the caller's buffer, evicted least recently used.
+    """Blocks in fixed slots, striped over the folders, evicted least recently used.
 
-    A block is acknowledged once it would survive a power cut. Blocks of an earlier
-    process are found again at start, by name and size; their bytes are verified when
-    read. Raises :class:`DirectoryLocked` or :class:`DirectoryUnusable`.
+    A folder is a disk, and gets an equal part of ``capacity_bytes`` and ``threads`` readers.
+    A write is complete once it would survive a power cut, for which blocks are synced in
+    groups. Blocks of an earlier process are found again at start; their bytes are verified
+    when read. A disk that fails is taken out with all it holds, and the rest goes on.
+    Raises :class:`DirectoryLocked`, or :class:`DirectoryUnusable` if no folder is usable.
     """
 
-    # the directory is this process's own: nobody else will read another format version
-    removed_on = (BlockCorrupt, UnknownVersion)
+    # the folders are this process's own: nobody else will read another format version
+    removed_on = (BlockCorrupt, BlockMissing)
 
     def __init__(
-        self, directory: str | Path, capacity_bytes: int, on_wake: Wake, threads: int = 8
+        self,
+        folders: str | Path | Sequence[str | Path],
+        capacity_bytes: int,
+        on_wake: Wake,
+        threads: int = 8,
     ) -> None:
-        self._root = Path(directory)
+        super().__init__(TierName.SSD, on_wake, capacity_bytes)
+        paths = [folders] if isinstance(folders, str | Path) else folders
+        self._devices: list[SsdDevice] = []
+        self._slabs: dict[int, tuple[SsdDevice, Slab]] = {}
+        """By the upper bits of a place."""
+        self._turn = 0
         try:
-            self._lock_file = self._prepare()
-        except OSError as error:
-            raise DirectoryUnusable(self._root, error) from error
-        # writes sync, and so take long: with threads of their own they do not delay reads
-        readers = IoThreads("ssd-read", threads)
-        writers = IoThreads("ssd-write", max(1, threads // 2))
-        super().__init__(TierName.SSD, on_wake, readers, writers, capacity_bytes)
-        try:
-            self._restore()
-        except OSError as error:
+            restored = self._open(
+                [Path(path) for path in paths], capacity_bytes // len(paths), threads
+            )
+            last_sequence = self._index_all(restored)
+        except BaseException:
             self.close()
-            raise DirectoryUnusable(self._root, error) from error
+            raise
+        self._sequence = itertools.count(last_sequence + 1)
 
     def close(self) -> None:
-        super().close()
-        self._lock_file.close()
+        for device in self._devices:
+            device.close(CLOSE_TIMEOUT_S)
+
+    def stats(self) -> TierStats:
+        used = [device for device in self._devices if not device.is_failed]
+        self._stats.devices = len(used)
+        self._stats.capacity_bytes = sum(device.capacity_bytes for device in used)
+        return super().stats()
 
     # ---- start ----------------------------------------------------------------------
 
-    def _prepare(self) -> IO[str]:
-        """Make the folders and take the lock, which lasts as long as the returned file."""
-        self._root.mkdir(parents=True, exist_ok=True)
-        lock_file = open(self._root / "lock", "a+")
-        try:
-            self._lock(lock_file)
-            (self._root / "tmp").mkdir(exist_ok=True)
-            for left_over in os.scandir(self._root / "tmp"):
-                os.unlink(left_over.path)
-            for fan_out in range(256):
-                (self._root / "blocks" / f"{fan_out:02x}").mkdir(parents=True, exist_ok=True)
-            _sync_directory(self._root / "blocks")
-            _sync_directory(self._root)
-        except BaseException:
-            lock_file.close()
-            raise
-        return lock_file
-
-    def _lock(self, lock_file: IO[str]) -> None:
-        try:
-            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock_file.seek(0)
-            raise DirectoryLocked(self._root, lock_file.read()) from error
-        lock_file.truncate(0)
-        lock_file.write(str(os.getpid()))
-        lock_file.flush()
-
-    def _restore(self) -> None:
-        """Index the files of an earlier process, the oldest ones evicted to the capacity."""
-        found: list[tuple[float, BlockKey, int]] = []
-        for fan_out in range(256):
-            for entry in os.scandir(self._root / "blocks" / f"{fan_out:02x}"):
-                key = key_of_name(entry.name)
-                if key is not None:
-                    status = entry.stat()
-                    found.append((status.st_mtime, key, status.st_size))
-        room_bytes = self._stats.capacity_bytes
-        kept: list[tuple[BlockKey, int]] = []
-        for _, key, stored_bytes in sorted(found, reverse=True):
-            room_bytes -= stored_bytes
-            if room_bytes >= 0:
-                kept.append((key, stored_bytes))
+    def _open(self, paths: Sequence[Path], capacity_bytes: int, threads: int) -> list[_Records]:
+        """Returns what each device holds."""
+        restored = []
+        for path in paths:
+            try:
+                device = SsdDevice(path, capacity_bytes, threads, super()._hand_back)
+                restored.append(device.restore())
+            except DirectoryUnusable as error:
+                if path is paths[-1] and not self._devices:
+                    raise
+                logger.error("SSD tier goes on without a folder: %s", error)
+                self._stats.failed_devices += 1
             else:
-                self._remove(key)
-                self._stats.evicted_blocks_total += 1
-        for key, stored_bytes in reversed(kept):
-            self._index[key] = stored_bytes
-            self._stats.used_bytes += stored_bytes
+                self._devices.append(device)
+        return restored
 
-    # ---- one block, in an I/O thread -------------------------------------------------
+    def _index_all(self, restored: Sequence[_Records]) -> int:
+        """Index what is there, the oldest first; returns the greatest sequence."""
+        places, sequences, keys = [_NOTHING], [_NOTHING], [b""]
+        for device, by_slab in zip(self._devices, restored, strict=True):
+            for number, records in by_slab.items():
+                slab = device.slabs[number]
+                fits = records["payload_bytes"] <= slab.payload_bytes_max
+                slots = np.flatnonzero(fits & (records["sequence"] > 0))
+                places.append(self._place(device, slab, 0) + slots)
+                sequences.append(records["sequence"][slots].astype(np.int64))
+                keys.append(records["key"][slots].tobytes())
+        sequence = np.concatenate(sequences)
+        order = np.argsort(sequence)
+        self._fill_index(np.concatenate(places)[order].tolist(), b"".join(keys), order.tolist())
+        return int(sequence.max(initial=0))
 
-    def _path(self, key: BlockKey) -> Path:
-        return self._root / object_name(key)
+    def _fill_index(self, places: list[int], keys: bytes, order: list[int]) -> None:
+        """``keys`` end to end; place i is that of key ``order[i]``. Of two places of a key the
+        later one counts."""
+        named = (BlockKey(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]) for i in order)
+        self._index = OrderedDict(zip(named, places, strict=True))
+        held = np.fromiter(self._index.values(), np.int64, len(self._index))
+        held.sort()
+        for slab_id, (device, slab) in self._slabs.items():
+            first, last = np.searchsorted(held, (slab_id << _SLOT_BITS, slab_id + 1 << _SLOT_BITS))
+            device.adopt(slab, held[first:last] - (slab_id << _SLOT_BITS))
+            self._stats.used_bytes += int(last - first) * slab.slot_bytes
+
+    # ---- one block, in an I/O thread --------------------------------------------------
+
+    def _executor(self, operation: Operation) -> Executor:
+        device = self._at(operation.place)[0]
+        return device.readers if operation.kind is Kind.READ else device.writers
 
     def _load(self, operation: Operation) -> None:
-        header = bytearray(HEADER_BYTES)
+        _, slab, slot = self._at(operation.place)
         try:
-            fd = os.open(self._path(operation.key), os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise BlockMissing("the file is gone") from error
-        try:
-            _read_fully(fd, [memoryview(header), operation.buffer])
+            header = slab.read(slot, operation.buffer)
         except OSError as error:
             if error.errno == errno.EIO:
-                raise BlockCorrupt("the disk cannot read the file") from error
+                raise BlockCorrupt("the disk cannot read the block") from error
             raise
-        finally:
-            os.close(fd)
-        verify(header, operation.buffer, operation.key)
+        operation.label = verify(header, operation.buffer, operation.key).label
 
     def _store(self, operation: Operation) -> None:
-        path = self._path(operation.key)
-        temporary = self._root / "tmp" / path.name
-        header = memoryview(encode_header(operation.key, operation.buffer))
+        device, slab, slot = self._at(operation.place)
+        operation.sequence = next(self._sequence)
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            try:
-                _write_fully(fd, [header, operation.buffer])
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
-            os.rename(temporary, path)
-            _sync_directory(path.parent)
+            slab.write(
+                *(slot, operation.key, operation.label, operation.sequence, operation.buffer)
+            )
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             if error.errno in _NO_ROOM:
-                raise TierFull(f"{self._root}: {error.strerror}") from error
+                raise TierFull(f"{device.path}: {error.strerror}") from error
             raise
 
-    def _remove(self, key: BlockKey) -> None:
-        self._path(key).unlink(missing_ok=True)
+    def _hand_back(self, operation: Operation) -> None:
+        """A block that was written is handed back once it is synced."""
+        if operation.kind is Kind.WRITE and operation.error is None:
+            device, slab, slot = self._at(operation.place)
+            device.sync_later(Written(operation, slab, slot))
+        else:
+            super()._hand_back(operation)
+
+    def _remove(self, operation: Operation) -> None:
+        _, slab, slot = self._at(operation.place)
+        slab.erase(slot)
+
+    # ---- places ---------------------------------------------------------------------
+
+    def _place(self, device: SsdDevice, slab: Slab, slot: int) -> int:
+        """The number of a slot: device and slab in the upper bits."""
+        slab_id = slab.number * len(self._devices) + self._devices.index(device)
+        self._slabs[slab_id] = device, slab
+        return slab_id << _SLOT_BITS | slot
+
+    def _at(self, place: int | None) -> tuple[SsdDevice, Slab, int]:
+        assert place is not None
+        device, slab = self._slabs[place >> _SLOT_BITS]
+        return device, slab, place & (1 << _SLOT_BITS) - 1
+
+    def _reserve(self, nbytes: int) -> int | None:
+        slot_bytes = slot_bytes_for(nbytes)
+        place = self._take_place(slot_bytes)
+        while place is None and self._make_room(slot_bytes):
+            place = self._take_place(slot_bytes)
+        if place is not None:
+            self._stats.used_bytes += slot_bytes
+        return place
+
+    def _take_place(self, slot_bytes: int) -> int | None:
+        """The next device in turn that has a free slot, so that neighbours lie apart."""
+        for _ in self._devices:
+            self._turn = (self._turn + 1) % len(self._devices)
+            device = self._devices[self._turn]
+            if (taken := device.take_slot(slot_bytes)) is not None:
+                return self._place(device, *taken)
+        return None
+
+    def _make_room(self, slot_bytes: int) -> bool:
+        """Evict the least recently used idle block; if its slot has another size, with all
+        the others of its slab, and the slab."""
+        not_idle: set[int] = set()
+        for key, place in self._index.items():
+            slab_id = place >> _SLOT_BITS
+            if self._busy[key] or slab_id in not_idle:
+                continue
+            if self._slabs[slab_id][1].slot_bytes == slot_bytes:
+                self._release(self._evict(key))
+                return True
+            if self._evict_slab(slab_id):
+                return True
+            not_idle.add(slab_id)
+        return False
+
+    def _evict_slab(self, slab_id: int) -> bool:
+        """False if anything in it is in use."""
+        device, slab = self._slabs[slab_id]
+        keys = [key for key, place in self._index.items() if place >> _SLOT_BITS == slab_id]
+        if len(keys) + len(slab.free) < slab.num_slots or any(self._busy[key] for key in keys):
+            return False
+        for key in keys:
+            self._release(self._evict(key))
+        device.drop(slab)
+        del self._slabs[slab_id]
+        slab.delete()
+        return True
+
+    def _release(self, place: int | None) -> None:
+        if place is not None:
+            device, slab, slot = self._at(place)
+            device.give_back(slab, slot)
+            self._stats.used_bytes -= slab.slot_bytes
+
+    # ---- disks that fill or fail ------------------------------------------------------
+
+    def _end(self, operation: Operation) -> None:
+        device, slab, _ = self._at(operation.place)
+        if slab.is_refused:
+            device.stop_growing(slab)
+        if device.is_failed and operation.kind is Kind.WRITE:
+            operation.error = operation.error or OSError(errno.EIO, "the disk was taken out")
+        super()._end(operation)
+        if device.note_result(_disk_error(operation.error)):
+            self._take_out(device)
+
+    def _take_out(self, device: SsdDevice) -> None:
+        self._stats.failed_devices += 1
+        for key, place in list(self._index.items()):
+            if self._at(place)[0] is device:
+                self._release(self._lose(key))
 
 
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _read_fully(fd: int, buffers: Sequence[memoryview]) -> None:
-    """Fill all buffers from the file's start; BlockCorrupt if it is shorter."""
-    rest, offset = list(buffers), 0
-    while rest:
-        count = os.preadv(fd, rest, offset)
-        if count == 0:
-            raise BlockCorrupt(f"the file ends after {offset} bytes")
-        offset += count
-        rest = _skip(rest, count)
-
-
-def _write_fully(fd: int, buffers: Sequence[memoryview]) -> None:
-    rest, offset = list(buffers), 0
-    while rest:
-        count = os.pwritev(fd, rest, offset)
-        offset += count
-        rest = _skip(rest, count)
-
-
-def _skip(buffers: list[memoryview], count: int) -> list[memoryview]:
-    """The buffers without their first ``count`` bytes."""
-    while buffers and count >= buffers[0].nbytes:
-        count -= buffers[0].nbytes
-        buffers = buffers[1:]
-    return [buffers[0][count:], *buffers[1:]] if count else buffers
+def _disk_error(error: Exception | None) -> OSError | None:
+    """The disk's own complaint, if that is why the operation failed."""
+    cause = error.__cause__ if isinstance(error, BlockCorrupt) else error
+    return cause if isinstance(cause, OSError) else None

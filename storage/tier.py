@@ -18,7 +18,7 @@ from typing import Protocol
 
 import msgspec
 
-from storage.block import BlockKey
+from storage.block import UNLABELLED, BlockKey, BlockLabel
 
 
 class TierName(str, Enum):
@@ -53,6 +53,8 @@ class BlockIO(msgspec.Struct, frozen=True):
 
     key: BlockKey
     buffer: memoryview
+    label: BlockLabel = UNLABELLED
+    """Stored with the block; of no meaning to a read."""
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -62,6 +64,8 @@ class Completion(msgspec.Struct, frozen=True):
     is_write: bool
     error: Exception | None = None
     seconds: float = 0.0
+    label: BlockLabel = UNLABELLED
+    """Of a block that was read."""
 
 
 class HoldingChange(msgspec.Struct, frozen=True):
@@ -86,7 +90,13 @@ class TierStats(msgspec.Struct):
     write_errors_total: int = 0
     corrupt_blocks_total: int = 0
     missing_blocks_total: int = 0
+    other_version_blocks_total: int = 0
+    """Missing because they have another format version."""
     evicted_blocks_total: int = 0
+    devices: int = 0
+    """Disks of the tier that are in use."""
+    failed_devices: int = 0
+    """Disks that were taken out, with all that they held."""
 
 
 class Tier(Protocol):

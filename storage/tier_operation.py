@@ -8,7 +8,7 @@ from enum import Enum
 
 import numpy as np
 
-from storage.block import BlockKey
+from storage.block import UNLABELLED, BlockKey, BlockLabel
 from storage.block_format import Buffer
 from storage.tier import BlockCorrupt
 
@@ -24,13 +24,22 @@ class Kind(Enum):
 class Operation:
     """Made and ended by the tier's owner; carried out by one I/O thread."""
 
-    def __init__(self, kind: Kind, key: BlockKey, buffer: memoryview | None = None) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        key: BlockKey,
+        buffer: memoryview | None = None,
+        label: BlockLabel = UNLABELLED,
+    ) -> None:
         self.kind = kind
         self.key = key
         self._buffer = buffer
         self.nbytes = buffer.nbytes if buffer is not None else 0
-        self.victims: list[BlockKey] = []
-        """Blocks to remove first, to make room."""
+        self.label = label
+        self.place: int | None = None
+        """Where the block lies, or is to lie: a number that the tier gives it."""
+        self.sequence = 0
+        """Order of the writes, where the tier numbers them."""
         self.submitted_s = time.monotonic()
         self.started_s: float | None = None
         self.seconds = 0.0

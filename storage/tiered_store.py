@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.block import BlockKey
+from storage.block import UNLABELLED, BlockKey, BlockLabel
 from storage.holdings import Holdings
 from storage.rate import RateMeter
 from storage.read_share import ReadShare, ShareBook
@@ -216,10 +216,10 @@ class TieredStore:
             offsets[key] = self.pool.offset(key)
         return offsets
 
-    def commit(self, key: BlockKey) -> None:
+    def commit(self, key: BlockKey, label: BlockLabel = UNLABELLED) -> None:
         """A reserved slot holds the block's bytes: it is resident, and written behind."""
         self._end_pull(key, filled=True)
-        self._write_behind(key, self._tiers)
+        self._write_behind(key, self._tiers, label)
 
     def abandon(self, key: BlockKey) -> None:
         """Nothing came, or will come, into a reserved slot: it is free."""
@@ -238,9 +238,9 @@ class TieredStore:
         reserved = head.unpinned_slots_wanted if head is not None else 0
         return self._pulls + len(self._writes) < self.pool.num_slots - reserved
 
-    def _write_behind(self, key: BlockKey, tiers: Iterable[TierName]) -> None:
+    def _write_behind(self, key: BlockKey, tiers: Iterable[TierName], label: BlockLabel) -> None:
         targets = [tier for tier in tiers if not self._holdings.has(key, tier)]
-        if targets and not self._writes.start(key, targets):
+        if targets and not self._writes.start(key, targets, label):
             self._stats.skipped_persists_total += 1
 
     # ---- progress ---------------------------------------------------------------------
@@ -323,7 +323,7 @@ class TieredStore:
             self._count_hit(tier, 1)
             self._end_fill(key, filled=True)
             if tier is TierName.REMOTE and TierName.SSD in self._tiers:
-                self._keep_on_ssd(key)
+                self._keep_on_ssd(key, completion.label)
             return nbytes
         if tier is TierName.SSD and TierName.REMOTE in self._tiers:
             fill.tier = TierName.REMOTE
@@ -335,10 +335,10 @@ class TieredStore:
             self._end_fill(key, filled=False)
         return 0
 
-    def _keep_on_ssd(self, key: BlockKey) -> None:
+    def _keep_on_ssd(self, key: BlockKey, label: BlockLabel) -> None:
         """Later reads of a block that came from remote are local."""
         if self._may_persist():
-            self._write_behind(key, [TierName.SSD])
+            self._write_behind(key, [TierName.SSD], label)
         else:
             self._stats.skipped_persists_total += 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from storage.block import BlockKey
+from storage.block import BlockKey, BlockLabel
 from storage.slot_pool import SlotPool
 from storage.tier import BlockIO, Tier, TierName
 
@@ -26,7 +26,7 @@ class WriteBehind:
     def __len__(self) -> int:
         return len(self._targets)
 
-    def start(self, key: BlockKey, targets: Iterable[TierName]) -> bool:
+    def start(self, key: BlockKey, targets: Iterable[TierName], label: BlockLabel) -> bool:
         """Write a resident block to the tiers; False if the queue is full."""
         if len(self._targets) >= self._queue_blocks_max:
             return False
@@ -34,7 +34,7 @@ class WriteBehind:
         self._pool.pin(key, _OWNER)
         self._targets[key] = names
         for name in list(names):
-            self._tiers[name].submit_writes([BlockIO(key, self._pool.buffer(key))])
+            self._tiers[name].submit_writes([BlockIO(key, self._pool.buffer(key), label)])
         return True
 
     def end(self, key: BlockKey, tier: TierName) -> None:

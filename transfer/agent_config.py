@@ -23,7 +23,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dram_bytes: int = 0
     dram_keep: bool = True
     """False: blocks stay in DRAM only while a plan or a write needs them."""
-    ssd_dir: str = ""
+    ssd_dirs: list[str] = []
+    """One folder a disk; no folders switch the tier off."""
     ssd_bytes: int = 0
     remote_url: str = ""
     remote_options: dict[str, Any] = {}

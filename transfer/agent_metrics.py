@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from storage.store_events import StoreStats
+from storage.tier import TierName
 
 Samples = dict[str, float]
 
@@ -88,6 +89,12 @@ def store_samples(stats: StoreStats) -> Samples:
             f"dualpath:agent_storage_write_errors_total{label}": of.write_errors_total,
             f"dualpath:agent_corrupt_blocks_total{label}": of.corrupt_blocks_total,
             f"dualpath:agent_missing_blocks_total{label}": of.missing_blocks_total,
+            f"dualpath:agent_other_version_blocks_total{label}": of.other_version_blocks_total,
             f"dualpath:agent_evicted_blocks_total{label}": of.evicted_blocks_total,
         }
+        if tier is TierName.SSD:
+            samples |= {
+                'dualpath:agent_ssd_devices{state="used"}': of.devices,
+                'dualpath:agent_ssd_devices{state="failed"}': of.failed_devices,
+            }
     return samples

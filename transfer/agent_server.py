@@ -332,8 +332,8 @@ class Agent:
 def _open_tiers(config: AgentConfig, wake: Wake) -> tuple[Tier | None, Tier | None]:
     """SSD and remote tier, None where switched off."""
     ssd = remote = None
-    if config.ssd_dir:
-        ssd = SsdTier(config.ssd_dir, config.ssd_bytes, wake, config.read_threads)
+    if config.ssd_dirs:
+        ssd = SsdTier(config.ssd_dirs, config.ssd_bytes, wake, config.read_threads)
     if config.remote_url:
         remote = RemoteTier(config.remote_url, config.remote_options, wake, config.read_threads)
     return ssd, remote

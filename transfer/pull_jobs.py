@@ -9,7 +9,7 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
-from storage.block import BlockKey
+from storage.block import BlockKey, BlockLabel
 from storage.tiered_store import TieredStore
 from transfer.agent_metrics import AgentCounters
 from transfer.delivery import QueueFull, TransferJob, TransferQueue
@@ -96,10 +96,10 @@ class PullJobs:
     def _submit(self, pull: _Pull, pages: np.ndarray, offsets: dict[BlockKey, int]) -> None:
         engine, message = pull.engine, pull.message
         row_of = {key: row for row, key in enumerate(message.keys)}
-        started = time.monotonic()
+        started, label = time.monotonic(), engine.label
 
         def ended(error: Exception | None) -> None:
-            self._ended(engine, job, list(offsets), started, error)
+            self._ended(engine, job, list(offsets), label, started, error)
 
         job = TransferJob(
             message.job,
@@ -124,6 +124,7 @@ class PullJobs:
         engine: Engine,
         job: TransferJob,
         keys: list[BlockKey],
+        label: BlockLabel,
         started: float,
         error: Exception | None,
     ) -> None:
@@ -137,7 +138,7 @@ class PullJobs:
         )
         if error is None:
             for key in keys:
-                self._store.commit(key)
+                self._store.commit(key, label)
         elif isinstance(error, TransferFailed) and not engine.is_gone:
             self._quarantines.append(_Quarantine(engine, keys, time.monotonic() + LANDED_AFTER_S))
         else:

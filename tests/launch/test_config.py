@@ -112,5 +112,5 @@ def test_help_and_the_table_of_flags_name_every_setting():
 
 def test_folders_follow_the_user_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert ClusterConfig().ssd_folder == tmp_path / "dualpath" / "store"
+    assert ClusterConfig().ssd_folders == [tmp_path / "dualpath" / "store"]
     assert ClusterConfig(port=4000).log_folder == tmp_path / "dualpath" / "logs" / "4000"

@@ -66,17 +66,16 @@ def test_every_process_is_told_the_same_addresses(monkeypatch):
 
 
 def test_agents_share_nothing_on_disk(monkeypatch, tmp_path):
-    records = records_of(ClusterConfig(prefill=1, decode=1, ssd_dir=str(tmp_path)))
-    folders = {
-        settings_of(monkeypatch, records[name], "DUALPATH_AGENT", AgentConfig).ssd_dir
-        for name in ("agent-p0", "agent-d0")
-    }
-    assert folders == {str(tmp_path / "agent-p0"), str(tmp_path / "agent-d0")}
+    disks = [tmp_path / "a", tmp_path / "b"]
+    records = records_of(ClusterConfig(prefill=1, decode=1, ssd_dir=",".join(map(str, disks))))
+    for name in ("agent-p0", "agent-d0"):
+        settings = settings_of(monkeypatch, records[name], "DUALPATH_AGENT", AgentConfig)
+        assert settings.ssd_dirs == [str(disk / name) for disk in disks]
 
 
 def test_no_ssd_bytes_means_no_ssd_tier(monkeypatch):
     record = records_of(ClusterConfig(ssd_bytes=0))["agent-p0"]
-    assert settings_of(monkeypatch, record, "DUALPATH_AGENT", AgentConfig).ssd_dir == ""
+    assert settings_of(monkeypatch, record, "DUALPATH_AGENT", AgentConfig).ssd_dirs == []
 
 
 def test_the_users_engine_flags_come_last_and_so_win():

@@ -5,14 +5,17 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.block import BlockKey
+from storage.block import BlockKey, BlockLabel, BlockLayout
 from storage.block_format import (
+    COMPONENTS_MAX,
     HEADER_BYTES,
+    HEADER_FIELDS,
     UnknownVersion,
     encode_header,
     key_of_name,
@@ -23,30 +26,39 @@ from storage.tier import BlockCorrupt
 
 KEY = BlockKey(bytes(range(32)))
 PAYLOAD = b"kv" * 3000
-FIELD_BYTES = 72
+LABEL = BlockLabel(bytes(range(32, 64)), BlockLayout(64, 24, (2048, 1024)))
+FIELD_BYTES = 248
 
 
 @given(st.binary(min_size=32, max_size=32), st.binary(max_size=5000))
 def test_round_trip(key: bytes, payload: bytes) -> None:
-    header = encode_header(BlockKey(key), payload)
+    header = encode_header(BlockKey(key), payload, LABEL, 7)
     assert len(header) == HEADER_BYTES
-    verify(header, payload, BlockKey(key))
+    decoded = verify(header, payload, BlockKey(key))
+    assert (decoded.key, decoded.label, decoded.sequence) == (key, LABEL, 7)
+    assert decoded.payload_bytes == len(payload)
 
 
 def test_the_documented_bytes() -> None:
     fields = struct.pack(
-        "<8sIIQQ32s", b"DUALPATH", 1, 0, len(PAYLOAD), xxhash.xxh3_64_intdigest(PAYLOAD), KEY
+        "<8sIIQQ32s", b"DUALPATH", 2, 2, len(PAYLOAD), xxhash.xxh3_64_intdigest(PAYLOAD), KEY
     )
+    fields += struct.pack("<32sII16Q", LABEL.namespace_digest, 64, 24, 2048, 1024, *[0] * 14)
+    fields += struct.pack("<Q", 77)
+    header = encode_header(KEY, PAYLOAD, LABEL, 77)
     checksum = struct.pack("<Q", xxhash.xxh3_64_intdigest(fields))
-    assert encode_header(KEY, PAYLOAD) == (fields + checksum).ljust(HEADER_BYTES, b"\0")
+    assert header == (fields + checksum).ljust(HEADER_BYTES, b"\0")
+    raw = np.frombuffer(header, HEADER_FIELDS)[0]
+    assert raw["magic"] == b"DUALPATH" and raw["version"] == 2 and raw["sequence"] == 77
+    assert raw["payload_bytes"] == len(PAYLOAD) and raw["key"].tobytes() == KEY
     assert object_name(KEY) == f"blocks/00/{KEY.hex()}"
-    document = Path(__file__).parents[2] / "docs" / "block_format.md"
+    document = Path(__file__).parents[2] / "docs" / "storage.md"
     assert "`DUALPATH`" in document.read_text()
 
 
 @given(st.integers(0, FIELD_BYTES * 8 - 1))
 def test_any_flipped_bit_of_the_header_is_found(bit: int) -> None:
-    header = bytearray(encode_header(KEY, PAYLOAD))
+    header = bytearray(encode_header(KEY, PAYLOAD, LABEL, 3))
     header[bit // 8] ^= 1 << bit % 8
     with pytest.raises((BlockCorrupt, UnknownVersion)):
         verify(header, PAYLOAD, KEY)
@@ -60,7 +72,7 @@ def test_any_flipped_bit_of_the_payload_is_found(bit: int) -> None:
         verify(encode_header(KEY, PAYLOAD), payload, KEY)
 
 
-@pytest.mark.parametrize("version", [0, 2, 77])
+@pytest.mark.parametrize("version", [0, 1, 77])
 def test_another_version_is_missing_not_corrupt(version: int) -> None:
     header = bytearray(encode_header(KEY, PAYLOAD))
     struct.pack_into("<I", header, 8, version)
@@ -76,6 +88,12 @@ def test_another_key_length_or_short_header_is_corrupt() -> None:
         verify(header, PAYLOAD[:-1], KEY)
     with pytest.raises(BlockCorrupt, match="header"):
         verify(header[:100], PAYLOAD, KEY)
+
+
+def test_a_layout_that_does_not_fit_is_refused() -> None:
+    layout = BlockLayout(64, 1, (1,) * (COMPONENTS_MAX + 1))
+    with pytest.raises(ValueError, match="17 components"):
+        encode_header(KEY, PAYLOAD, BlockLabel(bytes(32), layout))
 
 
 def test_names_of_blocks_only() -> None:

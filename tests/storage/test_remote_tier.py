@@ -116,11 +116,12 @@ def test_a_newer_format_is_left_to_newer_programs(
     write(tier, key)
     path = tmp_path / "remote" / object_name(key)
     data = bytearray(path.read_bytes())
-    struct.pack_into("<I", data, 8, 2)
+    struct.pack_into("<I", data, 8, 3)
     path.write_bytes(data)
     assert isinstance(read(tier, key)[0].error, BlockMissing)
     assert isinstance(read(tier, key)[0].error, BlockMissing)
     assert path.read_bytes() == data
+    assert tier.stats().other_version_blocks_total == 2
 
 
 def test_folders_show_only_whole_blocks(open_remote: Open, url: str, tmp_path: Path) -> None:

@@ -1,27 +1,29 @@
-"""What only a directory on a disk can do wrong."""
+"""Blocks in slots of one disk: damage, eviction, durability, restart."""
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import BLOCK_BYTES, finish, key_of, no_wake, payload_of, read, settle, write
+from slab_files import cut_power, flip, overwrite, place_of, read_place, stored
 
-from storage.block import BlockKey
-from storage.block_format import HEADER_BYTES, object_name
+from storage.block import BlockKey, BlockLabel, BlockLayout
+from storage.block_format import HEADER_BYTES, decode_header
+from storage.slab import slot_bytes_for
 from storage.ssd_tier import DirectoryLocked, DirectoryUnusable, SsdTier
 from storage.tier import BlockCorrupt, BlockIO, BlockMissing, HoldingChange, TierFull
 
-STORED_BYTES = HEADER_BYTES + BLOCK_BYTES
+SLOT_BYTES = slot_bytes_for(BLOCK_BYTES)
 OpenSsd = Callable[..., SsdTier]
 
 
@@ -35,7 +37,7 @@ def open_ssd(directory: Path) -> Iterator[OpenSsd]:
     tiers: list[SsdTier] = []
 
     def open_with(blocks: int = 100) -> SsdTier:
-        tiers.append(SsdTier(directory, blocks * STORED_BYTES, no_wake, threads=4))
+        tiers.append(SsdTier(directory, blocks * SLOT_BYTES, no_wake, threads=4))
         return tiers[-1]
 
     yield open_with
@@ -43,68 +45,91 @@ def open_ssd(directory: Path) -> Iterator[OpenSsd]:
         tier.close()
 
 
-def _damage(path: Path, how: str) -> None:
-    data = bytearray(path.read_bytes())
+def _damage(directory: Path, key: BlockKey, how: str) -> None:
+    path, offset, _ = place_of(directory, key)
     if how == "payload bit":
-        data[HEADER_BYTES + 77] ^= 4
+        flip(path, offset + HEADER_BYTES + 77)
+    elif how == "last payload bit":
+        flip(path, offset + HEADER_BYTES + BLOCK_BYTES - 1, 128)
     elif how == "header bit":
-        data[40] ^= 1
+        flip(path, offset + 40)
+    elif how == "label bit":
+        flip(path, offset + 70)
     elif how == "zeros":
-        data[:] = bytes(len(data))
+        overwrite(path, offset, bytes(HEADER_BYTES))
+    elif how == "another block":
+        overwrite(path, offset, read_place(place_of(directory, key_of(2))))
     elif how == "cut in payload":
-        del data[-1:]
-    elif how == "cut in header":
-        del data[100:]
+        os.truncate(path, offset + HEADER_BYTES + 4096)
     elif how == "empty":
-        data.clear()
-    path.write_bytes(data)
+        os.truncate(path, 0)
 
 
 @pytest.mark.parametrize(
-    "how", ["payload bit", "header bit", "zeros", "cut in payload", "cut in header", "empty"]
+    "how",
+    [
+        *("payload bit", "last payload bit", "header bit", "label bit", "zeros"),
+        *("another block", "cut in payload", "empty"),
+    ],
 )
-def test_a_damaged_file_is_dropped(open_ssd: OpenSsd, directory: Path, how: str) -> None:
+def test_a_damaged_block_is_dropped(open_ssd: OpenSsd, directory: Path, how: str) -> None:
     tier, key, other = open_ssd(), key_of(1), key_of(2)
     write(tier, key, other)
     tier.take_changes()
-    path = directory / object_name(key)
-    _damage(path, how)
+    _damage(directory, key, how)
     assert isinstance(read(tier, key)[0].error, BlockCorrupt)
     assert tier.take_changes() == [HoldingChange(key, False)]
-    settle(tier, lambda: not path.exists())
     assert tier.stats().corrupt_blocks_total == 1
     assert isinstance(read(tier, key)[0].error, BlockMissing)
     assert read(tier, other)[1] == payload_of(other)
-    write(tier, key)
+    assert write(tier, key)[key].error is None
     assert read(tier, key)[1] == payload_of(key)
+    settle(tier, lambda: tier.stats().used_bytes == 2 * SLOT_BYTES)
 
 
-def test_a_deleted_file_is_missing(open_ssd: OpenSsd, directory: Path) -> None:
+def test_a_dropped_block_is_not_found_by_a_later_start(open_ssd: OpenSsd, directory: Path) -> None:
     tier, key = open_ssd(), key_of(1)
     write(tier, key)
-    (directory / object_name(key)).unlink()
-    assert isinstance(read(tier, key)[0].error, BlockMissing)
-    assert tier.contains([key]) == [False] and tier.stats().used_bytes == 0
+    _damage(directory, key, "payload bit")
+    assert isinstance(read(tier, key)[0].error, BlockCorrupt)
+    settle(tier, lambda: tier.stats().used_bytes == 0)
+    assert not list(stored(directory))
+    tier.close()
+    assert open_ssd().keys() == []
 
 
-def test_another_format_version_makes_room(open_ssd: OpenSsd, directory: Path) -> None:
+@pytest.mark.parametrize("restart", [False, True])
+def test_another_format_version_is_a_counted_miss(
+    open_ssd: OpenSsd, directory: Path, restart: bool
+) -> None:
     tier, key = open_ssd(), key_of(1)
     write(tier, key)
-    path = directory / object_name(key)
-    data = bytearray(path.read_bytes())
-    struct.pack_into("<I", data, 8, 9)
-    path.write_bytes(data)
+    path, offset, _ = place_of(directory, key)
+    overwrite(path, offset + 8, struct.pack("<I", 9))
+    if restart:
+        tier.close()
+        tier = open_ssd()
     assert isinstance(read(tier, key)[0].error, BlockMissing)
-    settle(tier, lambda: not path.exists())
-    assert tier.stats().missing_blocks_total == 1 and tier.stats().corrupt_blocks_total == 0
+    stats = tier.stats()
+    assert stats.other_version_blocks_total == 1 and stats.corrupt_blocks_total == 0
+    settle(tier, lambda: tier.stats().used_bytes == 0)
+
+
+def test_a_block_says_what_it_is(open_ssd: OpenSsd, directory: Path) -> None:
+    tier, key = open_ssd(), key_of(1)
+    label = BlockLabel(bytes(range(32)), BlockLayout(64, 2, (2500, 2500)))
+    tier.submit_writes([BlockIO(key, memoryview(payload_of(key)), label)])
+    finish(tier, 1)
+    header = decode_header(read_place(place_of(directory, key))[:HEADER_BYTES])
+    assert (header.key, header.label, header.payload_bytes) == (key, label, BLOCK_BYTES)
+    assert read(tier, key)[0].label == label
 
 
 def test_the_least_recently_used_block_is_evicted(open_ssd: OpenSsd) -> None:
     tier = open_ssd(blocks=3)
     a, b, c, d = (key_of(i) for i in range(4))
-    write(tier, a)
-    write(tier, b)
-    write(tier, c)
+    for key in (a, b, c):
+        write(tier, key)
     read(tier, a)
     write(tier, d)
     assert tier.contains([a, b, c, d]) == [True, False, True, True]
@@ -112,14 +137,44 @@ def test_the_least_recently_used_block_is_evicted(open_ssd: OpenSsd) -> None:
     assert tier.stats().evicted_blocks_total == 1
 
 
+def test_of_a_prefix_that_was_read_the_end_goes_first(open_ssd: OpenSsd) -> None:
+    tier = open_ssd(blocks=4)
+    prefix = [key_of(i) for i in range(4)]
+    write(tier, *prefix)
+    tier.submit_reads([BlockIO(key, memoryview(bytearray(BLOCK_BYTES))) for key in prefix])
+    finish(tier, 4)
+    write(tier, key_of(5), key_of(6))
+    assert tier.contains(prefix) == [True, True, False, False]
+
+
 def test_files_never_exceed_the_capacity(open_ssd: OpenSsd, directory: Path) -> None:
     tier = open_ssd(blocks=5)
     for start in range(0, 60, 4):
         write(tier, *(key_of(i) for i in range(start, start + 4)))
-        assert tier.stats().used_bytes <= 5 * STORED_BYTES
-    files = [path for path in (directory / "blocks").rglob("*") if path.is_file()]
-    assert {path.name for path in files} == {key.hex() for key in tier.keys()}
-    assert len(files) == 5 and not list((directory / "tmp").iterdir())
+        assert tier.stats().used_bytes <= 5 * SLOT_BYTES
+    assert {key for key, _ in stored(directory)} == set(tier.keys())
+    sizes = [path.stat().st_blocks * 512 for path in directory.glob("*.slab")]
+    assert sum(sizes) == tier.stats().used_bytes == 5 * SLOT_BYTES
+
+
+def test_slots_of_another_size_make_way(open_ssd: OpenSsd, directory: Path) -> None:
+    """Another model, with larger blocks, takes the room of the first one's."""
+    tier = open_ssd(blocks=12)
+    old = [key_of(i) for i in range(12)]
+    write(tier, *old)
+    large = [key_of(i) for i in range(100, 103)]
+    for key in large:
+        payload = payload_of(key, 3 * BLOCK_BYTES)
+        tier.submit_writes([BlockIO(key, memoryview(payload))])
+        assert finish(tier, 1)[key].error is None
+    assert tier.contains(large) == [True] * 3 and 0 < sum(tier.contains(old)) < 12
+    assert tier.stats().used_bytes <= 12 * SLOT_BYTES
+    for key in large:
+        buffer = bytearray(3 * BLOCK_BYTES)
+        tier.submit_reads([BlockIO(key, memoryview(buffer))])
+        assert finish(tier, 1)[key].error is None
+        assert buffer == payload_of(key, 3 * BLOCK_BYTES)
+    assert all(read(tier, key)[1] == payload_of(key) for key in old if tier.contains([key])[0])
 
 
 def test_an_evicted_block_may_return_at_once(open_ssd: OpenSsd) -> None:
@@ -139,7 +194,7 @@ def test_more_in_flight_than_the_capacity_is_refused(open_ssd: OpenSsd) -> None:
     errors = [completion.error for completion in write(tier, *keys).values()]
     assert sum(error is None for error in errors) >= 2
     assert all(error is None or isinstance(error, TierFull) for error in errors)
-    assert tier.stats().used_bytes <= 2 * STORED_BYTES
+    assert tier.stats().used_bytes <= 2 * SLOT_BYTES
 
 
 def test_a_block_being_read_is_not_evicted(
@@ -165,53 +220,100 @@ def test_a_block_being_read_is_not_evicted(
 def test_a_damaged_block_may_return_at_once(
     open_ssd: OpenSsd, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tier, key = open_ssd(), key_of(1)
+    tier, key = open_ssd(blocks=1), key_of(1)
     write(tier, key)
-    _damage(directory / object_name(key), "payload bit")
-    real = Path.unlink
+    _damage(directory, key, "payload bit")
+    real = os.pwritev
 
-    def slow(path: Path, missing_ok: bool = False) -> None:
-        time.sleep(0.2)
-        real(path, missing_ok)
+    def slow_erase(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if len(buffers) == 1:
+            time.sleep(0.2)
+        return real(fd, buffers, offset)
 
-    monkeypatch.setattr(Path, "unlink", slow)
+    monkeypatch.setattr(os, "pwritev", slow_erase)
     assert isinstance(read(tier, key)[0].error, BlockCorrupt)
-    assert write(tier, key)[key].error is None
+    tier.submit_writes([BlockIO(key, memoryview(payload_of(key)))])
+    assert finish(tier, 1)[key].error is None
     time.sleep(0.3)
     assert read(tier, key)[1] == payload_of(key)
 
 
-def test_a_block_is_acknowledged_only_when_synced(
+def test_blocks_are_acknowledged_in_groups_once_synced(
     open_ssd: OpenSsd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No power can be cut here; the order of the calls is what would survive it."""
-    tier, calls = open_ssd(), []
-    for name in ("pwritev", "fdatasync", "rename", "fsync"):
+    tier, gate, calls = open_ssd(blocks=6400), threading.Event(), list[str]()
+    for name in ("pwritev", "fdatasync", "pwrite"):
         real = getattr(os, name)
 
         def noted(*arguments: Any, name: str = name, real: Callable[..., Any] = real) -> Any:
             calls.append(name)
+            assert name != "fdatasync" or gate.wait(10)
             return real(*arguments)
 
         monkeypatch.setattr(os, name, noted)
-    write(tier, key_of(1))
-    assert calls == ["pwritev", "fdatasync", "rename", "fsync"]
+    keys = [key_of(i) for i in range(20)]
+    tier.submit_writes([BlockIO(key, memoryview(payload_of(key))) for key in keys])
+    while calls.count("pwritev") < 20:
+        time.sleep(0.001)
+    assert tier.poll() == [] and tier.take_changes() == [], "volatile"
+    gate.set()
+    finish(tier, 20)
+    assert [change.held for change in tier.take_changes()] == [True] * 20, "durable"
+    assert 1 <= calls.count("fdatasync") <= 3
+    assert calls.index("pwrite") > calls.index("fdatasync"), "the table tells what is durable"
 
 
-def test_a_restart_finds_blocks_and_keeps_the_bounds(open_ssd: OpenSsd, directory: Path) -> None:
+def test_a_failed_sync_acknowledges_nothing(
+    open_ssd: OpenSsd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, key = open_ssd(), key_of(1)
+
+    def failing(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", failing)
+        assert isinstance(write(tier, key)[key].error, OSError)
+    assert tier.keys() == [] and tier.stats().used_bytes == 0
+    assert write(tier, key)[key].error is None
+
+
+@pytest.mark.parametrize("end", ["closed", "power cut"])
+def test_a_restart_finds_blocks_and_keeps_the_bounds(
+    open_ssd: OpenSsd, directory: Path, end: str
+) -> None:
     tier = open_ssd()
     for i in range(6):
         write(tier, key_of(i))
-        os.utime(directory / object_name(key_of(i)), (1000 + i, 1000 + i))
     tier.close()
-    (directory / "tmp" / "left-over").write_bytes(b"half a block")
+    if end == "power cut":
+        cut_power(directory)
     again = open_ssd(blocks=4)
     assert again.contains([key_of(i) for i in range(6)]) == [False, False, True, True, True, True]
-    assert again.stats().used_bytes == 4 * STORED_BYTES
-    assert not list((directory / "tmp").iterdir())
+    assert again.stats().used_bytes == 4 * SLOT_BYTES
     assert again.take_changes() == []
     assert read(again, key_of(5))[1] == payload_of(key_of(5))
+    write(again, key_of(7))
+    assert again.contains([key_of(2), key_of(3)]) == [False, True], "the oldest goes first"
     again.close()
+
+
+def test_of_two_slots_with_a_block_the_later_one_counts(open_ssd: OpenSsd, directory: Path) -> None:
+    tier, key = open_ssd(blocks=640), key_of(1)
+    write(tier, key, key_of(2))
+    path, _, slot_bytes = place_of(directory, key)
+    _damage(directory, key, "payload bit")
+    earlier = read_place(place_of(directory, key))
+    assert isinstance(read(tier, key)[0].error, BlockCorrupt)
+    write(tier, key)
+    tier.close()
+    overwrite(path, 4 * slot_bytes, earlier)
+    cut_power(directory)
+    again = open_ssd(blocks=640)
+    assert sorted(again.keys()) == sorted([key, key_of(2)])
+    assert again.stats().used_bytes == 2 * slot_bytes
+    assert read(again, key)[1] == payload_of(key)
 
 
 def test_a_second_owner_is_told_whom_to_stop(open_ssd: OpenSsd) -> None:
@@ -228,102 +330,36 @@ def test_a_closed_directory_can_be_opened_again(open_ssd: OpenSsd) -> None:
 def test_an_unusable_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DirectoryUnusable, match="file/ssd: .*choose a directory"):
-        SsdTier(tmp_path / "file" / "ssd", STORED_BYTES, no_wake)
+        SsdTier(tmp_path / "file" / "ssd", SLOT_BYTES, no_wake)
     with pytest.raises(DirectoryUnusable):
-        SsdTier("/proc/no-such-place", STORED_BYTES, no_wake)
+        SsdTier("/proc/no-such-place", SLOT_BYTES, no_wake)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for about 70 blocks."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(mount)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no permission to mount a small tmpfs")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)
+def test_an_older_format_is_refused(open_ssd: OpenSsd, directory: Path) -> None:
+    (directory / "blocks" / "00").mkdir(parents=True)
+    with pytest.raises(DirectoryUnusable, match="older format"):
+        open_ssd()
+    assert (directory / "blocks" / "00").exists()
 
 
-def test_a_disk_smaller_than_the_capacity_goes_on(small_disk: Path) -> None:
-    tier = SsdTier(small_disk, 1 << 40, no_wake, threads=1)
-    errors = [write(tier, key_of(i))[key_of(i)].error for i in range(200)]
-    refused = [error for error in errors if error is not None]
-    assert refused and all(isinstance(error, TierFull) for error in refused)
-    assert tier.stats().write_errors_total == len(refused)
-    assert sum(error is None for error in errors[100:]) >= 40, "old blocks made way for new"
-    held = tier.keys()
-    assert len(held) >= 30 and all(read(tier, key)[1] == payload_of(key) for key in held)
-    assert not list((small_disk / "tmp").iterdir())
-    tier.close()
-
-
-def test_a_read_only_disk_is_named(small_disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(DirectoryUnusable, match="Read-only"):
-        SsdTier(small_disk, STORED_BYTES, no_wake)
-
-
-def test_a_failed_or_short_call_never_leaves_half_a_block(
-    open_ssd: OpenSsd, directory: Path, monkeypatch: pytest.MonkeyPatch
+def test_aligned_memory_is_read_and_written_in_place(
+    open_ssd: OpenSsd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Patched where no disk can be made to do it on demand."""
-    real, calls = os.pwritev, iter(range(1000))
+    memory = mmap.mmap(-1, 16384)
+    buffer, tier, key, seen = memoryview(memory)[:BLOCK_BYTES], open_ssd(), key_of(1), []
+    for name in ("preadv", "pwritev"):
+        real = getattr(os, name)
 
-    def short_then_full(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        if next(calls) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(fd, [buffers[0][:5000]], offset)
+        def noted(fd: int, parts: Any, offset: int, real: Callable[..., int] = real) -> int:
+            seen.append([np.frombuffer(part, np.uint8).ctypes.data for part in parts])
+            return real(fd, parts, offset)
 
-    monkeypatch.setattr(os, "pwritev", short_then_full)
-    tier = open_ssd()
-    assert write(tier, key_of(1))[key_of(1)].error is None
-    assert isinstance(write(tier, key_of(2))[key_of(2)].error, TierFull)
-    assert isinstance(read(tier, key_of(2))[0].error, BlockMissing)
-    assert not list((directory / "tmp").iterdir())
-
-
-_WRITER = """
-import sys
-sys.path[:0] = sys.argv[3:]
-from conftest import key_of, payload_of, no_wake
-from storage.ssd_tier import SsdTier
-from storage.tier import BlockIO
-tier = SsdTier(sys.argv[1], 1 << 30, no_wake, threads=4)
-number, waiting = int(sys.argv[2]), {}
-while True:
-    while len(waiting) < 16:
-        waiting[key_of(number)] = number
-        tier.submit_writes([BlockIO(key_of(number), memoryview(payload_of(key_of(number))))])
-        number += 1
-    for completion in tier.poll():
-        assert completion.error is None, completion
-        print(waiting.pop(completion.key), flush=True)
-"""
-
-
-def test_what_was_acknowledged_survives_kill_9(directory: Path) -> None:
-    acknowledged: set[BlockKey] = set()
-    places = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
-    for round_number in range(4):
-        arguments = [str(directory), str(round_number * 100_000), *places]
-        writer = subprocess.Popen(
-            [sys.executable, "-c", _WRITER, *arguments], stdout=subprocess.PIPE
-        )
-        assert writer.stdout is not None
-        for _ in range(20 + 37 * round_number):
-            acknowledged.add(key_of(int(writer.stdout.readline())))
-        writer.kill()
-        # a line that the kill cut is no acknowledgement
-        lines = [
-            line for line in writer.stdout.read().splitlines(keepends=True) if line[-1:] == b"\n"
-        ]
-        acknowledged |= {key_of(int(line)) for line in lines}
-        writer.wait()
-    tier = SsdTier(directory, 1 << 30, no_wake)
-    assert len(acknowledged) > 200
-    assert all(tier.contains(list(acknowledged)))
-    for key in tier.keys():
-        completion, data = read(tier, key)
-        assert completion.error is None and data == payload_of(key)
-    tier.close()
+        monkeypatch.setattr(os, name, noted)
+    buffer[:] = payload_of(key)
+    tier.submit_writes([BlockIO(key, buffer)])
+    finish(tier, 1)
+    buffer[:] = bytes(BLOCK_BYTES)
+    tier.submit_reads([BlockIO(key, buffer)])
+    assert finish(tier, 1)[key].error is None and buffer == payload_of(key)
+    address = np.frombuffer(buffer, np.uint8).ctypes.data
+    assert [parts[1] for parts in seen] == [address, address]

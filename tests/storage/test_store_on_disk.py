@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conftest import key_of, payload_of
+from slab_files import flip, place_of, stored
 
 from storage.block import BlockKey
+from storage.block_format import HEADER_BYTES
 from storage.remote_tier import RemoteTier
 from storage.slot_pool import SlotPool
 from storage.ssd_tier import SsdTier
@@ -93,11 +95,8 @@ def test_blocks_come_from_ssd_then_remote_then_ssd_again(tmp_path: Path) -> None
 
 def test_damage_on_ssd_is_healed_from_remote(tmp_path: Path) -> None:
     _fill(tmp_path)
-    for path in sorted((tmp_path / "ssd" / "blocks").rglob("*")):
-        if path.is_file():
-            data = bytearray(path.read_bytes())
-            data[-5] ^= 255
-            path.write_bytes(data)
+    for _, place in stored(tmp_path / "ssd"):
+        flip(place.path, place.offset + HEADER_BYTES + NBYTES - 5)
     node = Node(tmp_path)
     event = node.read(1, KEYS[:6])
     assert event.in_dram == [True] * 6 and event.read_bytes == {TierName.REMOTE: 6 * NBYTES}
@@ -111,9 +110,10 @@ def test_damage_on_ssd_is_healed_from_remote(tmp_path: Path) -> None:
 
 def test_damage_everywhere_is_a_miss_of_that_block_alone(tmp_path: Path) -> None:
     _fill(tmp_path)
-    for tier in ("ssd", "remote"):
-        (path,) = (tmp_path / tier / "blocks").rglob(KEYS[2].hex())
-        path.write_bytes(path.read_bytes()[:-100])
+    place = place_of(tmp_path / "ssd", KEYS[2])
+    flip(place.path, place.offset + HEADER_BYTES + NBYTES - 5)
+    (path,) = (tmp_path / "remote" / "blocks").rglob(KEYS[2].hex())
+    path.write_bytes(path.read_bytes()[:-100])
     node = Node(tmp_path)
     assert node.read(1, KEYS[:6]).in_dram == [True, True, False, True, True, True]
     assert node.store.stats().unavailable_blocks_total == 1

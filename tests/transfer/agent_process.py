@@ -53,7 +53,7 @@ class AgentProcess:
             "host": "127.0.0.1",
             "protocol": "tcp",
             "dram_bytes": slots * SLOT_BYTES,
-            "ssd_dir": str(folder / "ssd"),
+            "ssd_dirs": [str(folder / "ssd")],
             "ssd_bytes": 64 << 20,
         }
         self.config = AgentConfig(**{**fields, **settings})

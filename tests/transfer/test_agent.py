@@ -304,7 +304,7 @@ def test_sigterm_ends_the_agent_within_three_seconds(agent, gateway, start_engin
     [
         ({"dram_bytes": 1 << 50}, "are available"),
         ({"dram_bytes": 0}, "DRAM"),
-        ({"ssd_dir": "/proc/none"}, "/proc/none"),
+        ({"ssd_dirs": ["/proc/none"]}, "/proc/none"),
         ({"remote_url": "nonsense"}, "nonsense"),
     ],
 )

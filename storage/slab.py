@@ -1,0 +1,226 @@
+"""A preallocated file of equal slots, one block each; docs/storage.md has the bytes."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.block import KEY_BYTES, BlockKey, BlockLabel
+from storage.block_format import HEADER_BYTES, HEADER_FIELDS, MAGIC, VERSION, encode_header
+from storage.direct_io import EndOfFile, Scratch, padded, sync_folder
+from storage.tier import BlockCorrupt
+
+RECORD = np.dtype([("key", f"V{KEY_BYTES}"), ("sequence", "<u8"), ("payload_bytes", "<u8")])
+"""What the table beside a slab says of each slot. Sequence 0: the slot is free."""
+
+_RECORD = struct.Struct(f"<{KEY_BYTES}sQQ")
+HEADERS_AT_ONCE = 1024
+_NAME = re.compile(r"(\d{6,})-(\d+)\.slab")
+_scratch = Scratch()
+
+
+def slot_bytes_for(payload_bytes: int) -> int:
+    """Size of the slots that hold such payloads."""
+    return HEADER_BYTES + padded(payload_bytes)
+
+
+class _Files(NamedTuple):
+    data: int
+    table: int
+
+
+class Slab:
+    """``num_slots`` slots of ``slot_bytes``: a header page and a payload, padded to pages.
+
+    The headers are the truth. A table beside the slab repeats them for a quick start; it
+    goes through the page cache, so it survives the end of a process, not a power cut.
+
+    Slots are given out and taken back by the owner's thread. Everything else runs in I/O
+    threads, may be called by several at once, and raises OSError. The file is made by the
+    first write.
+    """
+
+    def __init__(
+        self, folder: Path, number: int, slot_bytes: int, num_slots: int, direct_flag: int
+    ) -> None:
+        self.number = number
+        self.slot_bytes = slot_bytes
+        self.num_slots = num_slots
+        self.free = list(range(num_slots - 1, -1, -1))
+        """Slots without a block, the next one last."""
+        self.is_refused = False
+        """There was no room to make it; every write fails."""
+        self._direct_flag = direct_flag
+        self._folder = folder
+        self._path = folder / f"{number:06d}-{slot_bytes}.slab"
+        self._table_path = self._path.with_suffix(".slots")
+        self._files: _Files | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def found(cls, path: Path, direct_flag: int) -> Slab | None:
+        """The slab in a file of an earlier process; None if the file is something else."""
+        match = _NAME.fullmatch(path.name)
+        if match is None:
+            return None
+        slot_bytes = int(match[2])
+        if slot_bytes <= HEADER_BYTES or slot_bytes % HEADER_BYTES:
+            return None
+        num_slots = path.stat().st_size // slot_bytes
+        return cls(path.parent, int(match[1]), slot_bytes, num_slots, direct_flag)
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_slots * self.slot_bytes
+
+    @property
+    def payload_bytes_max(self) -> int:
+        return self.slot_bytes - HEADER_BYTES
+
+    # ---- one slot -------------------------------------------------------------------
+
+    def read(self, slot: int, payload: memoryview) -> memoryview:
+        """Fill ``payload``; returns the header, valid until this thread's next call.
+
+        Raises BlockCorrupt if there are not so many bytes.
+        """
+        if payload.nbytes > self.payload_bytes_max:
+            raise BlockCorrupt(f"a slot of {self.slot_bytes} bytes, expected {payload.nbytes}")
+        try:
+            return _scratch.read(self._opened().data, slot * self.slot_bytes, payload)
+        except EndOfFile as error:
+            raise BlockCorrupt(str(error)) from error
+
+    def write(
+        self, slot: int, key: BlockKey, label: BlockLabel, sequence: int, payload: memoryview
+    ) -> None:
+        """Not durable before :meth:`sync`."""
+        header = encode_header(key, payload, label, sequence)
+        _scratch.write(self._opened().data, slot * self.slot_bytes, header, payload)
+
+    def sync(self) -> None:
+        """What was written so far survives a power cut."""
+        os.fdatasync(self._opened().data)
+
+    def record(self, slot: int, key: BlockKey, sequence: int, payload_bytes: int) -> None:
+        """Note a durable block in the table."""
+        entry = _RECORD.pack(key, sequence, payload_bytes)
+        os.pwrite(self._opened().table, entry, slot * _RECORD.size)
+
+    def erase(self, slot: int) -> None:
+        """Make the slot empty, so that no later start finds what it held."""
+        files = self._opened()
+        os.pwrite(files.table, bytes(RECORD.itemsize), slot * RECORD.itemsize)
+        _scratch.write(files.data, slot * self.slot_bytes, bytes(HEADER_BYTES), memoryview(b""))
+
+    # ---- start and end --------------------------------------------------------------
+
+    def table(self) -> NDArray[np.void]:
+        """The table's records; shape (num_slots,). Zeros where the file ends early."""
+        raw = os.pread(self._opened().table, self.num_slots * RECORD.itemsize, 0)
+        records = np.zeros(self.num_slots, RECORD)
+        whole = np.frombuffer(raw[: len(raw) // RECORD.itemsize * RECORD.itemsize], RECORD)
+        records[: len(whole)] = whole
+        return records
+
+    def scan(self) -> NDArray[np.void]:
+        """The records that the headers tell, written to the table as well; shape (num_slots,).
+
+        A slot with another format version, or that cannot be read, counts as free.
+        """
+        files = self._opened()
+        records = np.zeros(self.num_slots, RECORD)
+        for first, headers in self._headers(files.data):
+            fields = headers.view(HEADER_FIELDS)[:, 0]
+            is_block = (fields["magic"] == MAGIC) & (fields["version"] == VERSION)
+            part = records[first : first + len(fields)]
+            for name in RECORD.names or ():
+                part[name][is_block] = fields[name][is_block]
+        os.pwrite(files.table, records.tobytes(), 0)
+        return records
+
+    def _headers(self, fd: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """(first slot, headers of shape (n, HEADER_BYTES)), from the first slot to the last."""
+        memory = memoryview(mmap.mmap(-1, HEADERS_AT_ONCE * HEADER_BYTES))
+        for first in range(0, self.num_slots, HEADERS_AT_ONCE):
+            count = min(HEADERS_AT_ONCE, self.num_slots - first)
+            for i in range(count):
+                page = memory[i * HEADER_BYTES : (i + 1) * HEADER_BYTES]
+                try:
+                    os.preadv(fd, [page], (first + i) * self.slot_bytes)
+                except OSError as error:
+                    if error.errno != errno.EIO:
+                        raise
+                    page[:] = bytes(HEADER_BYTES)
+            headers = np.frombuffer(memory[: count * HEADER_BYTES], np.uint8)
+            yield first, headers.reshape(count, HEADER_BYTES)
+
+    def _opened(self) -> _Files:
+        files = self._files
+        if files is None:
+            with self._lock:
+                if self.is_refused:
+                    raise OSError(errno.ENOSPC, f"no room for {self._path}")
+                files = self._files = self._files or self._open()
+        return files
+
+    def _open(self) -> _Files:
+        """Open the files; make and preallocate them if they are not there yet."""
+        is_new = not self._path.exists()
+        data = os.open(self._path, os.O_RDWR | os.O_CREAT | self._direct_flag, 0o644)
+        try:
+            table = os.open(self._table_path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            os.close(data)
+            raise
+        files = _Files(data, table)
+        if is_new:
+            try:
+                self._preallocate(files)
+            except OSError:
+                self.is_refused = True
+                _close(files)
+                self._unlink()
+                raise
+        return files
+
+    def _preallocate(self, files: _Files) -> None:
+        os.ftruncate(files.table, 0)
+        os.posix_fallocate(files.table, 0, self.num_slots * RECORD.itemsize)
+        os.posix_fallocate(files.data, 0, self.nbytes)
+        sync_folder(self._folder)
+
+    def close(self, sync_table: bool = False) -> None:
+        """No call may be running. ``sync_table``: the table survives a power cut from now on."""
+        if self._files is None:
+            return
+        files, self._files = self._files, None
+        try:
+            if sync_table:
+                os.fsync(files.table)
+        finally:
+            _close(files)
+
+    def delete(self) -> None:
+        """Close and remove the files. No call may be running."""
+        self.close()
+        self._unlink()
+
+    def _unlink(self) -> None:
+        self._path.unlink(missing_ok=True)
+        self._table_path.unlink(missing_ok=True)
+
+
+def _close(files: _Files) -> None:
+    os.close(files.data)
+    os.close(files.table)

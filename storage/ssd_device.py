@@ -1,0 +1,247 @@
+"""One disk of the SSD tier: its slabs, threads and health."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.io_threads import IoThreads
+from storage.slab import Slab
+from storage.ssd_folder import DirectoryUnusable, SsdFolder
+from storage.tier_operation import Operation
+
+logger = logging.getLogger(__name__)
+
+SLABS_PER_DEVICE = 64
+SLAB_BYTES_MAX = 4 << 30
+SCAN_THREADS = 16
+"""Slabs whose headers are read at once, at a start after a power cut."""
+ERRORS_MAX = 8
+"""I/O errors in a row after which a disk is taken out."""
+FATAL_ERRORS = {errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN, errno.ESTALE}
+SPARE_PART = 0.01
+"""Of a disk's free space, for tables and the file system's own needs."""
+
+
+class Written(NamedTuple):
+    """A block in its slot that is not durable yet."""
+
+    operation: Operation
+    slab: Slab
+    slot: int
+
+
+class SsdDevice:
+    """Slabs in one folder, up to ``capacity_bytes`` or what the disk has room for.
+
+    Slots are given out, and health is judged, by the owner's thread. ``hand_back`` is called
+    from an I/O thread with each write that is durable or failed. Raises
+    :class:`DirectoryLocked` or :class:`DirectoryUnusable`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        capacity_bytes: int,
+        threads: int,
+        hand_back: Callable[[Operation], None],
+    ) -> None:
+        self.path = folder
+        self.is_failed = False
+        self.slabs: dict[int, Slab] = {}
+        self._with_room: defaultdict[int, list[Slab]] = defaultdict(list)
+        """Slabs with a free slot, by the size of their slots."""
+        self._is_restored = False
+        self._errors = 0
+        self._unsynced: deque[Written] = deque()
+        self._hand_back = hand_back
+        try:
+            self._folder = SsdFolder(folder)
+            self.capacity_bytes = self._find_slabs(capacity_bytes)
+        except OSError as error:
+            raise DirectoryUnusable(folder, error.strerror or str(error)) from error
+        self._slab_bytes = min(self.capacity_bytes // SLABS_PER_DEVICE, SLAB_BYTES_MAX)
+        self._next_number = max(self.slabs, default=-1) + 1
+        # writes sync, and so take long: with threads of their own they do not delay reads
+        self.readers = IoThreads(f"read {folder}", threads)
+        self.writers = IoThreads(f"write {folder}", max(1, threads // 2))
+        self._syncer = IoThreads(f"sync {folder}", 1)
+
+    # ---- start and end --------------------------------------------------------------
+
+    def _find_slabs(self, capacity_bytes: int) -> int:
+        """Returns how much of the capacity the disk has room for."""
+        for path in sorted(self.path.glob("*.slab")):
+            slab = Slab.found(path, self._folder.direct_flag)
+            if slab is not None and slab.num_slots:
+                self.slabs[slab.number] = slab
+            elif slab is not None:  # its maker was killed before it was preallocated
+                slab.delete()
+        status = os.statvfs(self.path)
+        free_bytes = int(status.f_bavail * status.f_frsize * (1 - SPARE_PART))
+        room_bytes = self._held_bytes + free_bytes
+        if room_bytes < capacity_bytes:
+            logger.warning(
+                "SSD directory %s has room for %d bytes of its capacity of %d bytes",
+                *(self.path, room_bytes, capacity_bytes),
+            )
+        return min(capacity_bytes, room_bytes)
+
+    @property
+    def _held_bytes(self) -> int:
+        return sum(slab.nbytes for slab in self.slabs.values())
+
+    def restore(self) -> dict[int, NDArray[np.void]]:
+        """What an earlier process left: the records of each slab.
+
+        From the tables if they are right, else from the headers. Slabs beyond the capacity
+        go, those with the oldest blocks first. Raises :class:`DirectoryUnusable`, closed.
+        """
+        try:
+            records = self._read_records()
+        except OSError as error:
+            self.close(0.0)
+            raise DirectoryUnusable(self.path, error.strerror or str(error)) from error
+        for number in sorted(records, key=lambda n: records[n]["sequence"].max()):
+            if self._held_bytes <= self.capacity_bytes:
+                break
+            del records[number]
+            self.slabs.pop(number).delete()
+        self._is_restored = True
+        return records
+
+    def _read_records(self) -> dict[int, NDArray[np.void]]:
+        are_right = self._folder.tables_are_right()
+        if are_right:
+            self._folder.mark(is_closed=False)
+            return {number: slab.table() for number, slab in self.slabs.items()}
+        with ThreadPoolExecutor(SCAN_THREADS) as pool:
+            scanned = pool.map(Slab.scan, self.slabs.values())
+            records = dict(zip(self.slabs, scanned, strict=True))
+        self._folder.mark(is_closed=False)
+        return records
+
+    def close(self, timeout_s: float) -> None:
+        """End the threads; if all of them end, the next start believes the tables."""
+        threads = (self.readers, self.writers, self._syncer)
+        if not all([each.close(timeout_s) for each in threads]):
+            return  # a call hangs in the disk: its file must not be closed under it
+        is_right = self._is_restored and not self.is_failed
+        try:
+            for slab in self.slabs.values():
+                slab.close(sync_table=is_right)
+            if is_right:
+                self._folder.mark(is_closed=True)
+        except OSError as error:
+            logger.warning("SSD directory %s was not closed cleanly: %s", self.path, error)
+        self._folder.unlock()
+
+    # ---- slots ----------------------------------------------------------------------
+
+    def take_slot(self, slot_bytes: int) -> tuple[Slab, int] | None:
+        """A free slot, if need be of a new slab; None: the device is full, or failed."""
+        if self.is_failed:
+            return None
+        with_room = self._with_room[slot_bytes]
+        if not with_room and not self._add_slab(slot_bytes):
+            return None
+        slab = with_room[-1]
+        slot = slab.free.pop()
+        if not slab.free:
+            with_room.pop()
+        return slab, slot
+
+    def _add_slab(self, slot_bytes: int) -> bool:
+        room_slots = (self.capacity_bytes - self._held_bytes) // slot_bytes
+        num_slots = min(room_slots, max(1, self._slab_bytes // slot_bytes))
+        if num_slots <= 0:
+            return False
+        slab = Slab(self.path, self._next_number, slot_bytes, num_slots, self._folder.direct_flag)
+        self._next_number += 1
+        self.slabs[slab.number] = slab
+        self._with_room[slot_bytes].append(slab)
+        return True
+
+    def adopt(self, slab: Slab, used: NDArray[np.int64]) -> None:
+        """Tell which slots of a slab of :meth:`restore` hold blocks."""
+        slab.free = np.setdiff1d(np.arange(slab.num_slots), used)[::-1].tolist()
+        if slab.free:
+            self._with_room[slab.slot_bytes].append(slab)
+
+    def give_back(self, slab: Slab, slot: int) -> None:
+        """Nothing lies in the slot any more."""
+        if slab.number not in self.slabs:
+            return
+        if not slab.free:
+            self._with_room[slab.slot_bytes].append(slab)
+        slab.free.append(slot)
+
+    def drop(self, slab: Slab) -> None:
+        """Take a slab out; the caller knows that nothing lies in it."""
+        if self.slabs.pop(slab.number, None) is not None and slab.free:
+            self._with_room[slab.slot_bytes].remove(slab)
+
+    def stop_growing(self, slab: Slab) -> None:
+        """The disk has no room for the new slab: what it has must do."""
+        if slab.number not in self.slabs:
+            return
+        self.drop(slab)
+        self.capacity_bytes = self._held_bytes
+        logger.warning(
+            "SSD directory %s is full: its capacity is now %d bytes", self.path, self.capacity_bytes
+        )
+
+    # ---- health ---------------------------------------------------------------------
+
+    def note_result(self, error: OSError | None) -> bool:
+        """Count I/O errors in a row; True if the device is to be taken out now."""
+        self._errors = self._errors + 1 if error is not None else 0
+        is_fatal = error is not None and error.errno in FATAL_ERRORS
+        if self.is_failed or not (is_fatal or self._errors >= ERRORS_MAX):
+            return False
+        self.is_failed = True
+        logger.error(
+            "SSD directory %s is taken out, and with it all blocks in it: %s", self.path, error
+        )
+        return True
+
+    # ---- group sync, in I/O threads ---------------------------------------------------
+
+    def sync_later(self, written: Written) -> None:
+        """Sync the block together with all that are written until then."""
+        self._unsynced.append(written)
+        self._syncer.submit(self._sync_group)
+
+    def _sync_group(self) -> None:
+        groups: defaultdict[Slab, list[Written]] = defaultdict(list)
+        while self._unsynced:
+            written = self._unsynced.popleft()
+            groups[written.slab].append(written)
+        for slab, group in groups.items():
+            error = _sync(slab, group)
+            now = time.monotonic()
+            for operation in (written.operation for written in group):
+                operation.error = error
+                operation.seconds = now - (operation.started_s or now)
+                self._hand_back(operation)
+
+
+def _sync(slab: Slab, group: list[Written]) -> OSError | None:
+    """Make the blocks durable, and only then note them in the table."""
+    try:
+        slab.sync()
+        for operation, _, slot in group:
+            slab.record(slot, operation.key, operation.sequence, operation.nbytes)
+    except OSError as error:
+        return error
+    return None
