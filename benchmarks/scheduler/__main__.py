@@ -1,6 +1,6 @@
 """Decisions a second on one core, and how even the storage NICs of a fluid model are kept.
 
-Needs no cluster and no other process; about 5 minutes on one core.
+Needs no cluster and no other process; about 3 minutes on one core.
 """
 
 from __future__ import annotations
