@@ -65,6 +65,7 @@ class QueuedTier(ABC):
     ) -> None:
         self.name = name
         self._on_wake = on_wake
+        self._is_woken = False
         self._queue_blocks_max = queue_blocks_max
         self._index: OrderedDict[BlockKey, int] = OrderedDict()
         """Place of each block, least recently used first."""
@@ -103,7 +104,7 @@ class QueuedTier(ABC):
     # ---- the contract ---------------------------------------------------------------
 
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
-        return [key in self._index for key in keys]
+        return list(map(self._index.__contains__, keys))
 
     def keys(self) -> list[BlockKey]:
         return list(self._index)
@@ -141,6 +142,7 @@ class QueuedTier(ABC):
                 self._begin_write(operation)
 
     def poll(self) -> list[Completion]:
+        self._is_woken = False  # before looking: what comes later wakes again
         self._drain()
         completions, self._completions = self._completions, []
         return completions
@@ -184,13 +186,19 @@ class QueuedTier(ABC):
     def _hand_back(self, operation: Operation) -> None:
         """To the owner's thread."""
         self._done.append(operation)
-        self._on_wake()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Once for all that happens until the owner polls."""
+        if not self._is_woken:
+            self._is_woken = True
+            self._on_wake()
 
     def _refuse(self, operation: Operation, error: Exception | None) -> None:
         """Complete an operation that never started."""
         operation.error = error
         self._complete(operation)
-        self._on_wake()
+        self._wake()
 
     def _end(self, operation: Operation) -> None:
         self._inflight.discard(operation)

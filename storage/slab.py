@@ -156,12 +156,7 @@ class Slab:
             count = min(HEADERS_AT_ONCE, self.num_slots - first)
             for i in range(count):
                 page = memory[i * HEADER_BYTES : (i + 1) * HEADER_BYTES]
-                try:
-                    os.preadv(fd, [page], (first + i) * self.slot_bytes)
-                except OSError as error:
-                    if error.errno != errno.EIO:
-                        raise
-                    page[:] = bytes(HEADER_BYTES)
+                _read_or_zero(fd, page, (first + i) * self.slot_bytes)
             headers = np.frombuffer(memory[: count * HEADER_BYTES], np.uint8)
             yield first, headers.reshape(count, HEADER_BYTES)
 
@@ -224,3 +219,13 @@ class Slab:
 def _close(files: _Files) -> None:
     os.close(files.data)
     os.close(files.table)
+
+
+def _read_or_zero(fd: int, memory: memoryview, offset: int) -> None:
+    """Fill the memory from the file; with zeros if the disk cannot read that."""
+    try:
+        os.preadv(fd, [memory], offset)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        memory[:] = bytes(memory.nbytes)

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 
+from storage.io_threads import SWITCH_INTERVAL_S
 from storage.remote_tier import RemoteUnusable
 from storage.settings import BadSettings, from_env
 from storage.ssd_tier import DirectoryLocked, DirectoryUnusable
@@ -61,6 +62,7 @@ async def run(config: AgentConfig) -> None:
 
 def main() -> None:
     """Exit code 2 and one line on stderr if the agent cannot start."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         asyncio.run(run(from_env(VARIABLE, AgentConfig)))
