@@ -41,7 +41,9 @@ def choose_prefill(state: ClusterState, request: PlanRequest) -> int:
 
     Engines with more than beta pending tokens take nothing; of the others those with a short
     read queue (up to alpha) come first, and among them the fewest pending tokens. With none,
-    the request stays in the global queue: ``NoEngine``, transient.
+    the request stays in the global queue: ``NoEngine``, transient. Where every queue is long,
+    which the paper leaves open, those up to alpha longer than the shortest count as short:
+    pending tokens leave out the hits, so they alone do not keep long queues alike.
     """
     engines = state.engines
     rows = candidates(state, PREFILL, request)
@@ -51,9 +53,11 @@ def choose_prefill(state: ClusterState, request: PlanRequest) -> int:
         raise NoEngine(PREFILL, f"{pending.min():.0f} tokens pend on each", transient=True)
     nodes, nic = engines.agent_row[rows], Device.STORAGE_NIC
     read_queue = state.agents.queue_bytes[nodes, nic] + state.agents.promised[nodes, nic]
-    preferred = below_beta & (read_queue <= state.alpha_bytes[rows])
-    among = preferred if preferred.any() else below_beta
-    return _least(state, rows[among], pending[among])
+    alpha = state.alpha_bytes[rows]
+    preferred = below_beta & (read_queue <= alpha)
+    if not preferred.any():
+        preferred = below_beta & (read_queue <= read_queue[below_beta].min() + alpha)
+    return _least(state, rows[preferred], pending[preferred])
 
 
 def _least(state: ClusterState, rows: Rows, rank: Floats) -> int:

@@ -99,6 +99,17 @@ def test_a_short_read_queue_comes_before_fewer_tokens():
     assert scheduler.plan(request("2"), now=0.0).prefill == "p1", "more than 3 s behind"
 
 
+def test_where_all_read_queues_are_long_the_much_longer_one_gets_nothing():
+    scheduler = cluster()
+    report_engine(scheduler, "p1", pending_tokens=100)
+    queued = {"agent-p0": 9_500_000, "agent-p1": 6_000_000}
+    for agent, nbytes in queued.items():
+        report_agent(scheduler, agent, read_queue_bytes={TierName.REMOTE: nbytes})
+    assert scheduler.plan(request("1"), now=0.0).prefill == "p1", "more than 3 s less"
+    report_agent(scheduler, "agent-p0", read_queue_bytes={TierName.REMOTE: 8_500_000})
+    assert scheduler.plan(request("2"), now=0.0).prefill == "p0", "about alike: fewer tokens"
+
+
 def test_decode_engines_of_a_group_are_balanced_within_z_of_its_mean():
     scheduler = cluster(prefill=1, decode=0)
     for name, tokens, sequences in (("d0", 5000, 9), ("d1", 4800, 3), ("d2", 8000, 1)):
