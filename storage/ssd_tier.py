@@ -61,7 +61,7 @@ class SsdTier(QueuedTier):
         folders: str | Path | Sequence[str | Path],
         capacity_bytes: int,
         on_wake: Wake,
-        threads: int = 8,
+        threads: int = 16,
         min_free_bytes: int = 0,
     ) -> None:
         super().__init__(TierName.SSD, on_wake, capacity_bytes)

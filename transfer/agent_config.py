@@ -30,5 +30,5 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of each folder's disk, whoever else fills it."""
     remote_url: str = ""
     remote_options: dict[str, Any] = {}
-    read_threads: int = 8
+    read_threads: int = 16
     deliver_threads: int = 4
