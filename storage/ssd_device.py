@@ -22,8 +22,8 @@ from storage.tier_operation import Operation
 
 logger = logging.getLogger(__name__)
 
-SLABS_PER_DEVICE = 64
-SLAB_BYTES_MAX = 4 << 30
+SLABS_PER_DEVICE = 16
+"""Each slab that a group of writes touches is a sync; each is what is given back at once."""
 SCAN_THREADS = 16
 """Slabs whose headers are read at once, at a start after a power cut."""
 ERRORS_MAX = 8
@@ -77,7 +77,7 @@ class SsdDevice:
             self._find_slabs()
         except OSError as error:
             raise DirectoryUnusable(folder, error.strerror or str(error)) from error
-        self._slab_bytes = min(self.capacity_bytes // SLABS_PER_DEVICE, SLAB_BYTES_MAX)
+        self._slab_bytes = self.capacity_bytes // SLABS_PER_DEVICE
         self._next_number = max(self.slabs, default=-1) + 1
         # writes sync, and so take long: with threads of their own they do not delay reads
         self.readers = IoThreads(f"read {folder}", threads)

@@ -223,7 +223,7 @@ def test_a_disk_that_another_fills_at_the_same_time_goes_on(
         real(fd, offset, nbytes)
 
     monkeypatch.setattr(os, "posix_fallocate", refusing)
-    tier = SsdTier(tmp_path / "ssd", 100 * SLOT_BYTES, no_wake, threads=1)
+    tier = SsdTier(tmp_path / "ssd", 16 * SLOT_BYTES, no_wake, threads=1)
     errors = [write(tier, key_of(i))[key_of(i)].error for i in range(50)]
     assert [i for i, error in enumerate(errors) if error is not None] == [10]
     assert isinstance(errors[10], TierFull) and "is full" in caplog.text
