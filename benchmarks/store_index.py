@@ -46,7 +46,7 @@ def measure_index(folder: Path) -> dict[str, Any]:
 
 def _make_folder(folder: Path) -> bytes:
     """Returns the keys, end to end. Payloads are holes: only tables are read at a start."""
-    slab_blocks, slot_bytes = BLOCKS // 64, slot_bytes_for(BLOCK_BYTES)
+    slab_blocks, slot_bytes = BLOCKS // 16, slot_bytes_for(BLOCK_BYTES)
     records = np.zeros(BLOCKS, RECORD)
     keys = np.random.default_rng(3).bytes(BLOCKS * KEY_BYTES)
     records["key"] = np.frombuffer(keys, f"V{KEY_BYTES}")

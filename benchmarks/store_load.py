@@ -19,6 +19,8 @@ from storage.tier import BlockIO, Completion
 
 DEPTH = 64
 """Blocks that are in flight at once."""
+BATCH = 16
+"""Submitted at once, as an agent does with a plan's share."""
 RUN_S = 0.5
 WAIT_S_MAX = 30.0
 
@@ -70,7 +72,7 @@ class TierLoad:
         submit: Callable[[list[BlockIO]], None],
         blocks: int = 0,
     ) -> float:
-        """``blocks`` of them, or for ``RUN_S``; all that was begun is finished."""
+        """``blocks`` of them, rounded up to batches, or for ``RUN_S``; all of it is finished."""
         free, used = list(range(DEPTH)), dict[BlockKey, int]()
         begun = done = 0
         start = time.perf_counter()
@@ -78,7 +80,7 @@ class TierLoad:
             self._wake.clear()
             more = begun < blocks if blocks else time.perf_counter() < start + RUN_S
             batch = []
-            while more and free and (not blocks or begun < blocks):
+            while more and (batch or len(free) >= BATCH) and len(batch) < BATCH:
                 key = next_key()
                 if key not in used:
                     used[key] = free.pop()

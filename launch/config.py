@@ -125,6 +125,9 @@ class ClusterConfig:
     ssd_bytes: int = setting(
         parse_size("8GiB"), "SSD tier of each agent; 0 switches it off.", parse_size, metavar="SIZE"
     )
+    ssd_min_free_bytes: int = setting(
+        parse_size("1GiB"), "SSD tier: what stays free on each disk.", parse_size, metavar="SIZE"
+    )
     remote: str = setting(
         "",
         "Remote tier, any fsspec URL such as s3://bucket/prefix; empty means none.",
@@ -266,7 +269,8 @@ def _check(config: ClusterConfig) -> None:
     for name, low in (("port", 1), ("base_port", 0)):
         value = getattr(config, name)
         _require(low <= value <= 65535, f"{flag(name)} {value}: give a port from {low} to 65535.")
-    for name in ("dram_bytes", "max_total_tokens", "ssd_bytes", "alpha_bytes", "beta_tokens"):
+    sizes = [name for name in FIELDS if name.endswith("_bytes")]
+    for name in (*sizes, "max_total_tokens", "beta_tokens"):
         _require(getattr(config, name) >= 0, f"{flag(name)}: give 0 or more.")
     _require(
         config.dram_bytes > 0,

@@ -162,6 +162,7 @@ class _Cluster:
             dram_bytes=config.dram_bytes,
             ssd_dirs=[str(folder / name) for folder in config.ssd_folders if config.ssd_bytes],
             ssd_bytes=config.ssd_bytes,
+            ssd_min_free_bytes=config.ssd_min_free_bytes,
             remote_url=config.remote,
             remote_options=config.remote_options,
         )

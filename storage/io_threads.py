@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 Work = Callable[[], None]
 
-SWITCH_INTERVAL_S = 1e-4
+SWITCH_INTERVAL_S = 5e-4
 """For ``sys.setswitchinterval`` in a process with such threads: with Python's 5 ms, an I/O
 thread that comes back from a call waits so long for each busy Python thread."""
 

@@ -113,11 +113,13 @@ class QueuedTier(ABC):
         self._stats.blocks = len(self._index)
         return copy.copy(self._stats)
 
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        for key in reversed(keys):
+            if key in self._index:
+                self._index.move_to_end(key)
+
     def submit_reads(self, blocks: Sequence[BlockIO]) -> None:
-        # a prefix is of use only from its beginning, which therefore stays youngest
-        for block in reversed(blocks):
-            if block.key in self._index:
-                self._index.move_to_end(block.key)
+        self.touch([block.key for block in blocks])
         for block in blocks:
             operation = Operation(Kind.READ, block.key, block.buffer)
             operation.place = self._index.get(block.key)

@@ -22,13 +22,14 @@ from storage.tier_operation import Operation
 
 logger = logging.getLogger(__name__)
 
-SLABS_PER_DEVICE = 64
-SLAB_BYTES_MAX = 4 << 30
+SLABS_PER_DEVICE = 16
+"""Each slab that a group of writes touches is a sync; each is what is given back at once."""
 SCAN_THREADS = 16
 """Slabs whose headers are read at once, at a start after a power cut."""
 ERRORS_MAX = 8
 """I/O errors in a row after which a disk is taken out."""
 FATAL_ERRORS = {errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN, errno.ESTALE}
+CLOSE_TIMEOUT_S = 3.0
 SPARE_PART = 0.01
 """Of a disk's free space, for tables and the file system's own needs."""
 
@@ -44,6 +45,9 @@ class Written(NamedTuple):
 class SsdDevice:
     """Slabs in one folder, up to ``capacity_bytes`` or what the disk has room for.
 
+    On a disk shared with others, ``min_free_bytes`` stay free: below that nothing grows, and
+    the owner is told to give a slab back.
+
     Slots are given out, and health is judged, by the owner's thread. ``hand_back`` is called
     from an I/O thread with each write that is durable or failed. Raises
     :class:`DirectoryLocked` or :class:`DirectoryUnusable`.
@@ -53,6 +57,7 @@ class SsdDevice:
         self,
         folder: Path,
         capacity_bytes: int,
+        min_free_bytes: int,
         threads: int,
         hand_back: Callable[[Operation], None],
     ) -> None:
@@ -65,12 +70,14 @@ class SsdDevice:
         self._errors = 0
         self._unsynced: deque[Written] = deque()
         self._hand_back = hand_back
+        self._min_free_bytes = min_free_bytes
+        self._capacity_bytes = capacity_bytes
         try:
             self._folder = SsdFolder(folder)
-            self.capacity_bytes = self._find_slabs(capacity_bytes)
+            self._find_slabs()
         except OSError as error:
             raise DirectoryUnusable(folder, error.strerror or str(error)) from error
-        self._slab_bytes = min(self.capacity_bytes // SLABS_PER_DEVICE, SLAB_BYTES_MAX)
+        self._slab_bytes = self.capacity_bytes // SLABS_PER_DEVICE
         self._next_number = max(self.slabs, default=-1) + 1
         # writes sync, and so take long: with threads of their own they do not delay reads
         self.readers = IoThreads(f"read {folder}", threads)
@@ -79,27 +86,18 @@ class SsdDevice:
 
     # ---- start and end --------------------------------------------------------------
 
-    def _find_slabs(self, capacity_bytes: int) -> int:
-        """Returns how much of the capacity the disk has room for."""
+    def _find_slabs(self) -> None:
         for path in sorted(self.path.glob("*.slab")):
             slab = Slab.found(path, self._folder.direct_flag)
             if slab is not None and slab.num_slots:
                 self.slabs[slab.number] = slab
             elif slab is not None:  # its maker was killed before it was preallocated
                 slab.delete()
-        status = os.statvfs(self.path)
-        free_bytes = int(status.f_bavail * status.f_frsize * (1 - SPARE_PART))
-        room_bytes = self._held_bytes + free_bytes
-        if room_bytes < capacity_bytes:
+        if self.capacity_bytes < self._capacity_bytes:
             logger.warning(
                 "SSD directory %s has room for %d bytes of its capacity of %d bytes",
-                *(self.path, room_bytes, capacity_bytes),
+                *(self.path, self.capacity_bytes, self._capacity_bytes),
             )
-        return min(capacity_bytes, room_bytes)
-
-    @property
-    def _held_bytes(self) -> int:
-        return sum(slab.nbytes for slab in self.slabs.values())
 
     def restore(self) -> dict[int, NDArray[np.void]]:
         """What an earlier process left: the records of each slab.
@@ -110,10 +108,10 @@ class SsdDevice:
         try:
             records = self._read_records()
         except OSError as error:
-            self.close(0.0)
+            self.close(CLOSE_TIMEOUT_S)
             raise DirectoryUnusable(self.path, error.strerror or str(error)) from error
         for number in sorted(records, key=lambda n: records[n]["sequence"].max()):
-            if self._held_bytes <= self.capacity_bytes:
+            if self._held_bytes <= self._capacity_bytes and not self.lacks_space():
                 break
             del records[number]
             self.slabs.pop(number).delete()
@@ -145,6 +143,28 @@ class SsdDevice:
         except OSError as error:
             logger.warning("SSD directory %s was not closed cleanly: %s", self.path, error)
         self._folder.unlock()
+
+    # ---- room -----------------------------------------------------------------------
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What it may come to hold, as the disk is now."""
+        held_bytes = self._held_bytes
+        return min(self._capacity_bytes, held_bytes + max(0, self._free_bytes()))
+
+    def lacks_space(self) -> bool:
+        """Others have filled the disk: a slab should go."""
+        return self._free_bytes() < 0
+
+    @property
+    def _held_bytes(self) -> int:
+        return sum(slab.nbytes for slab in self.slabs.values())
+
+    def _free_bytes(self) -> int:
+        """For new slabs; negative where not even the minimum is free."""
+        status = os.statvfs(self.path)
+        available_bytes = status.f_bavail * status.f_frsize
+        return int(available_bytes * (1 - SPARE_PART)) - self._min_free_bytes
 
     # ---- slots ----------------------------------------------------------------------
 
@@ -196,9 +216,10 @@ class SsdDevice:
         if slab.number not in self.slabs:
             return
         self.drop(slab)
-        self.capacity_bytes = self._held_bytes
+        self._capacity_bytes = self._held_bytes
         logger.warning(
-            "SSD directory %s is full: its capacity is now %d bytes", self.path, self.capacity_bytes
+            "SSD directory %s is full: its capacity is now %d bytes",
+            *(self.path, self._capacity_bytes),
         )
 
     # ---- health ---------------------------------------------------------------------

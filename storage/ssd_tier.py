@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ __all__ = ["DirectoryLocked", "DirectoryUnusable", "SsdTier"]
 logger = logging.getLogger(__name__)
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+SPACE_CHECK_S = 1.0
+"""Between looks at how much room others have left on the disks."""
 _SLOT_BITS = 32
 _Records = dict[int, NDArray[np.void]]
 """Of each slab of a device."""
@@ -42,7 +45,8 @@ _NOTHING = np.empty(0, np.int64)
 class SsdTier(QueuedTier):
     """Blocks in fixed slots, striped over the folders, evicted least recently used.
 
-    A folder is a disk, and gets an equal part of ``capacity_bytes`` and ``threads`` readers.
+    A folder is a disk, and gets an equal part of ``capacity_bytes`` and ``threads`` readers;
+    ``min_free_bytes`` of it stay free, whoever else fills it.
     A write is complete once it would survive a power cut, for which blocks are synced in
     groups. Blocks of an earlier process are found again at start; their bytes are verified
     when read. A disk that fails is taken out with all it holds, and the rest goes on.
@@ -57,7 +61,8 @@ class SsdTier(QueuedTier):
         folders: str | Path | Sequence[str | Path],
         capacity_bytes: int,
         on_wake: Wake,
-        threads: int = 8,
+        threads: int = 16,
+        min_free_bytes: int = 0,
     ) -> None:
         super().__init__(TierName.SSD, on_wake, capacity_bytes)
         paths = [folders] if isinstance(folders, str | Path) else folders
@@ -65,9 +70,11 @@ class SsdTier(QueuedTier):
         self._slabs: dict[int, tuple[SsdDevice, Slab]] = {}
         """By the upper bits of a place."""
         self._turn = 0
+        self._next_check_s = 0.0
         try:
             restored = self._open(
-                [Path(path) for path in paths], capacity_bytes // len(paths), threads
+                *([Path(path) for path in paths], capacity_bytes // len(paths)),
+                *(min_free_bytes, threads),
             )
             last_sequence = self._index_all(restored)
         except BaseException:
@@ -87,12 +94,16 @@ class SsdTier(QueuedTier):
 
     # ---- start ----------------------------------------------------------------------
 
-    def _open(self, paths: Sequence[Path], capacity_bytes: int, threads: int) -> list[_Records]:
+    def _open(
+        self, paths: Sequence[Path], capacity_bytes: int, min_free_bytes: int, threads: int
+    ) -> list[_Records]:
         """Returns what each device holds."""
         restored = []
         for path in paths:
             try:
-                device = SsdDevice(path, capacity_bytes, threads, super()._hand_back)
+                device = SsdDevice(
+                    *(path, capacity_bytes, min_free_bytes, threads, super()._hand_back)
+                )
                 restored.append(device.restore())
             except DirectoryUnusable as error:
                 if path is paths[-1] and not self._devices:
@@ -238,6 +249,25 @@ class SsdTier(QueuedTier):
             self._stats.used_bytes -= slab.slot_bytes
 
     # ---- disks that fill or fail ------------------------------------------------------
+
+    def _drain(self) -> None:
+        super()._drain()
+        now = time.monotonic()
+        if now >= self._next_check_s:
+            self._next_check_s = now + SPACE_CHECK_S
+            for device in self._devices:
+                if not device.is_failed and device.lacks_space():
+                    self._give_space_back(device)
+
+    def _give_space_back(self, device: SsdDevice) -> None:
+        """Evict one slab, that of the least recently used block whose slab is idle."""
+        seen: set[int] = set()
+        for place in list(self._index.values()):
+            slab_id = place >> _SLOT_BITS
+            if slab_id not in seen and self._slabs[slab_id][0] is device:
+                if self._evict_slab(slab_id):
+                    return
+                seen.add(slab_id)
 
     def _end(self, operation: Operation) -> None:
         device, slab, _ = self._at(operation.place)

@@ -107,6 +107,11 @@ class Tier(Protocol):
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which blocks are believed to be here: no I/O, so a hint."""
 
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """A plan uses these blocks, first to last, wherever it reads them: of those that
+        are here the first is now the most recently used. A prefix is of use only from its
+        beginning."""
+
     def submit_reads(self, blocks: Sequence[BlockIO]) -> None:
         """Read each block into its buffer."""
 

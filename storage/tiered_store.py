@@ -107,8 +107,7 @@ class TieredStore:
 
     def release(self, plan: int) -> None:
         """The plan needs its blocks no more, settled or not. Unknown plans are ignored."""
-        share = self._shares.get(plan)
-        if share is None:
+        if (share := self._shares.get(plan)) is None:
             return
         self._stop_waiting(share)
         self.pool.unpin_all(plan)
@@ -172,6 +171,8 @@ class TieredStore:
         self._stats.unavailable_blocks_total += unique - len(here) - len(joined) - len(reads)
         for tier, blocks in by_tier.items():
             self._tiers[tier].submit_reads(blocks)
+        for below in self._tiers.values():
+            below.touch(share.keys)
         if not share.waiting:
             self._ready.append(share)
 
@@ -288,8 +289,7 @@ class TieredStore:
             self.release(share.plan)
 
     def _begin_fill(self, key: BlockKey, tier: TierName | None) -> None:
-        evicted = self.pool.begin_fill(key)
-        if evicted is not None:
+        if (evicted := self.pool.begin_fill(key)) is not None:
             self._stats.evicted_blocks_total += 1
             self._note_holding(evicted, TierName.DRAM, False)
         self._fills[key] = _Fill(tier)

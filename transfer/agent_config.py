@@ -26,7 +26,9 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ssd_dirs: list[str] = []
     """One folder a disk; no folders switch the tier off."""
     ssd_bytes: int = 0
+    ssd_min_free_bytes: int = 0
+    """Of each folder's disk, whoever else fills it."""
     remote_url: str = ""
     remote_options: dict[str, Any] = {}
-    read_threads: int = 8
+    read_threads: int = 16
     deliver_threads: int = 4

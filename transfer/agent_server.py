@@ -333,7 +333,10 @@ def _open_tiers(config: AgentConfig, wake: Wake) -> tuple[Tier | None, Tier | No
     """SSD and remote tier, None where switched off."""
     ssd = remote = None
     if config.ssd_dirs:
-        ssd = SsdTier(config.ssd_dirs, config.ssd_bytes, wake, config.read_threads)
+        ssd = SsdTier(
+            *(config.ssd_dirs, config.ssd_bytes, wake, config.read_threads),
+            config.ssd_min_free_bytes,
+        )
     if config.remote_url:
         remote = RemoteTier(config.remote_url, config.remote_options, wake, config.read_threads)
     return ssd, remote

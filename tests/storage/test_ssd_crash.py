@@ -174,7 +174,7 @@ def test_any_power_cut_leaves_what_was_acknowledged(
     fdatasync promises, tears nothing smaller than a page, and may do all else."""
     with monkeypatch.context() as patched:
         recorder = _Recorder(patched)
-        tier = SsdTier(tmp_path / "ssd", 20 * SLOT_BYTES, no_wake, threads=4)
+        tier = SsdTier(tmp_path / "ssd", 40 * SLOT_BYTES, no_wake, threads=4)
         acknowledged = _run_workload(recorder, tier)
         tier.close()
     chance = random.Random(7)
@@ -183,7 +183,7 @@ def test_any_power_cut_leaves_what_was_acknowledged(
     for number in range(40):
         cut, target = chance.randrange(1, end), tmp_path / f"cut{number}"
         _after_power_cut(recorder, tmp_path / "ssd", target, cut, chance)
-        tier = SsdTier(target, 20 * SLOT_BYTES, no_wake, threads=1)
+        tier = SsdTier(target, 40 * SLOT_BYTES, no_wake, threads=1)
         for key in _must_be_there(recorder, acknowledged, cut):
             assert tier.contains([key]) == [True]
             completion, data = read(tier, key)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import finish, key_of, no_wake, payload_of, read, write
+from conftest import finish, key_of, no_wake, payload_of, read, settle, write
 from slab_files import cut_power, stored
 
+from storage import ssd_tier
 from storage.slab import slot_bytes_for
 from storage.ssd_device import ERRORS_MAX
 from storage.ssd_tier import DirectoryLocked, DirectoryUnusable, SsdTier
@@ -202,16 +203,64 @@ def test_a_disk_smaller_than_the_capacity_goes_on(
     tier = SsdTier(small_disk, 1 << 40, no_wake, threads=1)
     assert tier.stats().capacity_bytes <= 1 << 20 and "has room for" in caplog.text
     (small_disk / "of somebody else").write_bytes(bytes(200_000))
-    errors = [write(tier, key_of(i))[key_of(i)].error for i in range(200)]
-    refused = [error for error in errors if error is not None]
-    assert refused and all(isinstance(error, TierFull) for error in refused)
-    assert tier.stats().write_errors_total == len(refused)
-    assert sum(error is None for error in errors[100:]) >= 90, "old blocks made way for new"
+    for i in range(200):
+        assert write(tier, key_of(i))[key_of(i)].error is None, "old blocks make way for new"
     held = tier.keys()
     assert len(held) >= 30 and all(read(tier, key)[1] == payload_of(key) for key in held)
-    stats = tier.stats()
-    assert stats.used_bytes == stats.capacity_bytes == len(held) * SLOT_BYTES
+    assert tier.stats().used_bytes == len(held) * SLOT_BYTES
     tier.close()
+
+
+def test_a_disk_that_another_fills_at_the_same_time_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk has no room for a slab, though it had when the slab was planned."""
+    real, calls = os.posix_fallocate, iter(range(1000))
+
+    def refusing(fd: int, offset: int, nbytes: int) -> None:
+        if next(calls) >= 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd, offset, nbytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", refusing)
+    tier = SsdTier(tmp_path / "ssd", 16 * SLOT_BYTES, no_wake, threads=1)
+    errors = [write(tier, key_of(i))[key_of(i)].error for i in range(50)]
+    assert [i for i, error in enumerate(errors) if error is not None] == [10]
+    assert isinstance(errors[10], TierFull) and "is full" in caplog.text
+    stats = tier.stats()
+    assert stats.used_bytes == stats.capacity_bytes == 10 * SLOT_BYTES
+    assert stats.devices == 1 and stats.write_errors_total == 1
+    assert all(read(tier, key)[1] == payload_of(key) for key in tier.keys())
+    tier.close()
+    assert len(list((tmp_path / "ssd").glob("*.slab"))) == 10
+
+
+def test_a_shared_disk_keeps_its_minimum_free(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssd_tier, "SPACE_CHECK_S", 0.0)
+    min_free_bytes = 300_000
+    tier = SsdTier(small_disk, 1 << 40, no_wake, min_free_bytes=min_free_bytes)
+    for i in range(100):
+        assert write(tier, key_of(i))[key_of(i)].error is None
+    assert _free_bytes(small_disk) >= min_free_bytes
+    before = tier.stats()
+    (small_disk / "of somebody else").write_bytes(bytes(200_000))
+    settle(tier, lambda: _free_bytes(small_disk) >= min_free_bytes)
+    after = tier.stats()
+    assert 0 < after.used_bytes <= after.capacity_bytes < before.capacity_bytes - 150_000
+    assert tier.contains([key_of(99)]) == [True], "the least recently used ones went"
+    assert all(read(tier, key)[1] == payload_of(key) for key in tier.keys())
+    (small_disk / "of somebody else").unlink()
+    for i in range(100, 200):
+        write(tier, key_of(i))
+    assert tier.stats().used_bytes == before.used_bytes, "it grows again"
+    tier.close()
+
+
+def _free_bytes(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
 
 
 def test_a_read_only_disk_is_named(small_disk: Path) -> None:

@@ -73,7 +73,7 @@ def _damage(directory: Path, key: BlockKey, how: str) -> None:
     ],
 )
 def test_a_damaged_block_is_dropped(open_ssd: OpenSsd, directory: Path, how: str) -> None:
-    tier, key, other = open_ssd(), key_of(1), key_of(2)
+    tier, key, other = open_ssd(blocks=16), key_of(1), key_of(2)  # a slab for each
     write(tier, key, other)
     tier.take_changes()
     _damage(directory, key, how)
@@ -283,7 +283,7 @@ def test_a_failed_sync_acknowledges_nothing(
 def test_a_restart_finds_blocks_and_keeps_the_bounds(
     open_ssd: OpenSsd, directory: Path, end: str
 ) -> None:
-    tier = open_ssd()
+    tier = open_ssd(blocks=16)
     for i in range(6):
         write(tier, key_of(i))
     tier.close()

@@ -119,3 +119,17 @@ def test_losses_of_the_tiers_are_announced() -> None:
     assert bench.changes.count((A, SSD, False)) == 1
     held = {(e.key, e.tier) for e in bench.store.holdings() if e.tier is SSD}
     assert held == {(B, SSD), (C, SSD)}
+
+
+def test_what_is_used_in_dram_stays_on_ssd_and_a_prefix_from_its_beginning() -> None:
+    bench = Bench(slots=8, ssd_blocks=4, remote=False)
+    for key in (A, B, C, D):
+        bench.persist(key)
+        bench.poll()
+    bench.admit(1, [A, B, C])
+    assert bench.settled[1].read_bytes == {}, "all from DRAM"
+    bench.store.release(1)
+    for key, held in ((E, [A, B, C, E]), (F, [A, B, E, F])):
+        bench.persist(key)
+        bench.poll()
+        assert sorted(bench.ssd_memory.keys()) == sorted(held)

@@ -1,0 +1,81 @@
+"""The storage benchmark measures what it says, at a size that takes a moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import store_index, store_load
+from benchmarks.store import goals_of
+from benchmarks.store_load import DEPTH, LoadFailed, Memory, RawFile, TierLoad, busy_thread
+
+BLOCK_BYTES = 16 << 10
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_load, "RUN_S", 0.05)
+
+
+def test_the_tier_is_read_and_overwritten(tmp_path: Path) -> None:
+    load = TierLoad(tmp_path / "ssd", BLOCK_BYTES, 2 * DEPTH, Memory(DEPTH * BLOCK_BYTES))
+    before = load.tier.stats()
+    assert before.blocks == 2 * DEPTH and before.evicted_blocks_total == 0
+    assert load.read() > 0 and load.write() > 0
+    with busy_thread():
+        assert load.read() > 0
+    after = load.tier.stats()
+    assert after.read_bytes_total > 0 and after.read_errors_total == 0
+    assert after.evicted_blocks_total > 0
+    load.tier.close()
+
+
+def test_a_block_that_fails_ends_the_measurement(tmp_path: Path) -> None:
+    load = TierLoad(tmp_path / "ssd", BLOCK_BYTES, 2 * DEPTH, Memory(DEPTH * BLOCK_BYTES))
+    for slab in (tmp_path / "ssd").glob("*.slab"):
+        slab.write_bytes(bytes(slab.stat().st_size))
+    with pytest.raises(LoadFailed):
+        load.read()
+    load.tier.close()
+
+
+def test_the_raw_file_is_read_and_written(tmp_path: Path) -> None:
+    raw = RawFile(tmp_path / "raw", 8 << 20, Memory(4 << 20))
+    assert raw.read(BLOCK_BYTES, 4) > 0 and raw.write(BLOCK_BYTES, 4) > 0
+    raw.close()
+
+
+def test_the_index_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_index, "BLOCKS", 64 * 50)
+    monkeypatch.setattr(store_index, "LOOKUPS", 100)
+    monkeypatch.setattr(store_index, "CUT_BLOCKS", 256)
+    figures = store_index.measure_index(tmp_path / "million")
+    figures |= store_index.measure_power_cut(tmp_path / "cut")
+    assert 0 < figures["lookup_p50_ms"] <= figures["lookup_p99_ms"]
+    assert figures["restart_s"] > 0 and figures["restart_after_power_cut_blocks_per_s"] > 0
+
+
+def test_goals_compare_with_the_best_raw_reader() -> None:
+    rates = {
+        "1 MiB": {
+            "read": 1.8e9,
+            "raw read, 4 threads": 1.0e9,
+            "raw read, 16 threads": 2.0e9,
+            "SGLang file backend read": 1.0e9,
+            "read beside a busy thread": 0.9e9,
+            "write": 9e8,
+            "raw write": 1e9,
+            "write amplification": 1.01,
+        }
+    }
+    goals = {g.name: g for g in goals_of(rates, {"lookup_p99_ms": 1.5, "restart_s": 11.0})}
+    assert goals["ssd read 1 MiB / best raw reader"].value == pytest.approx(0.9)
+    holds = {name for name, goal in goals.items() if goal.holds}
+    assert holds == {
+        "ssd read 1 MiB / best raw reader",
+        "ssd write 1 MiB / raw write",
+        "write amplification",
+        "look-up of 2,000 keys among 1M, p99",
+    }
+    assert goals["remote read / best raw client"].value is None
