@@ -36,8 +36,10 @@ _CONTROL = 0
 _HTTP = 1
 _RENDEZVOUS = 2
 _BOOTSTRAP, _BOOTSTRAP_PORTS = 8, 8
-_MOONCAKE_FIRST, _MOONCAKE_LAST = 16, 31
+_MOONCAKE, _MOONCAKE_PORTS, _MOONCAKE_STARTS = 16, 2, 8
+"""Mooncake listens on two ports, and gets two others at each of so many starts."""
 
+_MIN_RPC_PORT = "MC_MIN_RPC_PORT"
 _BOOTSTRAP_FLAG = "--disaggregation-bootstrap-port"
 _LINKER = {
     "linker": "PrefillLinker",
@@ -98,18 +100,26 @@ def process_records(
 
 
 def respawn(record: ProcessRecord, restart_count: int) -> ProcessRecord:
-    """The record for the start after ``restart_count`` deaths.
+    """The record for the start after ``restart_count`` deaths, with ports of its own.
 
-    A prefill engine comes back with another bootstrap port: decode engines keep what they
-    learnt from a bootstrap address, and would wait for the ranks of the dead one.
+    Decode engines keep what they learnt from a prefill engine's bootstrap address, and would
+    wait for the ranks of the dead one. Mooncake keeps a peer's data port by its RPC port, and
+    a process that moved much data to it does not learn a new one: with the RPC port of the
+    dead one, all that it writes to the new one fails.
     """
-    if "bootstrap" not in record.ports:
-        return record
-    first = record.ports["http"] - _HTTP + _BOOTSTRAP
-    port = first + restart_count % _BOOTSTRAP_PORTS
-    argv = list(record.argv)
-    argv[argv.index(_BOOTSTRAP_FLAG) + 1] = str(port)
-    return replace(record, argv=tuple(argv), ports={**record.ports, "bootstrap": port})
+    argv, env, ports = list(record.argv), dict(record.env), dict(record.ports)
+    if _MIN_RPC_PORT in env:
+        first = int(env[_MIN_RPC_PORT]) + restart_count % _MOONCAKE_STARTS * _MOONCAKE_PORTS
+        env |= _mooncake_ports(first)
+    if "bootstrap" in ports:
+        first = ports["http"] - _HTTP + _BOOTSTRAP
+        ports["bootstrap"] = first + restart_count % _BOOTSTRAP_PORTS
+        argv[argv.index(_BOOTSTRAP_FLAG) + 1] = str(ports["bootstrap"])
+    return replace(record, argv=tuple(argv), env=env, ports=ports)
+
+
+def _mooncake_ports(first: int) -> dict[str, str]:
+    return {_MIN_RPC_PORT: str(first), "MC_MAX_RPC_PORT": str(first + _MOONCAKE_PORTS - 1)}
 
 
 def node_names(config: ClusterConfig) -> list[str]:
@@ -283,8 +293,7 @@ class _Cluster:
 
     def _mooncake_env(self, block_port: int) -> dict[str, str]:
         env = self._python_env() | {
-            "MC_MIN_RPC_PORT": str(block_port + _MOONCAKE_FIRST),
-            "MC_MAX_RPC_PORT": str(block_port + _MOONCAKE_LAST),
+            **_mooncake_ports(block_port + _MOONCAKE),
             # The defaults are 30 s: a hung peer would hold a forward for as long.
             "MC_TRANSFER_TIMEOUT": "15",
             "MC_TCP_PROGRESS_TIMEOUT_SEC": "5",
