@@ -74,7 +74,11 @@ class SsdDevice:
         self._capacity_bytes = capacity_bytes
         try:
             self._folder = SsdFolder(folder)
-            self._find_slabs()
+            try:
+                self._find_slabs()
+            except OSError:
+                self._folder.unlock()
+                raise
         except OSError as error:
             raise DirectoryUnusable(folder, error.strerror or str(error)) from error
         self._slab_bytes = self.capacity_bytes // SLABS_PER_DEVICE
@@ -162,7 +166,10 @@ class SsdDevice:
 
     def _free_bytes(self) -> int:
         """For new slabs; negative where not even the minimum is free."""
-        status = os.statvfs(self.path)
+        try:
+            status = os.statvfs(self.path)
+        except OSError:
+            return 0  # whoever reads or writes there will learn what is wrong
         available_bytes = status.f_bavail * status.f_frsize
         return int(available_bytes * (1 - SPARE_PART)) - self._min_free_bytes
 
@@ -206,16 +213,24 @@ class SsdDevice:
             self._with_room[slab.slot_bytes].append(slab)
         slab.free.append(slot)
 
-    def drop(self, slab: Slab) -> None:
-        """Take a slab out; the caller knows that nothing lies in it."""
-        if self.slabs.pop(slab.number, None) is not None and slab.free:
+    def discard(self, slab: Slab) -> None:
+        """Delete a slab; the caller knows that nothing lies in it, and that it is idle."""
+        self._forget(slab)
+        try:
+            slab.delete()
+        except OSError as error:
+            logger.warning("SSD directory %s: a slab stays: %s", self.path, error)
+
+    def _forget(self, slab: Slab) -> None:
+        del self.slabs[slab.number]
+        if slab.free:
             self._with_room[slab.slot_bytes].remove(slab)
 
     def stop_growing(self, slab: Slab) -> None:
         """The disk has no room for the new slab: what it has must do."""
         if slab.number not in self.slabs:
             return
-        self.drop(slab)
+        self._forget(slab)
         self._capacity_bytes = self._held_bytes
         logger.warning(
             "SSD directory %s is full: its capacity is now %d bytes",

@@ -237,9 +237,8 @@ class SsdTier(QueuedTier):
             return False
         for key in keys:
             self._release(self._evict(key))
-        device.drop(slab)
+        device.discard(slab)
         del self._slabs[slab_id]
-        slab.delete()
         return True
 
     def _release(self, place: int | None) -> None:
