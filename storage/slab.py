@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from storage.block import KEY_BYTES, BlockKey, BlockLabel
 from storage.block_format import HEADER_BYTES, HEADER_FIELDS, MAGIC, VERSION, encode_header
 from storage.direct_io import EndOfFile, Scratch, padded, sync_folder
 from storage.tier import BlockCorrupt
+from storage.tier_operation import Operation
 
 RECORD = np.dtype([("key", f"V{KEY_BYTES}"), ("sequence", "<u8"), ("payload_bytes", "<u8")])
 """What the table beside a slab says of each slot. Sequence 0: the slot is free."""
@@ -37,6 +39,14 @@ def slot_bytes_for(payload_bytes: int) -> int:
 class _Files(NamedTuple):
     data: int
     table: int
+
+
+class Written(NamedTuple):
+    """A block in its slot that is not durable yet."""
+
+    operation: Operation
+    slab: Slab
+    slot: int
 
 
 class Slab:
@@ -58,6 +68,9 @@ class Slab:
         self.num_slots = num_slots
         self.free = list(range(num_slots - 1, -1, -1))
         """Slots without a block, the next one last."""
+        self.unsynced: deque[Written] = deque()
+        self.sync_lock = threading.Lock()
+        """Held by the thread that syncs, so that the others' blocks make one group."""
         self.is_refused = False
         """There was no room to make it; every write fails."""
         self._direct_flag = direct_flag

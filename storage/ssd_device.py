@@ -6,17 +6,16 @@ import errno
 import logging
 import os
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from storage.io_threads import IoThreads
-from storage.slab import Slab
+from storage.slab import Slab, Written
 from storage.ssd_folder import DirectoryUnusable, SsdFolder
 from storage.tier_operation import Operation
 
@@ -24,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 SLABS_PER_DEVICE = 16
 """Each slab that a group of writes touches is a sync; each is what is given back at once."""
+SYNC_THREADS = 8
+"""Slabs that are synced at once."""
 SCAN_THREADS = 16
 """Slabs whose headers are read at once, at a start after a power cut."""
 ERRORS_MAX = 8
@@ -32,14 +33,6 @@ FATAL_ERRORS = {errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN, errno.E
 CLOSE_TIMEOUT_S = 3.0
 SPARE_PART = 0.01
 """Of a disk's free space, for tables and the file system's own needs."""
-
-
-class Written(NamedTuple):
-    """A block in its slot that is not durable yet."""
-
-    operation: Operation
-    slab: Slab
-    slot: int
 
 
 class SsdDevice:
@@ -68,13 +61,16 @@ class SsdDevice:
         """Slabs with a free slot, by the size of their slots."""
         self._is_restored = False
         self._errors = 0
-        self._unsynced: deque[Written] = deque()
         self._hand_back = hand_back
         self._min_free_bytes = min_free_bytes
         self._capacity_bytes = capacity_bytes
         try:
             self._folder = SsdFolder(folder)
-            self._find_slabs()
+            try:
+                self._find_slabs()
+            except OSError:
+                self._folder.unlock()
+                raise
         except OSError as error:
             raise DirectoryUnusable(folder, error.strerror or str(error)) from error
         self._slab_bytes = self.capacity_bytes // SLABS_PER_DEVICE
@@ -82,7 +78,7 @@ class SsdDevice:
         # writes sync, and so take long: with threads of their own they do not delay reads
         self.readers = IoThreads(f"read {folder}", threads)
         self.writers = IoThreads(f"write {folder}", max(1, threads // 2))
-        self._syncer = IoThreads(f"sync {folder}", 1)
+        self._syncers = IoThreads(f"sync {folder}", SYNC_THREADS)
 
     # ---- start and end --------------------------------------------------------------
 
@@ -131,7 +127,7 @@ class SsdDevice:
 
     def close(self, timeout_s: float) -> None:
         """End the threads; if all of them end, the next start believes the tables."""
-        threads = (self.readers, self.writers, self._syncer)
+        threads = (self.readers, self.writers, self._syncers)
         if not all([each.close(timeout_s) for each in threads]):
             return  # a call hangs in the disk: its file must not be closed under it
         is_right = self._is_restored and not self.is_failed
@@ -162,7 +158,10 @@ class SsdDevice:
 
     def _free_bytes(self) -> int:
         """For new slabs; negative where not even the minimum is free."""
-        status = os.statvfs(self.path)
+        try:
+            status = os.statvfs(self.path)
+        except OSError:
+            return 0  # whoever reads or writes there will learn what is wrong
         available_bytes = status.f_bavail * status.f_frsize
         return int(available_bytes * (1 - SPARE_PART)) - self._min_free_bytes
 
@@ -206,16 +205,24 @@ class SsdDevice:
             self._with_room[slab.slot_bytes].append(slab)
         slab.free.append(slot)
 
-    def drop(self, slab: Slab) -> None:
-        """Take a slab out; the caller knows that nothing lies in it."""
-        if self.slabs.pop(slab.number, None) is not None and slab.free:
+    def discard(self, slab: Slab) -> None:
+        """Delete a slab; the caller knows that nothing lies in it, and that it is idle."""
+        self._forget(slab)
+        try:
+            slab.delete()
+        except OSError as error:
+            logger.warning("SSD directory %s: a slab stays: %s", self.path, error)
+
+    def _forget(self, slab: Slab) -> None:
+        del self.slabs[slab.number]
+        if slab.free:
             self._with_room[slab.slot_bytes].remove(slab)
 
     def stop_growing(self, slab: Slab) -> None:
         """The disk has no room for the new slab: what it has must do."""
         if slab.number not in self.slabs:
             return
-        self.drop(slab)
+        self._forget(slab)
         self._capacity_bytes = self._held_bytes
         logger.warning(
             "SSD directory %s is full: its capacity is now %d bytes",
@@ -239,22 +246,26 @@ class SsdDevice:
     # ---- group sync, in I/O threads ---------------------------------------------------
 
     def sync_later(self, written: Written) -> None:
-        """Sync the block together with all that are written until then."""
-        self._unsynced.append(written)
-        self._syncer.submit(self._sync_group)
+        """Sync the block together with all that are written to its slab until then."""
+        written.slab.unsynced.append(written)
+        self._syncers.submit(lambda: self._sync_slab(written.slab))
 
-    def _sync_group(self) -> None:
-        groups: defaultdict[Slab, list[Written]] = defaultdict(list)
-        while self._unsynced:
-            written = self._unsynced.popleft()
-            groups[written.slab].append(written)
-        for slab, group in groups.items():
-            error = _sync(slab, group)
-            now = time.monotonic()
-            for operation in (written.operation for written in group):
-                operation.error = error
-                operation.seconds = now - (operation.started_s or now)
-                self._hand_back(operation)
+    def _sync_slab(self, slab: Slab) -> None:
+        """Slabs are synced side by side: a disk makes one flush of many."""
+        while slab.unsynced and slab.sync_lock.acquire(blocking=False):
+            try:
+                group = [slab.unsynced.popleft() for _ in range(len(slab.unsynced))]
+                self._sync_group(slab, group)
+            finally:
+                slab.sync_lock.release()
+
+    def _sync_group(self, slab: Slab, group: list[Written]) -> None:
+        error = _sync(slab, group)
+        now = time.monotonic()
+        for operation in (written.operation for written in group):
+            operation.error = error
+            operation.seconds = now - (operation.started_s or now)
+            self._hand_back(operation)
 
 
 def _sync(slab: Slab, group: list[Written]) -> OSError | None:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from storage.block import KEY_BYTES, BlockKey
 from storage.block_format import verify
 from storage.queued_tier import CLOSE_TIMEOUT_S, Executor, QueuedTier
-from storage.slab import Slab, slot_bytes_for
-from storage.ssd_device import SsdDevice, Written
+from storage.slab import Slab, Written, slot_bytes_for
+from storage.ssd_device import SsdDevice
 from storage.ssd_folder import DirectoryLocked, DirectoryUnusable
 from storage.tier import (
     BlockCorrupt,
@@ -237,9 +237,8 @@ class SsdTier(QueuedTier):
             return False
         for key in keys:
             self._release(self._evict(key))
-        device.drop(slab)
+        device.discard(slab)
         del self._slabs[slab_id]
-        slab.delete()
         return True
 
     def _release(self, place: int | None) -> None:

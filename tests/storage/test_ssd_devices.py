@@ -258,6 +258,26 @@ def test_a_shared_disk_keeps_its_minimum_free(
     tier.close()
 
 
+def test_a_disk_that_tells_and_removes_nothing_does_not_stop_the_tier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier = SsdTier(tmp_path / "ssd", 12 * SLOT_BYTES, no_wake)
+    write(tier, *(key_of(i) for i in range(12)))
+
+    def failing(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "statvfs", failing)
+        patched.setattr(Path, "unlink", failing)
+        large = BlockIO(key_of(100), memoryview(bytes(3 * SLOT_BYTES)))
+        tier.submit_writes([large])
+        finish(tier, 1)
+        assert tier.stats().devices == 1 and "a slab stays" in caplog.text
+    assert all(read(tier, key)[1] == payload_of(key) for key in tier.keys() if key != large.key)
+    tier.close()
+
+
 def _free_bytes(folder: Path) -> int:
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize
