@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,32 +107,35 @@ class Admission:
     def _in_the_way(self, tenant: str, parts: int) -> list[Seat]:
         """Requests whose end makes room for ``parts`` of ``tenant``; usually none."""
         missing = self.admitted + parts - self._parts_max
+        if missing <= 0:
+            return []
         held = Counter(self._held)
         least = held[tenant] + parts
+        for seat in self._displaceable(held, least):
+            if seat.parts >= missing:
+                return [seat]
         seats: list[Seat] = []
         while missing > 0:
-            seat = self._last_of_the_heaviest(held, least, seats)
-            if seat is None:
+            others = (seat for seat in self._displaceable(held, least) if seat not in seats)
+            if (found := next(others, None)) is None:
                 raise TooManyRequests(
                     f"{self.admitted} requests are in flight; at most {self._parts_max}"
                 )
-            seats.append(seat)
-            held[seat.tenant] -= seat.parts
-            missing -= seat.parts
+            seats.append(found)
+            held[found.tenant] -= found.parts
+            missing -= found.parts
         return seats
 
-    def _last_of_the_heaviest(
-        self, held: Counter[str], least: int, chosen: list[Seat]
-    ) -> Seat | None:
+    def _displaceable(self, held: Counter[str], least: int) -> Iterator[Seat]:
+        """Requests of tenants that keep ``least`` parts without them: the heaviest tenant
+        first, and of each what would go last."""
         for tenant, parts in held.most_common():
             if parts <= least:
-                return None
+                return
             for entry in self._queue.last_first(tenant):
                 seat = entry.item.seat
-                fits = parts - seat.parts >= least
-                if fits and seat.displaceable and seat not in chosen:
-                    return seat
-        return None
+                if seat.displaceable and parts - seat.parts >= least:
+                    yield seat
 
     def _displace(self, seat: Seat) -> None:
         self.displaced_total += 1

@@ -7,7 +7,7 @@ from collections import Counter
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from launch.admission import Admission, Seat, tenant_of
 from launch.gateway_errors import TooManyRequests
@@ -177,8 +177,9 @@ async def _accounts_hold(steps) -> None:
     assert (admission.admitted, admission.queued, admission.tenants_queued) == (0, 0, 0)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=300)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 3)), max_size=40))
+@example([("a", 1), ("a", 1), ("b", 2), ("b", 2), ("b", 1), ("c", 3)])
 def test_who_is_refused_holds_as_much_as_anyone_who_waits(arrivals):
     asyncio.run(_refused_fairly(arrivals))
 
