@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from scheduler.cluster_state import ClusterState
@@ -38,17 +39,19 @@ class Oracle(OneSide):
 
 class RoundRobin:
     """Both paths without a scheduler, the paper's ablation (section 7.4): requests take the
-    PE and the DE path in turns, and engines are taken in turns as well."""
+    PE and the DE path in turns, and engines are taken in turns as well. Each decode node has
+    turns of its own: common ones would stay in step with an even number of decode engines,
+    and half of their storage NICs would never read."""
 
     rotates_engines = True
 
     def __init__(self) -> None:
-        self._turn = 0
+        self._turns: Counter[str] = Counter()
 
     def assign(self, hit: Hit, state: ClusterState) -> list[Range]:
-        self._turn += 1
-        sides = hit.sides
-        return from_side(hit, state, sides[self._turn % len(sides)] if sides else None)
+        self._turns[hit.decode_agent] += 1
+        sides, turn = hit.sides, self._turns[hit.decode_agent]
+        return from_side(hit, state, sides[turn % len(sides)] if sides else None)
 
 
 class ShorterQueue:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
 from scheduler.options import SchedulerOptions
 from scheduler.plan import NoEngine
 from scheduler.scheduler import Scheduler, UnknownPlan
+from storage.block import BlockKey
 from storage.tier import TierName
 from tests.scheduler.clusters import (
     BLOCK_BYTES,
@@ -108,6 +110,24 @@ def test_where_all_read_queues_are_long_the_much_longer_one_gets_nothing():
     assert scheduler.plan(request("1"), now=0.0).prefill == "p1", "more than 3 s less"
     report_agent(scheduler, "agent-p0", read_queue_bytes={TierName.REMOTE: 8_500_000})
     assert scheduler.plan(request("2"), now=0.0).prefill == "p0", "about alike: fewer tokens"
+
+
+def test_round_robin_takes_engines_in_turns_and_both_sides_of_each_decode_engine():
+    scheduler = cluster("round-robin", prefill=1, decode=2)
+    readers = []
+    for number in range(8):
+        # Blocks of its own: what an earlier plan has brought to DRAM is read by nobody.
+        keys = [BlockKey(bytes([number + 1]) * 32)]
+        held = [Holding(key, TierName.REMOTE, True) for key in keys]
+        assert scheduler.announce("agent-p0", 1, number, number == 0, held)
+        plan = scheduler.plan(request(str(number), 1, keys=keys), now=0.0)
+        readers.append((plan.decode, plan.ranges[0].agent))
+    assert Counter(readers) == {
+        ("d0", "agent-p0"): 2,
+        ("d0", "agent-d0"): 2,
+        ("d1", "agent-p0"): 2,
+        ("d1", "agent-d1"): 2,
+    }
 
 
 def test_decode_engines_of_a_group_are_balanced_within_z_of_its_mean():
