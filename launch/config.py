@@ -94,7 +94,7 @@ class ClusterConfig:
     port: int = setting(30000, "Port of the gateway: the OpenAI API.", int)
     base_port: int = setting(
         0,
-        "First port of the other processes, 32 for each, best below 32768 (Mooncake takes fixed "
+        "First port of the other processes, 48 for each, best below 32768 (Mooncake takes fixed "
         "ports only there); 0 means --port + 100.",
         int,
     )

@@ -27,7 +27,7 @@ from storage.settings import to_env
 from transfer.agent_config import AgentConfig
 
 LOOPBACK = "127.0.0.1"
-PORTS_PER_PROCESS = 32
+PORTS_PER_PROCESS = 48
 PAGE_TOKENS = 64
 CPU_POOL_TOKENS = 65536
 
@@ -36,8 +36,9 @@ _CONTROL = 0
 _HTTP = 1
 _RENDEZVOUS = 2
 _BOOTSTRAP, _BOOTSTRAP_PORTS = 8, 8
-_MOONCAKE, _MOONCAKE_PORTS, _MOONCAKE_STARTS = 16, 2, 8
-"""Mooncake listens on two ports, and gets two others at each of so many starts."""
+_MOONCAKE, _MOONCAKE_PORTS, _MOONCAKE_STARTS = 16, 8, 4
+"""Mooncake takes two of so many ports, of others at each of so many starts. It needs a choice:
+those of a process that just ended cannot be bound for a minute."""
 
 _MIN_RPC_PORT = "MC_MIN_RPC_PORT"
 _BOOTSTRAP_FLAG = "--disaggregation-bootstrap-port"

@@ -224,7 +224,7 @@ class Cluster:
 @contextlib.contextmanager
 def running_cluster(folder: Path, *flags: str, wait: bool = True) -> Iterator[Cluster]:
     """Start a cluster on free ports with its store and logs under ``folder``."""
-    port = free_port_block(400)
+    port = free_port_block(500)
     log_dir = folder / "logs"
     argv = [sys.executable, "-m", "launch.cluster", "--port", str(port)]
     argv += ["--base-port", str(port + 10), "--log-dir", str(log_dir)]
