@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich.table import Table
 
 
 class Goal(msgspec.Struct, frozen=True):
@@ -51,3 +53,13 @@ class Goal(msgspec.Struct, frozen=True):
 def write_report(path: Path, goals: list[Goal], figures: dict[str, Any]) -> None:
     """One JSON file: ``goals`` at its top, everything else under names of its own."""
     path.write_text(json.dumps({"goals": [g.row() for g in goals], **figures}, indent=2) + "\n")
+
+
+def goals_table(goals: Sequence[Goal]) -> Table:
+    """For the console: each goal with what was measured."""
+    table = Table("goal", "measured", "unit", "threshold", "holds", title="Goals")
+    for goal in goals:
+        value = "-" if goal.value is None else f"{goal.value:,.4g}"
+        mark = "yes" if goal.holds else "[red]no"
+        table.add_row(goal.name, value, goal.unit, goal.threshold, mark)
+    return table

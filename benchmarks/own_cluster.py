@@ -20,13 +20,13 @@ HOST = "127.0.0.1"
 PORT_FIRST, PORT_LAST, PORT_STEP = 20000, 31000, 640
 """Below the ports that the kernel gives to outgoing connections. The launcher takes the
 ports of the other processes from --port + 100 on."""
-PROBED_OFFSETS = (0, *range(100, 356))
+PROBED_OFFSETS = (0, *range(100, PORT_STEP))
 STOP_TIMEOUT_S = 20.0
 TAIL_LINES = 40
 
 
 class ClusterFailed(Exception):
-    """It ended, or was not healthy in time; the text ends with the last lines of its log."""
+    """It ended, was not healthy in time, or gave no answer."""
 
 
 @contextlib.contextmanager
@@ -90,18 +90,17 @@ def _wait_healthy(
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise ClusterFailed(
-                f"launch.cluster exited with {process.returncode}:\n{_tail(output)}"
-            )
+            raise ClusterFailed(f"launch.cluster exited with {process.returncode}:\n{tail(output)}")
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
                 return
         except (urllib.error.URLError, http.client.HTTPException, OSError):
             time.sleep(0.5)
-    raise ClusterFailed(f"launch.cluster not healthy after {timeout_s:g} s:\n{_tail(output)}")
+    raise ClusterFailed(f"launch.cluster not healthy after {timeout_s:g} s:\n{tail(output)}")
 
 
-def _tail(output: Path) -> str:
+def tail(output: Path) -> str:
+    """The last lines of a log."""
     return "\n".join(output.read_text(errors="replace").splitlines()[-TAIL_LINES:])
 
 

@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 
 from benchmarks.trace import PAGE_TOKENS, SeenBlocks, Turn, possible_blocks
+from launch.trace import HEADER
 
-TRACE_HEADER = "x-dualpath-trace"
 REQUEST_TIMEOUT_S = 600.0
 
 
@@ -88,7 +88,7 @@ async def _send(http: aiohttp.ClientSession, turn: Turn, seen: SeenBlocks) -> Ou
         async with http.post("/generate", json=body) as response:
             if response.status != 200:
                 raise ReplayError(f"HTTP {response.status}: {(await response.text())[:300]}")
-            outcome.trace = json.loads(response.headers.get(TRACE_HEADER, "{}"))
+            outcome.trace = json.loads(response.headers.get(HEADER, "{}"))
             final = await _last_event(response, outcome, start_s)
     except (aiohttp.ClientError, TimeoutError, ReplayError) as error:
         outcome.error = f"{type(error).__name__}: {error}"

@@ -16,7 +16,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.goals import Goal, write_report
+from rich.console import Console
+
+from benchmarks.goals import Goal, goals_table, write_report
 from benchmarks.store_index import measure_index, measure_power_cut
 from benchmarks.store_load import HiCacheLoad, Memory, RawFile, TierLoad, busy_thread
 from storage.io_threads import SWITCH_INTERVAL_S
@@ -47,10 +49,7 @@ def main() -> int:
         figures |= measure_power_cut(Path(folder) / "cut")
     goals = goals_of(rates, figures)
     write_report(arguments.json, goals, {"bytes_per_s": rates, **figures})
-    for goal in goals:
-        value = "not measured" if goal.value is None else f"{goal.value:.3g} {goal.unit}"
-        mark = "holds" if goal.holds else "DOES NOT HOLD"
-        print(f"{goal.name}: {value} (goal {goal.threshold}): {mark}")
+    Console().print(goals_table(goals))
     return 0
 
 

@@ -21,7 +21,7 @@ _LOCK = ".cluster.lock"
 
 def check(config: ClusterConfig, records: Sequence[ProcessRecord]) -> list[IO[str]]:
     """Raises :class:`BadConfig`; the returned files hold locks for as long as they are open."""
-    check_memory(config, _available_memory_bytes())
+    check_memory(config, available_memory_bytes())
     for record in records:
         for purpose, port in record.ports.items():
             check_port(record, purpose, port)
@@ -97,7 +97,8 @@ def _lock_store(folder: Path) -> IO[str]:
     return lock
 
 
-def _available_memory_bytes() -> int:
+def available_memory_bytes() -> int:
+    """What processes may still take, as the kernel sees it."""
     match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
     return (
         int(match[1]) * 1024 if match else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

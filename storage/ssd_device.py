@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.io_threads import IoThreads
+from storage.queued_tier import CLOSE_TIMEOUT_S
 from storage.slab import Slab, Written
 from storage.ssd_folder import DirectoryUnusable, SsdFolder
 from storage.tier_operation import Operation
@@ -30,7 +31,6 @@ SCAN_THREADS = 16
 ERRORS_MAX = 8
 """I/O errors in a row after which a disk is taken out."""
 FATAL_ERRORS = {errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN, errno.ESTALE}
-CLOSE_TIMEOUT_S = 3.0
 SPARE_PART = 0.01
 """Of a disk's free space, for tables and the file system's own needs."""
 
@@ -104,7 +104,7 @@ class SsdDevice:
         try:
             records = self._read_records()
         except OSError as error:
-            self.close(CLOSE_TIMEOUT_S)
+            self.close()
             raise DirectoryUnusable(self.path, error.strerror or str(error)) from error
         for number in sorted(records, key=lambda n: records[n]["sequence"].max()):
             if self._held_bytes <= self._capacity_bytes and not self.lacks_space():
@@ -125,10 +125,10 @@ class SsdDevice:
         self._folder.mark(is_closed=False)
         return records
 
-    def close(self, timeout_s: float) -> None:
+    def close(self) -> None:
         """End the threads; if all of them end, the next start believes the tables."""
         threads = (self.readers, self.writers, self._syncers)
-        if not all([each.close(timeout_s) for each in threads]):
+        if not all([each.close(CLOSE_TIMEOUT_S) for each in threads]):
             return  # a call hangs in the disk: its file must not be closed under it
         is_right = self._is_restored and not self.is_failed
         try:

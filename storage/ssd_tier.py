@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from storage.block import KEY_BYTES, BlockKey
 from storage.block_format import verify
-from storage.queued_tier import CLOSE_TIMEOUT_S, Executor, QueuedTier
+from storage.queued_tier import Executor, QueuedTier
 from storage.slab import Slab, Written, slot_bytes_for
 from storage.ssd_device import SsdDevice
 from storage.ssd_folder import DirectoryLocked, DirectoryUnusable
@@ -84,7 +84,7 @@ class SsdTier(QueuedTier):
 
     def close(self) -> None:
         for device in self._devices:
-            device.close(CLOSE_TIMEOUT_S)
+            device.close()
 
     def stats(self) -> TierStats:
         used = [device for device in self._devices if not device.is_failed]

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.goals import Goal, write_report
+from benchmarks.goals import Goal, goals_table, write_report
 from benchmarks.scheduler import balance, speed
 from benchmarks.scheduler.balance import Balance, Step
 from benchmarks.scheduler.speed import PlanLoop, Speed
@@ -174,11 +174,7 @@ def show(
     jobs: list[dict[str, Any]],
 ) -> None:
     console = Console()
-    table = Table("goal", "value", "unit", "threshold", "holds")
-    for goal in rows:
-        value = "-" if goal.value is None else f"{goal.value:,.4g}"
-        table.add_row(goal.name, value, goal.unit, goal.threshold, "yes" if goal.holds else "NO")
-    console.print(table)
+    console.print(goals_table(rows))
     table = Table("", "plan p50, ms", "p99, ms", "p99 by the wall clock, ms", "plans/s", "cycles/s")
     for name, of in speeds.items():
         times = (of.plan_p50_ms, of.plan_p99_ms, of.plan_p99_wall_ms)

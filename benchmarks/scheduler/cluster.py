@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from launch.processes import PAGE_TOKENS
 from scheduler.directory import Directory, Run
 from scheduler.holder_sets import Holders
 from scheduler.options import SchedulerOptions
@@ -13,8 +14,7 @@ from scheduler.plan import PlanRequest, Range
 from scheduler.scheduler import Scheduler
 from storage.block import KEY_BYTES, BlockKey
 from storage.tier import TierName
-
-PAGE_TOKENS = 64
+from transfer.messages import PrefillCost
 
 
 class Hardware(msgspec.Struct, frozen=True):
@@ -35,14 +35,6 @@ class Hardware(msgspec.Struct, frozen=True):
     @property
     def cost(self) -> PrefillCost:
         return PrefillCost(0.0, 1 / self.prefill_tokens_per_s, 0.0)
-
-
-class PrefillCost(msgspec.Struct, frozen=True):
-    """Seconds of a prefill forward: a constant, by token, by pair of tokens."""
-
-    base_s: float
-    token_s: float
-    pair_s: float
 
 
 class RemoteStore(Directory):

@@ -18,6 +18,7 @@ from scheduler.directory import Directory
 from scheduler.plan import Plan
 from storage.block import KEY_BYTES, BlockKey
 from storage.tier import TierName
+from transfer.messages import Holding
 
 PROMPT_TOKENS = 64 * 1024
 NEW_TOKENS = 176
@@ -132,17 +133,11 @@ def full_directory(
     the prompts' keys, in random order. ``progress`` is told the part that is done."""
     directory, prompts = Directory(blocks), blocks // HIT_BLOCKS
     for prompt in range(prompts):
-        changes = [_Held(key, TierName.REMOTE) for key in _prompt_keys(prompt)]
+        changes = [Holding(key, TierName.REMOTE, True) for key in _prompt_keys(prompt)]
         directory.apply("agent-p0", 1, prompt, prompt == 0, changes)
         progress((prompt + 1) / prompts)
     order = np.random.default_rng(1).permutation(prompts).tolist()
     return directory, map(_prompt_keys, order)
-
-
-class _Held(msgspec.Struct, frozen=True):
-    key: BlockKey
-    tier: TierName
-    held: bool = True
 
 
 def _prompt_keys(prompt: int) -> list[BlockKey]:

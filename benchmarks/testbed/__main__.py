@@ -18,10 +18,10 @@ import msgspec
 from rich.console import Console
 from tqdm import tqdm
 
-from benchmarks.goals import Goal, write_report
+from benchmarks.goals import Goal, goals_table, write_report
+from benchmarks.own_cluster import ClusterFailed, tail
 from benchmarks.radosgw import RadosGateway
 from benchmarks.testbed import machine, report
-from benchmarks.testbed.cluster import ClusterFailed
 from benchmarks.testbed.iperf import IperfFailed
 from benchmarks.testbed.network import Network, NetworkFailed, Rates, remove_leftovers
 from benchmarks.testbed.offline import AGENTS_PER_PREFILL, Plan, Race
@@ -31,7 +31,6 @@ from launch.supervisor import StartFailed
 SHAPES = {shape.name: shape for shape in (Shape(1, 1), Shape(1, 2), Shape(2, 2))}
 STORE_BYTES = 2 << 30
 RUN_MINUTES_MAX = 45
-TAIL_LINES = 30
 FAILURES = (ClusterFailed, StartFailed, IperfFailed, NetworkFailed, TimeoutError)
 
 
@@ -96,7 +95,7 @@ def _measure(plan: Plan, rates: Rates, results: list[ShapeResult]) -> None:
                     results.append(race.run(shape))
                     _end_on_sigterm()  # the cluster's event loop has taken the handler away
         except StartFailed as error:  # its log is about to be removed
-            bar.write("\n".join(error.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]))
+            bar.write(tail(error.log))
             raise
         finally:
             s3.stop()
@@ -114,7 +113,7 @@ def _report(
     goals = _goals(results, seconds)
     console = Console()
     console.print(report.arms_table(results))
-    console.print(report.goals_table(goals))
+    console.print(goals_table(goals))
     out: Path = arguments.json
     out.parent.mkdir(parents=True, exist_ok=True)
     figures = {

@@ -13,28 +13,26 @@ import msgspec
 
 import engine.engine_config
 import transfer.agent_config
+from benchmarks.own_cluster import ClusterFailed
 from benchmarks.testbed.network import Network
 from engine.engine_config import EngineConfig
 from launch.config import ClusterConfig
 from launch.hardware import Hardware
 from launch.models import resolve_model
-from launch.processes import ProcessRecord, node_names, process_records
+from launch.processes import PAGE_TOKENS, ProcessRecord, node_names, process_records
 from launch.supervisor import Supervisor
+from launch.trace import HEADER
 from storage.settings import to_env
 from transfer.agent_config import AgentConfig
 
 MODEL = "tiny"
-BLOCK_BYTES = 64 * 8 * 2 * 2 * 64 * 4
-"""KV of the model's block: 64 tokens, 8 layers, K and V, 2 heads of 64 in float32."""
+BLOCK_BYTES = PAGE_TOKENS * 8 * 2 * 2 * 64 * 4
+"""KV of the model's block: a page, 8 layers, K and V, 2 heads of 64 in float32."""
 START_TIMEOUT_S = 240.0
 STORED_TIMEOUT_S = 90.0
 STATUS_S = 0.6
 """Agents report five times a second: after so long the gateway has heard their last count."""
 REQUEST_TIMEOUT_S = 300.0
-
-
-class ClusterFailed(Exception):
-    """A process did not start, died, or an answer was not one."""
 
 
 class Supervised:
@@ -75,7 +73,7 @@ class Gateway:
             text = await response.text()
             if response.status != 200:
                 raise ClusterFailed(f"HTTP {response.status}: {text[:300]}")
-            trace = msgspec.json.decode(response.headers["x-dualpath-trace"])
+            trace = msgspec.json.decode(response.headers[HEADER])
             return msgspec.json.decode(text), trace
 
     async def set_policy(self, name: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks import radosgw
 from benchmarks.testbed.network import PREFIX, Network, NetworkFailed, Rates
+from launch.preflight import available_memory_bytes
 
 ENGINE_BYTES = 2_300_000_000
 """Resident memory of a SGLang engine with the model ``tiny`` and of its agent, measured."""
@@ -47,13 +48,6 @@ def _no_limited_links() -> str:
     except NetworkFailed as error:
         return str(error)
     return ""
-
-
-def available_memory_bytes() -> int:
-    """``MemAvailable`` of the kernel."""
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
-    assert match is not None, "Linux has this line since 3.14"
-    return int(match[1]) * 1024
 
 
 def cpu_seconds() -> float:

@@ -39,19 +39,20 @@ class NicUse(msgspec.Struct):
         """Bytes a second of each node over the middle ``share`` of the job; shape (nodes,)."""
         end_s = self.times_s[-1]
         cuts_s = np.array([(1 - share) / 2, (1 + share) / 2]) * end_s
-        at_cuts = np.stack(
-            [np.interp(cuts_s, self.times_s, column) for column in self.received_bytes.T], axis=1
-        )
+        at_cuts = self._received_at(cuts_s)
         return np.asarray((at_cuts[1] - at_cuts[0]) / (cuts_s[1] - cuts_s[0]))
 
     def rates(self, window_s: float) -> tuple[Floats, Floats]:
         """Times and mean bytes a second in consecutive windows; shapes (windows,) and
         (windows, nodes)."""
         edges_s = np.arange(0, self.times_s[-1] + window_s, window_s)
-        at_edges = np.stack(
-            [np.interp(edges_s, self.times_s, column) for column in self.received_bytes.T], axis=1
-        )
-        return (edges_s[1:] + edges_s[:-1]) / 2, np.diff(at_edges, axis=0) / window_s
+        received = np.diff(self._received_at(edges_s), axis=0)
+        return (edges_s[1:] + edges_s[:-1]) / 2, received / window_s
+
+    def _received_at(self, times_s: Floats) -> Floats:
+        """Bytes since the job's begin, between the samples; shape (times, nodes)."""
+        columns = [np.interp(times_s, self.times_s, column) for column in self.received_bytes.T]
+        return np.stack(columns, axis=1)
 
 
 class _Samples:

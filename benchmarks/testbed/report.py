@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.goals import Goal
 from benchmarks.testbed.results import ORACLE, Run, ShapeResult
 
 WINDOW_S = 0.5
@@ -46,15 +45,6 @@ def arms_table(results: Sequence[ShapeResult]) -> Table:
                 style=None if of["is_valid"] else "red",
             )
         table.add_section()
-    return table
-
-
-def goals_table(goals: Sequence[Goal]) -> Table:
-    """Each goal with what was measured."""
-    table = Table("goal", "measured", "threshold", "holds", title="Goals")
-    for goal in goals:
-        mark = "yes" if goal.holds else "[red]no"
-        table.add_row(goal.name, _number(goal.value, 3), goal.threshold, mark)
     return table
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.goals import Goal
+from benchmarks.goals import Goal, goals_table
 from benchmarks.testbed import iperf, machine, report
 from benchmarks.testbed.cluster import cluster_config, records_on
 from benchmarks.testbed.network import (
@@ -237,7 +237,7 @@ def test_rows_and_picture_are_written(tmp_path: Path):
 def test_table_has_a_row_for_each_arm():
     found = result([run("prefill", 0, 4.0), run("oracle", 0, 1.0, (0, 0), 0)])
     assert report.arms_table([found]).row_count == 2
-    assert report.goals_table(found.goals()).row_count == 6
+    assert goals_table(found.goals()).row_count == 6
 
 
 # ---- cluster --------------------------------------------------------------------------------

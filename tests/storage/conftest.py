@@ -65,6 +65,20 @@ def read(tier: Tier, key: BlockKey) -> tuple[Completion, bytes]:
     return finish(tier, 1)[key], bytes(buffer)
 
 
+@pytest.fixture
+def closing() -> Iterator[Callable[[SsdTier], SsdTier]]:
+    """Hands a tier back, and closes it after the test."""
+    tiers: list[SsdTier] = []
+
+    def closed_later(tier: SsdTier) -> SsdTier:
+        tiers.append(tier)
+        return tier
+
+    yield closed_later
+    for tier in tiers:
+        tier.close()
+
+
 @pytest.fixture(scope="session")
 def radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RadosGateway]:
     if missing := missing_programs():

@@ -28,16 +28,11 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def open_ssd(folders: list[Path]) -> Iterator[Callable[..., SsdTier]]:
-    tiers: list[SsdTier] = []
-
+def open_ssd(folders: list[Path], closing: Callable[[SsdTier], SsdTier]) -> Callable[..., SsdTier]:
     def open_with(blocks: int = 300) -> SsdTier:
-        tiers.append(SsdTier(folders, blocks * SLOT_BYTES, no_wake, threads=2))
-        return tiers[-1]
+        return closing(SsdTier(folders, blocks * SLOT_BYTES, no_wake, threads=2))
 
-    yield open_with
-    for tier in tiers:
-        tier.close()
+    return open_with
 
 
 def _fail(monkeypatch: pytest.MonkeyPatch, names: Sequence[str], folder: Path, number: int) -> None:

@@ -8,7 +8,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,11 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def open_ssd(directory: Path) -> Iterator[OpenSsd]:
-    tiers: list[SsdTier] = []
-
+def open_ssd(directory: Path, closing: Callable[[SsdTier], SsdTier]) -> OpenSsd:
     def open_with(blocks: int = 100) -> SsdTier:
-        tiers.append(SsdTier(directory, blocks * SLOT_BYTES, no_wake, threads=4))
-        return tiers[-1]
+        return closing(SsdTier(directory, blocks * SLOT_BYTES, no_wake, threads=4))
 
-    yield open_with
-    for tier in tiers:
-        tier.close()
+    return open_with
 
 
 def _damage(directory: Path, key: BlockKey, how: str) -> None:
