@@ -11,18 +11,19 @@ import sys
 from collections.abc import Sequence
 
 from launch import preflight
-from launch.config import BadConfig, ClusterConfig, help_markdown, load_config
+from launch.config import ClusterConfig, load_config
 from launch.console import ConsoleReporter, make_summary
 from launch.hardware import detect
 from launch.models import resolve_model
 from launch.processes import ProcessRecord, process_records
+from launch.settings import BadConfig, help_markdown
 from launch.supervisor import StartFailed, Supervisor
 
 
 def main(argv: Sequence[str]) -> int:
     """Serve until a signal; returns the exit code."""
     if "--help-markdown" in argv:
-        print(help_markdown())
+        print(help_markdown(ClusterConfig))
         return 0
     try:
         config = load_config(argv)

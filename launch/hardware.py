@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.config import BadConfig, ClusterConfig
+from launch.config import ClusterConfig
+from launch.settings import BadConfig
 
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia")

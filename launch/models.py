@@ -19,7 +19,8 @@ from importlib import import_module, util
 from importlib.metadata import version
 from pathlib import Path
 
-from launch.config import BadConfig, cache_folder, near
+from launch.config import cache_folder
+from launch.settings import BadConfig, near
 
 _RECIPES = {
     "tiny": ("launch.tiny_model", ("tokenizers", "safetensors")),

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from launch.config import BadConfig, ClusterConfig
+from launch.config import ClusterConfig
 from launch.processes import ProcessRecord
+from launch.settings import BadConfig
 from launch.sizes import format_size
 
 _LOCK = ".cluster.lock"

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from launch import cluster, preflight
-from launch.config import BadConfig, ClusterConfig
+from launch.config import ClusterConfig
 from launch.console import LogFollower, make_summary
 from launch.hardware import Hardware
 from launch.processes import process_records
+from launch.settings import BadConfig
 
 
 @pytest.fixture

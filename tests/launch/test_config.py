@@ -4,15 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.config import (
-    FIELDS,
-    BadConfig,
-    ClusterConfig,
-    flag,
-    help_markdown,
-    load_config,
-    make_parser,
-)
+from launch.config import ClusterConfig, load_config, make_parser
+from launch.settings import BadConfig, fields_of, flag, help_markdown
 from launch.sizes import format_size, parse_size
 
 
@@ -104,8 +97,8 @@ def test_a_bad_file_is_an_error_that_names_the_key(tmp_path, name, text, words):
 
 
 def test_help_and_the_table_of_flags_name_every_setting():
-    table, usage = help_markdown(), make_parser().format_help()
-    for name in FIELDS:
+    table, usage = help_markdown(ClusterConfig), make_parser().format_help()
+    for name in fields_of(ClusterConfig):
         assert f"`{flag(name)}" in table
         assert flag(name) in usage
 

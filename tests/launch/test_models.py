@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import tiny_model
-from launch.config import BadConfig
 from launch.models import build_into, model_folder, resolve_model
+from launch.settings import BadConfig
 
 
 @pytest.fixture(scope="module")

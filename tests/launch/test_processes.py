@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from engine.engine_config import EngineConfig
-from launch.config import BadConfig, ClusterConfig
+from launch.config import ClusterConfig
 from launch.gateway_config import GatewayConfig
 from launch.hardware import Hardware, choose_transfer
 from launch.processes import ProcessRecord, process_records, respawn
+from launch.settings import BadConfig
 from storage.settings import from_env
 from transfer.agent_config import AgentConfig
 
