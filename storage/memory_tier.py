@@ -5,12 +5,12 @@ from __future__ import annotations
 from storage.block import BlockKey
 from storage.block_format import encode_header, verify
 from storage.io_threads import CallerThread
-from storage.queued_tier import QueuedTier
+from storage.threaded_tier import ThreadedTier
 from storage.tier import BlockMissing, TierName, Wake
 from storage.tier_operation import Operation
 
 
-class MemoryTier(QueuedTier):
+class MemoryTier(ThreadedTier):
     """Keeps blocks in ``blocks``: each as (header, payload). For tests and dry runs.
 
     ``blocks`` may be shared by several tiers, as object stores are shared by agents;

@@ -1,7 +1,7 @@
 """What every tier does alike: index, room, queue, completions and counters.
 
-All bookkeeping belongs to the owner's thread. I/O threads carry out one operation
-at a time and hand it back through ``_done``; they see no index. Per key, a write or a
+All bookkeeping belongs to the owner's thread. I/O threads carry operations out and
+hand them back through ``_done``; they see no index. Per key, a write or a
 removal never overlaps another operation: it waits until the key is idle.
 """
 
@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Sequence
-from typing import Protocol
 
 from storage.block import BlockKey
 from storage.block_format import HEADER_BYTES, UnknownVersion
-from storage.io_threads import Work
 from storage.tier import (
     BlockCorrupt,
     BlockIO,
@@ -35,12 +32,6 @@ from storage.tier_operation import Kind, Operation
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 3.0
-
-
-class Executor(Protocol):
-    """Where operations run: IoThreads or CallerThread."""
-
-    def submit(self, work: Work) -> None: ...
 
 
 class QueuedTier(ABC):
@@ -80,26 +71,12 @@ class QueuedTier(ABC):
         self._stats = TierStats(capacity_bytes=capacity_bytes)
 
     @abstractmethod
-    def _executor(self, operation: Operation) -> Executor:
-        """Who runs the operation."""
-
-    @abstractmethod
     def close(self) -> None:
         """End I/O within seconds and release files and threads."""
 
-    # ---- moved by subclasses, in I/O threads ----------------------------------------
-
     @abstractmethod
-    def _load(self, operation: Operation) -> None:
-        """Fill the operation's buffer, verified; raise otherwise."""
-
-    @abstractmethod
-    def _store(self, operation: Operation) -> None:
-        """Store the operation's payload durably; raise otherwise (TierFull: no room)."""
-
-    @abstractmethod
-    def _remove(self, operation: Operation) -> None:
-        """Delete what is stored under the operation's key, or in its place, if anything."""
+    def _launch(self, operation: Operation) -> None:
+        """Have I/O threads carry it out, and then hand it back (:meth:`_hand_back`)."""
 
     # ---- the contract ---------------------------------------------------------------
 
@@ -168,22 +145,7 @@ class QueuedTier(ABC):
     def _start(self, operation: Operation) -> None:
         self._inflight.add(operation)
         self._busy[operation.key] += 1
-        self._executor(operation).submit(lambda: self._run(operation))
-
-    def _run(self, operation: Operation) -> None:
-        """In an I/O thread."""
-        start = operation.started_s = time.monotonic()
-        try:
-            if operation.kind is Kind.READ:
-                self._load(operation)
-            elif operation.kind is Kind.WRITE:
-                self._store(operation)
-            else:
-                self._remove(operation)
-        except Exception as error:  # whatever a file system raises ends this block alone
-            operation.error = error
-        operation.seconds = time.monotonic() - start
-        self._hand_back(operation)
+        self._launch(operation)
 
     def _hand_back(self, operation: Operation) -> None:
         """To the owner's thread."""

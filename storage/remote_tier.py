@@ -21,7 +21,8 @@ from storage.block_format import (
     verify,
 )
 from storage.io_threads import IoThreads
-from storage.queued_tier import CLOSE_TIMEOUT_S, QueuedTier
+from storage.queued_tier import CLOSE_TIMEOUT_S
+from storage.threaded_tier import ThreadedTier
 from storage.tier import BlockCorrupt, BlockMissing, TierName, Wake
 from storage.tier_operation import Kind, Operation
 
@@ -40,7 +41,7 @@ class RemoteUnusable(Exception):
         self.reason = reason
 
 
-class RemoteTier(QueuedTier):
+class RemoteTier(ThreadedTier):
     """One object a block under ``<url>/blocks``, shared with other agents.
 
     The index is a hint: a listing made in the background after the start, at most

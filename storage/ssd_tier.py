@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from storage.block import KEY_BYTES, BlockKey
 from storage.block_format import verify
-from storage.queued_tier import Executor, QueuedTier
 from storage.slab import Slab, Written, slot_bytes_for
 from storage.ssd_device import SsdDevice
 from storage.ssd_folder import DirectoryLocked, DirectoryUnusable
+from storage.threaded_tier import Executor, ThreadedTier
 from storage.tier import (
     BlockCorrupt,
     BlockMissing,
@@ -42,7 +42,7 @@ _Records = dict[int, NDArray[np.void]]
 _NOTHING = np.empty(0, np.int64)
 
 
-class SsdTier(QueuedTier):
+class SsdTier(ThreadedTier):
     """Blocks in fixed slots, striped over the folders, evicted least recently used.
 
     A folder is a disk, and gets an equal part of ``capacity_bytes`` and ``threads`` readers;
