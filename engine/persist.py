@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from engine.block_keys import continue_chain, namespace_seed
-from storage.block import BlockKey, block_keys
+from storage.block import NO_PARENT, BlockKey, block_keys, tenant_digest
 from transfer.messages import PullBlocks, PullEnded
 
 if TYPE_CHECKING:
@@ -33,6 +33,14 @@ class _Progress(msgspec.Struct):
     namespace_digest: bytes
     blocks_done: int
     last_hash: bytes | None
+    tenant: str
+
+    @property
+    def last_key(self) -> BlockKey:
+        """Of the last block done, the parent of what is offered next."""
+        if not self.blocks_done or self.last_hash is None:
+            return NO_PARENT
+        return block_keys(self.namespace_digest, [self.last_hash])[0]
 
 
 class Persister:
@@ -53,8 +61,10 @@ class Persister:
         page = self._engine.memory.layout.page_tokens
         last_hash = namespace_seed(req.extra_key, req.cache_salt)
         stored = continue_chain(last_hash, req.origin_input_ids[: stored_blocks * page], page)
+        salt = req.cache_salt or req.extra_key
         progress = _Progress(
-            self._engine.namespace_digest, len(stored), stored[-1] if stored else last_hash
+            *(self._engine.namespace_digest, len(stored), stored[-1] if stored else last_hash),
+            tenant_digest(salt) if salt else "",
         )
         self._progress[req.rid] = progress
         while len(self._progress) > REQUESTS_MAX:
@@ -91,10 +101,11 @@ class Persister:
         table = self._engine.scheduler.req_to_token_pool.req_to_token
         rows = table[req.kv.req_pool_idx, start * page : end * page : page]
         keys = block_keys(progress.namespace_digest, hashes)
+        parent = progress.last_key
         progress.blocks_done, progress.last_hash = end, hashes[-1]
-        return self._pull(keys, (rows // page).tolist())
+        return self._pull(keys, (rows // page).tolist(), parent, progress.tenant)
 
-    def _pull(self, keys: list[BlockKey], pages: list[int]) -> bool:
+    def _pull(self, keys: list[BlockKey], pages: list[int], parent: BlockKey, tenant: str) -> bool:
         engine = self._engine
         agent, timeout_s = engine.config.agent, engine.config.pull_timeout_s
         incarnation = engine.links.incarnation(agent)
@@ -106,7 +117,7 @@ class Persister:
 
         job = engine.jobs.open(agent, incarnation, pages, timeout_s, ended)
         self._open_pulls.add(job)
-        if not engine.links.send(agent, PullBlocks(job, keys, pages, timeout_s)):
+        if not engine.links.send(agent, PullBlocks(job, keys, pages, timeout_s, parent, tenant)):
             engine.jobs.close(job, "agent queue full")
             return False
         self.offered_blocks_total += len(keys)

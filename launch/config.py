@@ -22,8 +22,8 @@ from launch.settings import (
     require,
     setting,
 )
-from launch.sizes import parse_size
 from scheduler.policies import POLICY_NAMES, UnknownPolicy, read_policy
+from storage.sizes import parse_size
 
 
 def cache_folder() -> Path:

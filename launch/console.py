@@ -14,7 +14,7 @@ from rich.table import Table
 from launch.config import ClusterConfig
 from launch.hardware import Hardware
 from launch.processes import ProcessRecord, served_model_name
-from launch.sizes import format_size
+from storage.sizes import format_size
 
 _LEVELS = ("debug", "info", "warning", "error", "none")
 _NEW_ENTRY = re.compile(r"\[?\d{4}-\d\d-\d\d|[A-Z]+:|\[")

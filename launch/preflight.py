@@ -15,7 +15,7 @@ from typing import IO
 from launch.config import ClusterConfig
 from launch.processes import ProcessRecord
 from launch.settings import BadConfig
-from launch.sizes import format_size
+from storage.sizes import format_size
 
 _LOCK = ".cluster.lock"
 

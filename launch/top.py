@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launch.sizes import format_size
+from storage.sizes import format_size
 
 FETCH_TIMEOUT_S = 5.0
 BAR_CELLS = 10

@@ -18,6 +18,11 @@ BlockKey = NewType("BlockKey", bytes)
 """32 bytes: sha256 over the namespace digest and SGLang's page hash."""
 
 KEY_BYTES = 32
+NO_PARENT = BlockKey(bytes(KEY_BYTES))
+"""Of the first block of a prefix, and where the parent is not known."""
+MODEL_DIGEST_CHARS_MAX = 64
+WEIGHT_VERSION_BYTES_MAX = 128
+TENANT_CHARS = 16
 
 
 class BlockLayout(msgspec.Struct, frozen=True):
@@ -61,15 +66,52 @@ class Namespace(msgspec.Struct, frozen=True):
         return hashlib.sha256(msgspec.json.encode(self, order="sorted")).digest()
 
 
+class BlockOwner(msgspec.Struct, frozen=True):
+    """Whose a block is: what quotas count together and what is dropped together."""
+
+    namespace_digest: bytes
+    model_digest: str = ""
+    weight_version: str = ""
+    tenant: str = ""
+    """:func:`tenant_digest` of the tenant's salt; empty where there is none."""
+
+
 class BlockLabel(msgspec.Struct, frozen=True):
     """What a stored block says of itself beside its key, for whoever finds it."""
 
     namespace_digest: bytes
     layout: BlockLayout
+    model_digest: str = ""
+    weight_version: str = ""
+    tenant: str = ""
+    parent: BlockKey = NO_PARENT
+    """The block before it in its prefix, without which it is of no use."""
+
+    @property
+    def owner(self) -> BlockOwner:
+        return BlockOwner(
+            self.namespace_digest, self.model_digest, self.weight_version, self.tenant
+        )
 
 
 UNLABELLED = BlockLabel(bytes(32), BlockLayout(0, 0, ()))
 """Of blocks whose writer knows no namespace."""
+
+
+def label_of(namespace: Namespace) -> BlockLabel:
+    """The label of the blocks of a namespace; long names are cut to what a header holds."""
+    version = namespace.weight_version.encode()[:WEIGHT_VERSION_BYTES_MAX]
+    return BlockLabel(
+        namespace.digest(),
+        namespace.layout,
+        namespace.model_digest[:MODEL_DIGEST_CHARS_MAX],
+        version.decode(errors="ignore"),
+    )
+
+
+def tenant_digest(salt: str) -> str:
+    """What is stored of a tenant: 16 hex digits, from which the salt cannot be told."""
+    return hashlib.sha256(b"dualpath-tenant\0" + salt.encode()).hexdigest()[:TENANT_CHARS]
 
 
 def block_keys(namespace_digest: bytes, page_hashes: Iterable[bytes]) -> list[BlockKey]:

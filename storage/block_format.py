@@ -9,34 +9,49 @@ import msgspec
 import numpy as np
 import xxhash
 
-from storage.block import KEY_BYTES, UNLABELLED, BlockKey, BlockLabel, BlockLayout
+from storage.block import (
+    KEY_BYTES,
+    MODEL_DIGEST_CHARS_MAX,
+    TENANT_CHARS,
+    UNLABELLED,
+    WEIGHT_VERSION_BYTES_MAX,
+    BlockKey,
+    BlockLabel,
+    BlockLayout,
+    BlockOwner,
+)
 from storage.tier import BlockCorrupt, BlockMissing
 
 HEADER_BYTES = 4096
 MAGIC = b"DUALPATH"
-VERSION = 2
+VERSION = 3
 COMPONENTS_MAX = 16
+OWNER_BYTES = KEY_BYTES + MODEL_DIGEST_CHARS_MAX + WEIGHT_VERSION_BYTES_MAX + TENANT_CHARS
 
 _START = struct.Struct("<8sII")  # magic, version, number of components
-_BODY = struct.Struct("<QQ32s")  # payload length, its checksum, block key
-_LABEL = struct.Struct(f"<32sII{COMPONENTS_MAX}Q")
-_SEQUENCE = struct.Struct("<Q")
+_BODY = struct.Struct("<QQ32s32sQ")  # payload length, its checksum, key, parent, sequence
+_OWNER = struct.Struct(
+    f"<{KEY_BYTES}s{MODEL_DIGEST_CHARS_MAX}s{WEIGHT_VERSION_BYTES_MAX}s{TENANT_CHARS}s"
+)
+_LAYOUT = struct.Struct(f"<II{COMPONENTS_MAX}Q")
 _CHECKSUM = struct.Struct("<Q")
 _BODY_AT = _START.size
-_LABEL_AT = _BODY_AT + _BODY.size
-_SEQUENCE_AT = _LABEL_AT + _LABEL.size
-_CHECKSUM_AT = _SEQUENCE_AT + _SEQUENCE.size
+_OWNER_AT = _BODY_AT + _BODY.size
+_LAYOUT_AT = _OWNER_AT + _OWNER.size
+_CHECKSUM_AT = _LAYOUT_AT + _LAYOUT.size
 _PAD = bytes(HEADER_BYTES - _CHECKSUM_AT - _CHECKSUM.size)
 
 HEADER_FIELDS = np.dtype(
     {
-        "names": ["magic", "version", "payload_bytes", "key", "sequence"],
-        "formats": ["S8", "<u4", "<u8", f"V{KEY_BYTES}", "<u8"],
-        "offsets": [0, 8, _BODY_AT, _BODY_AT + 16, _SEQUENCE_AT],
+        "names": ["magic", "version", "payload_bytes", "key", "parent", "sequence", "owner"],
+        "formats": [
+            *("S8", "<u4", "<u8", f"V{KEY_BYTES}", f"V{KEY_BYTES}", "<u8", f"V{OWNER_BYTES}")
+        ],
+        "offsets": [0, 8, _BODY_AT, _BODY_AT + 16, _BODY_AT + 48, _BODY_AT + 80, _OWNER_AT],
         "itemsize": HEADER_BYTES,
     }
 )
-"""Some fields of many headers at once; their checksums are then still to be checked."""
+"""Some fields of many headers at once; :func:`has_right_checksum` tells which to believe."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -67,9 +82,9 @@ def encode_header(
     fields = b"".join(
         (
             _START.pack(MAGIC, VERSION, len(label.layout.component_bytes)),
-            _BODY.pack(len(payload), checksum, key),
-            _encode_label(label),
-            _SEQUENCE.pack(sequence),
+            _BODY.pack(len(payload), checksum, key, label.parent, sequence),
+            encode_owner(label.owner),
+            _encode_layout(label.layout),
         )
     )
     return fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields)) + _PAD
@@ -85,13 +100,22 @@ def decode_header(header: Buffer) -> BlockHeader:
     if version != VERSION:
         raise UnknownVersion(f"format version {version}, this program reads {VERSION}")
     view = memoryview(header)
-    (checksum,) = _CHECKSUM.unpack_from(header, _CHECKSUM_AT)
-    if checksum != xxhash.xxh3_64_intdigest(view[:_CHECKSUM_AT]):
+    if not has_right_checksum(view):
         raise BlockCorrupt("header checksum does not match")
-    payload_bytes, payload_checksum, key = _BODY.unpack_from(header, _BODY_AT)
-    label = _decode_label(bytes(view[_LABEL_AT:_SEQUENCE_AT]), components)
-    (sequence,) = _SEQUENCE.unpack_from(header, _SEQUENCE_AT)
+    payload_bytes, payload_checksum, key, parent, sequence = _BODY.unpack_from(header, _BODY_AT)
+    owner = decode_owner(bytes(view[_OWNER_AT:_LAYOUT_AT]))
+    layout = _decode_layout(bytes(view[_LAYOUT_AT:_CHECKSUM_AT]), components)
+    label = BlockLabel(
+        *(owner.namespace_digest, layout, owner.model_digest, owner.weight_version),
+        *(owner.tenant, parent),
+    )
     return BlockHeader(key, label, sequence, payload_bytes, payload_checksum)
+
+
+def has_right_checksum(header: memoryview) -> bool:
+    """Is the header, of this version, as it was written?"""
+    (checksum,) = _CHECKSUM.unpack_from(header, _CHECKSUM_AT)
+    return bool(checksum == xxhash.xxh3_64_intdigest(header[:_CHECKSUM_AT]))
 
 
 def verify(header: Buffer, payload: Buffer, key: BlockKey) -> BlockHeader:
@@ -111,21 +135,38 @@ def verify(header: Buffer, payload: Buffer, key: BlockKey) -> BlockHeader:
     return decoded
 
 
-# An agent sees few labels, and each of them with every block.
+# An agent sees few owners and layouts, and each of them with every block.
+@lru_cache(1024)
+def encode_owner(owner: BlockOwner) -> bytes:
+    """The header's ``OWNER_BYTES``; raises ValueError if a name is longer than its field."""
+    texts = [t.encode() for t in (owner.model_digest, owner.weight_version, owner.tenant)]
+    sizes = (MODEL_DIGEST_CHARS_MAX, WEIGHT_VERSION_BYTES_MAX, TENANT_CHARS)
+    for text, size in zip(texts, sizes, strict=True):
+        if len(text) > size:
+            raise ValueError(f"{text!r} has {len(text)} bytes, at most {size} fit a block's header")
+    return _OWNER.pack(owner.namespace_digest, *texts)
+
+
+@lru_cache(1024)
+def decode_owner(raw: bytes) -> BlockOwner:
+    """What :func:`encode_owner` made."""
+    digest, *texts = _OWNER.unpack(raw)
+    return BlockOwner(digest, *(text.rstrip(b"\0").decode(errors="replace") for text in texts))
+
+
 @lru_cache(256)
-def _encode_label(label: BlockLabel) -> bytes:
-    layout = label.layout
+def _encode_layout(layout: BlockLayout) -> bytes:
     count = len(layout.component_bytes)
     if count > COMPONENTS_MAX:
         raise ValueError(f"layout of {count} components a layer, at most {COMPONENTS_MAX}")
     sizes = layout.component_bytes + (0,) * (COMPONENTS_MAX - count)
-    return _LABEL.pack(label.namespace_digest, layout.page_tokens, layout.num_layers, *sizes)
+    return _LAYOUT.pack(layout.page_tokens, layout.num_layers, *sizes)
 
 
 @lru_cache(256)
-def _decode_label(raw: bytes, components: int) -> BlockLabel:
-    digest, page_tokens, num_layers, *sizes = _LABEL.unpack(raw)
-    return BlockLabel(digest, BlockLayout(page_tokens, num_layers, tuple(sizes[:components])))
+def _decode_layout(raw: bytes, components: int) -> BlockLayout:
+    page_tokens, num_layers, *sizes = _LAYOUT.unpack(raw)
+    return BlockLayout(page_tokens, num_layers, tuple(sizes[:components]))
 
 
 def object_name(key: BlockKey) -> str:

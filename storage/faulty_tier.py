@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from storage.block import BlockKey
+from storage.owners import Selector
 from storage.tier import (
     BlockCorrupt,
     BlockIO,
@@ -63,6 +64,12 @@ class FaultyTier:
 
     def take_changes(self) -> list[HoldingChange]:
         return self.inner.take_changes()
+
+    def drop(self, selector: Selector) -> None:
+        self.inner.drop(selector)
+
+    def take_drops(self) -> list[Selector]:
+        return self.inner.take_drops()
 
     def keys(self) -> list[BlockKey]:
         return self.inner.keys()

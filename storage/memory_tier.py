@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from storage.block import BlockKey
 from storage.block_format import encode_header, verify
 from storage.io_threads import CallerThread
+from storage.owners import Quota
 from storage.threaded_tier import ThreadedTier
 from storage.tier import BlockMissing, TierName, Wake
 from storage.tier_operation import Operation
@@ -24,8 +27,9 @@ class MemoryTier(ThreadedTier):
         capacity_bytes: int = 0,
         blocks: dict[BlockKey, tuple[bytes, bytes]] | None = None,
         index_is_complete: bool = True,
+        quotas: Sequence[Quota] = (),
     ) -> None:
-        super().__init__(name, on_wake, capacity_bytes)
+        super().__init__(name, on_wake, capacity_bytes, quotas=quotas)
         self._caller = CallerThread()
         self.blocks = {} if blocks is None else blocks
         self.index_is_complete = index_is_complete

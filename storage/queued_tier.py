@@ -7,19 +7,22 @@ removal never overlaps another operation: it waits until the key is idle.
 
 from __future__ import annotations
 
-import copy
 import logging
+import time
 from abc import ABC, abstractmethod
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 
-from storage.block import BlockKey
+from storage.block import UNLABELLED, BlockKey, BlockLabel, BlockOwner
 from storage.block_format import HEADER_BYTES, UnknownVersion
+from storage.held_blocks import HeldBlocks
+from storage.owners import Quota, Selector
 from storage.tier import (
     BlockCorrupt,
     BlockIO,
     BlockMissing,
     Completion,
+    EvictionCause,
     HoldingChange,
     TierBusy,
     TierFull,
@@ -53,13 +56,13 @@ class QueuedTier(ABC):
         on_wake: Wake,
         capacity_bytes: int = 0,
         queue_blocks_max: int = 65536,
+        quotas: Sequence[Quota] = (),
     ) -> None:
         self.name = name
         self._on_wake = on_wake
         self._is_woken = False
         self._queue_blocks_max = queue_blocks_max
-        self._index: OrderedDict[BlockKey, int] = OrderedDict()
-        """Place of each block, least recently used first."""
+        self._index = HeldBlocks(self._bytes_at, quotas)
         self._inflight: set[Operation] = set()
         self._waiting: defaultdict[BlockKey, deque[Operation]] = defaultdict(deque)
         """Writes whose key still has another operation."""
@@ -67,7 +70,6 @@ class QueuedTier(ABC):
         self._busy: Counter[BlockKey] = Counter()
         self._done: deque[Operation] = deque()
         self._completions: list[Completion] = []
-        self._changes: list[HoldingChange] = []
         self._stats = TierStats(capacity_bytes=capacity_bytes)
 
     @abstractmethod
@@ -81,27 +83,38 @@ class QueuedTier(ABC):
     # ---- the contract ---------------------------------------------------------------
 
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
-        return list(map(self._index.__contains__, keys))
+        return self._index.contains(keys)
 
     def keys(self) -> list[BlockKey]:
         return list(self._index)
 
     def stats(self) -> TierStats:
         self._stats.blocks = len(self._index)
-        return copy.copy(self._stats)
+        return self._stats.snapshot()
+
+    def usage(self) -> list[tuple[BlockOwner, int, int]]:
+        """(owner, blocks, bytes) of each owner of blocks here."""
+        return self._index.owners.usage()
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
-        for key in reversed(keys):
-            if key in self._index:
-                self._index.move_to_end(key)
+        self._index.touch(keys)
+
+    def drop(self, selector: Selector) -> None:
+        self._index.drop(selector)
+        self._wake()
+
+    def take_drops(self) -> list[Selector]:
+        return []
 
     def submit_reads(self, blocks: Sequence[BlockIO]) -> None:
-        self.touch([block.key for block in blocks])
+        self._index.refresh([block.key for block in blocks])
         for block in blocks:
             operation = Operation(Kind.READ, block.key, block.buffer)
             operation.place = self._index.get(block.key)
             self._stats.read_queue_bytes += operation.nbytes
-            if self.index_is_complete and operation.place is None:
+            self._stats.reads_in_flight += 1
+            certainly_not_here = self.index_is_complete or self._index.is_dropped(block.key)
+            if certainly_not_here and operation.place is None:
                 self._refuse(operation, BlockMissing("not in the index"))
             elif self._queue_is_full():
                 self._refuse(operation, TierBusy(f"{self._queue_blocks_max} blocks are queued"))
@@ -112,11 +125,9 @@ class QueuedTier(ABC):
         for block in blocks:
             operation = Operation(Kind.WRITE, block.key, block.buffer, block.label)
             self._stats.write_queue_bytes += operation.nbytes
+            self._stats.writes_in_flight += 1
             if self._queue_is_full():
                 self._refuse(operation, TierBusy(f"{self._queue_blocks_max} blocks are queued"))
-            elif self._busy[block.key] and block.key not in self._index:
-                self._waiting[block.key].append(operation)
-                self._waiting_writes += 1
             else:
                 self._begin_write(operation)
 
@@ -127,8 +138,7 @@ class QueuedTier(ABC):
         return completions
 
     def take_changes(self) -> list[HoldingChange]:
-        changes, self._changes = self._changes, []
-        return changes
+        return self._index.take_changes()
 
     def _drain(self) -> None:
         """End what the I/O threads have handed back, but for what was given up."""
@@ -136,6 +146,7 @@ class QueuedTier(ABC):
             operation = self._done.popleft()
             if operation in self._inflight:
                 self._end(operation)
+        self._reclaim()
 
     # ---- running an operation -------------------------------------------------------
 
@@ -193,13 +204,19 @@ class QueuedTier(ABC):
         is_write, error, stats = operation.kind is Kind.WRITE, operation.error, self._stats
         if is_write:
             stats.write_queue_bytes -= operation.nbytes
+            stats.writes_in_flight -= 1
             stats.write_errors_total += error is not None
         else:
             stats.read_queue_bytes -= operation.nbytes
+            stats.reads_in_flight -= 1
             stats.read_errors_total += error is not None
             stats.corrupt_blocks_total += isinstance(error, BlockCorrupt)
             stats.missing_blocks_total += isinstance(error, BlockMissing)
             stats.other_version_blocks_total += isinstance(error, UnknownVersion)
+            stats.hits_total += error is None
+        if error is None:
+            latency = stats.write_latency if is_write else stats.read_latency
+            latency.note(time.monotonic() - operation.submitted_s)
         self._completions.append(
             Completion(operation.key, is_write, error, operation.seconds, operation.label)
         )
@@ -211,7 +228,7 @@ class QueuedTier(ABC):
         if error is None:
             self._stats.read_bytes_total += operation.nbytes
             if key not in self._index:
-                self._found(key, HEADER_BYTES + operation.nbytes)
+                self._found(key, HEADER_BYTES + operation.nbytes, operation.label)
         elif isinstance(error, (BlockCorrupt, BlockMissing)):
             place = self._lose(key)
             if not isinstance(error, self.removed_on):
@@ -231,63 +248,100 @@ class QueuedTier(ABC):
         self._release(operation.place)
 
     def _begin_write(self, operation: Operation) -> None:
-        if operation.key in self._index:
+        key = operation.key
+        if key in self._index:
             self._refuse(operation, None)
+            return
+        if self._index.is_dropped(key) and not self._busy[key]:
+            self._evict(key, EvictionCause.DROPPED)
+        if self._busy[key]:
+            self._waiting[key].append(operation)
+            self._waiting_writes += 1
+            return
+        owners, stored_bytes = self._index.owners, self._stored_bytes(operation.nbytes)
+        operation.group = owners.group_of(operation.label.owner)
+        try:
+            self._make_quota_room(operation.group, stored_bytes)
+        except TierFull as error:
+            self._refuse(operation, error)
             return
         operation.place = self._reserve(operation.nbytes)
         if operation.place is None:
             self._refuse(operation, TierFull(f"no room for {operation.nbytes} bytes"))
         else:
+            owners.note(operation.group, 0, stored_bytes)
             self._start(operation)
 
     def _end_write(self, operation: Operation) -> None:
         assert operation.place is not None
+        self._index.owners.note(operation.group, 0, -self._stored_bytes(operation.nbytes))
         if operation.error is None:
             self._stats.write_bytes_total += operation.nbytes
-            self._gain(operation.key, operation.place)
+            self._gain(operation.key, operation.place, operation.label)
         else:
             self._release(operation.place)
 
+    def _make_quota_room(self, group: int, nbytes: int) -> None:
+        """Evict among those who share a full quota; TierFull if none of them is idle."""
+        while (victim := self._index.quota_victim(group, nbytes, self._is_idle)) is not None:
+            self._evict(victim, EvictionCause.QUOTA)
+
+    def _is_idle(self, key: BlockKey) -> bool:
+        return not self._busy[key]
+
+    def _stored_bytes(self, nbytes: int) -> int:
+        """What a block of so many bytes takes here."""
+        return HEADER_BYTES + nbytes
+
+    def _bytes_at(self, place: int) -> int:
+        """What the block in this place takes."""
+        return place
+
     def _reserve(self, nbytes: int) -> int | None:
         """A place for a block, for which others are evicted; None: there is no room."""
-        stored_bytes = HEADER_BYTES + nbytes
-        if self._stats.capacity_bytes:
-            missing_bytes = self._stats.used_bytes + stored_bytes - self._stats.capacity_bytes
-            victims = []
-            for key, held_bytes in self._index.items():
-                if missing_bytes <= 0:
-                    break
-                if not self._busy[key]:
-                    victims.append(key)
-                    missing_bytes -= held_bytes
-            if missing_bytes > 0:
+        stored_bytes, stats = self._stored_bytes(nbytes), self._stats
+        if stats.capacity_bytes:
+            if stored_bytes > stats.capacity_bytes:
                 return None
-            for victim in victims:
-                self._release(self._evict(victim))
-                self._start_remove(victim, None)
-        self._stats.used_bytes += stored_bytes
+            victims = self._index.victims(self._is_idle)
+            while stats.used_bytes + stored_bytes > stats.capacity_bytes:
+                if (victim := next(victims, None)) is None:
+                    return None
+                self._evict(victim, EvictionCause.CAPACITY)
+        stats.used_bytes += stored_bytes
         return stored_bytes
 
     def _release(self, place: int | None) -> None:
         """Nothing lies in the place any more; None is ignored."""
         self._stats.used_bytes -= place or 0
 
-    def _found(self, key: BlockKey, stored_bytes: int) -> None:
+    def _found(self, key: BlockKey, stored_bytes: int, label: BlockLabel = UNLABELLED) -> None:
         """The block was here all the time."""
         self._stats.used_bytes += stored_bytes
-        self._gain(key, stored_bytes)
+        self._gain(key, stored_bytes, label)
 
-    def _gain(self, key: BlockKey, place: int) -> None:
-        self._index[key] = place
-        self._changes.append(HoldingChange(key, True))
+    def _gain(self, key: BlockKey, place: int, label: BlockLabel = UNLABELLED) -> None:
+        self._index.add(key, place, label)
 
-    def _evict(self, key: BlockKey) -> int | None:
-        self._stats.evicted_blocks_total += 1
-        return self._lose(key)
+    def _evict(self, key: BlockKey, cause: EvictionCause) -> None:
+        """An idle block goes though it is whole."""
+        evictions = self._stats.evictions_total
+        evictions[cause] = evictions.get(cause, 0) + 1
+        self._release(self._lose(key))
+        self._erase(key)
+
+    def _erase(self, key: BlockKey) -> None:
+        """Remove what is stored of a block that is held no more."""
+        self._start_remove(key, None)
 
     def _lose(self, key: BlockKey) -> int | None:
         """Take a block out of the index; returns its place, to be released."""
-        place = self._index.pop(key, None)
-        if place is not None:
-            self._changes.append(HoldingChange(key, False))
-        return place
+        return self._index.pop(key)
+
+    def _reclaim(self) -> None:
+        """Take some dropped blocks out; those in use go later."""
+        idle = [key for key in self._index.some_dropped() if self._is_idle(key)]
+        for key in idle:
+            self._evict(key, EvictionCause.DROPPED)
+        if idle:
+            self._wake()

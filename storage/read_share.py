@@ -10,6 +10,16 @@ from storage.block import BlockKey
 from storage.tier import TierName
 
 
+class Fill:
+    """A slot that is being filled: from ``tier``, or from an engine where that is None."""
+
+    __slots__ = ("tier", "plans")
+
+    def __init__(self, tier: TierName | None) -> None:
+        self.tier = tier
+        self.plans: set[int] = set()
+
+
 class ReadShare:
     """The blocks that one plan wants in DRAM: queued, then reading, then settled."""
 

@@ -12,7 +12,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.spec import AbstractFileSystem
 
-from storage.block import BlockKey
+from storage.block import UNLABELLED, BlockKey, BlockLabel
 from storage.block_format import (
     HEADER_BYTES,
     encode_header,
@@ -143,8 +143,8 @@ class RemoteTier(ThreadedTier):
                     self._found(key, stored_bytes)
             self._on_wake()
 
-    def _gain(self, key: BlockKey, place: int) -> None:
-        super()._gain(key, place)
+    def _gain(self, key: BlockKey, place: int, label: BlockLabel = UNLABELLED) -> None:
+        super()._gain(key, place, label)
         if len(self._index) > self._index_blocks_max:
             self._release(self._lose(next(iter(self._index))))
 

@@ -1,18 +1,20 @@
 """DRAM slots for blocks in registered memory: who is in which slot, and who needs it.
 
 No I/O. A slot is free, being filled, or resident. Slots that are being filled or pinned
-stay; the other resident ones are evictable, the least recently used first.
+stay; the other resident ones are evictable, in the order of :mod:`storage.index`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.block import BlockKey
+from storage.block import UNLABELLED, BlockKey, BlockLabel
+from storage.index import BlockIndex
+from storage.owners import OwnerBook, Selector
 
 SLOT_ALIGNMENT_BYTES = 4096
 
@@ -22,12 +24,13 @@ class NoSlot(Exception):
 
 
 class _Slot:
-    __slots__ = ("index", "filling", "owners")
+    __slots__ = ("index", "filling", "owners", "label")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.filling = True
         self.owners: set[int] = set()
+        self.label = UNLABELLED
 
 
 class SlotPool:
@@ -48,8 +51,10 @@ class SlotPool:
             )
         self._free = list(range(self.num_slots - 1, -1, -1))
         self._slots: dict[BlockKey, _Slot] = {}
-        self._num_filling = 0
-        self._evictable: OrderedDict[BlockKey, None] = OrderedDict()
+        self._resident = BlockIndex()
+        self._num_pinned = 0
+        """Of the resident ones."""
+        self._groups = OwnerBook()
         self._pinned_by: defaultdict[int, dict[BlockKey, None]] = defaultdict(dict)
 
     # ---- questions ------------------------------------------------------------------
@@ -57,19 +62,26 @@ class SlotPool:
     @property
     def available(self) -> int:
         """Slots that :meth:`begin_fill` can have now: free or evictable."""
-        return len(self._free) + len(self._evictable)
+        return len(self._free) + self.num_resident - self._num_pinned
 
     @property
     def num_resident(self) -> int:
         """Blocks whose bytes are here."""
-        return len(self._slots) - self._num_filling
+        return len(self._resident)
 
     def is_resident(self, key: BlockKey) -> bool:
-        slot = self._slots.get(key)
-        return slot is not None and not slot.filling
+        return key in self._resident
 
     def is_evictable(self, key: BlockKey) -> bool:
-        return key in self._evictable
+        return key in self._resident and not self._slots[key].owners
+
+    def label(self, key: BlockKey) -> BlockLabel:
+        """With which the block was committed."""
+        return self._slots[key].label
+
+    def uses(self, key: BlockKey) -> int:
+        """How often plans have used the block of late, about, here or not."""
+        return self._resident.uses(key)
 
     def is_pinned_by(self, key: BlockKey, owner: int) -> bool:
         slot = self._slots.get(key)
@@ -101,23 +113,22 @@ class SlotPool:
             raise ValueError(f"block {key.hex()} has a slot already")
         evicted = None
         if not self._free:
-            if not self._evictable:
+            evicted = next(self._resident.victims(self.is_evictable), None)
+            if evicted is None:
                 raise NoSlot(f"all {self.num_slots} slots are being filled or pinned")
-            evicted, _ = self._evictable.popitem(last=False)
-            self._free.append(self._slots.pop(evicted).index)
+            self._evict(evicted)
         self._slots[key] = _Slot(self._free.pop())
-        self._num_filling += 1
         return evicted
 
-    def commit(self, key: BlockKey) -> None:
+    def commit(self, key: BlockKey, label: BlockLabel = UNLABELLED) -> None:
         """The slot's bytes are the block."""
         slot = self._slots[key]
         if not slot.filling:
             raise ValueError(f"block {key.hex()} is resident already")
-        slot.filling = False
-        self._num_filling -= 1
-        if not slot.owners:
-            self._evictable[key] = None
+        slot.filling, slot.label = False, label
+        self._num_pinned += bool(slot.owners)
+        group = self._groups.group_of(label.owner)
+        self._resident.add(key, slot.index, label.parent, group)
 
     def abandon(self, key: BlockKey) -> None:
         """The slot will not be filled: free it, and drop all pins on it."""
@@ -128,22 +139,36 @@ class SlotPool:
             self.unpin(key, owner)
         del self._slots[key]
         self._free.append(slot.index)
-        self._num_filling -= 1
 
     def evict_all(self) -> list[BlockKey]:
         """Free every resident slot that nobody has pinned; returns their blocks."""
-        evicted = list(self._evictable)
-        self._evictable.clear()
-        self._free += [self._slots.pop(key).index for key in evicted]
+        return self._evict_idle(list(self._resident))
+
+    def drop(self, selector: Selector) -> list[BlockKey]:
+        """The same of the blocks of some owners. What is pinned is left to eviction."""
+        return self._evict_idle(self._resident.of_groups(self._groups.drop(selector)))
+
+    def _evict_idle(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
+        evicted = [key for key in keys if self.is_evictable(key)]
+        for key in evicted:
+            self._evict(key)
         return evicted
+
+    def _evict(self, key: BlockKey) -> None:
+        self._resident.pop(key)
+        self._free.append(self._slots.pop(key).index)
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """A plan uses these blocks of one prefix, first to last, whether they are here or not."""
+        self._resident.touch(keys)
 
     # ---- pins -----------------------------------------------------------------------
 
     def pin(self, key: BlockKey, owner: int) -> None:
         """Keep the block, resident or being filled, until the owner lets it go."""
+        self._num_pinned += self.is_evictable(key)
         self._slots[key].owners.add(owner)
         self._pinned_by[owner][key] = None
-        self._evictable.pop(key, None)
 
     def unpin(self, key: BlockKey, owner: int) -> None:
         """Let one block go; nothing happens if the owner has not pinned it."""
@@ -155,13 +180,14 @@ class SlotPool:
         del pinned[key]
         if not pinned:
             del self._pinned_by[owner]
-        if not slot.owners and not slot.filling:
-            self._evictable[key] = None
+        self._num_pinned -= self.is_evictable(key)
 
     def unpin_all(self, owner: int) -> None:
         """Let go of everything that the owner has pinned.
 
-        What it pinned first stays youngest: a prefix is of use only from its beginning.
+        It has used the blocks until now, in the order in which it pinned them.
         """
-        for key in reversed(list(self._pinned_by.get(owner, ()))):
+        pinned = list(self._pinned_by.get(owner, ()))
+        self._resident.refresh(pinned)
+        for key in pinned:
             self.unpin(key, owner)

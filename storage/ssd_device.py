@@ -5,18 +5,23 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.block import BlockOwner
+from storage.block_format import decode_owner, encode_owner
+from storage.folder_notes import FolderNotes
 from storage.io_threads import IoThreads
+from storage.owners import selected
 from storage.queued_tier import CLOSE_TIMEOUT_S
-from storage.slab import Slab, Written
+from storage.slab import Slab, Written, owner_number
 from storage.ssd_folder import DirectoryUnusable, SsdFolder
 from storage.tier_operation import Operation
 
@@ -61,6 +66,9 @@ class SsdDevice:
         """Slabs with a free slot, by the size of their slots."""
         self._is_restored = False
         self._errors = 0
+        self._owner_numbers: dict[BlockOwner, int] = {}
+        """Owners that the folder has noted, with their numbers in tables."""
+        self._owners_lock = threading.Lock()
         self._hand_back = hand_back
         self._min_free_bytes = min_free_bytes
         self._capacity_bytes = capacity_bytes
@@ -96,7 +104,7 @@ class SsdDevice:
             )
 
     def restore(self) -> dict[int, NDArray[np.void]]:
-        """What an earlier process left: the records of each slab.
+        """What an earlier process left: the records of each slab, without dropped blocks.
 
         From the tables if they are right, else from the headers. Slabs beyond the capacity
         go, those with the oldest blocks first. Raises :class:`DirectoryUnusable`, closed.
@@ -111,19 +119,32 @@ class SsdDevice:
                 break
             del records[number]
             self.slabs.pop(number).delete()
+        self._apply_drops(records.values())
         self._is_restored = True
         return records
 
     def _read_records(self) -> dict[int, NDArray[np.void]]:
-        are_right = self._folder.tables_are_right()
-        if are_right:
+        if self._folder.tables_are_right():
             self._folder.mark(is_closed=False)
-            return {number: slab.table() for number, slab in self.slabs.items()}
+            self._know(self._folder.notes.owners())
+            tables = {number: slab.table() for number, slab in self.slabs.items()}
+            named = [np.unique(t["owner"][t["sequence"] > 0]) for t in tables.values()]
+            if {int(n) for each in named for n in each} <= set(self._owner_numbers.values()):
+                return tables
         with ThreadPoolExecutor(SCAN_THREADS) as pool:
-            scanned = pool.map(Slab.scan, self.slabs.values())
-            records = dict(zip(self.slabs, scanned, strict=True))
+            scanned = list(pool.map(Slab.scan, self.slabs.values()))
+        self._note_owners({decode_owner(raw) for _, owners in scanned for raw in owners})
         self._folder.mark(is_closed=False)
-        return records
+        return dict(zip(self.slabs, (records for records, _ in scanned), strict=True))
+
+    def _apply_drops(self, tables: Iterable[NDArray[np.void]]) -> None:
+        """Take what was dropped for free slots."""
+        for drop in self._folder.notes.drops():
+            gone = selected(self._owner_numbers, [drop.selector])
+            numbers = np.array([self._owner_numbers[owner] for owner in gone], np.uint64)
+            for records in tables:
+                is_gone = np.isin(records["owner"], numbers)
+                records["sequence"][is_gone & (records["sequence"] < drop.sequence)] = 0
 
     def close(self) -> None:
         """End the threads; if all of them end, the next start believes the tables."""
@@ -139,6 +160,28 @@ class SsdDevice:
         except OSError as error:
             logger.warning("SSD directory %s was not closed cleanly: %s", self.path, error)
         self._folder.unlock()
+
+    # ---- owners ---------------------------------------------------------------------
+
+    @property
+    def notes(self) -> FolderNotes:
+        """What the folder says of owners and drops."""
+        return self._folder.notes
+
+    @property
+    def owners(self) -> dict[int, BlockOwner]:
+        """By the numbers that records have."""
+        return {number: owner for owner, number in self._owner_numbers.items()}
+
+    def _know(self, owners: Iterable[BlockOwner]) -> None:
+        self._owner_numbers |= {owner: owner_number(encode_owner(owner)) for owner in owners}
+
+    def _note_owners(self, owners: set[BlockOwner]) -> None:
+        """In any thread: owners are noted before a table names them."""
+        with self._owners_lock:
+            if new := owners - self._owner_numbers.keys():
+                self._folder.notes.add_owners(new)
+                self._know(new)
 
     # ---- room -----------------------------------------------------------------------
 
@@ -237,11 +280,15 @@ class SsdDevice:
         is_fatal = error is not None and error.errno in FATAL_ERRORS
         if self.is_failed or not (is_fatal or self._errors >= ERRORS_MAX):
             return False
+        self.fail(error)
+        return True
+
+    def fail(self, error: OSError | None) -> None:
+        """From now on nothing is given out here; the owner has to let go of its blocks."""
         self.is_failed = True
         logger.error(
             "SSD directory %s is taken out, and with it all blocks in it: %s", self.path, error
         )
-        return True
 
     # ---- group sync, in I/O threads ---------------------------------------------------
 
@@ -260,20 +307,21 @@ class SsdDevice:
                 slab.sync_lock.release()
 
     def _sync_group(self, slab: Slab, group: list[Written]) -> None:
-        error = _sync(slab, group)
+        error = self._sync(slab, group)
         now = time.monotonic()
         for operation in (written.operation for written in group):
             operation.error = error
             operation.seconds = now - (operation.started_s or now)
             self._hand_back(operation)
 
-
-def _sync(slab: Slab, group: list[Written]) -> OSError | None:
-    """Make the blocks durable, and only then note them in the table."""
-    try:
-        slab.sync()
-        for operation, _, slot in group:
-            slab.record(slot, operation.key, operation.sequence, operation.nbytes)
-    except OSError as error:
-        return error
-    return None
+    def _sync(self, slab: Slab, group: list[Written]) -> OSError | None:
+        """Make the blocks durable, and only then note them in the table."""
+        try:
+            slab.sync()
+            owners = [written.operation.label.owner for written in group]
+            self._note_owners(set(owners))
+            for (operation, _, slot), owner in zip(group, owners, strict=True):
+                slab.record(slot, operation, self._owner_numbers[owner])
+        except OSError as error:
+            return error
+        return None

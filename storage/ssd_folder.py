@@ -12,11 +12,12 @@ from pathlib import Path
 import msgspec
 
 from storage.direct_io import PAGE_BYTES, sync_folder
+from storage.folder_notes import FolderNotes
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
-"""Of slabs and tables; format 1 had a file for each block."""
+FORMAT = 3
+"""Of slabs and tables; format 1 had a file for each block, 2 no owners and parents."""
 
 
 class DirectoryLocked(Exception):
@@ -57,6 +58,7 @@ class SsdFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.notes = FolderNotes(path)
         path.mkdir(parents=True, exist_ok=True)
         self._lock_file = open(path / "lock", "a+")
         try:

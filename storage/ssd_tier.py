@@ -6,7 +6,6 @@ import errno
 import itertools
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,13 +14,16 @@ from numpy.typing import NDArray
 
 from storage.block import KEY_BYTES, BlockKey
 from storage.block_format import verify
-from storage.slab import Slab, Written, slot_bytes_for
+from storage.folder_notes import Drop
+from storage.owners import Quota, Selector
+from storage.slab import RECORD, Slab, Written, slot_bytes_for
 from storage.ssd_device import SsdDevice
 from storage.ssd_folder import DirectoryLocked, DirectoryUnusable
 from storage.threaded_tier import Executor, ThreadedTier
 from storage.tier import (
     BlockCorrupt,
     BlockMissing,
+    EvictionCause,
     TierFull,
     TierName,
     TierStats,
@@ -34,11 +36,12 @@ __all__ = ["DirectoryLocked", "DirectoryUnusable", "SsdTier"]
 logger = logging.getLogger(__name__)
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-SPACE_CHECK_S = 1.0
-"""Between looks at how much room others have left on the disks."""
+FOLDER_CHECK_S = 1.0
+"""Between looks at the room that others have left on the disks, and at requests to drop."""
 _SLOT_BITS = 32
 _Records = dict[int, NDArray[np.void]]
 """Of each slab of a device."""
+
 _NOTHING = np.empty(0, np.int64)
 
 
@@ -63,14 +66,16 @@ class SsdTier(ThreadedTier):
         on_wake: Wake,
         threads: int = 16,
         min_free_bytes: int = 0,
+        quotas: Sequence[Quota] = (),
     ) -> None:
-        super().__init__(TierName.SSD, on_wake, capacity_bytes)
+        super().__init__(TierName.SSD, on_wake, capacity_bytes, quotas=quotas)
         paths = [folders] if isinstance(folders, str | Path) else folders
         self._devices: list[SsdDevice] = []
         self._slabs: dict[int, tuple[SsdDevice, Slab]] = {}
         """By the upper bits of a place."""
         self._turn = 0
         self._next_check_s = 0.0
+        self._drops: list[Selector] = []
         try:
             restored = self._open(
                 *([Path(path) for path in paths], capacity_bytes // len(paths)),
@@ -116,27 +121,30 @@ class SsdTier(ThreadedTier):
 
     def _index_all(self, restored: Sequence[_Records]) -> int:
         """Index what is there, the oldest first; returns the greatest sequence."""
-        places, sequences, keys = [_NOTHING], [_NOTHING], [b""]
+        parts, places, sizes = [np.zeros(0, RECORD)], [_NOTHING], [_NOTHING]
         for device, by_slab in zip(self._devices, restored, strict=True):
             for number, records in by_slab.items():
                 slab = device.slabs[number]
                 fits = records["payload_bytes"] <= slab.payload_bytes_max
                 slots = np.flatnonzero(fits & (records["sequence"] > 0))
+                parts.append(records[slots])
                 places.append(self._place(device, slab, 0) + slots)
-                sequences.append(records["sequence"][slots].astype(np.int64))
-                keys.append(records["key"][slots].tobytes())
-        sequence = np.concatenate(sequences)
-        order = np.argsort(sequence)
-        self._fill_index(np.concatenate(places)[order].tolist(), b"".join(keys), order.tolist())
-        return int(sequence.max(initial=0))
+                sizes.append(np.full(len(slots), slab.slot_bytes))
+        blocks, held = np.concatenate(parts), np.concatenate(places)
+        latest = _latest(blocks)
+        self._fill_index(blocks[latest], held[latest], np.concatenate(sizes)[latest])
+        return int(blocks["sequence"].max(initial=0))
 
-    def _fill_index(self, places: list[int], keys: bytes, order: list[int]) -> None:
-        """``keys`` end to end; place i is that of key ``order[i]``. Of two places of a key the
-        later one counts."""
-        named = (BlockKey(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]) for i in order)
-        self._index = OrderedDict(zip(named, places, strict=True))
-        held = np.fromiter(self._index.values(), np.int64, len(self._index))
-        held.sort()
+    def _fill_index(
+        self, blocks: NDArray[np.void], places: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> None:
+        owners = {n: owner for device in self._devices for n, owner in device.owners.items()}
+        numbers, owner_of = np.unique(blocks["owner"], return_inverse=True)
+        self._index.load(
+            *(_keys(blocks["key"]), places, _keys(blocks["parent"]), sizes),
+            *([owners[number] for number in numbers.tolist()], owner_of),
+        )
+        held = np.sort(places)
         for slab_id, (device, slab) in self._slabs.items():
             first, last = np.searchsorted(held, (slab_id << _SLOT_BITS, slab_id + 1 << _SLOT_BITS))
             device.adopt(slab, held[first:last] - (slab_id << _SLOT_BITS))
@@ -195,6 +203,12 @@ class SsdTier(ThreadedTier):
         device, slab = self._slabs[place >> _SLOT_BITS]
         return device, slab, place & (1 << _SLOT_BITS) - 1
 
+    def _stored_bytes(self, nbytes: int) -> int:
+        return slot_bytes_for(nbytes)
+
+    def _bytes_at(self, place: int) -> int:
+        return self._at(place)[1].slot_bytes
+
     def _reserve(self, nbytes: int) -> int | None:
         slot_bytes = slot_bytes_for(nbytes)
         place = self._take_place(slot_bytes)
@@ -214,32 +228,35 @@ class SsdTier(ThreadedTier):
         return None
 
     def _make_room(self, slot_bytes: int) -> bool:
-        """Evict the least recently used idle block; if its slot has another size, with all
-        the others of its slab, and the slab."""
+        """Evict the first victim; if its slot has another size, with all the others of its
+        slab, and the slab."""
         not_idle: set[int] = set()
-        for key, place in self._index.items():
-            slab_id = place >> _SLOT_BITS
-            if self._busy[key] or slab_id in not_idle:
+        for key in self._index.victims(self._is_idle):
+            slab_id = self._index.place(key) >> _SLOT_BITS
+            if slab_id in not_idle:
                 continue
             if self._slabs[slab_id][1].slot_bytes == slot_bytes:
-                self._release(self._evict(key))
+                self._evict(key, EvictionCause.CAPACITY)
                 return True
-            if self._evict_slab(slab_id):
+            if self._evict_slab(slab_id, EvictionCause.SLOT_SIZE):
                 return True
             not_idle.add(slab_id)
         return False
 
-    def _evict_slab(self, slab_id: int) -> bool:
+    def _evict_slab(self, slab_id: int, cause: EvictionCause) -> bool:
         """False if anything in it is in use."""
         device, slab = self._slabs[slab_id]
-        keys = [key for key, place in self._index.items() if place >> _SLOT_BITS == slab_id]
-        if len(keys) + len(slab.free) < slab.num_slots or any(self._busy[key] for key in keys):
+        keys = self._index.between(slab_id << _SLOT_BITS, slab_id + 1 << _SLOT_BITS)
+        if len(keys) + len(slab.free) < slab.num_slots or not all(map(self._is_idle, keys)):
             return False
         for key in keys:
-            self._release(self._evict(key))
+            self._evict(key, cause)
         device.discard(slab)
         del self._slabs[slab_id]
         return True
+
+    def _erase(self, key: BlockKey) -> None:
+        """The next block will overwrite its slot."""
 
     def _release(self, place: int | None) -> None:
         if place is not None:
@@ -253,18 +270,19 @@ class SsdTier(ThreadedTier):
         super()._drain()
         now = time.monotonic()
         if now >= self._next_check_s:
-            self._next_check_s = now + SPACE_CHECK_S
+            self._next_check_s = now + FOLDER_CHECK_S
             for device in self._devices:
                 if not device.is_failed and device.lacks_space():
                     self._give_space_back(device)
+            self._heed_requests()
 
     def _give_space_back(self, device: SsdDevice) -> None:
-        """Evict one slab, that of the least recently used block whose slab is idle."""
+        """Evict one slab, that of the first victim whose slab is idle."""
         seen: set[int] = set()
-        for place in list(self._index.values()):
-            slab_id = place >> _SLOT_BITS
+        for key in self._index.victims(self._is_idle):
+            slab_id = self._index.place(key) >> _SLOT_BITS
             if slab_id not in seen and self._slabs[slab_id][0] is device:
-                if self._evict_slab(slab_id):
+                if self._evict_slab(slab_id, EvictionCause.DISK_SPACE):
                     return
                 seen.add(slab_id)
 
@@ -280,9 +298,52 @@ class SsdTier(ThreadedTier):
 
     def _take_out(self, device: SsdDevice) -> None:
         self._stats.failed_devices += 1
-        for key, place in list(self._index.items()):
-            if self._at(place)[0] is device:
-                self._release(self._lose(key))
+        for slab_id, (owner, _) in list(self._slabs.items()):
+            if owner is device:
+                for key in self._index.between(slab_id << _SLOT_BITS, slab_id + 1 << _SLOT_BITS):
+                    self._release(self._lose(key))
+
+    # ---- drops ----------------------------------------------------------------------
+
+    def drop(self, selector: Selector) -> None:
+        """Durable: no later start finds the blocks. A disk that cannot note it is taken out."""
+        sequence = next(self._sequence)
+        for device in self._devices:
+            if device.is_failed:
+                continue
+            try:
+                device.notes.add_drop(Drop(selector, sequence))
+            except OSError as error:
+                device.fail(error)
+                self._take_out(device)
+        super().drop(selector)
+
+    def take_drops(self) -> list[Selector]:
+        drops, self._drops = self._drops, []
+        return drops
+
+    def _heed_requests(self) -> None:
+        """Drop what was asked for in any of the folders."""
+        for device in self._devices:
+            for path, selector in device.notes.requests():
+                logger.info("SSD tier drops %s, as asked for in %s", selector, path)
+                self.drop(selector)
+                self._drops.append(selector)
+                path.unlink(missing_ok=True)
+
+
+def _keys(column: NDArray[np.void]) -> list[BlockKey]:
+    raw = column.tobytes()
+    return [BlockKey(raw[i : i + KEY_BYTES]) for i in range(0, len(raw), KEY_BYTES)]
+
+
+def _latest(blocks: NDArray[np.void]) -> NDArray[np.int64]:
+    """Positions of the blocks, the oldest first; of those with one key that of the last."""
+    order = np.argsort(blocks["sequence"])
+    position_of = dict(zip(_keys(blocks["key"][order]), range(len(order)), strict=True))
+    if len(position_of) == len(order):
+        return order
+    return order[np.sort(np.fromiter(position_of.values(), np.int64))]
 
 
 def _disk_error(error: Exception | None) -> OSError | None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from storage.block import BlockKey
+from storage.holdings import Holdings
+from storage.read_share import ShareBook
+from storage.slot_pool import SlotPool
 from storage.tier import TierName, TierStats
 
 
@@ -73,3 +76,31 @@ class StoreStats(msgspec.Struct):
     failed_persists_total: int = 0
     """Writes to SSD or remote that ended with an error."""
     tiers: dict[TierName, TierStats] = {}
+
+    def snapshot(
+        self,
+        pool: SlotPool,
+        holdings: Holdings,
+        shares: ShareBook,
+        tiers: dict[TierName, TierStats],
+        rates: dict[TierName, float],
+    ) -> StoreStats:
+        """A copy with the gauges of the store's parts."""
+        queues = {
+            name: tier.read_queue_bytes + shares.promised_blocks[name] * pool.block_bytes
+            for name, tier in tiers.items()
+        }
+        return msgspec.structs.replace(
+            self,
+            hits_total=dict(self.hits_total),
+            slots_available=pool.available,
+            resident_blocks=pool.num_resident,
+            volatile_blocks=holdings.volatile,
+            durable_blocks=holdings.durable,
+            waiting_plans=shares.queued,
+            reading_plans=shares.reading,
+            pinning_plans=shares.settled,
+            read_queue_bytes=queues,
+            read_bytes_per_s=rates,
+            tiers=tiers,
+        )

@@ -19,6 +19,8 @@ from typing import Protocol
 import msgspec
 
 from storage.block import UNLABELLED, BlockKey, BlockLabel
+from storage.latency import Latencies
+from storage.owners import Selector
 
 
 class TierName(str, Enum):
@@ -27,6 +29,18 @@ class TierName(str, Enum):
     DRAM = "dram"
     SSD = "ssd"
     REMOTE = "remote"
+
+
+class EvictionCause(str, Enum):
+    """Why a whole block went."""
+
+    CAPACITY = "capacity"
+    QUOTA = "quota"
+    SLOT_SIZE = "slot-size"
+    """Its slab made way for blocks of another size."""
+    DISK_SPACE = "disk-space"
+    """Others have filled the disk."""
+    DROPPED = "dropped"
 
 
 class BlockMissing(Exception):
@@ -92,11 +106,34 @@ class TierStats(msgspec.Struct):
     missing_blocks_total: int = 0
     other_version_blocks_total: int = 0
     """Missing because they have another format version."""
-    evicted_blocks_total: int = 0
+    evictions_total: dict[EvictionCause, int] = {}
+    hits_total: int = 0
+    """Blocks that were read, whole."""
+    reads_in_flight: int = 0
+    """Blocks whose read was asked for and has not ended."""
+    writes_in_flight: int = 0
+    retries_total: int = 0
+    """Calls that were made once more after an error."""
+    read_latency: Latencies = msgspec.field(default_factory=Latencies)
+    """From submission to the end, of blocks read whole."""
+    write_latency: Latencies = msgspec.field(default_factory=Latencies)
     devices: int = 0
     """Disks of the tier that are in use."""
     failed_devices: int = 0
     """Disks that were taken out, with all that they held."""
+
+    @property
+    def evicted_blocks_total(self) -> int:
+        return sum(self.evictions_total.values())
+
+    def snapshot(self) -> TierStats:
+        """A copy that later counting does not change."""
+        return msgspec.structs.replace(
+            self,
+            evictions_total=dict(self.evictions_total),
+            read_latency=self.read_latency.copy(),
+            write_latency=self.write_latency.copy(),
+        )
 
 
 class Tier(Protocol):
@@ -123,6 +160,13 @@ class Tier(Protocol):
 
     def take_changes(self) -> list[HoldingChange]:
         """Holdings gained or lost since the last call (eviction, corruption, writes)."""
+
+    def drop(self, selector: Selector) -> None:
+        """From now on the blocks of these owners are not here; their room comes back bit by
+        bit. Blocks of theirs that are written later stay."""
+
+    def take_drops(self) -> list[Selector]:
+        """What others have asked this tier to drop since the last call; it has done so."""
 
     def keys(self) -> list[BlockKey]:
         """Every block held, for an announcement from scratch."""

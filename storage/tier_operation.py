@@ -38,6 +38,8 @@ class Operation:
         self.label = label
         self.place: int | None = None
         """Where the block lies, or is to lie: a number that the tier gives it."""
+        self.group = 0
+        """Of the block's owner, where the tier counts by owners."""
         self.sequence = 0
         """Order of the writes, where the tier numbers them."""
         self.submitted_s = time.monotonic()

@@ -9,28 +9,18 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from storage.block import UNLABELLED, BlockKey, BlockLabel
 from storage.holdings import Holdings
+from storage.owners import Selector
 from storage.rate import RateMeter
-from storage.read_share import ReadShare, ShareBook
+from storage.read_share import Fill, ReadShare, ShareBook
 from storage.slot_pool import SlotPool
 from storage.store_events import HoldingChanged, ShareSettled, StoreEvent, StoreStats
 from storage.tier import BlockIO, Completion, Tier, TierName
 from storage.write_behind import WriteBehind
-
-
-class _Fill:
-    """A slot that is being filled: from ``tier``, or from an engine where that is None."""
-
-    __slots__ = ("tier", "plans")
-
-    def __init__(self, tier: TierName | None) -> None:
-        self.tier = tier
-        self.plans: set[int] = set()
 
 
 class TieredStore:
@@ -47,6 +37,7 @@ class TieredStore:
     is no slot or no room in the write queue, the block is skipped and counted.
 
     ``keep_in_dram=False``: what nobody needs is dropped at once, so every hit is read.
+    The policies are named in :mod:`storage.write_behind`; ValueError for another name.
     """
 
     def __init__(
@@ -59,6 +50,8 @@ class TieredStore:
         plans_max: int = 4096,
         hold_s: float = 600.0,
         keep_in_dram: bool = True,
+        write_policy: str = "everywhere",
+        promotion_policy: str = "always",
     ) -> None:
         self.pool = pool
         self._tiers = {tier.name: tier for tier in (ssd, remote) if tier is not None}
@@ -66,13 +59,18 @@ class TieredStore:
         self._hold_s = hold_s
         self._keep_in_dram = keep_in_dram
         self._shares = ShareBook()
-        self._fills: dict[BlockKey, _Fill] = {}
+        self._fills: dict[BlockKey, Fill] = {}
         self._pulls = 0
         """Fills from engines."""
+        self._skipped = 0
+        """Blocks that were not persisted for want of a slot."""
         self._ready: list[ReadShare] = []
         """Shares that wait for nothing more."""
-        self._writes = WriteBehind(pool, self._tiers, write_queue_blocks)
         self._holdings = Holdings()
+        self._writes = WriteBehind(
+            *(pool, self._tiers, self._holdings, write_queue_blocks),
+            *(write_policy, promotion_policy),
+        )
         self._events: list[StoreEvent] = []
         self._rates = {name: RateMeter() for name in self._tiers}
         self._reads: Counter[TierName] = Counter()
@@ -171,8 +169,11 @@ class TieredStore:
         self._stats.unavailable_blocks_total += unique - len(here) - len(joined) - len(reads)
         for tier, blocks in by_tier.items():
             self._tiers[tier].submit_reads(blocks)
+        self.pool.touch(share.keys)
         for below in self._tiers.values():
             below.touch(share.keys)
+        for key in here:
+            self._use(key, TierName.DRAM)
         if not share.waiting:
             self._ready.append(share)
 
@@ -210,7 +211,7 @@ class TieredStore:
             if key in self._fills or self._holdings.has_any(key):
                 continue
             if not self.pool.available or not self._may_persist():
-                self._stats.skipped_persists_total += 1
+                self._skipped += 1
                 continue
             self._begin_fill(key, None)
             self._pulls += 1
@@ -219,19 +220,19 @@ class TieredStore:
 
     def commit(self, key: BlockKey, label: BlockLabel = UNLABELLED) -> None:
         """A reserved slot holds the block's bytes: it is resident, and written behind."""
-        self._end_pull(key, filled=True)
-        self._write_behind(key, self._tiers, label)
+        self._end_pull(key, label)
+        self._writes.start(key, self._writes.targets_of_new())
 
     def abandon(self, key: BlockKey) -> None:
         """Nothing came, or will come, into a reserved slot: it is free."""
-        self._end_pull(key, filled=False)
+        self._end_pull(key, None)
 
-    def _end_pull(self, key: BlockKey, filled: bool) -> None:
+    def _end_pull(self, key: BlockKey, label: BlockLabel | None) -> None:
         fill = self._fills.get(key)
         if fill is None or fill.tier is not None:
             raise KeyError(f"block {key.hex()} is not reserved")
         self._pulls -= 1
-        self._end_fill(key, filled)
+        self._end_fill(key, label)
 
     def _may_persist(self) -> bool:
         """May one more slot be pinned by persisting?"""
@@ -239,10 +240,23 @@ class TieredStore:
         reserved = head.unpinned_slots_wanted if head is not None else 0
         return self._pulls + len(self._writes) < self.pool.num_slots - reserved
 
-    def _write_behind(self, key: BlockKey, tiers: Iterable[TierName], label: BlockLabel) -> None:
-        targets = [tier for tier in tiers if not self._holdings.has(key, tier)]
-        if targets and not self._writes.start(key, targets, label):
-            self._stats.skipped_persists_total += 1
+    def _use(self, key: BlockKey, found_in: TierName) -> None:
+        targets = self._writes.targets_of_use(key, found_in)
+        if targets and self._may_persist():
+            self._writes.start(key, targets)
+        else:
+            self._skipped += bool(targets)
+
+    def drop(self, selector: Selector) -> None:
+        """Forget all blocks of these owners, on every tier, but for those that plans have
+        pinned in DRAM."""
+        for tier in self._tiers.values():
+            tier.drop(selector)
+        self._drop_in_dram(selector)
+
+    def _drop_in_dram(self, selector: Selector) -> None:
+        for key in self.pool.drop(selector):
+            self._note_holding(key, TierName.DRAM, False)
 
     # ---- progress ---------------------------------------------------------------------
 
@@ -256,6 +270,8 @@ class TieredStore:
             completions, read_bytes = tier.poll(), 0
             for change in tier.take_changes():
                 self._note_holding(change.key, name, change.held)
+            for selector in tier.take_drops():
+                self._drop_in_dram(selector)
             for completion in completions:
                 if completion.is_write:
                     self._stats.failed_persists_total += completion.error is not None
@@ -292,14 +308,15 @@ class TieredStore:
         if (evicted := self.pool.begin_fill(key)) is not None:
             self._stats.evicted_blocks_total += 1
             self._note_holding(evicted, TierName.DRAM, False)
-        self._fills[key] = _Fill(tier)
+        self._fills[key] = Fill(tier)
         if tier is not None:
             self._reads[tier] += 1
 
-    def _end_fill(self, key: BlockKey, filled: bool) -> None:
+    def _end_fill(self, key: BlockKey, label: BlockLabel | None) -> None:
+        """Without a label nothing came."""
         fill = self._fills.pop(key)
-        if filled:
-            self.pool.commit(key)
+        if label is not None:
+            self.pool.commit(key, label)
             self._note_holding(key, TierName.DRAM, True)
         else:
             self.pool.abandon(key)
@@ -321,9 +338,8 @@ class TieredStore:
             if first is not None:
                 first.read_bytes[tier] = first.read_bytes.get(tier, 0) + nbytes
             self._count_hit(tier, 1)
-            self._end_fill(key, filled=True)
-            if tier is TierName.REMOTE and TierName.SSD in self._tiers:
-                self._keep_on_ssd(key, completion.label)
+            self._end_fill(key, completion.label)
+            self._use(key, tier)
             return nbytes
         if tier is TierName.SSD and TierName.REMOTE in self._tiers:
             fill.tier = TierName.REMOTE
@@ -332,15 +348,8 @@ class TieredStore:
             self._tiers[TierName.REMOTE].submit_reads([block])
         else:
             self._stats.unavailable_blocks_total += 1
-            self._end_fill(key, filled=False)
+            self._end_fill(key, None)
         return 0
-
-    def _keep_on_ssd(self, key: BlockKey, label: BlockLabel) -> None:
-        """Later reads of a block that came from remote are local."""
-        if self._may_persist():
-            self._write_behind(key, [TierName.SSD], label)
-        else:
-            self._stats.skipped_persists_total += 1
 
     def _note_holding(self, key: BlockKey, tier: TierName, held: bool) -> None:
         if self._holdings.change(key, tier, held):
@@ -377,22 +386,12 @@ class TieredStore:
 
     def stats(self) -> StoreStats:
         """Present counters; a copy."""
-        stats, shares = self._stats, self._shares
-        stats.slots_available = self.pool.available
-        stats.resident_blocks = self.pool.num_resident
-        stats.volatile_blocks = self._holdings.volatile
-        stats.durable_blocks = self._holdings.durable
-        stats.waiting_plans = shares.queued
-        stats.reading_plans = shares.reading
-        stats.pinning_plans = shares.settled
+        stats = self._stats
+        stats.skipped_persists_total = self._skipped + self._writes.skipped_total
         stats.persisting_blocks = self._pulls + len(self._writes)
+        rates = {name: rate.bytes_per_s for name, rate in self._rates.items()}
         tiers = {name: tier.stats() for name, tier in self._tiers.items()}
-        stats.read_bytes_per_s = {name: rate.bytes_per_s for name, rate in self._rates.items()}
-        stats.read_queue_bytes = {
-            name: tier.read_queue_bytes + shares.promised_blocks[name] * self.pool.block_bytes
-            for name, tier in tiers.items()
-        }
-        return msgspec.structs.replace(stats, tiers=tiers, hits_total=dict(stats.hits_total))
+        return stats.snapshot(self.pool, self._holdings, self._shares, tiers, rates)
 
     def close(self) -> None:
         """End the tiers' I/O within seconds; blocks not yet durable are lost."""

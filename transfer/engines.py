@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from storage.block import BlockLabel, BlockLayout
+from storage.block import BlockLayout, label_of
 from transfer.delivery import TransferJob, TransferQueue
 from transfer.messages import JobEnded, PullEnded, RegisterEngine
 
@@ -43,7 +43,7 @@ class Engine:
         self.identity = identity
         self.session_id = message.session_id
         self.layout: BlockLayout = message.namespace.layout
-        self.label = BlockLabel(message.namespace.digest(), message.namespace.layout)
+        self.label = label_of(message.namespace)
         self.kv_addresses = _addresses(message)
 
     def first_time(self, job: int) -> bool:

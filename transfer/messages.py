@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from storage.block import BlockKey, Namespace
+from storage.block import NO_PARENT, BlockKey, Namespace
 from storage.tier import TierName
 
 PROTOCOL = b"DP1"
@@ -169,12 +169,18 @@ class CancelJob(_Message):
 
 
 class PullBlocks(_Message):
-    """Read the sender's pages ``pages[i]`` into DRAM and keep them as blocks ``keys[i]``."""
+    """Read the sender's pages ``pages[i]`` into DRAM and keep them as blocks ``keys[i]``.
+
+    The blocks follow each other in one prefix, the first of them ``parent``; ``tenant`` is
+    :func:`storage.block.tenant_digest` of the request's salt, or empty.
+    """
 
     job: int
     keys: list[BlockKey]
     pages: list[int]
     deadline_s: float
+    parent: BlockKey = NO_PARENT
+    tenant: str = ""
 
 
 # ---- agent -> engine --------------------------------------------------------------------

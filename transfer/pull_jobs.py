@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import msgspec
 import numpy as np
 
-from storage.block import BlockKey, BlockLabel
+from storage.block import TENANT_CHARS, BlockKey, BlockLabel
 from storage.tiered_store import TieredStore
 from transfer.agent_metrics import AgentCounters
 from transfer.delivery import QueueFull, TransferJob, TransferQueue
@@ -96,10 +96,10 @@ class PullJobs:
     def _submit(self, pull: _Pull, pages: np.ndarray, offsets: dict[BlockKey, int]) -> None:
         engine, message = pull.engine, pull.message
         row_of = {key: row for row, key in enumerate(message.keys)}
-        started, label = time.monotonic(), engine.label
+        started, labels = time.monotonic(), _labels(engine.label, message, offsets)
 
         def ended(error: Exception | None) -> None:
-            self._ended(engine, job, list(offsets), label, started, error)
+            self._ended(engine, job, labels, started, error)
 
         job = TransferJob(
             message.job,
@@ -123,11 +123,11 @@ class PullJobs:
         self,
         engine: Engine,
         job: TransferJob,
-        keys: list[BlockKey],
-        label: BlockLabel,
+        labels: dict[BlockKey, BlockLabel],
         started: float,
         error: Exception | None,
     ) -> None:
+        keys = list(labels)
         engine.jobs.pop(job.job, None)
         self._counters.pulled(error is None, job.nbytes)
         log.log(
@@ -137,7 +137,7 @@ class PullJobs:
             error or "",
         )
         if error is None:
-            for key in keys:
+            for key, label in labels.items():
                 self._store.commit(key, label)
         elif isinstance(error, TransferFailed) and not engine.is_gone:
             self._quarantines.append(_Quarantine(engine, keys, time.monotonic() + LANDED_AFTER_S))
@@ -153,3 +153,16 @@ class PullJobs:
     def _finish(self, pull: _Pull) -> None:
         held = self._held(pull.message.keys)
         self._reply(pull.engine, PullEnded(self._incarnation, pull.message.job, held))
+
+
+def _labels(
+    of_engine: BlockLabel, message: PullBlocks, wanted: Container[BlockKey]
+) -> dict[BlockKey, BlockLabel]:
+    """Of each wanted block of the pull; one that follows another is its child."""
+    tenant = message.tenant[:TENANT_CHARS]
+    parents = [message.parent, *message.keys[:-1]]
+    return {
+        key: msgspec.structs.replace(of_engine, tenant=tenant, parent=parent)
+        for key, parent in zip(message.keys, parents, strict=True)
+        if key in wanted
+    }

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from launch.config import ClusterConfig, load_config, make_parser
 from launch.settings import BadConfig, fields_of, flag, help_markdown
-from launch.sizes import format_size, parse_size
+from storage.sizes import format_size, parse_size
 
 
 def test_defaults_serve_on_localhost():

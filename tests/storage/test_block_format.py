@@ -18,6 +18,7 @@ from storage.block_format import (
     HEADER_FIELDS,
     UnknownVersion,
     encode_header,
+    encode_owner,
     key_of_name,
     object_name,
     verify,
@@ -26,8 +27,11 @@ from storage.tier import BlockCorrupt
 
 KEY = BlockKey(bytes(range(32)))
 PAYLOAD = b"kv" * 3000
-LABEL = BlockLabel(bytes(range(32, 64)), BlockLayout(64, 24, (2048, 1024)))
-FIELD_BYTES = 248
+LABEL = BlockLabel(
+    *(bytes(range(32, 64)), BlockLayout(64, 24, (2048, 1024)), "ab" * 32, "step-7", "c0" * 8),
+    parent=BlockKey(bytes(range(64, 96))),
+)
+FIELD_BYTES = 488
 
 
 @given(st.binary(min_size=32, max_size=32), st.binary(max_size=5000))
@@ -40,17 +44,21 @@ def test_round_trip(key: bytes, payload: bytes) -> None:
 
 
 def test_the_documented_bytes() -> None:
-    fields = struct.pack(
-        "<8sIIQQ32s", b"DUALPATH", 2, 2, len(PAYLOAD), xxhash.xxh3_64_intdigest(PAYLOAD), KEY
+    checksum = xxhash.xxh3_64_intdigest(PAYLOAD)
+    fields = struct.pack("<8sIIQQ", b"DUALPATH", 3, 2, len(PAYLOAD), checksum)
+    fields += KEY + LABEL.parent + struct.pack("<Q", 77)
+    fields += struct.pack(
+        "<32s64s128s16s", LABEL.namespace_digest, b"ab" * 32, b"step-7", b"c0" * 8
     )
-    fields += struct.pack("<32sII16Q", LABEL.namespace_digest, 64, 24, 2048, 1024, *[0] * 14)
-    fields += struct.pack("<Q", 77)
+    fields += struct.pack("<II16Q", 64, 24, 2048, 1024, *[0] * 14)
     header = encode_header(KEY, PAYLOAD, LABEL, 77)
-    checksum = struct.pack("<Q", xxhash.xxh3_64_intdigest(fields))
-    assert header == (fields + checksum).ljust(HEADER_BYTES, b"\0")
+    end = struct.pack("<Q", xxhash.xxh3_64_intdigest(fields))
+    assert header == (fields + end).ljust(HEADER_BYTES, b"\0")
     raw = np.frombuffer(header, HEADER_FIELDS)[0]
-    assert raw["magic"] == b"DUALPATH" and raw["version"] == 2 and raw["sequence"] == 77
+    assert raw["magic"] == b"DUALPATH" and raw["version"] == 3 and raw["sequence"] == 77
     assert raw["payload_bytes"] == len(PAYLOAD) and raw["key"].tobytes() == KEY
+    assert raw["parent"].tobytes() == LABEL.parent
+    assert raw["owner"].tobytes() == encode_owner(LABEL.owner)
     assert object_name(KEY) == f"blocks/00/{KEY.hex()}"
     document = Path(__file__).parents[2] / "docs" / "storage.md"
     assert "`DUALPATH`" in document.read_text()
@@ -72,7 +80,7 @@ def test_any_flipped_bit_of_the_payload_is_found(bit: int) -> None:
         verify(encode_header(KEY, PAYLOAD), payload, KEY)
 
 
-@pytest.mark.parametrize("version", [0, 1, 77])
+@pytest.mark.parametrize("version", [0, 1, 2, 77])
 def test_another_version_is_missing_not_corrupt(version: int) -> None:
     header = bytearray(encode_header(KEY, PAYLOAD))
     struct.pack_into("<I", header, 8, version)

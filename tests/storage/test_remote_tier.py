@@ -116,7 +116,7 @@ def test_a_newer_format_is_left_to_newer_programs(
     write(tier, key)
     path = tmp_path / "remote" / object_name(key)
     data = bytearray(path.read_bytes())
-    struct.pack_into("<I", data, 8, 3)
+    struct.pack_into("<I", data, 8, 9)
     path.write_bytes(data)
     assert isinstance(read(tier, key)[0].error, BlockMissing)
     assert isinstance(read(tier, key)[0].error, BlockMissing)

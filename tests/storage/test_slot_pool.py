@@ -142,5 +142,5 @@ def test_using_a_block_makes_it_young() -> None:
         pool.begin_fill(key)
         pool.commit(key)
     pool.pin(KEYS[0], 1)
-    pool.unpin(KEYS[0], 1)
+    pool.unpin_all(1)
     assert pool.begin_fill(KEYS[2]) == KEYS[1]

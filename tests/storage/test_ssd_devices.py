@@ -233,7 +233,7 @@ def test_a_disk_that_another_fills_at_the_same_time_goes_on(
 def test_a_shared_disk_keeps_its_minimum_free(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssd_tier, "SPACE_CHECK_S", 0.0)
+    monkeypatch.setattr(ssd_tier, "FOLDER_CHECK_S", 0.0)
     min_free_bytes = 300_000
     tier = SsdTier(small_disk, 1 << 40, no_wake, min_free_bytes=min_free_bytes)
     for i in range(100):
