@@ -27,6 +27,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pull_timeout_s: float = 30.0
     quarantine_fraction_max: float = 0.25
     """Share of the KV pool in quarantine at which the engine ends itself to be restarted."""
+    prefill_quota_s: float | None = None
+    """Estimated attention time of each prefill batch; None: SGLang's fixed chunks."""
     poison_kv: bool = False
     """Tests: fill the KV pool with noise at start and after each flush."""
     keep_prefixes: bool = True

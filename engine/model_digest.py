@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import xxhash
+
+from engine.user_cache import cache_folder, keep
 
 _CHUNK_BYTES = 8 << 20
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
@@ -30,14 +31,14 @@ def model_digest(model: Path) -> str:
     if len(files) < 2 or not files[0].exists():
         raise NoWeights(f"{model} holds no config.json with weights beside it")
     stamp = hashlib.sha256(json.dumps([_identity(f) for f in files]).encode()).hexdigest()
-    remembered = _cache_folder() / stamp
+    remembered = cache_folder() / "digests" / stamp
     if remembered.exists():
         return remembered.read_text()
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         digest.update(_file_digest(file))
-    _remember(remembered, digest.hexdigest())
+    keep(remembered, digest.hexdigest().encode())
     return digest.hexdigest()
 
 
@@ -52,18 +53,3 @@ def _file_digest(file: Path) -> bytes:
         while chunk := stream.read(_CHUNK_BYTES):
             hasher.update(chunk)
     return hasher.digest()
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "dualpath" / "digests"
-
-
-def _remember(path: Path, digest: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(digest)
-        temporary.rename(path)
-    except OSError:
-        return  # a read-only home costs a second hash at the next start, nothing else

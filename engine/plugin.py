@@ -90,10 +90,24 @@ TOUCH_POINTS = (
         "the same for updates from tensors, collectives and IPC",
     ),
     TouchPoint(
-        _SCHEDULER + "process_batch_result",
-        "BEFORE",
-        "engine.prefill_linker:before_batch_result",
-        "measure each prefill forward, for the scheduler's choice between load and recompute",
+        "sglang.srt.model_executor.model_runner.ModelRunner.forward",
+        "AROUND",
+        "engine.prefill_hooks:around_forward",
+        "time each prefill forward: for quota chunking, and the choice between load and recompute",
+        "prefill",
+    ),
+    TouchPoint(
+        "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.forward",
+        "AROUND",
+        "engine.prefill_hooks:around_attention",
+        "time the attention in it, which the quota is about",
+        "prefill",
+    ),
+    TouchPoint(
+        _SCHEDULER + "get_prefill_adder_class",
+        "AFTER",
+        "engine.prefill_hooks:after_adder_class",
+        "pack each prefill batch to the quota",
         "prefill",
     ),
     TouchPoint(

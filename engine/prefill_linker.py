@@ -33,7 +33,7 @@ class LayerGate:
 
     def __init__(self) -> None:
         self.waited_s = 0.0
-        """For deliveries, since the last forward was measured."""
+        """For deliveries, since the start."""
         self._of_index: dict[int, list[Delivery]] = {}
         self._next_index = 0
         self._consumer = -1
@@ -171,22 +171,6 @@ class PrefillLinker(UnifiedCacheLinker):
 
 def _keys(transfers: list[PoolTransfer]) -> list[str]:
     return next(t for t in transfers if t.name == PoolName.KV).keys or []
-
-
-def before_batch_result(scheduler: Any, batch: Any, *_: Any, **__: Any) -> None:
-    """BEFORE ``Scheduler.process_batch_result``: how long the forward took.
-
-    Waiting for deliveries is taken out: it is not the engine's speed. On CUDA, where results
-    are processed one forward late, the time holds some of the next one's (untested).
-    """
-    if not batch.forward_mode.is_extend() or not batch.extend_lens:
-        return
-    gate = scheduler.token_to_kv_pool_allocator.get_kvcache().layer_transfer_counter
-    waited_s = 0.0
-    if isinstance(gate, LayerGate):
-        waited_s, gate.waited_s = gate.waited_s, 0.0
-    seconds = time.monotonic() - batch.launch_ts - waited_s
-    runtime().prefill_cost.note(batch.extend_lens, batch.prefix_lens, seconds)
 
 
 def only_failed_requests(original: Any, wrapper: Any) -> list[str]:

@@ -28,7 +28,7 @@ from engine.model_digest import model_digest
 from engine.page_holds import PageHolds
 from engine.persist import Persister
 from engine.plans import Plans
-from engine.prefill_cost import PrefillCostFit
+from engine.prefill_timing import PrefillTiming
 from storage.block import BlockKey, Namespace, block_keys
 from storage.settings import incarnation
 from transfer.client import AgentLinks
@@ -68,6 +68,9 @@ def start_runtime(config: EngineConfig, scheduler: Any) -> EngineRuntime:
     """Build the runtime on a scheduler whose P/D side is set up."""
     global _runtime
     _runtime = EngineRuntime(config, scheduler)
+    _runtime.prefill_timing.start_quota(
+        _runtime.namespace.model_digest, _runtime.memory.layout.page_tokens
+    )
     return _runtime
 
 
@@ -92,7 +95,7 @@ class EngineRuntime:
         self.namespace = self._first_namespace()
         self.namespace_digest = self.namespace.digest()
         self.plans = Plans()
-        self.prefill_cost = PrefillCostFit()
+        self.prefill_timing = PrefillTiming(scheduler, config.prefill_quota_s)
         self.holds = PageHolds(allocator)
         self.jobs = Jobs(self.incarnation, self.holds)
         board = CompletionBoard(BOARD_WORDS, transfer_engine.register)
@@ -205,7 +208,7 @@ class EngineRuntime:
                 len(req.origin_input_ids) + len(req.output_ids) for req in running + waiting
             ),
             free_tokens=self.holds.free_tokens + scheduler.tree_cache.evictable_size(),
-            prefill_cost=self.prefill_cost.cost(),
+            prefill_cost=self.prefill_timing.forward.cost(),
             counters=self._counters(),
         )
 
@@ -222,6 +225,7 @@ class EngineRuntime:
 
     def _counters(self) -> dict[str, float]:
         return {
+            **self.prefill_timing.counters(),
             "dualpath:engine_deliveries_total": self.deliveries.started_total,
             "dualpath:engine_deliveries_failed_total": self.deliveries.failed_total,
             "dualpath:engine_open_jobs": len(self.jobs),

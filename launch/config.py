@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.user_cache import cache_folder
 from launch import settings
 from launch.settings import (
     check_choices,
@@ -26,10 +26,13 @@ from scheduler.policies import POLICY_NAMES, UnknownPolicy, read_policy
 from storage.sizes import parse_size
 
 
-def cache_folder() -> Path:
-    """Where models and the default store live: ``dualpath`` in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "dualpath"
+def _parse_quota(value: str | float | bool) -> float | None:
+    if value in ("off", False):  # YAML reads a bare `off` as false
+        return None
+    quota_ms = float(value)
+    if not quota_ms > 0:
+        raise ValueError("give milliseconds greater than 0, or off")
+    return quota_ms
 
 
 def _parse_policy(value: str) -> str:
@@ -123,6 +126,13 @@ class ClusterConfig:
         "Prompt tokens that may wait at a prefill engine; 0 means what it computes in 5 s.",
         int,
         metavar="N",
+    )
+    prefill_quota_ms: float | None = setting(
+        None,
+        "Estimated attention time of each prefill batch (paper: 300): prompts are cut to it; off "
+        "cuts them by --chunked-prefill-size alone.",
+        _parse_quota,
+        metavar="MS|off",
     )
     served_model_name: str = setting(
         "", "Model name in the API; empty means the model's own.", metavar="NAME"

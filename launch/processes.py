@@ -201,6 +201,7 @@ class _Cluster:
             agent=agent_name(node),
             agents=self.agents,
             deliver_timeout_s=self.config.deliver_timeout_s,
+            prefill_quota_s=self._quota_s() if role == "prefill" else None,
             poison_kv=self.config.poison_kv,
         )
         offsets = {"control": _CONTROL, "http": _HTTP, "rendezvous": _RENDEZVOUS}
@@ -272,6 +273,10 @@ class _Cluster:
             control=self._control(node),
             bootstrap_host=self.hosts[node],
         )
+
+    def _quota_s(self) -> float | None:
+        quota_ms = self.config.prefill_quota_ms
+        return None if quota_ms is None else quota_ms / 1000
 
     def _port(self, node: str, kind: str, offset: int) -> int:
         block = 2 * self.nodes.index(node) + (kind == "engine")

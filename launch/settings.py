@@ -192,6 +192,8 @@ def default_text(field: dataclasses.Field[Any]) -> str:
     default = field.default
     if default is dataclasses.MISSING or default == "":
         return "-"
+    if default is None:
+        return "off"
     if field.metadata["parse"] is parse_size:
         return format_size(int(default)).replace(" ", "")
     return str(default).lower() if isinstance(default, bool) else str(default)

@@ -12,12 +12,12 @@ decision looks at every one of up to a thousand nodes.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.options import SchedulerOptions
+from scheduler.prefill_cost import TERMS, request_terms
 from storage.tier import TierName
 
 PREFILL = "prefill"
@@ -146,17 +146,6 @@ class Processes:
             self.promised[row] = 0
 
 
-class ForwardCost(Protocol):
-    """Fitted time of a prefill forward (``PrefillCost`` in transfer/messages.py)."""
-
-    @property
-    def base_s(self) -> float: ...
-    @property
-    def token_s(self) -> float: ...
-    @property
-    def pair_s(self) -> float: ...
-
-
 class Engines(Processes):
     """Prefill and decode engines, as their groups' leaders report them."""
 
@@ -175,19 +164,21 @@ class Engines(Processes):
         self.free_tokens: Floats = np.empty(0)
         self.last_chosen: Floats = np.empty(0)
         """Number of the decision that last chose it: ties go to the one that waited longest."""
-        self.base_s: Floats = np.empty(0)
-        self.token_s: Floats = np.empty(0)
-        self.pair_s: Floats = np.empty(0)
-        """Fitted cost of a prefill forward (transfer/messages.py, PrefillCost); 0: unknown."""
+        self.prefill_cost: Floats = np.empty((0, len(TERMS)))
+        """Fitted coefficients of a prefill forward (scheduler/prefill_cost.py); 0: unknown."""
         self._columns += ["is_prefill", "agent_row", "group", "sequences", "pending_tokens"]
         self._columns += ["context_tokens", "free_tokens", "last_chosen"]
-        self._columns += ["base_s", "token_s", "pair_s"]
+        self._columns += ["prefill_cost"]
 
     def compute_s(self, row: int | Rows, tokens: float | Floats, context: float | Floats) -> Floats:
         """Time of prefilling ``tokens`` after ``context`` tokens; 0 while not measured."""
-        pairs = tokens * (context + tokens / 2)
-        cost = self.base_s[row] + self.token_s[row] * tokens + self.pair_s[row] * pairs
-        return np.asarray(cost)
+        costs = self.prefill_cost[row]
+        return np.asarray(costs[..., 0] + costs[..., 1:] @ request_terms(context, tokens))
+
+    @property
+    def token_s(self) -> Floats:
+        """Fitted time of a new token alone; 0: unknown."""
+        return self.prefill_cost[:, TERMS.index("token_s")]
 
 
 class Agents(Processes):

@@ -50,7 +50,7 @@ def worth_loading(
     busy_s = float(engines.compute_s(prefill, float(pending), 0.0)) if pending else 0.0
     first_token_s = np.maximum(read_s, busy_s) + compute_s
     whole, best = len(blocks) - 1, int(np.argmin(first_token_s))
-    if not engines.token_s[prefill] and not engines.pair_s[prefill]:
+    if not engines.prefill_cost[prefill].any():
         best = whole
     elif first_token_s[best] > (1 - GAIN_MIN) * first_token_s[whole]:
         best = whole

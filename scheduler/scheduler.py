@@ -21,7 +21,6 @@ from scheduler.cluster_state import (
     ClusterState,
     Device,
     Engines,
-    ForwardCost,
 )
 from scheduler.decision import Decisions
 from scheduler.directory import Change, Directory
@@ -31,6 +30,7 @@ from scheduler.options import SchedulerOptions
 from scheduler.placement import choose_decode, choose_prefill, in_turn
 from scheduler.plan import Plan, PlanRequest, Range
 from scheduler.policies import read_policy
+from scheduler.prefill_cost import ForwardCost, coefficients
 from storage.tier import TierName
 
 
@@ -124,9 +124,7 @@ class Scheduler:
         engines.sequences[row], engines.pending_tokens[row] = sequences, pending_tokens
         engines.context_tokens[row], engines.free_tokens[row] = context_tokens, free_tokens
         if prefill_cost is not None:
-            engines.base_s[row] = prefill_cost.base_s
-            engines.token_s[row] = prefill_cost.token_s
-            engines.pair_s[row] = prefill_cost.pair_s
+            engines.prefill_cost[row] = coefficients(prefill_cost)
         self._notice(row, self.state.usable_engines)
 
     def agent_report(

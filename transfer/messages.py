@@ -236,12 +236,15 @@ class EndPlan(_Message):
 
 
 class PrefillCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Fitted time of a prefill forward of n new tokens after c tokens of context:
-    ``base_s + n * token_s + n * (c + n / 2) * pair_s`` seconds."""
+    """Fitted time of a prefill forward; scheduler/prefill_cost.py says what the terms are."""
 
     base_s: float
     token_s: float
     pair_s: float
+    request_s: float = 0.0
+    context_s: float = 0.0
+    prefix_pair_s: float = 0.0
+    own_pair_s: float = 0.0
 
 
 class EngineHello(_Message):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +14,13 @@ import msgspec
 import engine.engine_config
 import transfer.agent_config
 from benchmarks.own_cluster import ClusterFailed
+from benchmarks.supervised import Supervised, while_running
 from benchmarks.testbed.network import Network
 from engine.engine_config import EngineConfig
 from launch.config import ClusterConfig
 from launch.hardware import Hardware
 from launch.models import resolve_model
 from launch.processes import PAGE_TOKENS, ProcessRecord, node_names, process_records
-from launch.supervisor import Supervisor
 from launch.trace import HEADER
 from storage.settings import to_env
 from transfer.agent_config import AgentConfig
@@ -33,31 +33,6 @@ STORED_TIMEOUT_S = 90.0
 STATUS_S = 0.6
 """Agents report five times a second: after so long the gateway has heard their last count."""
 REQUEST_TIMEOUT_S = 300.0
-
-
-class Supervised:
-    """What the supervisor reports: whether the cluster serves, and that nothing has died."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.is_serving = asyncio.Event()
-        self.deaths: list[str] = []
-        self._say = say
-
-    def ready(self, name: str, seconds: float) -> None:
-        self._say(f"{name} ready after {seconds:.0f} s")
-
-    def waiting(self, names: Sequence[str], seconds: float) -> None:
-        pass
-
-    def serving(self) -> None:
-        self.is_serving.set()
-
-    def restarting(self, name: str, reason: str, delay_s: float) -> None:
-        self.deaths.append(f"{name} {reason}")
-        self._say(f"{name} {reason}: starting it again")
-
-    def stopping(self, reason: str) -> None:
-        self._say(reason)
 
 
 class Gateway:
@@ -181,31 +156,14 @@ async def in_cluster(
     ended the cluster (its supervisor takes the process's signals while it runs).
     """
     supervised = Supervised(say)
-    config.log_folder.mkdir(parents=True, exist_ok=True)
-    supervisor = Supervisor(
-        records_on(network, config), config.log_folder, supervised, config.start_timeout_s
+
+    async def at_the_gateway() -> _Result:
+        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+        url = f"http://{config.host}:{config.port}"
+        async with aiohttp.ClientSession(url, timeout=timeout, read_bufsize=1 << 22) as http:
+            return await work(Gateway(http, supervised))
+
+    records = records_on(network, config)
+    return await while_running(
+        records, config.log_folder, config.start_timeout_s, supervised, at_the_gateway
     )
-    tasks = [
-        running := asyncio.create_task(supervisor.run()),
-        working := asyncio.create_task(_when_serving(config, supervised, work)),
-    ]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        running.result()
-        raise KeyboardInterrupt
-    finally:
-        for task in reversed(tasks):
-            task.cancel()
-            await asyncio.wait([task])
-
-
-async def _when_serving(
-    config: ClusterConfig, supervised: Supervised, work: Callable[[Gateway], Awaitable[_Result]]
-) -> _Result:
-    await supervised.is_serving.wait()
-    timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
-    url = f"http://{config.host}:{config.port}"
-    async with aiohttp.ClientSession(url, timeout=timeout, read_bufsize=1 << 22) as http:
-        return await work(Gateway(http, supervised))

@@ -70,6 +70,8 @@ def test_a_formatted_size_reads_back_within_rounding(size_bytes):
         (["--remote-options", '{"a": 1}'], ["--remote"]),
         (["--engine-args", "--x 'open"], ["--engine-args", "quotation"]),
         (["--read-timeout-s", "0"], ["--read-timeout-s"]),
+        (["--prefill-quota-ms", "none"], ["--prefill-quota-ms", "none"]),
+        (["--prefill-quota-ms", "0"], ["--prefill-quota-ms", "greater than 0, or off"]),
         (["--config", "absent.yaml"], ["absent.yaml", "No such file"]),
     ],
 )
@@ -94,6 +96,13 @@ def test_a_bad_file_is_an_error_that_names_the_key(tmp_path, name, text, words):
     with pytest.raises(BadConfig) as caught:
         load_config(["--config", str(tmp_path / name)])
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_the_quota_can_be_switched_off_in_a_file_and_on_by_a_flag(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("prefill-quota-ms: off\n")  # which YAML reads as false
+    assert load_config(["--config", str(file)]).prefill_quota_ms is None
+    assert load_config(["--config", str(file), "--prefill-quota-ms", "300"]).prefill_quota_ms == 300
 
 
 def test_help_and_the_table_of_flags_name_every_setting():

@@ -105,6 +105,15 @@ def test_a_prefill_engine_loads_blocks_through_our_linker():
     assert "--enable-unified-cache-external-linker" in record.argv
 
 
+def test_only_prefill_engines_get_a_quota(monkeypatch):
+    records = records_of(ClusterConfig(prefill_quota_ms=250.0))
+    quotas_s = [
+        settings_of(monkeypatch, records[name], "DUALPATH_ENGINE", EngineConfig).prefill_quota_s
+        for name in ("p0", "d0")
+    ]
+    assert quotas_s == [0.25, None]
+
+
 def test_a_restarted_prefill_engine_changes_its_bootstrap_port():
     record = records_of(ClusterConfig())["p0"]
     seen = [respawn(record, count).ports["bootstrap"] for count in range(9)]

@@ -1,0 +1,141 @@
+"""Packing to the quota: what holds for every queue and every cost."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduler.prefill_cost import batch_terms, coefficients
+from scheduler.quota import Chunk, QuotaBatch, pack
+from transfer.messages import PrefillCost
+
+PAGE = 64
+
+prices = st.builds(
+    PrefillCost,
+    base_s=st.floats(0, 0.02),
+    request_s=st.floats(0, 0.01),
+    token_s=st.floats(0, 1e-4),
+    context_s=st.floats(0, 1e-5),
+    pair_s=st.floats(1e-10, 1e-7),
+    prefix_pair_s=st.floats(0, 1e-7),
+    own_pair_s=st.floats(0, 1e-7),
+)
+quotas_s = st.floats(0.001, 1.0)
+requests = st.builds(
+    Chunk,
+    context_tokens=st.integers(0, 500).map(lambda pages: pages * PAGE),
+    new_tokens=st.integers(1, 20_000),
+)
+queues = st.lists(requests, min_size=1, max_size=12)
+
+
+def seconds(cost: PrefillCost, chunks: list[Chunk]) -> float:
+    """A batch's estimate, straight from the formula of the whole batch."""
+    context, new = (np.array(column, float) for column in zip(*chunks, strict=True))
+    return float(coefficients(cost) @ batch_terms(context, new))
+
+
+def packed(
+    queue: list[Chunk], cost: PrefillCost, quota_s: float, tokens_max: int = 16_384
+) -> QuotaBatch:
+    batch = QuotaBatch(cost, quota_s, PAGE)
+    pack(queue, batch, tokens_max)
+    return batch
+
+
+def advance(queue: deque[Chunk], batch: QuotaBatch) -> None:
+    """The batch has run: what it computed is cached."""
+    for chunk in batch.chunks:
+        head = queue.popleft()
+        if left := head.new_tokens - chunk.new_tokens:
+            queue.appendleft(Chunk(head.context_tokens + chunk.new_tokens, left))
+
+
+@settings(max_examples=300, deadline=None)
+@given(queues, prices, quotas_s)
+def test_a_batch_is_a_prefix_of_the_queue_cut_at_its_end_alone(queue, cost, quota_s):
+    chunks = packed(queue, cost, quota_s).chunks
+    assert chunks
+    for chunk, request in zip(chunks, queue, strict=False):
+        assert chunk.context_tokens == request.context_tokens
+        assert 0 < chunk.new_tokens <= request.new_tokens
+    assert all(c == r for c, r in zip(chunks[:-1], queue, strict=False))
+    if chunks[-1] != queue[len(chunks) - 1]:
+        assert sum(chunks[-1]) % PAGE == 0, "a cut ends on a page"
+
+
+@settings(max_examples=300, deadline=None)
+@given(queues, prices, quotas_s)
+def test_the_quota_is_exceeded_by_a_single_page_at_most(queue, cost, quota_s):
+    batch = packed(queue, cost, quota_s)
+    assert batch.spent_s == pytest.approx(seconds(cost, batch.chunks))
+    if batch.spent_s > quota_s * (1 + 1e-9):
+        assert len(batch.chunks) == 1 and batch.chunks[0].new_tokens <= PAGE
+
+
+@settings(max_examples=300, deadline=None)
+@given(queues, prices, quotas_s)
+def test_what_is_left_of_the_quota_has_no_room_for_another_page(queue, cost, quota_s):
+    batch = packed(queue, cost, quota_s, tokens_max=10**9)
+    *rest, last = batch.chunks
+    request = queue[len(batch.chunks) - 1]
+    if last.new_tokens < request.new_tokens:
+        more = last.new_tokens + PAGE
+        longer = Chunk(last.context_tokens, min(more, request.new_tokens))
+        assert seconds(cost, [*rest, longer]) > quota_s * (1 - 1e-9)
+    elif len(batch.chunks) < len(queue):
+        nobody = queue[len(batch.chunks)]
+        page = Chunk(nobody.context_tokens, min(PAGE, nobody.new_tokens))
+        assert seconds(cost, [*batch.chunks, page]) > quota_s * (1 - 1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(queues, prices, st.floats(0.005, 1.0), st.sampled_from([64, 512, 8192]))
+def test_every_prompt_is_computed_once_in_order_and_nobody_starves(
+    queue, cost, quota_s, tokens_max
+):
+    """One batch after another until nothing waits: each moves on by a page at least."""
+    waiting, computed = deque(queue), 0
+    total = sum(request.new_tokens for request in queue)
+    for _ in range(total // PAGE + len(queue) + 1):
+        if not waiting:
+            break
+        batch = packed(list(waiting), cost, quota_s, tokens_max)
+        in_pages = sum(-(-chunk.new_tokens // PAGE) * PAGE for chunk in batch.chunks)
+        assert 0 < in_pages <= tokens_max
+        computed += sum(chunk.new_tokens for chunk in batch.chunks)
+        advance(waiting, batch)
+    assert not waiting and computed == total
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(queues.filter(lambda q: sum(r.new_tokens for r in q) > 4000), min_size=2, max_size=4)
+)
+def test_ranks_that_pack_alone_get_batches_alike(group):
+    """No leader: as long as every rank has more to do, all batches are within a page's cost."""
+    cost, quota_s = PrefillCost(0, 0, 5e-8), 0.05
+    batches = [packed(queue, cost, quota_s) for queue in group]
+    for batch, queue in zip(batches, group, strict=True):
+        last = batch.chunks[-1]
+        has_more = batch.closed or len(batch.chunks) < len(queue)
+        page_s = 2 * PAGE * (sum(last) + PAGE) * 5e-8
+        if has_more and sum(chunk.new_tokens for chunk in batch.chunks) < 16_000:
+            following = queue[min(len(batch.chunks), len(queue) - 1)]
+            page_s = max(page_s, PAGE * (following.context_tokens + PAGE) * 5e-8)
+            assert batch.spent_s >= quota_s - page_s
+
+
+def test_the_paper_s_batch():
+    """Two whole requests and the first pages of a third make up 300 ms."""
+    cost = PrefillCost(0.0, 0.0, 1e-8)
+    queue = [Chunk(32_000, 429), Chunk(0, 2000), Chunk(16_000, 4000), Chunk(0, 100)]
+    batch = packed(queue, cost, 0.3)
+    assert batch.chunks[:2] == queue[:2]
+    assert batch.chunks[2] == Chunk(16_000, 832)
+    assert batch.closed and 0.29 < batch.spent_s <= 0.3
