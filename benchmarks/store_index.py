@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.store_load import Memory, TierLoad
-from storage.block import KEY_BYTES, BlockKey
-from storage.slab import RECORD, slot_bytes_for
+from storage.block import KEY_BYTES, UNLABELLED, BlockKey
+from storage.block_format import encode_owner
+from storage.folder_notes import FolderNotes
+from storage.slab import RECORD, owner_number, slot_bytes_for
 from storage.ssd_folder import SsdFolder
 from storage.ssd_tier import SsdTier
 
@@ -52,7 +54,10 @@ def _make_folder(folder: Path) -> bytes:
     records["key"] = np.frombuffer(keys, f"V{KEY_BYTES}")
     records["sequence"] = np.random.default_rng(4).permutation(BLOCKS) + 1
     records["payload_bytes"] = BLOCK_BYTES
+    owner = UNLABELLED.owner
+    records["owner"] = owner_number(encode_owner(owner))
     folder.mkdir()
+    FolderNotes(folder).add_owners([owner])
     for number, first in enumerate(range(0, BLOCKS, slab_blocks)):
         part = records[first : first + slab_blocks]
         stem = f"{number:06d}-{slot_bytes}"

@@ -23,7 +23,9 @@ from launch.settings import (
     setting,
 )
 from scheduler.policies import POLICY_NAMES, UnknownPolicy, read_policy
+from storage.owners import parse_quotas
 from storage.sizes import parse_size
+from storage.write_behind import PROMOTION_POLICIES, WRITE_POLICIES
 
 
 def _parse_quota(value: str | float | bool) -> float | None:
@@ -94,6 +96,23 @@ class ClusterConfig:
     )
     ssd_min_free_bytes: int = setting(
         parse_size("1GiB"), "SSD tier: what stays free on each disk.", parse_size, metavar="SIZE"
+    )
+    ssd_quotas: str = setting(
+        "",
+        "Quotas of each agent's SSD tier as FIELD:VALUE=SIZE, comma-separated; such as "
+        "'tenant:*=20GiB' (docs/storage.md).",
+        parse_quotas,
+        metavar="LIST",
+    )
+    write_policy: str = setting(
+        "everywhere",
+        "Where new blocks are written: to SSD and remote; or to remote only when used again.",
+        choices=WRITE_POLICIES,
+    )
+    promotion_policy: str = setting(
+        "always",
+        "When a block that was read from remote is kept on SSD: the first time or the second.",
+        choices=PROMOTION_POLICIES,
     )
     remote: str = setting(
         "",

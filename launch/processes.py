@@ -23,6 +23,7 @@ from launch.config import ClusterConfig
 from launch.gateway_config import EngineAddress, GatewayConfig
 from launch.hardware import Hardware
 from scheduler.options import LoadPolicy, SchedulerOptions
+from storage.owners import read_quotas
 from storage.settings import to_env
 from transfer.agent_config import AgentConfig
 
@@ -174,6 +175,9 @@ class _Cluster:
             ssd_dirs=[str(folder / name) for folder in config.ssd_folders if config.ssd_bytes],
             ssd_bytes=config.ssd_bytes,
             ssd_min_free_bytes=config.ssd_min_free_bytes,
+            ssd_quotas=read_quotas(config.ssd_quotas),
+            write_policy=config.write_policy,
+            promotion_policy=config.promotion_policy,
             remote_url=config.remote,
             remote_options=config.remote_options,
         )

@@ -255,9 +255,12 @@ class _VictimQueue:
         busy: list[tuple[int, int]] = []
         try:
             yield from self._leaves(is_idle, busy)
-            self._refill()
-            busy.clear()
-            yield from self._leaves(is_idle, busy)
+            size = -1
+            while size != len(self._index):  # whose last child went is a leaf now
+                size = len(self._index)
+                self._refill()
+                busy.clear()
+                yield from self._leaves(is_idle, busy)
             others = self._index.find_victims(self._groups, leaves=False)
             for row in sorted(others.tolist(), key=self._index.score_of):
                 key = self._index.key_at(row)

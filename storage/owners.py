@@ -79,6 +79,17 @@ class Quota(msgspec.Struct, frozen=True):
             raise BadSelector(f"{text!r} is no quota: {error}") from error
 
 
+def parse_quotas(text: str) -> str:
+    """The text itself, once every quota in it was understood; raises :class:`BadSelector`."""
+    read_quotas(text)
+    return text
+
+
+def read_quotas(text: str) -> list[Quota]:
+    """Quotas separated by commas; raises :class:`BadSelector`."""
+    return [Quota.parse(part.strip()) for part in text.split(",") if part.strip()]
+
+
 class OwnerBook:
     """Gives owners the small numbers, *groups*, by which an index knows them, and keeps what
     each uses. A dropped owner that comes back gets a new group."""

@@ -278,6 +278,8 @@ class QueuedTier(ABC):
         if operation.error is None:
             self._stats.write_bytes_total += operation.nbytes
             self._gain(operation.key, operation.place, operation.label)
+            if operation.group != self._index.owners.group_of(operation.label.owner):
+                self._evict(operation.key, EvictionCause.DROPPED)  # while it was written
         else:
             self._release(operation.place)
 

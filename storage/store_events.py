@@ -39,6 +39,7 @@ class StoreStats(msgspec.Struct):
     """Counters (``_total``) and gauges; every one becomes a metric."""
 
     slots: int = 0
+    slot_bytes: int = 0
     slots_available: int = 0
     """Free or evictable now."""
     resident_blocks: int = 0
@@ -93,6 +94,7 @@ class StoreStats(msgspec.Struct):
         return msgspec.structs.replace(
             self,
             hits_total=dict(self.hits_total),
+            slot_bytes=pool.slot_bytes,
             slots_available=pool.available,
             resident_blocks=pool.num_resident,
             volatile_blocks=holdings.volatile,

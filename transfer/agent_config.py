@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from storage.owners import Quota
+
 VARIABLE = "DUALPATH_AGENT"
 
 
@@ -28,6 +30,10 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ssd_bytes: int = 0
     ssd_min_free_bytes: int = 0
     """Of each folder's disk, whoever else fills it."""
+    ssd_quotas: list[Quota] = []
+    write_policy: str = "everywhere"
+    promotion_policy: str = "always"
+    """Both of :mod:`storage.write_behind`."""
     remote_url: str = ""
     remote_options: dict[str, Any] = {}
     read_threads: int = 16

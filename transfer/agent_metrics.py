@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from storage.store_events import StoreStats
-from storage.tier import TierName
+from storage.tier import EvictionCause, TierName, TierStats
 
 Samples = dict[str, float]
 
@@ -58,7 +58,12 @@ def store_samples(stats: StoreStats) -> Samples:
         'dualpath:agent_plans{state="waiting"}': stats.waiting_plans,
         'dualpath:agent_plans{state="reading"}': stats.reading_plans,
         'dualpath:agent_plans{state="pinning"}': stats.pinning_plans,
-        'dualpath:agent_evicted_blocks_total{tier="dram"}': stats.evicted_blocks_total,
+        'dualpath:agent_evicted_blocks_total{tier="dram",cause="capacity"}': (
+            stats.evicted_blocks_total
+        ),
+        'dualpath:agent_tier_blocks{tier="dram"}': stats.resident_blocks,
+        'dualpath:agent_tier_bytes{tier="dram"}': stats.resident_blocks * stats.slot_bytes,
+        'dualpath:agent_tier_capacity_bytes{tier="dram"}': stats.slots * stats.slot_bytes,
     }
     for name in (
         "joined_reads",
@@ -73,28 +78,46 @@ def store_samples(stats: StoreStats) -> Samples:
     for tier, hits in stats.hits_total.items():
         samples[f'dualpath:agent_hits_total{{tier="{tier.value}"}}'] = hits
     for tier, of in stats.tiers.items():
-        label = f'{{tier="{tier.value}"}}'
         queue_bytes, bytes_per_s = stats.read_queue_bytes[tier], stats.read_bytes_per_s[tier]
+        label = f'{{tier="{tier.value}"}}'
         samples |= {
             f"dualpath:agent_read_queue_bytes{label}": queue_bytes,
             f"dualpath:agent_read_bytes_per_second{label}": bytes_per_s,
             f"dualpath:agent_read_queue_seconds{label}": queue_bytes / max(bytes_per_s, 1.0),
-            f"dualpath:agent_tier_bytes{label}": of.used_bytes,
-            f"dualpath:agent_tier_capacity_bytes{label}": of.capacity_bytes,
-            f"dualpath:agent_tier_blocks{label}": of.blocks,
-            f"dualpath:agent_tier_write_queue_bytes{label}": of.write_queue_bytes,
-            f"dualpath:agent_storage_read_bytes_total{label}": of.read_bytes_total,
-            f"dualpath:agent_storage_write_bytes_total{label}": of.write_bytes_total,
-            f"dualpath:agent_storage_read_errors_total{label}": of.read_errors_total,
-            f"dualpath:agent_storage_write_errors_total{label}": of.write_errors_total,
-            f"dualpath:agent_corrupt_blocks_total{label}": of.corrupt_blocks_total,
-            f"dualpath:agent_missing_blocks_total{label}": of.missing_blocks_total,
-            f"dualpath:agent_other_version_blocks_total{label}": of.other_version_blocks_total,
-            f"dualpath:agent_evicted_blocks_total{label}": of.evicted_blocks_total,
+            **_tier_samples(tier, of),
         }
-        if tier is TierName.SSD:
-            samples |= {
-                'dualpath:agent_ssd_devices{state="used"}': of.devices,
-                'dualpath:agent_ssd_devices{state="failed"}': of.failed_devices,
-            }
+    return samples
+
+
+def _tier_samples(tier: TierName, stats: TierStats) -> Samples:
+    """What one tier below DRAM counts."""
+    label = f'tier="{tier.value}"'
+    samples: Samples = {
+        f"dualpath:agent_tier_bytes{{{label}}}": stats.used_bytes,
+        f"dualpath:agent_tier_capacity_bytes{{{label}}}": stats.capacity_bytes,
+        f"dualpath:agent_tier_blocks{{{label}}}": stats.blocks,
+        f"dualpath:agent_tier_write_queue_bytes{{{label}}}": stats.write_queue_bytes,
+        f'dualpath:agent_tier_blocks_in_flight{{{label},kind="read"}}': stats.reads_in_flight,
+        f'dualpath:agent_tier_blocks_in_flight{{{label},kind="write"}}': stats.writes_in_flight,
+        f"dualpath:agent_tier_hits_total{{{label}}}": stats.hits_total,
+        f"dualpath:agent_storage_read_bytes_total{{{label}}}": stats.read_bytes_total,
+        f"dualpath:agent_storage_write_bytes_total{{{label}}}": stats.write_bytes_total,
+        f"dualpath:agent_storage_read_errors_total{{{label}}}": stats.read_errors_total,
+        f"dualpath:agent_storage_write_errors_total{{{label}}}": stats.write_errors_total,
+        f"dualpath:agent_storage_retries_total{{{label}}}": stats.retries_total,
+        f"dualpath:agent_corrupt_blocks_total{{{label}}}": stats.corrupt_blocks_total,
+        f"dualpath:agent_missing_blocks_total{{{label}}}": stats.missing_blocks_total,
+        f"dualpath:agent_other_version_blocks_total{{{label}}}": stats.other_version_blocks_total,
+        **stats.read_latency.samples("dualpath:agent_storage_read_seconds", label),
+        **stats.write_latency.samples("dualpath:agent_storage_write_seconds", label),
+    }
+    for cause in EvictionCause:
+        count = stats.evictions_total.get(cause, 0)
+        name = f'dualpath:agent_evicted_blocks_total{{{label},cause="{cause.value}"}}'
+        samples[name] = count
+    if tier is TierName.SSD:
+        samples |= {
+            'dualpath:agent_ssd_devices{state="used"}': stats.devices,
+            'dualpath:agent_ssd_devices{state="failed"}': stats.failed_devices,
+        }
     return samples

@@ -255,7 +255,12 @@ class Agent:
         except (ValueError, ZeroDivisionError) as error:
             log.error("engine refused engine=%s layout=%s: %s", engine, layout, error)
             return None
-        store = TieredStore(pool, *self._tiers, keep_in_dram=self._config.dram_keep)
+        store = TieredStore(
+            *(pool, *self._tiers),
+            keep_in_dram=self._config.dram_keep,
+            write_policy=self._config.write_policy,
+            promotion_policy=self._config.promotion_policy,
+        )
         shared = self._incarnation, self._counters
         address = self._memory.address
         shares = ShareJobs(store, self._router.send, self._poll)
@@ -335,7 +340,7 @@ def _open_tiers(config: AgentConfig, wake: Wake) -> tuple[Tier | None, Tier | No
     if config.ssd_dirs:
         ssd = SsdTier(
             *(config.ssd_dirs, config.ssd_bytes, wake, config.read_threads),
-            config.ssd_min_free_bytes,
+            *(config.ssd_min_free_bytes, config.ssd_quotas),
         )
     if config.remote_url:
         remote = RemoteTier(config.remote_url, config.remote_options, wake, config.read_threads)

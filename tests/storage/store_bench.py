@@ -23,7 +23,7 @@ class Bench:
     """A store over faulty in-memory tiers, a clock, and what happened."""
 
     def __init__(
-        self, slots: int = 4, ssd_blocks: int = 100, remote: bool = True, **options: float
+        self, slots: int = 4, ssd_blocks: int = 100, remote: bool = True, **options: float | str
     ) -> None:
         self.now = 0.0
         self.memory = bytearray(slots * 8192)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from conftest import key_of, payload_of
 from store_bench import DRAM, NBYTES, REMOTE, SSD, A, B, Bench, C, D, E, F
+
+from storage.block import UNLABELLED
+from storage.owners import Selector
 
 
 def test_a_block_read_from_remote_is_local_from_then_on() -> None:
@@ -133,3 +137,56 @@ def test_what_is_used_in_dram_stays_on_ssd_and_a_prefix_from_its_beginning() -> 
         bench.persist(key)
         bench.poll()
         assert sorted(bench.ssd_memory.keys()) == sorted(held)
+
+
+def test_with_reused_a_block_goes_to_remote_when_it_is_used_again() -> None:
+    bench = Bench(write_policy="reused")
+    bench.persist(A, B)
+    bench.poll()
+    assert sorted(bench.ssd_memory.keys()) == sorted([A, B]) and not bench.remote_memory.blocks
+    bench.admit(1, [A])
+    bench.poll()
+    assert set(bench.remote_memory.blocks) == {A}
+
+
+@pytest.mark.parametrize(
+    ("policy", "first", "second"), [("always", 1, 1), ("reused", 0, 1), ("never", 0, 0)]
+)
+def test_a_block_from_remote_is_promoted_by_policy(policy: str, first: int, second: int) -> None:
+    bench = Bench(slots=1, promotion_policy=policy)
+    bench.on_remote(A)
+    for plan, kept in ((1, first), (2, second)):
+        bench.admit(plan, [A])
+        bench.store.release(plan)
+        bench.poll()
+        assert len(bench.ssd_memory.keys()) == kept
+        bench.on_ssd(B)
+        bench.admit(plan + 10, [B])  # A leaves DRAM
+        bench.store.release(plan + 10)
+        bench.poll()
+        bench.ssd_memory.drop(Selector.parse("namespace:*"))
+        bench.poll()
+
+
+def test_an_unknown_policy_names_those_that_there_are() -> None:
+    with pytest.raises(ValueError, match="everywhere, reused"):
+        Bench(write_policy="sometimes")
+    with pytest.raises(ValueError, match="always, reused, never"):
+        Bench(promotion_policy="sometimes")
+
+
+def test_a_drop_empties_every_tier_but_not_what_a_plan_uses() -> None:
+    bench = Bench()
+    label = msgspec.structs.replace(UNLABELLED, weight_version="v1")
+    bench.persist(E)
+    for key in bench.store.reserve([A, B]):
+        bench.store.commit(key, label)
+    bench.poll()
+    bench.admit(1, [A])
+    bench.store.drop(Selector.parse("version:v1"))
+    bench.poll()
+    assert {(e.key, e.tier) for e in bench.store.holdings()} == {
+        (A, DRAM),
+        *((E, tier) for tier in (DRAM, SSD, REMOTE)),
+    }
+    assert set(bench.remote_memory.blocks) == set(bench.ssd_memory.blocks) == {E}

@@ -108,6 +108,17 @@ def test_a_failed_pull_keeps_its_slots_until_nothing_can_land(world, monkeypatch
     assert len(world.store.reserve([key_of(50)])) == 1
 
 
+def test_pulled_blocks_know_their_parents_and_their_tenant(world):
+    keys = [key_of(block) for block in range(3)]
+    world.store.reserve(keys[1:2])  # on its way by another pull
+    world.pulls.start(world.engine, PullBlocks(1, keys, [0, 1, 2], 10.0, key_of(9), "ab" * 8))
+    world.queue.jobs[-1].ended(None)
+    labels = [world.store.pool.label(key) for key in (keys[0], keys[2])]
+    assert [label.parent for label in labels] == [key_of(9), keys[1]]
+    assert {label.tenant for label in labels} == {"ab" * 8}
+    assert {label.namespace_digest for label in labels} == {namespace().digest()}
+
+
 def test_a_new_incarnation_ends_the_quarantine(world):
     keys = [key_of(0)]
     world.pulls.start(world.engine, PullBlocks(1, keys, [0], 10.0))
