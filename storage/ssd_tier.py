@@ -133,7 +133,9 @@ class SsdTier(ThreadedTier):
         blocks, held = np.concatenate(parts), np.concatenate(places)
         latest = _latest(blocks)
         self._fill_index(blocks[latest], held[latest], np.concatenate(sizes)[latest])
-        return int(blocks["sequence"].max(initial=0))
+        # what is written from now on comes after whatever was dropped
+        dropped = [drop.sequence for device in self._devices for drop in device.notes.drops()]
+        return max(int(blocks["sequence"].max(initial=0)), *dropped, 0)
 
     def _fill_index(
         self, blocks: NDArray[np.void], places: NDArray[np.int64], sizes: NDArray[np.int64]
