@@ -45,6 +45,7 @@ class SsdMachine(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp(prefix="dualpath-machine-"))
         self.folder = self.root / "0"
         self.kept: set[BlockKey] = set()
+        self.damaged: set[BlockKey] = set()  # and not found out, so not written anew
         self.tier = self._open()
 
     def _open(self) -> SsdTier:
@@ -56,7 +57,7 @@ class SsdMachine(RuleBasedStateMachine):
         blocks = [BlockIO(key, memoryview(payload_of(key, NBYTES)), label_of(key)) for key in keys]
         self.tier.submit_writes(blocks)
         for key, completion in finish(self.tier, len(keys)).items():
-            if completion.error is None and TENANT_OF[key] == FREE:
+            if completion.error is None and TENANT_OF[key] == FREE and key not in self.damaged:
                 self.kept.add(key)
         bounded = [key for key in KEYS if TENANT_OF[key] == BOUNDED]
         assert sum(self.tier.contains(bounded)) <= QUOTA_BLOCKS
@@ -72,6 +73,7 @@ class SsdMachine(RuleBasedStateMachine):
             else:
                 assert isinstance(completion.error, BlockCorrupt | BlockMissing)
                 assert key not in self.kept, "an acknowledged block is lost"
+                self.damaged.discard(key)
 
     @rule(tenant=st.sampled_from([BOUNDED, FREE]))
     def drop(self, tenant: str) -> None:
@@ -79,6 +81,7 @@ class SsdMachine(RuleBasedStateMachine):
         gone = [key for key in KEYS if TENANT_OF[key] == tenant]
         assert not any(self.tier.contains(gone))
         self.kept.difference_update(gone)
+        self.damaged.difference_update(gone)
 
     @rule()
     def restart(self) -> None:
@@ -104,6 +107,7 @@ class SsdMachine(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(sorted(places)))
         flip(places[key].path, places[key].offset + at)
         self.kept.discard(key)
+        self.damaged.add(key)
 
     def teardown(self) -> None:
         self.get(KEYS)
