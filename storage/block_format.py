@@ -29,7 +29,8 @@ COMPONENTS_MAX = 16
 OWNER_BYTES = KEY_BYTES + MODEL_DIGEST_CHARS_MAX + WEIGHT_VERSION_BYTES_MAX + TENANT_CHARS
 
 _START = struct.Struct("<8sII")  # magic, version, number of components
-_BODY = struct.Struct("<QQ32s32sQ")  # payload length, its checksum, key, parent, sequence
+_BODY = struct.Struct("<QQ32s32sQQ")
+"""Payload length, its checksum, key, parent, sequence, time of writing."""
 _OWNER = struct.Struct(
     f"<{KEY_BYTES}s{MODEL_DIGEST_CHARS_MAX}s{WEIGHT_VERSION_BYTES_MAX}s{TENANT_CHARS}s"
 )
@@ -43,11 +44,18 @@ _PAD = bytes(HEADER_BYTES - _CHECKSUM_AT - _CHECKSUM.size)
 
 HEADER_FIELDS = np.dtype(
     {
-        "names": ["magic", "version", "payload_bytes", "key", "parent", "sequence", "owner"],
-        "formats": [
-            *("S8", "<u4", "<u8", f"V{KEY_BYTES}", f"V{KEY_BYTES}", "<u8", f"V{OWNER_BYTES}")
+        "names": [
+            *("magic", "version", "payload_bytes", "key"),
+            *("parent", "sequence", "written_ms", "owner"),
         ],
-        "offsets": [0, 8, _BODY_AT, _BODY_AT + 16, _BODY_AT + 48, _BODY_AT + 80, _OWNER_AT],
+        "formats": [
+            *("S8", "<u4", "<u8", f"V{KEY_BYTES}"),
+            *(f"V{KEY_BYTES}", "<u8", "<u8", f"V{OWNER_BYTES}"),
+        ],
+        "offsets": [
+            *(0, 8, _BODY_AT, _BODY_AT + 16),
+            *(_BODY_AT + 48, _BODY_AT + 80, _BODY_AT + 88, _OWNER_AT),
+        ],
         "itemsize": HEADER_BYTES,
     }
 )
@@ -66,23 +74,29 @@ class BlockHeader(msgspec.Struct, frozen=True):
     key: BlockKey
     label: BlockLabel
     sequence: int
+    written_ms: int
     payload_bytes: int
     payload_checksum: int
 
 
 def encode_header(
-    key: BlockKey, payload: Buffer, label: BlockLabel = UNLABELLED, sequence: int = 0
+    key: BlockKey,
+    payload: Buffer,
+    label: BlockLabel = UNLABELLED,
+    sequence: int = 0,
+    written_ms: int = 0,
 ) -> bytes:
     """The ``HEADER_BYTES`` that precede ``payload``.
 
-    ``sequence`` orders the writes of one SSD tier; objects have 0. Raises ValueError if
-    the layout has more than ``COMPONENTS_MAX`` components.
+    ``sequence`` orders the writes of one SSD tier; objects have 0. ``written_ms`` counts from
+    1970; 0 where another place tells it. Raises ValueError if the layout has more than
+    ``COMPONENTS_MAX`` components, or a name of the owner is too long.
     """
     checksum = xxhash.xxh3_64_intdigest(payload)
     fields = b"".join(
         (
             _START.pack(MAGIC, VERSION, len(label.layout.component_bytes)),
-            _BODY.pack(len(payload), checksum, key, label.parent, sequence),
+            _BODY.pack(len(payload), checksum, key, label.parent, sequence, written_ms),
             encode_owner(label.owner),
             _encode_layout(label.layout),
         )
@@ -102,14 +116,15 @@ def decode_header(header: Buffer) -> BlockHeader:
     view = memoryview(header)
     if not has_right_checksum(view):
         raise BlockCorrupt("header checksum does not match")
-    payload_bytes, payload_checksum, key, parent, sequence = _BODY.unpack_from(header, _BODY_AT)
+    body = _BODY.unpack_from(header, _BODY_AT)
+    payload_bytes, payload_checksum, key, parent, sequence, written_ms = body
     owner = decode_owner(bytes(view[_OWNER_AT:_LAYOUT_AT]))
     layout = _decode_layout(bytes(view[_LAYOUT_AT:_CHECKSUM_AT]), components)
     label = BlockLabel(
         *(owner.namespace_digest, layout, owner.model_digest, owner.weight_version),
         *(owner.tenant, parent),
     )
-    return BlockHeader(key, label, sequence, payload_bytes, payload_checksum)
+    return BlockHeader(key, label, sequence, written_ms, payload_bytes, payload_checksum)
 
 
 def has_right_checksum(header: memoryview) -> bool:

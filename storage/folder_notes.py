@@ -7,6 +7,7 @@ have said was not relied on yet.
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import msgspec
 from storage.block import BlockOwner
 from storage.direct_io import sync_folder
 from storage.owners import Selector
+from storage.tier import TierStats
 
 T = TypeVar("T", bound=msgspec.Struct)
 _REQUESTS = "drop-*.request"
@@ -29,6 +31,14 @@ class Drop(msgspec.Struct, frozen=True):
     sequence: int
 
 
+class Counters(msgspec.Struct, frozen=True):
+    """What the tier counted until ``at_ms`` (since 1970); for who looks at the folder."""
+
+    at_ms: int
+    process: int
+    stats: TierStats
+
+
 class FolderNotes:
     """May be read beside the process that owns the folder. Raises OSError."""
 
@@ -36,6 +46,7 @@ class FolderNotes:
         self._folder = folder
         self._owners = folder / "owners"
         self._drops = folder / "drops"
+        self._counters = folder / "counters"
 
     def owners(self) -> list[BlockOwner]:
         """Of the blocks of this folder, now or once."""
@@ -52,6 +63,17 @@ class FolderNotes:
     def add_drop(self, drop: Drop) -> None:
         """Durably."""
         _append(self._drops, [drop])
+
+    def counters(self) -> Counters | None:
+        """The last that the tier noted; None if it noted none."""
+        return next(_lines(self._counters, Counters), None)
+
+    def note_counters(self, stats: TierStats) -> None:
+        """Seen as a whole or not at all; not durable."""
+        counters = Counters(time.time_ns() // 1_000_000, os.getpid(), stats)
+        temporary = self._counters.with_suffix(".new")
+        temporary.write_bytes(msgspec.json.encode(counters))
+        temporary.rename(self._counters)
 
     # ---- requests to whoever owns the folder, now or next -----------------------------------
 

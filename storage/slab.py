@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from storage.block import KEY_BYTES, BlockKey, BlockLabel
+from storage.block import KEY_BYTES
 from storage.block_format import (
     HEADER_BYTES,
     HEADER_FIELDS,
@@ -37,12 +37,13 @@ RECORD = np.dtype(
         ("sequence", "<u8"),
         ("payload_bytes", "<u8"),
         ("owner", "<u8"),
+        ("written_ms", "<u8"),
     ]
 )
 """What the table beside a slab says of each slot. Sequence 0: the slot is free.
 ``owner`` is :func:`owner_number`."""
 
-_RECORD = struct.Struct(f"<{KEY_BYTES}s{KEY_BYTES}sQQQ")
+_RECORD = struct.Struct(f"<{KEY_BYTES}s{KEY_BYTES}sQQQQ")
 SEQUENTIAL_SLOT_BYTES_MAX = 32 << 10
 """Slots up to this size are read whole when headers are looked for: that takes a disk less
 time than single pages do."""
@@ -87,7 +88,13 @@ class Slab:
     """
 
     def __init__(
-        self, folder: Path, number: int, slot_bytes: int, num_slots: int, direct_flag: int
+        self,
+        folder: Path,
+        number: int,
+        slot_bytes: int,
+        num_slots: int,
+        direct_flag: int,
+        is_read_only: bool = False,
     ) -> None:
         self.number = number
         self.slot_bytes = slot_bytes
@@ -100,6 +107,7 @@ class Slab:
         self.is_refused = False
         """There was no room to make it; every write fails."""
         self._direct_flag = direct_flag
+        self._is_read_only = is_read_only
         self._folder = folder
         self._path = folder / f"{number:06d}-{slot_bytes}.slab"
         self._table_path = self._path.with_suffix(".slots")
@@ -107,8 +115,9 @@ class Slab:
         self._lock = threading.Lock()
 
     @classmethod
-    def found(cls, path: Path, direct_flag: int) -> Slab | None:
-        """The slab in a file of an earlier process; None if the file is something else."""
+    def found(cls, path: Path, direct_flag: int, is_read_only: bool = False) -> Slab | None:
+        """The slab in a file of an earlier process, or to be looked at beside its owner; None
+        if the file is something else."""
         match = _NAME.fullmatch(path.name)
         if match is None:
             return None
@@ -116,11 +125,17 @@ class Slab:
         if slot_bytes <= HEADER_BYTES or slot_bytes % HEADER_BYTES:
             return None
         num_slots = path.stat().st_size // slot_bytes
-        return cls(path.parent, int(match[1]), slot_bytes, num_slots, direct_flag)
+        size = slot_bytes, num_slots
+        return cls(path.parent, int(match[1]), *size, direct_flag, is_read_only)
 
     @property
     def nbytes(self) -> int:
         return self.num_slots * self.slot_bytes
+
+    @property
+    def is_direct(self) -> bool:
+        """Does it go round the page cache?"""
+        return bool(self._direct_flag)
 
     @property
     def payload_bytes_max(self) -> int:
@@ -140,12 +155,13 @@ class Slab:
         except EndOfFile as error:
             raise BlockCorrupt(str(error)) from error
 
-    def write(
-        self, slot: int, key: BlockKey, label: BlockLabel, sequence: int, payload: memoryview
-    ) -> None:
+    def write(self, slot: int, operation: Operation) -> None:
         """Not durable before :meth:`sync`."""
-        header = encode_header(key, payload, label, sequence)
-        _scratch.write(self._opened().data, slot * self.slot_bytes, header, payload)
+        header = encode_header(
+            *(operation.key, operation.buffer, operation.label),
+            *(operation.sequence, operation.written_ms),
+        )
+        _scratch.write(self._opened().data, slot * self.slot_bytes, header, operation.buffer)
 
     def sync(self) -> None:
         """What was written so far survives a power cut."""
@@ -154,9 +170,16 @@ class Slab:
     def record(self, slot: int, operation: Operation, owner: int) -> None:
         """Note a durable block in the table."""
         entry = _RECORD.pack(
-            *(operation.key, operation.label.parent, operation.sequence, operation.nbytes, owner)
+            *(operation.key, operation.label.parent, operation.sequence, operation.nbytes),
+            *(owner, operation.written_ms),
         )
         os.pwrite(self._opened().table, entry, slot * _RECORD.size)
+
+    def read_whole(self, slot: int, memory: memoryview) -> memoryview:
+        """A slot's bytes, header and all, in page-aligned memory of at least that size."""
+        part = memory[: self.slot_bytes]
+        count = os.preadv(self._opened().data, [part], slot * self.slot_bytes)
+        return part[:count]
 
     def erase(self, slot: int) -> None:
         """Make the slot empty, so that no later start finds what it held."""
@@ -175,8 +198,8 @@ class Slab:
         return records
 
     def scan(self) -> tuple[NDArray[np.void], set[bytes]]:
-        """The records that the headers tell, written to the table as well; shape (num_slots,).
-        With it, the owners' bytes.
+        """The records that the headers tell, written to the table as well unless the slab is
+        read only; shape (num_slots,). With it, the owners' bytes.
 
         A slot with another format version or a damaged header, or that cannot be read,
         counts as free.
@@ -191,15 +214,21 @@ class Slab:
                 is_block[i] = has_right_checksum(memoryview(headers[i]))
             blocks = fields[is_block]
             found = np.zeros(len(blocks), RECORD)
-            for name in ("key", "parent", "sequence", "payload_bytes"):
+            for name in ("key", "parent", "sequence", "payload_bytes", "written_ms"):
                 found[name] = blocks[name]
             raw = [each.tobytes() for each in blocks["owner"]]
             numbers = {each: owner_number(each) for each in set(raw)}
             found["owner"] = [numbers[each] for each in raw]
             owners |= numbers.keys()
             records[first : first + len(fields)][is_block] = found
-        os.pwrite(files.table, records.tobytes(), 0)
+        if not self._is_read_only:
+            os.pwrite(files.table, records.tobytes(), 0)
         return records, owners
+
+    def headers(self) -> Iterator[tuple[int, NDArray[np.void]]]:
+        """(first slot, fields of headers, as they lie there), from the first slot to the last."""
+        for first, headers in self._headers(self._opened().data):
+            yield first, headers.view(HEADER_FIELDS)[:, 0]
 
     def _headers(self, fd: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """(first slot, headers of shape (n, HEADER_BYTES)), from the first slot to the last."""
@@ -228,9 +257,10 @@ class Slab:
     def _open(self) -> _Files:
         """Open the files; make and preallocate them if they are not there yet."""
         is_new = not self._path.exists()
-        data = os.open(self._path, os.O_RDWR | os.O_CREAT | self._direct_flag, 0o644)
+        access = os.O_RDONLY if self._is_read_only else os.O_RDWR | os.O_CREAT
+        data = os.open(self._path, access | self._direct_flag, 0o644)
         try:
-            table = os.open(self._table_path, os.O_RDWR | os.O_CREAT, 0o644)
+            table = os.open(self._table_path, access, 0o644)
         except OSError:
             os.close(data)
             raise

@@ -19,9 +19,9 @@ from storage.block import BlockOwner
 from storage.block_format import decode_owner, encode_owner
 from storage.folder_notes import FolderNotes
 from storage.io_threads import IoThreads
-from storage.owners import selected
 from storage.queued_tier import CLOSE_TIMEOUT_S
 from storage.slab import Slab, Written, owner_number
+from storage.slab_records import apply_drops
 from storage.ssd_folder import DirectoryUnusable, SsdFolder
 from storage.tier_operation import Operation
 
@@ -119,7 +119,7 @@ class SsdDevice:
                 break
             del records[number]
             self.slabs.pop(number).delete()
-        self._apply_drops(records.values())
+        apply_drops(records.values(), self._folder.notes.drops(), self._owner_numbers)
         self._is_restored = True
         return records
 
@@ -136,15 +136,6 @@ class SsdDevice:
         self._note_owners({decode_owner(raw) for _, owners in scanned for raw in owners})
         self._folder.mark(is_closed=False)
         return dict(zip(self.slabs, (records for records, _ in scanned), strict=True))
-
-    def _apply_drops(self, tables: Iterable[NDArray[np.void]]) -> None:
-        """Take what was dropped for free slots."""
-        for drop in self._folder.notes.drops():
-            gone = selected(self._owner_numbers, [drop.selector])
-            numbers = np.array([self._owner_numbers[owner] for owner in gone], np.uint64)
-            for records in tables:
-                is_gone = np.isin(records["owner"], numbers)
-                records["sequence"][is_gone & (records["sequence"] < drop.sequence)] = 0
 
     def close(self) -> None:
         """End the threads; if all of them end, the next start believes the tables."""

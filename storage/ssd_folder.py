@@ -7,6 +7,7 @@ import fcntl
 import logging
 import mmap
 import os
+import time
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 3
 """Of slabs and tables; format 1 had a file for each block, 2 no owners and parents."""
+
+
+LOCK_TIMEOUT_S = 0.1
+"""For which a locked folder is tried; whoever only looks at a folder locks it for less."""
 
 
 class DirectoryLocked(Exception):
@@ -44,12 +49,52 @@ class DirectoryUnusable(Exception):
         self.reason = reason
 
 
-class _State(msgspec.Struct, frozen=True):
+class FolderState(msgspec.Struct, frozen=True):
+    """What the file ``state`` says."""
+
     format: int
     boot_id: str
     """Of the machine when the tables were last known to be right."""
     is_closed: bool
     """The tables were synced, and nothing was written since."""
+
+    @property
+    def tables_are_right(self) -> bool:
+        """Tables go through the page cache: they outlive a process, but not a power cut,
+        unless they were synced at the end."""
+        return self.is_closed or self.boot_id == _boot_id()
+
+
+def read_state(folder: Path) -> FolderState | None:
+    """None if there is none. Raises :class:`DirectoryUnusable` for another format."""
+    if (folder / "blocks").exists():
+        raise DirectoryUnusable(folder, "it holds blocks of an older format, 1 (delete it)")
+    try:
+        state = msgspec.json.decode((folder / "state").read_bytes(), type=FolderState)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+    if state.format != FORMAT:
+        raise DirectoryUnusable(
+            folder, f"it has format {state.format}, this program has {FORMAT} (delete it)"
+        )
+    return state
+
+
+def owner_process(folder: Path) -> str | None:
+    """Number of the process that has the folder locked, as text; None if none has.
+
+    Raises OSError where the folder cannot be read.
+    """
+    try:
+        with open(folder / "lock") as file:
+            try:
+                # shared and for a moment: whoever starts now tries for longer than that
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read() or "unknown"
+    except FileNotFoundError:
+        return None
+    return None
 
 
 class SsdFolder:
@@ -63,20 +108,23 @@ class SsdFolder:
         self._lock_file = open(path / "lock", "a+")
         try:
             self._lock()
-            if (path / "blocks").exists():
-                raise DirectoryUnusable(path, "it holds blocks of an older format (delete it)")
-            self._state = self._read_state()
+            self._state = read_state(path)
             self.direct_flag = self._probe_direct()
         except BaseException:
             self._lock_file.close()
             raise
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock_file.seek(0)
-            raise DirectoryLocked(self.path, self._lock_file.read()) from error
+        end = time.monotonic() + LOCK_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > end:
+                    self._lock_file.seek(0)
+                    raise DirectoryLocked(self.path, self._lock_file.read()) from error
+                time.sleep(LOCK_TIMEOUT_S / 10)
         self._lock_file.truncate(0)
         self._lock_file.write(str(os.getpid()))
         self._lock_file.flush()
@@ -109,14 +157,11 @@ class SsdFolder:
     # ---- can the tables be believed? ------------------------------------------------
 
     def tables_are_right(self) -> bool:
-        """Tables go through the page cache: they outlive a process, but not a power cut,
-        unless they were synced at the end."""
-        state = self._state
-        return state is not None and (state.is_closed or state.boot_id == _boot_id())
+        return self._state is not None and self._state.tables_are_right
 
     def mark(self, is_closed: bool) -> None:
         """The tables are right, for as long as this machine stays up or, closed, for ever."""
-        self._state = _State(FORMAT, _boot_id(), is_closed)
+        self._state = FolderState(FORMAT, _boot_id(), is_closed)
         temporary = self.path / "state.new"
         with open(temporary, "wb") as file:
             file.write(msgspec.json.encode(self._state))
@@ -124,17 +169,6 @@ class SsdFolder:
             os.fsync(file.fileno())
         temporary.rename(self.path / "state")
         sync_folder(self.path)
-
-    def _read_state(self) -> _State | None:
-        try:
-            state = msgspec.json.decode((self.path / "state").read_bytes(), type=_State)
-        except (FileNotFoundError, msgspec.DecodeError):
-            return None
-        if state.format != FORMAT:
-            raise DirectoryUnusable(
-                self.path, f"it has format {state.format}, this program has {FORMAT} (delete it)"
-            )
-        return state
 
 
 def _boot_id() -> str:

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.block import KEY_BYTES, BlockKey
+from storage.block import BlockKey
 from storage.block_format import verify
 from storage.folder_notes import Drop
 from storage.owners import Quota, Selector
 from storage.slab import RECORD, Slab, Written, slot_bytes_for
+from storage.slab_records import keys_of, latest
 from storage.ssd_device import SsdDevice
 from storage.ssd_folder import DirectoryLocked, DirectoryUnusable
 from storage.threaded_tier import Executor, ThreadedTier
@@ -86,8 +87,10 @@ class SsdTier(ThreadedTier):
             self.close()
             raise
         self._sequence = itertools.count(last_sequence + 1)
+        self._heed_requests()
 
     def close(self) -> None:
+        self._note_counters()
         for device in self._devices:
             device.close()
 
@@ -131,8 +134,8 @@ class SsdTier(ThreadedTier):
                 places.append(self._place(device, slab, 0) + slots)
                 sizes.append(np.full(len(slots), slab.slot_bytes))
         blocks, held = np.concatenate(parts), np.concatenate(places)
-        latest = _latest(blocks)
-        self._fill_index(blocks[latest], held[latest], np.concatenate(sizes)[latest])
+        order = latest(blocks)
+        self._fill_index(blocks[order], held[order], np.concatenate(sizes)[order])
         # what is written from now on comes after whatever was dropped
         dropped = [drop.sequence for device in self._devices for drop in device.notes.drops()]
         return max(int(blocks["sequence"].max(initial=0)), *dropped, 0)
@@ -143,7 +146,7 @@ class SsdTier(ThreadedTier):
         owners = {n: owner for device in self._devices for n, owner in device.owners.items()}
         numbers, owner_of = np.unique(blocks["owner"], return_inverse=True)
         self._index.load(
-            *(_keys(blocks["key"]), places, _keys(blocks["parent"]), sizes),
+            *(keys_of(blocks["key"]), places, keys_of(blocks["parent"]), sizes),
             *([owners[number] for number in numbers.tolist()], owner_of),
         )
         held = np.sort(places)
@@ -171,10 +174,9 @@ class SsdTier(ThreadedTier):
     def _store(self, operation: Operation) -> None:
         device, slab, slot = self._at(operation.place)
         operation.sequence = next(self._sequence)
+        operation.written_ms = time.time_ns() // 1_000_000
         try:
-            slab.write(
-                *(slot, operation.key, operation.label, operation.sequence, operation.buffer)
-            )
+            slab.write(slot, operation)
         except OSError as error:
             if error.errno in _NO_ROOM:
                 raise TierFull(f"{device.path}: {error.strerror}") from error
@@ -277,6 +279,14 @@ class SsdTier(ThreadedTier):
                 if not device.is_failed and device.lacks_space():
                     self._give_space_back(device)
             self._heed_requests()
+            self._note_counters()
+
+    def _note_counters(self) -> None:
+        for device in self._devices:
+            try:
+                device.notes.note_counters(self.stats())
+            except OSError as error:
+                logger.debug("counters are not noted in %s: %s", device.path, error)
 
     def _give_space_back(self, device: SsdDevice) -> None:
         """Evict one slab, that of the first victim whose slab is idle."""
@@ -332,20 +342,6 @@ class SsdTier(ThreadedTier):
                 self.drop(selector)
                 self._drops.append(selector)
                 path.unlink(missing_ok=True)
-
-
-def _keys(column: NDArray[np.void]) -> list[BlockKey]:
-    raw = column.tobytes()
-    return [BlockKey(raw[i : i + KEY_BYTES]) for i in range(0, len(raw), KEY_BYTES)]
-
-
-def _latest(blocks: NDArray[np.void]) -> NDArray[np.int64]:
-    """Positions of the blocks, the oldest first; of those with one key that of the last."""
-    order = np.argsort(blocks["sequence"])
-    position_of = dict(zip(_keys(blocks["key"][order]), range(len(order)), strict=True))
-    if len(position_of) == len(order):
-        return order
-    return order[np.sort(np.fromiter(position_of.values(), np.int64))]
 
 
 def _disk_error(error: Exception | None) -> OSError | None:

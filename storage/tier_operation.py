@@ -42,6 +42,7 @@ class Operation:
         """Of the block's owner, where the tier counts by owners."""
         self.sequence = 0
         """Order of the writes, where the tier numbers them."""
+        self.written_ms = 0
         self.submitted_s = time.monotonic()
         self.started_s: float | None = None
         self.seconds = 0.0

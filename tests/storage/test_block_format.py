@@ -31,7 +31,7 @@ LABEL = BlockLabel(
     *(bytes(range(32, 64)), BlockLayout(64, 24, (2048, 1024)), "ab" * 32, "step-7", "c0" * 8),
     parent=BlockKey(bytes(range(64, 96))),
 )
-FIELD_BYTES = 488
+FIELD_BYTES = 496
 
 
 @given(st.binary(min_size=32, max_size=32), st.binary(max_size=5000))
@@ -46,16 +46,17 @@ def test_round_trip(key: bytes, payload: bytes) -> None:
 def test_the_documented_bytes() -> None:
     checksum = xxhash.xxh3_64_intdigest(PAYLOAD)
     fields = struct.pack("<8sIIQQ", b"DUALPATH", 3, 2, len(PAYLOAD), checksum)
-    fields += KEY + LABEL.parent + struct.pack("<Q", 77)
+    fields += KEY + LABEL.parent + struct.pack("<QQ", 77, 99)
     fields += struct.pack(
         "<32s64s128s16s", LABEL.namespace_digest, b"ab" * 32, b"step-7", b"c0" * 8
     )
     fields += struct.pack("<II16Q", 64, 24, 2048, 1024, *[0] * 14)
-    header = encode_header(KEY, PAYLOAD, LABEL, 77)
+    header = encode_header(KEY, PAYLOAD, LABEL, 77, 99)
     end = struct.pack("<Q", xxhash.xxh3_64_intdigest(fields))
     assert header == (fields + end).ljust(HEADER_BYTES, b"\0")
     raw = np.frombuffer(header, HEADER_FIELDS)[0]
     assert raw["magic"] == b"DUALPATH" and raw["version"] == 3 and raw["sequence"] == 77
+    assert raw["written_ms"] == 99
     assert raw["payload_bytes"] == len(PAYLOAD) and raw["key"].tobytes() == KEY
     assert raw["parent"].tobytes() == LABEL.parent
     assert raw["owner"].tobytes() == encode_owner(LABEL.owner)

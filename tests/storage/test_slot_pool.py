@@ -81,9 +81,6 @@ class SlotPoolMachine(RuleBasedStateMachine):
         if owner in self.pins.get(key, ()):
             self.pins[key].remove(owner)
             self.order.remove((owner, key))
-            if key in self.resident and not self.pins[key]:
-                self.resident.remove(key)
-                self.resident.append(key)
 
     @rule(key=keys, owner=owners)
     def unpin(self, key, owner: int) -> None:  # type: ignore[no-untyped-def]
@@ -95,6 +92,9 @@ class SlotPoolMachine(RuleBasedStateMachine):
         self.pool.unpin_all(owner)
         for _, key in [pin for pin in reversed(self.order) if pin[0] == owner]:
             self._unpin(key, owner)
+            if key in self.resident:  # it was in use until now
+                self.resident.remove(key)
+                self.resident.append(key)
 
     @invariant()
     def agrees(self) -> None:

@@ -1,0 +1,84 @@
+"""What is in a store: ``stats``, ``ls``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from storage.block import NO_PARENT, BlockOwner
+from storage.owners import Selector
+from storage.tools.view import StoredBlock, StoreView
+
+AGES_S = {"under an hour": 3600, "under a day": 86400, "under a week": 7 * 86400}
+LONGER = "a week or more", "an unknown time"
+
+
+def stats(view: StoreView) -> dict[str, Any]:
+    """Summary, owners, ages, and what the live tier has counted where it says so."""
+    totals: dict[BlockOwner, list[int]] = {}
+    ages = dict.fromkeys([*AGES_S, *LONGER], 0)
+    now_ms = time.time() * 1000
+    blocks = nbytes = 0
+    keys, parents = set(), []
+    for block in view.blocks():
+        total = totals.setdefault(block.label.owner, [0, 0])
+        total[0] += 1
+        total[1] += block.payload_bytes
+        blocks, nbytes = blocks + 1, nbytes + block.payload_bytes
+        ages[_age(block, now_ms)] += 1
+        keys.add(block.key)
+        if block.label.parent != NO_PARENT:
+            parents.append(block.label.parent)
+    return {
+        **msgspec.to_builtins(view.summary()),
+        "blocks": blocks,
+        "payload_bytes": nbytes,
+        "parent_elsewhere_blocks": sum(parent not in keys for parent in parents),
+        "owners": [
+            {**owner_fields(owner), "blocks": count, "payload_bytes": size}
+            for owner, (count, size) in sorted(totals.items(), key=lambda item: -item[1][1])
+        ],
+        "ages": ages,
+        "counters": view.counters(),
+    }
+
+
+def owner_fields(owner: BlockOwner) -> dict[str, str]:
+    return {
+        "namespace": owner.namespace_digest.hex(),
+        "model": owner.model_digest,
+        "version": owner.weight_version,
+        "tenant_digest": owner.tenant,
+    }
+
+
+def _age(block: StoredBlock, now_ms: float) -> str:
+    if not block.written_ms:
+        return LONGER[1]
+    age_s = (now_ms - block.written_ms) / 1000
+    return next((name for name, limit_s in AGES_S.items() if age_s < limit_s), LONGER[0])
+
+
+def chosen(view: StoreView, selector: Selector | None) -> Iterator[StoredBlock]:
+    """The blocks of the owners selected."""
+    for block in view.blocks():
+        if selector is None or selector.value_of(block.label.owner) is not None:
+            yield block
+
+
+def ls(view: StoreView, selector: Selector | None, limit: int) -> Iterator[dict[str, Any]]:
+    """A row a block, at most ``limit`` of them; 0: all."""
+    for number, block in enumerate(chosen(view, selector), 1):
+        yield {
+            "key": block.key.hex(),
+            "payload_bytes": block.payload_bytes,
+            "written_ms": block.written_ms,
+            "where": block.where,
+            "parent": "" if block.label.parent == NO_PARENT else block.label.parent.hex(),
+            **owner_fields(block.label.owner),
+        }
+        if number == limit:
+            return

@@ -1,0 +1,117 @@
+"""What ``doctor`` looks at in an SSD folder, beside its blocks."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+from storage.block_format import MAGIC, VERSION
+from storage.sizes import format_size
+from storage.tools.finding import Finding, Findings, Verdict
+from storage.tools.ssd_view import SsdView
+
+HEADERS_MAX = 20_000
+"""Slots that are looked into for other versions and damaged headers."""
+
+
+def ssd_findings(view: SsdView) -> Findings:
+    """Permissions, owner, format, O_DIRECT, headers, what the tier counts, open requests."""
+    yield _permissions(view)
+    process = view.used_by
+    yield Finding(
+        "process", Verdict.GOOD, f"in use by process {process}" if process else "no owner"
+    )
+    yield from _format(view)
+    yield _direct_io(view)
+    yield from _headers(view)
+    yield from _counters(view)
+    if view.used_by is None and (requests := view.notes.requests()):
+        found = f"{len(requests)} drops are asked for, and no process owns the folder"
+        yield Finding("drops", Verdict.GOOD, found + ": the next one does them")
+
+
+def _permissions(view: SsdView) -> Finding:
+    modes = {"read": os.R_OK, "write": os.W_OK, "enter": os.X_OK}
+    lacking = [name for name, mode in modes.items() if not os.access(view.folder, mode)]
+    if os.statvfs(view.folder).f_flag & os.ST_RDONLY:
+        found = "the file system is read-only"
+        return Finding("permissions", Verdict.BAD, found, "remount it; look at the kernel's log")
+    if lacking:
+        found = f"this user may not {' or '.join(lacking)}"
+        return Finding(
+            "permissions", Verdict.BAD, found, "give the agent's user the folder (chown)"
+        )
+    return Finding("permissions", Verdict.GOOD, "this user may read and write")
+
+
+def _format(view: SsdView) -> Findings:
+    if view.state is None:
+        found = "the file 'state' is missing or damaged"
+        advice = "a start reads all headers instead of the tables: slower, and nothing is lost"
+        yield Finding("format", Verdict.DOUBTFUL, found, advice)
+    elif not view.state.tables_are_right:
+        found = f"format {view.state.format}; the machine went down while the store was open"
+        yield Finding("format", Verdict.GOOD, found + ": the next start reads all headers")
+    else:
+        yield Finding("format", Verdict.GOOD, f"format {view.state.format}, tables are right")
+
+
+def _direct_io(view: SsdView) -> Finding:
+    if all(slab.is_direct for slab in view.slabs.values()):
+        return Finding("direct I/O", Verdict.GOOD, "the file system has O_DIRECT")
+    advice = "reads and writes go through the page cache: use ext4 or XFS on the disk itself"
+    return Finding("direct I/O", Verdict.DOUBTFUL, "the file system has no O_DIRECT", advice)
+
+
+def _headers(view: SsdView) -> Findings:
+    seen = other = 0
+    for slab in view.slabs.values():
+        for _, fields in slab.headers():
+            is_block = fields["magic"] == MAGIC
+            other += int((is_block & (fields["version"] != VERSION)).sum())
+            seen += len(fields)
+            if seen >= HEADERS_MAX:
+                break
+        if seen >= HEADERS_MAX:
+            break
+    if other:
+        found = f"{other} of {seen} slots have blocks of another format version"
+        advice = "this program cannot read them, and overwrites them; `gc` gives their room back"
+        yield Finding("versions", Verdict.DOUBTFUL, found, advice)
+    else:
+        yield Finding(
+            "versions", Verdict.GOOD, f"format {VERSION} in all of {seen} slots looked at"
+        )
+
+
+def _counters(view: SsdView) -> Findings:
+    counters = view.notes.counters()
+    if counters is None:
+        yield Finding("counters", Verdict.GOOD, "no tier has noted any yet")
+        return
+    stats = counters.stats
+    used = f"{format_size(stats.used_bytes)} of {format_size(stats.capacity_bytes)}"
+    by_cause = Counter({cause.value: count for cause, count in stats.evictions_total.items()})
+    evicted = ", ".join(f"{count} for {cause}" for cause, count in by_cause.most_common())
+    is_full = stats.used_bytes > 0.98 * stats.capacity_bytes
+    yield Finding(
+        "capacity",
+        Verdict.DOUBTFUL if is_full and stats.evictions_total else Verdict.GOOD,
+        f"{used} used when process {counters.process} last said; evicted: {evicted or 'none'}",
+        "full: what was used least goes for what is new; more --ssd-bytes would keep more"
+        if is_full and stats.evictions_total
+        else "",
+    )
+    if stats.hits_total == 0 and stats.write_bytes_total:
+        found = f"{stats.write_bytes_total} bytes were written and no block was read"
+        advice = "do prompts repeat, and with the same cache_salt? See `stats` for the owners"
+        yield Finding("hits", Verdict.DOUBTFUL, found, advice)
+    else:
+        yield Finding("hits", Verdict.GOOD, f"{stats.hits_total} blocks were read whole")
+    failures = stats.corrupt_blocks_total + stats.write_errors_total
+    if stats.failed_devices or failures:
+        found = (
+            f"{stats.failed_devices} disks taken out, {stats.corrupt_blocks_total} damaged blocks, "
+            f"{stats.write_errors_total} failed writes"
+        )
+        yield Finding("errors", Verdict.BAD, found, "look at the agent's log and at the disk")
