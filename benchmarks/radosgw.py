@@ -48,7 +48,7 @@ osd max object name len=256
 ms bind msgr2=false
 mon max pg per osd=1000
 osd pool default pg autoscale mode=off
-rgw frontends=beast endpoint={address}:{rgw_port}
+rgw frontends=beast endpoint={address}:{rgw_port} tcp_nodelay=1
 rgw dns name=
 """
 

@@ -122,6 +122,21 @@ class ClusterConfig:
     remote_options: dict[str, Any] = setting(
         {}, "Options of the remote tier's fsspec filesystem.", parse_json_object, metavar="JSON"
     )
+    remote_bytes: int = setting(
+        0,
+        "Remote tier: bound of all that lies below the URL, whoever wrote it; 0 means none.",
+        parse_size,
+        metavar="SIZE",
+    )
+    remote_ttl_s: float = setting(
+        0.0, "Remote tier: blocks go so long after they were written; 0: never.", float, metavar="S"
+    )
+    remote_hedge_s: float = setting(
+        0.0,
+        "Remote tier: a read with no answer by then is asked for a second time; 0: never.",
+        float,
+        metavar="S",
+    )
     path_policy: str = setting(
         "shorter-queue",
         f"Which agent reads a hit block: {', '.join(POLICY_NAMES)}, or a class of your own as "
@@ -234,12 +249,16 @@ class ClusterConfig:
         )
 
 
+_MAY_BE_ZERO = ("remote_ttl_s", "remote_hedge_s")
+"""Times where zero means never."""
+
+
 def _check(config: ClusterConfig) -> None:
     check_choices(config)
     names = list(fields_of(ClusterConfig))
     for name in names:
         value = getattr(config, name)
-        if name.endswith(("_s", "_max")):
+        if name.endswith(("_s", "_max")) and name not in _MAY_BE_ZERO:
             require(value > 0, f"{flag(name)} {value}: give a number greater than 0.")
     for name in ("prefill", "decode"):
         require(getattr(config, name) >= 1, f"{flag(name)}: at least 1 engine is needed.")
@@ -247,7 +266,7 @@ def _check(config: ClusterConfig) -> None:
         value = getattr(config, name)
         require(low <= value <= 65535, f"{flag(name)} {value}: give a port from {low} to 65535.")
     sizes = [name for name in names if name.endswith("_bytes")]
-    for name in (*sizes, "max_total_tokens", "beta_tokens"):
+    for name in (*sizes, *_MAY_BE_ZERO, "max_total_tokens", "beta_tokens"):
         require(getattr(config, name) >= 0, f"{flag(name)}: give 0 or more.")
     require(
         config.dram_bytes > 0,

@@ -18,6 +18,7 @@ from launch.settings import BadConfig
 from storage.sizes import format_size
 
 _LOCK = ".cluster.lock"
+REMOTE_TIMEOUT_S = 20.0
 
 
 def check(config: ClusterConfig, records: Sequence[ProcessRecord]) -> list[IO[str]]:
@@ -64,13 +65,12 @@ def check_remote(config: ClusterConfig) -> None:
     """The remote tier's URL and options make a filesystem."""
     if not config.remote:
         return
-    from storage.remote_tier import RemoteTier, RemoteUnusable
+    from storage.object_store import RemoteUnusable, open_store
 
     try:
-        tier = RemoteTier(config.remote, config.remote_options, lambda: None)
+        open_store(config.remote, config.remote_options, REMOTE_TIMEOUT_S)
     except RemoteUnusable as error:
         raise BadConfig(f"--remote: {error}; check the URL and --remote-options.") from error
-    tier.close()
 
 
 def _check_writable(folder: Path, option: str) -> None:

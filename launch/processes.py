@@ -24,6 +24,7 @@ from launch.gateway_config import EngineAddress, GatewayConfig
 from launch.hardware import Hardware
 from scheduler.options import LoadPolicy, SchedulerOptions
 from storage.owners import read_quotas
+from storage.remote_settings import RemoteSettings
 from storage.settings import to_env
 from transfer.agent_config import AgentConfig
 
@@ -180,6 +181,11 @@ class _Cluster:
             promotion_policy=config.promotion_policy,
             remote_url=config.remote,
             remote_options=config.remote_options,
+            remote=RemoteSettings(
+                capacity_bytes=config.remote_bytes,
+                ttl_s=config.remote_ttl_s,
+                hedge_after_s=config.remote_hedge_s,
+            ),
         )
         alive = HealthCheck("zmq", self.agents[name])
         return ProcessRecord(

@@ -182,18 +182,3 @@ def _encode_layout(layout: BlockLayout) -> bytes:
 def _decode_layout(raw: bytes, components: int) -> BlockLayout:
     page_tokens, num_layers, *sizes = _LAYOUT.unpack(raw)
     return BlockLayout(page_tokens, num_layers, tuple(sizes[:components]))
-
-
-def object_name(key: BlockKey) -> str:
-    """Where a block lies below a remote URL; 256 folders keep each of them small."""
-    name = key.hex()
-    return f"blocks/{name[:2]}/{name}"
-
-
-def key_of_name(name: str) -> BlockKey | None:
-    """The key of a file's base name; None if the name is not that of a block."""
-    try:
-        key = bytes.fromhex(name)
-    except ValueError:
-        return None
-    return BlockKey(key) if len(key) == KEY_BYTES and key.hex() == name else None

@@ -29,13 +29,14 @@ class ManifestUnusable(Exception):
 
 
 def manifest_path(sequence: int, data: Buffer) -> str:
-    """Below the remote URL. The checksum in the name covers every byte, so that a damaged
-    file is refused before anything parses it."""
+    """Below the remote URL. ``sequence``: when the latest of its packs was named. The checksum
+    covers every byte, so that a damaged file is refused before anything parses it."""
     return f"manifest/{sequence:012x}-{xxhash.xxh3_64_hexdigest(data)}.parquet"
 
 
 def sequence_of(path: str) -> int | None:
-    """None if the path is not that of a manifest."""
+    """When the latest of its packs was named, in ms; None if the path is not that of a
+    manifest."""
     match = _NAME.fullmatch(path)
     return int(match[1], 16) if match else None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import secrets
 import struct
+import threading
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from storage.block import KEY_BYTES, BlockKey, BlockLabel
+from storage.block import KEY_BYTES, NO_PARENT, BlockKey, BlockLabel
 from storage.block_format import HEADER_BYTES, MAGIC, Buffer, decode_header
 from storage.tier import BlockCorrupt, BlockMissing
 
@@ -68,8 +70,10 @@ class PackBuilder:
         return len(self._rows)
 
     def add(self, key: BlockKey, payload_bytes: int, written_ms: int, label: BlockLabel) -> None:
-        """The block's header and payload lie at the end of what there is."""
-        number = self._labels.setdefault(label, len(self._labels))
+        """The block's header and payload lie at the end of what there is. Of its label, the
+        parent is in its header alone."""
+        shared = msgspec.structs.replace(label, parent=NO_PARENT)
+        number = self._labels.setdefault(shared, len(self._labels))
         self._rows.append((key, self._end, payload_bytes, written_ms, number, 0))
         self._end += HEADER_BYTES + payload_bytes
 
@@ -163,12 +167,35 @@ def _headers(view: memoryview) -> Iterator[tuple[int, BlockKey, int, BlockLabel]
         at = end
 
 
+class PackClock:
+    """Time in ms for names of packs: later than that of every pack seen so far, so that a
+    rewritten block counts more than its source, whatever other writers' clocks say."""
+
+    def __init__(self) -> None:
+        self._last_ms = 0
+        self._lock = threading.Lock()
+
+    def see(self, path: str) -> None:
+        with self._lock:
+            self._last_ms = max(self._last_ms, written_ms_of(path))
+
+    def next_ms(self) -> int:
+        with self._lock:
+            self._last_ms = max(self._last_ms + 1, now_ms())
+            return self._last_ms
+
+
+def now_ms() -> int:
+    """Since the epoch."""
+    return time.time_ns() // 1_000_000
+
+
 # ---- names ------------------------------------------------------------------------------
 
 
-def new_pack_path(namespace_digest: bytes, now_ms: int) -> str:
+def new_pack_path(namespace_digest: bytes, named_ms: int) -> str:
     """Below the remote URL; no two are alike, and later ones have greater names."""
-    return f"packs/{namespace_digest.hex()}/{now_ms:012x}-{secrets.token_hex(8)}.pack"
+    return f"packs/{namespace_digest.hex()}/{named_ms:012x}-{secrets.token_hex(8)}.pack"
 
 
 def is_pack_path(path: str) -> bool:

@@ -21,12 +21,18 @@ ATTEMPTS_MAX = 6
 BACKOFF_S = 0.05
 """Upper bound of the first pause; it doubles, and each pause is a random part of its bound."""
 BACKOFF_S_MAX = 2.0
-_PERMANENT = (
-    *(FileNotFoundError, FileExistsError, PermissionError, NotImplementedError),
-    *(BlockMissing, BlockCorrupt, RemoteUnusable, ValueError, TypeError),
-)
 
 T = TypeVar("T")
+
+
+class CalledOff(Exception):
+    """Raised by the parts of an upload that nobody waits for any more."""
+
+
+_PERMANENT = (
+    *(FileNotFoundError, FileExistsError, PermissionError, NotImplementedError, CalledOff),
+    *(BlockMissing, BlockCorrupt, RemoteUnusable, ValueError, TypeError),
+)
 
 
 class RemoteCalls:

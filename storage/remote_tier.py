@@ -1,232 +1,328 @@
-"""Blocks as objects of any file system that fsspec knows; docs/storage.md."""
+"""Blocks in packs below any URL that fsspec knows; docs/storage.md."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
-import uuid
 from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fsspec.core import url_to_fs
-from fsspec.spec import AbstractFileSystem
+import numpy as np
 
 from storage.block import UNLABELLED, BlockKey, BlockLabel
-from storage.block_format import (
-    HEADER_BYTES,
-    encode_header,
-    key_of_name,
-    object_name,
-    verify,
-)
-from storage.io_threads import IoThreads
-from storage.queued_tier import CLOSE_TIMEOUT_S
-from storage.threaded_tier import ThreadedTier
-from storage.tier import BlockCorrupt, BlockMissing, TierName, Wake
+from storage.object_store import RemoteUnusable, StoredObject, open_store
+from storage.owners import Selector
+from storage.pack import Pack
+from storage.pack_book import PackBook
+from storage.pack_catalog import Drop, DropFound, News, PackCatalog, PackFound, PacksGone
+from storage.pack_format import PackClock, now_ms
+from storage.pack_reads import PackGone, PackReads
+from storage.pack_upkeep import LiveRows, PackUpkeep, latest_manifest_ms, plan_upkeep
+from storage.pack_uploads import PackUploads
+from storage.queued_tier import CLOSE_TIMEOUT_S, QueuedTier
+from storage.remote_calls import RemoteCalls
+from storage.remote_settings import RemoteSettings
+from storage.tier import BlockIO, BlockMissing, TierName, TierStats, Wake
 from storage.tier_operation import Kind, Operation
+from storage.upload_pacer import UploadPacer
+
+__all__ = ["RemoteSettings", "RemoteTier", "RemoteUnusable"]
 
 logger = logging.getLogger(__name__)
 
-_VISIBLE_AS_A_WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "memory"}
-"""Protocols whose uploads appear complete or not at all; others need a rename."""
+ADOPTED_ROWS = 2048
+"""Blocks that are indexed at a poll, so that the owner is not kept."""
+_NO_PLACE = -1
+"""Of a block on its way into a pack."""
 
 
-class RemoteUnusable(Exception):
-    """The remote URL cannot be used."""
+class RemoteTier(QueuedTier):
+    """Packs below ``url``, shared with other agents and clusters.
 
-    def __init__(self, url: str, reason: str) -> None:
-        super().__init__(f"cannot keep blocks at {url}: {reason}")
-        self.url = url
-        self.reason = reason
-
-
-class RemoteTier(ThreadedTier):
-    """One object a block under ``<url>/blocks``, shared with other agents.
-
-    The index is a hint: a listing made in the background after the start, at most
-    ``index_blocks_max`` blocks of it, and what this process wrote or read. Nothing is
-    evicted: the store's own lifecycle rules do that. A call that has run for ``timeout_s``,
-    or has waited so long while no other began, completes with TimeoutError, and its late
-    result is dropped. Raises :class:`RemoteUnusable`.
+    The index has what this process wrote, and what its looks at the store have found. A read
+    of a block that is not in it waits for a look that begins after the read was asked for. A block
+    that has made no progress for ``timeout_s`` completes with TimeoutError, and what comes late
+    is dropped. Blocks go by age and capacity, pack by pack (:mod:`storage.pack_upkeep`), not
+    because they are written. Raises :class:`RemoteUnusable`.
     """
 
     index_is_complete = False
+    removed_on = ()  # packs are not changed; the block is written anew, into another one
 
     def __init__(
         self,
         url: str,
         options: dict[str, Any],
         on_wake: Wake,
-        threads: int = 8,
-        timeout_s: float = 20.0,
-        index_blocks_max: int = 1_000_000,
+        settings: RemoteSettings | None = None,
     ) -> None:
-        self._timeout_s = timeout_s
-        self._index_blocks_max = index_blocks_max
-        self._filesystem, self._root = _open_filesystem(url, options)
-        protocol = self._filesystem.protocol
-        protocols = {protocol} if isinstance(protocol, str) else set(protocol)
-        self._visible_as_a_whole = bool(protocols & _VISIBLE_AS_A_WHOLE)
-        _probe(url, self._filesystem, self._root, timeout_s)
+        self._settings = settings = settings or RemoteSettings()
+        store = open_store(url, options, settings.timeout_s)
         super().__init__(TierName.REMOTE, on_wake)
-        self._readers = IoThreads("remote-read", threads)
-        self._writers = IoThreads("remote-write", max(1, threads // 2))
-        self._last_start_s = dict.fromkeys(Kind, time.monotonic())
-        """When an I/O thread last began an operation: set by any of them."""
-        self._next_expiry_s = 0.0
-        self._listed: deque[list[tuple[BlockKey, int]]] = deque()
+        self._stats.capacity_bytes = settings.capacity_bytes
+        self._packs = PackBook()
+        self._drops: list[Drop] = []
+        self._new_drops: list[Selector] = []
+        """Of other processes, not taken yet."""
+        self._own_packs: deque[Pack] = deque()
+        """Just written here, not in the index yet."""
+        self._news: deque[News] = deque()
+        self._adopting: Iterator[None] | None = None
+        self._looks = 0
+        """Number of the last look that is in the index."""
+        self._objects: list[StoredObject] = []
+        self._unlocated: list[tuple[int, Operation]] = []
+        """Reads, each with the look that it waits for."""
+        self._located: list[tuple[Pack, int, Operation]] = []
+        self._numbers = itertools.count()
+        self._next_check_s = 0.0
+        self._next_upkeep_s = time.monotonic() + settings.upkeep_s
+        self._clock = PackClock()
+        self._pacer = UploadPacer()
+        self._calls = RemoteCalls(
+            *(store, settings.timeout_s, settings.hedge_after_s, settings.threads)
+        )
+        self._reads = PackReads(self._calls, self._pacer, settings.threads, self._hand_back)
+        self._uploads = PackUploads(
+            *(self._calls, self._pacer, self._clock, settings),
+            *(self._written, self._hand_back),
+        )
+        self._catalog = PackCatalog(self._calls, self._report, settings.refresh_s)
+        self._upkeep = PackUpkeep(self._calls, self._pacer, self._clock, settings, self._report)
         self._closed = threading.Event()
-        self._helpers = [
-            threading.Thread(target=target, name=f"remote-{target.__name__}", daemon=True)
-            for target in (self._list_blocks, self._watch)
-        ]
-        for helper in self._helpers:
-            helper.start()
+        self._watcher = threading.Thread(target=self._watch, name="remote-watch", daemon=True)
+        self._watcher.start()
 
     def close(self) -> None:
         self._closed.set()
-        self._readers.close(CLOSE_TIMEOUT_S)
-        self._writers.close(CLOSE_TIMEOUT_S)
-        for helper in self._helpers:
-            helper.join(CLOSE_TIMEOUT_S)
+        end = time.monotonic() + CLOSE_TIMEOUT_S
+        for part in (self._upkeep, self._catalog, self._reads, self._uploads, self._calls):
+            part.close(max(0.1, end - time.monotonic()))
+        self._watcher.join(max(0.1, end - time.monotonic()))
 
-    def _executor(self, operation: Operation) -> IoThreads:
-        return self._readers if operation.kind is Kind.READ else self._writers
+    def stats(self) -> TierStats:
+        self._stats.used_bytes = self._packs.used_bytes
+        self._stats.packs = len(self._packs)
+        self._stats.unreadable_packs_total = self._catalog.unreadable_packs_total
+        self._stats.retries_total = self._calls.retries_total
+        self._stats.hedged_reads_total = self._calls.hedged_reads_total
+        return super().stats()
 
-    # ---- one block, in an I/O thread -------------------------------------------------
+    # ---- reads and writes -------------------------------------------------------------
 
-    def _path(self, key: BlockKey) -> str:
-        return f"{self._root}/{object_name(key)}"
+    def submit_reads(self, blocks: Sequence[BlockIO]) -> None:
+        super().submit_reads(blocks)
+        self._submit_located()
 
-    def _load(self, operation: Operation) -> None:
-        self._last_start_s[Kind.READ] = time.monotonic()
-        try:
-            stored = memoryview(self._filesystem.cat_file(self._path(operation.key)))
-        except FileNotFoundError as error:
-            raise BlockMissing("no such object") from error
-        if stored.nbytes < HEADER_BYTES:
-            raise BlockCorrupt(f"the object has {stored.nbytes} bytes")
-        payload = stored[HEADER_BYTES:]
-        operation.label = verify(stored[:HEADER_BYTES], payload, operation.key).label
-        operation.deliver(payload)
-
-    def _store(self, operation: Operation) -> None:
-        self._last_start_s[Kind.WRITE] = time.monotonic()
-        payload = operation.private_payload()
-        stored = encode_header(operation.key, payload, operation.label) + payload
-        path = self._path(operation.key)
-        if self._visible_as_a_whole:
-            self._filesystem.pipe_file(path, stored)
+    def _launch(self, operation: Operation) -> None:
+        if operation.kind is Kind.WRITE:
+            self._uploads.add(operation)
+        elif operation.place is None:
+            self._unlocated.append((self._catalog.look(), operation))
         else:
-            temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-            self._filesystem.pipe_file(temporary, stored)
-            self._filesystem.mv(temporary, path)
+            self._located.append((*self._packs.at(operation.place), operation))
 
-    def _remove(self, operation: Operation) -> None:
-        try:
-            self._filesystem.rm_file(self._path(operation.key))
-        except FileNotFoundError:
-            pass  # another agent was faster
+    def _submit_located(self) -> None:
+        located, self._located = self._located, []
+        self._reads.submit(located)
 
-    # ---- the owner's thread ----------------------------------------------------------
+    def _locate(self) -> None:
+        """Read, or fail, what has waited for a look."""
+        waiting, self._unlocated = self._unlocated, []
+        for number, operation in waiting:
+            if operation not in self._inflight:
+                continue
+            operation.place = self._index.get(operation.key)
+            if operation.place is not None:
+                self._located.append((*self._packs.at(operation.place), operation))
+            elif number <= self._looks:
+                operation.error = BlockMissing("in no pack")
+                self._end(operation)
+            else:
+                self._unlocated.append((number, operation))
+        self._submit_located()
+
+    def _end(self, operation: Operation) -> None:
+        while self._own_packs:  # before their blocks are known to be stored
+            for _ in self._adopt_pack(self._own_packs.popleft()):
+                pass
+        if isinstance(operation.error, PackGone) and operation.place is not None:
+            number, place = self._catalog.look(), operation.place
+            operation.error = operation.place = None
+            self._unlocated.append((number, operation))
+            if self._index.get(operation.key) == place:
+                self._forget(self._packs.at(place)[0])
+        else:
+            super()._end(operation)
+
+    # ---- the owner's loop ---------------------------------------------------------------
 
     def _drain(self) -> None:
+        self._adopt_news()
         super()._drain()
+        self._locate()
         now = time.monotonic()
-        if now >= self._next_expiry_s:
-            self._next_expiry_s = now + self._timeout_s / 8
+        self._uploads.seal_due(now)
+        if now >= self._next_check_s:
+            self._next_check_s = now + self._settings.timeout_s / 8
             self._expire(now)
-        if self._listed:
-            for key, stored_bytes in self._listed.popleft():
-                if key not in self._index:
-                    self._found(key, stored_bytes)
-            self._on_wake()
-
-    def _gain(self, key: BlockKey, place: int, label: BlockLabel = UNLABELLED) -> None:
-        super()._gain(key, place, label)
-        if len(self._index) > self._index_blocks_max:
-            self._release(self._lose(next(iter(self._index))))
+        if now >= self._next_upkeep_s and self._looks and not self._news:
+            self._next_upkeep_s = now + self._settings.upkeep_s
+            self._plan_upkeep()
 
     def _expire(self, now: float) -> None:
         """Give up what has run, or waited without anything beginning, for too long."""
-        overdue = [o for o in self._inflight if now - self._since(o) > self._timeout_s]
+        timeout_s = self._settings.timeout_s
+        overdue = [o for o in self._inflight if now - self._since(o) > timeout_s]
         for operation in overdue:
             if operation.give_up():
-                operation.error = TimeoutError(f"no answer within {self._timeout_s} s")
+                operation.error = TimeoutError(f"no progress within {timeout_s:g} s")
                 self._end(operation)
 
     def _since(self, operation: Operation) -> float:
         if operation.started_s is not None:
             return operation.started_s
-        return max(operation.submitted_s, self._last_start_s[operation.kind])
+        if operation.kind is Kind.READ and operation.place is None:
+            return operation.submitted_s
+        runner = self._reads if operation.kind is Kind.READ else self._uploads
+        return max(operation.submitted_s, runner.last_start_s)
 
-    # ---- helper threads --------------------------------------------------------------
+    def _plan_upkeep(self) -> None:
+        """Only with an index that has all that was found: what is not in it counts as dead."""
+        if self._upkeep.is_busy:
+            return
+        plan = plan_upkeep(
+            *(list(self._packs), self._live_rows, self._settings),
+            *(now_ms(), latest_manifest_ms(self._objects)),
+        )
+        if plan:
+            self._upkeep.submit(plan, self._objects)
+
+    def _live_rows(self, pack: Pack) -> LiveRows:
+        keys = enumerate(pack.keys())
+        live = [row for row, key in keys if self._index.get(key) == pack.place(row)]
+        return np.array(live, np.int64)
+
+    # ---- what comes from the threads ----------------------------------------------------
+
+    def _report(self, news: News) -> None:
+        self._news.append(news)
+        self._wake()
+
+    def _written(self, pack: Pack) -> None:
+        self._catalog.note(pack.path)
+        self._own_packs.append(pack)
 
     def _watch(self) -> None:
-        """Have the owner poll while calls are out, so that it sees deadlines pass."""
-        while not self._closed.wait(self._timeout_s / 4):
-            if self._inflight:
+        """Have the owner poll now and then: for deadlines, for packs to be closed, for upkeep."""
+        settings = self._settings
+        pause_s = min(settings.timeout_s / 4, settings.linger_s / 2, settings.upkeep_s / 2)
+        while not self._closed.wait(max(0.01, pause_s)):
+            if self._inflight or time.monotonic() >= self._next_upkeep_s:
                 self._on_wake()
 
-    def _list_blocks(self) -> None:
-        """Find what is there already, a fan-out folder at a time."""
-        listed = 0
-        try:
-            for folder in self._list(f"{self._root}/blocks"):
-                if self._closed.is_set() or listed >= self._index_blocks_max:
-                    return
-                entries = self._list(folder["name"])
-                named = ((key_of_name(e["name"].rsplit("/", 1)[-1]), e["size"]) for e in entries)
-                blocks = [(key, size) for key, size in named if key is not None]
-                listed += len(blocks)
-                self._listed.append(blocks)
-                self._on_wake()
-        except Exception as error:  # only hints are lost: blocks are tried all the same
-            logger.warning("listing of the remote tier ended early: %s", error)
+    def _adopt_news(self) -> None:
+        """About ``ADOPTED_ROWS`` of it; the rest at the next poll."""
+        rows = 0
+        while rows < ADOPTED_ROWS and (self._adopting is not None or self._news):
+            if self._adopting is None:
+                self._adopting = self._adopt(self._news.popleft())
+            for _ in itertools.islice(self._adopting, ADOPTED_ROWS - rows):
+                rows += 1
+            if rows < ADOPTED_ROWS:
+                self._adopting = None
+        if self._news or self._adopting is not None:
+            self._on_wake()
 
-    def _list(self, path: str) -> list[dict[str, Any]]:
-        try:
-            return list(self._filesystem.ls(path, detail=True))
-        except FileNotFoundError:
-            return []
-
-
-def _open_filesystem(url: str, options: dict[str, Any]) -> tuple[AbstractFileSystem, str]:
-    """The file system of a URL and the root path in it."""
-    protocol, separator, _ = url.partition("://")
-    if not separator:
-        raise RemoteUnusable(url, "it is no URL; for a folder, write file:///path/to/folder")
-    if protocol in ("file", "local"):
-        options = {"auto_mkdir": True, **options}
-    try:
-        filesystem, root = url_to_fs(
-            url, **{"use_listings_cache": False, "skip_instance_cache": True, **options}
-        )
-    except (ValueError, TypeError, ImportError) as error:
-        raise RemoteUnusable(url, str(error)) from error
-    return filesystem, root.rstrip("/")
-
-
-def _probe(url: str, filesystem: AbstractFileSystem, root: str, timeout_s: float) -> None:
-    """Write, list and delete a small object; RemoteUnusable if that fails or takes too long."""
-    errors: list[Exception | None] = []
-
-    def write_list_delete() -> None:
-        path = f"{root}/probe-{uuid.uuid4().hex}"
-        try:
-            filesystem.pipe_file(path, b"dualpath")
-            filesystem.ls(root)
-            filesystem.rm_file(path)
-        except Exception as error:  # whatever it is, it is the reason that the operator reads
-            errors.append(error)
+    def _adopt(self, news: News) -> Iterator[None]:
+        """Yields once for each block."""
+        if isinstance(news, PackFound):
+            yield from self._adopt_pack(news.pack)
+        elif isinstance(news, PacksGone):
+            for path in news.paths:
+                if (pack := self._packs.get(path)) is not None:
+                    self._forget(pack)
+                    yield
+        elif isinstance(news, DropFound):
+            self._drops.append(news.drop)
+            self._new_drops.append(news.drop.selector)
+            self._index.drop(news.drop.selector)
         else:
-            errors.append(None)
+            self._looks, self._objects = news.number, news.objects
 
-    thread = threading.Thread(target=write_list_delete, name="remote-probe", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if not errors:
-        raise RemoteUnusable(url, f"no answer within {timeout_s:g} s")
-    if errors[0] is not None:
-        raise RemoteUnusable(url, f"{type(errors[0]).__name__}: {errors[0]}")
+    def _adopt_pack(self, pack: Pack) -> Iterator[None]:
+        if pack.path in self._packs:
+            return
+        pack.number = next(self._numbers)
+        self._clock.see(pack.path)
+        self._packs.add(pack)
+        dead_before_ms = [self._dropped_before_ms(label) for label in pack.labels]
+        rows = pack.rows
+        facts = zip(rows["label"].tolist(), rows["written_ms"].tolist(), strict=True)
+        for row, (label, written_ms) in enumerate(facts):
+            if pack.path not in self._packs:
+                return  # it has gone meanwhile
+            if written_ms > dead_before_ms[label]:
+                self._gain(pack.key(row), pack.place(row), pack.labels[label])
+            yield
+        while len(self._index) > self._settings.index_blocks_max and len(self._packs) > 1:
+            logger.warning("the remote tier holds more blocks than the index may: oldest unused")
+            self._forget(next(iter(self._packs)))
+
+    # ---- what is held -------------------------------------------------------------------
+
+    def _forget(self, pack: Pack) -> None:
+        """The pack is gone, or not used any more."""
+        for key in self._index.between(pack.place(0), pack.place(len(pack.rows))):
+            self._release(self._lose(key))
+        self._packs.remove(pack)
+
+    def _gain(self, key: BlockKey, place: int, label: BlockLabel = UNLABELLED) -> None:
+        """Of a block in two packs the later one counts, for every process alike."""
+        if place == _NO_PLACE:
+            return  # just written: its pack was adopted already
+        held = self._index.get(key)
+        if held is not None and self._packs.at(held)[0].order >= self._packs.at(place)[0].order:
+            return
+        if held is not None or self._index.is_dropped(key):
+            self._release(self._lose(key))
+        super()._gain(key, place, label)
+        self._packs.count_live(place, 1)
+
+    def _bytes_at(self, place: int) -> int:
+        return self._packs.bytes_at(place)
+
+    def _reserve(self, nbytes: int) -> int:
+        return _NO_PLACE
+
+    def _release(self, place: int | None) -> None:
+        if place is not None and place != _NO_PLACE:
+            self._packs.count_live(place, -1)
+
+    def _found(self, key: BlockKey, stored_bytes: int, label: BlockLabel = UNLABELLED) -> None:
+        """Its pack was given up while it was read: it stays forgotten."""
+
+    def _erase(self, key: BlockKey) -> None:
+        """Its bytes stay until its pack is rewritten."""
+
+    # ---- drops --------------------------------------------------------------------------
+
+    def drop(self, selector: Selector) -> None:
+        """For every process that shares the store, within ``refresh_s``."""
+        drop = Drop(selector, now_ms())
+        self._drops.append(drop)
+        self._upkeep.write_drop(drop)
+        super().drop(selector)
+
+    def take_drops(self) -> list[Selector]:
+        drops, self._new_drops = self._new_drops, []
+        return drops
+
+    def _dropped_before_ms(self, label: BlockLabel) -> int:
+        """Blocks with this label that were written by then are dropped; -1: none."""
+        owner = label.owner
+        before = [d.before_ms for d in self._drops if d.selector.value_of(owner) is not None]
+        return max(before, default=-1)

@@ -121,6 +121,12 @@ class TierStats(msgspec.Struct):
     """Disks of the tier that are in use."""
     failed_devices: int = 0
     """Disks that were taken out, with all that they held."""
+    packs: int = 0
+    """Objects of a remote tier that are known."""
+    unreadable_packs_total: int = 0
+    """Damaged beyond use, or of another format version."""
+    hedged_reads_total: int = 0
+    """Asked for a second time because the first answer was late."""
 
     @property
     def evicted_blocks_total(self) -> int:

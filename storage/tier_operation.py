@@ -57,6 +57,11 @@ class Operation:
         assert self._buffer is not None
         return self._buffer
 
+    @property
+    def is_given_up(self) -> bool:
+        """Nobody waits for it any more."""
+        return self._given_up
+
     def deliver(self, payload: Buffer) -> None:
         """Copy what was read into the caller's buffer, unless the caller was told to stop
         waiting: then the buffer may already be someone else's.

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from storage.owners import Quota
+from storage.remote_settings import RemoteSettings
 
 VARIABLE = "DUALPATH_AGENT"
 
@@ -36,5 +37,6 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Both of :mod:`storage.write_behind`."""
     remote_url: str = ""
     remote_options: dict[str, Any] = {}
+    remote: RemoteSettings = RemoteSettings()
     read_threads: int = 16
     deliver_threads: int = 4

@@ -343,7 +343,7 @@ def _open_tiers(config: AgentConfig, wake: Wake) -> tuple[Tier | None, Tier | No
             *(config.ssd_min_free_bytes, config.ssd_quotas),
         )
     if config.remote_url:
-        remote = RemoteTier(config.remote_url, config.remote_options, wake, config.read_threads)
+        remote = RemoteTier(config.remote_url, config.remote_options, wake, config.remote)
     return ssd, remote
 
 

@@ -13,11 +13,13 @@ import pytest
 from benchmarks.radosgw import RadosGateway, missing_programs
 from storage.block import BlockKey
 from storage.memory_tier import MemoryTier
-from storage.remote_tier import RemoteTier
+from storage.remote_tier import RemoteSettings, RemoteTier
 from storage.ssd_tier import SsdTier
 from storage.tier import BlockIO, Completion, Tier, TierName
 
 BLOCK_BYTES = 10_000
+QUICK = RemoteSettings(threads=2, linger_s=0.02, timeout_s=10)
+"""For remote tiers: a pack is closed soon."""
 
 
 def no_wake() -> None:
@@ -106,18 +108,18 @@ def _ssd(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
 
 
 def _remote_file(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
-    return lambda: RemoteTier(f"file://{tmp_path}/remote", {}, no_wake, threads=2)
+    return lambda: RemoteTier(f"file://{tmp_path}/remote", {}, no_wake, QUICK)
 
 
 def _remote_memory(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
     url = f"memory://{uuid.uuid4().hex}"
-    return lambda: RemoteTier(url, {}, no_wake, threads=2)
+    return lambda: RemoteTier(url, {}, no_wake, QUICK)
 
 
 def _remote_s3(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
     gateway = request.getfixturevalue("radosgw")
     url = f"s3://{gateway.bucket}/{uuid.uuid4().hex}"
-    return lambda: RemoteTier(url, gateway.options, no_wake, threads=2)
+    return lambda: RemoteTier(url, gateway.options, no_wake, QUICK)
 
 
 KINDS = {

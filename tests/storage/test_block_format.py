@@ -19,8 +19,6 @@ from storage.block_format import (
     UnknownVersion,
     encode_header,
     encode_owner,
-    key_of_name,
-    object_name,
     verify,
 )
 from storage.tier import BlockCorrupt
@@ -60,7 +58,6 @@ def test_the_documented_bytes() -> None:
     assert raw["payload_bytes"] == len(PAYLOAD) and raw["key"].tobytes() == KEY
     assert raw["parent"].tobytes() == LABEL.parent
     assert raw["owner"].tobytes() == encode_owner(LABEL.owner)
-    assert object_name(KEY) == f"blocks/00/{KEY.hex()}"
     document = Path(__file__).parents[2] / "docs" / "storage.md"
     assert "`DUALPATH`" in document.read_text()
 
@@ -103,9 +100,3 @@ def test_a_layout_that_does_not_fit_is_refused() -> None:
     layout = BlockLayout(64, 1, (1,) * (COMPONENTS_MAX + 1))
     with pytest.raises(ValueError, match="17 components"):
         encode_header(KEY, PAYLOAD, BlockLabel(bytes(32), layout))
-
-
-def test_names_of_blocks_only() -> None:
-    assert key_of_name(KEY.hex()) == KEY
-    for name in ("", "lock", KEY.hex()[:-2], KEY.hex().upper() + "AA", f"{KEY.hex()}.1.tmp"):
-        assert key_of_name(name) is None
