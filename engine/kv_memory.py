@@ -10,8 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from storage.block import BlockLayout
+from transfer.delivery import merge_adjacent
+from transfer.mooncake import Addresses
 
 
 class UnsupportedPool(Exception):
@@ -66,3 +69,21 @@ class KvMemory(msgspec.Struct, frozen=True):
     def address(self, layer: int, component: int, page: int) -> int:
         """First byte of one page's component in one layer."""
         return self.addresses[layer][component] + page * self.layout.component_bytes[component]
+
+
+def page_runs(
+    local_pages: Addresses,
+    remote_pages: Addresses,
+    local_bases: Addresses,
+    remote_bases: Addresses,
+    page_bytes: Addresses,
+) -> tuple[Addresses, Addresses, Addresses]:
+    """Where pages lie in some buffers here, where there, and how long.
+
+    Pages have shape (n,), the rest shape (buffers,). Returns three arrays of equal length
+    (at most n x buffers): neighbours that are contiguous on both sides are merged.
+    """
+    local = local_bases[:, None] + local_pages * page_bytes[:, None]
+    remote = remote_bases[:, None] + remote_pages * page_bytes[:, None]
+    lengths = np.broadcast_to(page_bytes[:, None], local.shape)
+    return merge_adjacent(local.ravel(), remote.ravel(), lengths.ravel())

@@ -30,6 +30,7 @@ _ALLOCATOR = "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator."
 _LINKER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper."
 _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache."
 _WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+_MOONCAKE = "sglang.srt.disaggregation.mooncake.conn.MooncakeKVManager."
 _POOL_STATS = (
     "sglang.srt.managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver."
 )
@@ -108,6 +109,41 @@ TOUCH_POINTS = (
         "AFTER",
         "engine.prefill_hooks:after_adder_class",
         "pack each prefill batch to the quota",
+        "prefill",
+    ),
+    TouchPoint(
+        _SCHEDULER + "run_batch",
+        "BEFORE",
+        "engine.prefill_layers:before_run_batch",
+        "a forward begins: plan what leaves for which decode engine after each layer",
+        "prefill",
+    ),
+    TouchPoint(
+        _SCHEDULER + "run_batch",
+        "AFTER",
+        "engine.prefill_layers:after_run_batch",
+        "the forward has been launched",
+        "prefill",
+    ),
+    TouchPoint(
+        "sglang.srt.layers.radix_attention.RadixAttention.forward",
+        "AROUND",
+        "engine.prefill_layers:around_attention",
+        "a layer's attention has run: its new KV can leave",
+        "prefill",
+    ),
+    TouchPoint(
+        _MOONCAKE + "add_transfer_request",
+        "AROUND",
+        "engine.prefill_layers:around_add_transfer",
+        "SGLang's send of a chunk waits for the layers that left by themselves",
+        "prefill",
+    ),
+    TouchPoint(
+        _MOONCAKE + "_maybe_ack_drained_abort",
+        "AROUND",
+        "engine.prefill_layers:around_drained_abort",
+        "a decode engine keeps an aborted request's pages while layers are on their way",
         "prefill",
     ),
     TouchPoint(
@@ -219,5 +255,9 @@ def after_init_disaggregation(result: Any, scheduler: Any) -> None:
     from engine.runtime import start_runtime
 
     engine = start_runtime(from_env(VARIABLE, EngineConfig), scheduler)
+    if engine.config.role == "prefill":
+        from engine.prefill_layers import PrefillLayers
+
+        engine.prefill_layers = PrefillLayers(engine)
     if engine.config.poison_kv:
         poison(engine)

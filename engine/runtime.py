@@ -13,7 +13,7 @@ import threading
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -40,6 +40,9 @@ from transfer.messages import (
     RegisterEngine,
     UnknownEngine,
 )
+
+if TYPE_CHECKING:
+    from engine.prefill_layers import PrefillLayers
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +114,7 @@ class EngineRuntime:
             urgent=config.role == "prefill",
         )
         self.persister = Persister(self)
+        self.prefill_layers: PrefillLayers | None = None
         self.control = ControlServer(config.control, self.plans, self.hello)
         threading.Thread(target=self._watch, name="dualpath-watch", daemon=True).start()
         log.info(
@@ -224,7 +228,9 @@ class EngineRuntime:
         return int(self.scheduler.server_args.disaggregation_bootstrap_port)
 
     def _counters(self) -> dict[str, float]:
+        layers = self.prefill_layers.counters() if self.prefill_layers is not None else {}
         return {
+            **layers,
             **self.prefill_timing.counters(),
             "dualpath:engine_deliveries_total": self.deliveries.started_total,
             "dualpath:engine_deliveries_failed_total": self.deliveries.failed_total,

@@ -330,6 +330,8 @@ class _Cluster:
             "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "1",
             "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "4",
             "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+            # What P has cached and D lacks leaves with the rest, layer by layer.
+            "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",
         }
         if self.hardware.device == "cpu":
             env |= {
