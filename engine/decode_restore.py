@@ -39,6 +39,21 @@ def _restore_of(decode_req: Any) -> Restore | None:
     return getattr(decode_req.prefix_match, "dualpath_restore", None)
 
 
+def around_match(original: Any, queue: Any, req: Any) -> Any:
+    """AROUND ``DecodePreallocQueue._match_prefix_and_lock``: match no further than the plan
+    where P could not bring the rest (:mod:`engine.layer_window`)."""
+    engine = runtime()
+    if not engine.config.promise_planned_only:
+        return original(queue, req)
+    plan, prompt = engine.plans.get(req.rid), req.origin_input_ids
+    planned = len(plan.keys) * queue.tree_cache.page_size if plan is not None else 0
+    req.origin_input_ids = prompt[: planned + 1]  # at least one token is left to P
+    try:
+        return original(queue, req)
+    finally:
+        req.origin_input_ids = prompt
+
+
 def after_prefix_match(match: Any, queue: Any, req: Any, result: Any, **_: Any) -> Any:
     """AFTER ``_build_decode_prefix_match``: promise the plan's blocks as well.
 

@@ -37,8 +37,11 @@ class Delivery:
     """Progress of one request's blocks. ``error`` is empty until the delivery has failed;
     a failed one never becomes ready, and its pages must not be read."""
 
-    def __init__(self, rid: str, num_layers: int, deadline: float) -> None:
+    def __init__(
+        self, rid: str, num_layers: int, deadline: float, first_position: int = -1
+    ) -> None:
         self.rid = rid
+        self.first_position = first_position
         self.error = ""
         self.writers: list[_Writer] = []
         self._num_layers = num_layers
@@ -89,12 +92,16 @@ class Deliveries:
         self.started_total = 0
         self.failed_total = 0
 
-    def start(self, plan: HeldPlan, first_block: int, pages: Sequence[int]) -> Delivery:
-        """Have blocks ``first_block ...`` of the plan written into ``pages``.
+    def start(
+        self, plan: HeldPlan, first_block: int, pages: Sequence[int], first_position: int = -1
+    ) -> Delivery:
+        """Have blocks ``first_block ...`` of the plan written into ``pages``; into a layer
+        window from ``first_position`` on, as its credits allow (-1: at once).
 
         Never raises for a transfer's sake: what cannot start is a failed delivery.
         """
-        delivery = Delivery(plan.rid, self._num_layers, time.monotonic() + self._timeout_s)
+        deadline = time.monotonic() + self._timeout_s
+        delivery = Delivery(plan.rid, self._num_layers, deadline, first_position)
         self.started_total += 1
         share: dict[str, list[int]] = defaultdict(list)
         for offset in range(len(pages)):
@@ -130,7 +137,16 @@ class Deliveries:
         writer.job = job = self._jobs.open(agent, incarnation, pages, self._timeout_s, ended)
         delivery.writers.append(writer)
         address = self.board.address(slot)
-        order = Deliver(job, plan, keys, pages, address, self._urgent, self._timeout_s)
+        order = Deliver(
+            job,
+            plan,
+            keys,
+            pages,
+            address,
+            self._urgent,
+            self._timeout_s,
+            delivery.first_position,
+        )
         if not self._links.send(agent, order):
             self._jobs.close(job, f"agent {agent} is not reachable")
 

@@ -29,6 +29,11 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Share of the KV pool in quarantine at which the engine ends itself to be restarted."""
     prefill_quota_s: float | None = None
     """Estimated attention time of each prefill batch; None: SGLang's fixed chunks."""
+    layer_window: int = 0
+    """Layers of KV that the pool of a prefill engine holds; 0: all."""
+    promise_planned_only: bool = False
+    """A decode engine promises P no prefix of its own that the plan lacks: a prefill engine
+    with a layer window brings a prefix from nowhere else."""
     poison_kv: bool = False
     """Tests: fill the KV pool with noise at start and after each flush."""
     keep_prefixes: bool = True

@@ -28,6 +28,7 @@ _DECODE = "sglang.srt.disaggregation.decode."
 _MIXIN = "sglang.srt.disaggregation.decode_hicache_mixin.DecodeHiCachePreallocMixin."
 _ALLOCATOR = "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator."
 _LINKER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper."
+_POOLS = "sglang.srt.mem_cache.memory_pool."
 _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache."
 _WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn.MooncakeKVManager."
@@ -112,6 +113,55 @@ TOUCH_POINTS = (
         "prefill",
     ),
     TouchPoint(
+        _POOLS + "MHATokenToKVPool._create_buffers_normal",
+        "AROUND",
+        "engine.layer_ring:around_create_buffers",
+        "layer window: buffers for W layers, each shared by several",
+        "prefill",
+    ),
+    TouchPoint(
+        _POOLS + "MLATokenToKVPool._create_buffers",
+        "AROUND",
+        "engine.layer_ring:around_create_buffers",
+        "the same for MLA",
+        "prefill",
+    ),
+    TouchPoint(
+        _POOLS + "MHATokenToKVPool.get_kv_size_bytes",
+        "AFTER",
+        "engine.layer_ring:after_kv_size",
+        "layer window: shared buffers are counted once",
+        "prefill",
+    ),
+    TouchPoint(
+        _POOLS + "MLATokenToKVPool.get_kv_size_bytes",
+        "AFTER",
+        "engine.layer_ring:after_kv_size",
+        "the same for MLA",
+        "prefill",
+    ),
+    TouchPoint(
+        "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
+        "AFTER",
+        "engine.layer_ring:after_cell_size",
+        "layer window: a token takes W/L of the memory, so the pool has L/W times the tokens",
+        "prefill",
+    ),
+    TouchPoint(
+        "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue.add",
+        "BEFORE",
+        "engine.prefill_layers:before_add_request",
+        "layer window: nothing stays in the pool, so nothing enters the radix tree",
+        "prefill",
+    ),
+    TouchPoint(
+        _TREE + "finish_external_linker_loads",
+        "AFTER",
+        "engine.prefill_layers:after_finish_loads",
+        "layer window: requests whose prefix did not come are dropped, on all ranks alike",
+        "prefill",
+    ),
+    TouchPoint(
         _SCHEDULER + "run_batch",
         "BEFORE",
         "engine.prefill_layers:before_run_batch",
@@ -152,6 +202,13 @@ TOUCH_POINTS = (
         "engine.prefill_linker:only_failed_requests",
         "a failed delivery drops its own request, not its batch-mates",
         "prefill",
+    ),
+    TouchPoint(
+        _DECODE + "DecodePreallocQueue._match_prefix_and_lock",
+        "AROUND",
+        "engine.decode_restore:around_match",
+        "layer window: promise P only a prefix that agents can bring to it as well",
+        "decode",
     ),
     TouchPoint(
         _MIXIN + "_build_decode_prefix_match",

@@ -6,15 +6,22 @@ layer's attention its new KV leaves for the decode engines (:mod:`engine.suffix_
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 import torch
 
+from engine.layer_ring import LayerRing
+from engine.layer_window import CreditWriter, LayerWindow, WindowForward
 from engine.runtime import EngineRuntime, runtime_if_up
 from engine.session_workers import SessionWorkers
 from engine.suffix_send import LayerSend, SendsDone, SuffixSender
+
+log = logging.getLogger(__name__)
 
 
 class PrefillForward:
@@ -22,14 +29,26 @@ class PrefillForward:
     read any more. Where a layer's attention runs in several calls (MLA), it is done when the
     next layer's begins."""
 
-    def __init__(self, layers: PrefillLayers, sends: dict[str, list[LayerSend]]) -> None:
+    def __init__(
+        self,
+        layers: PrefillLayers,
+        sends: dict[str, list[LayerSend]],
+        window: WindowForward | None = None,
+    ) -> None:
+        self.window = window
         self._layers = layers
         self._sends = sends
+        self._unsent = [len(sends)] * layers.num_layers
+        """Sessions that a layer has not left for yet."""
+        self._lock = threading.Lock()
         self._next_layer = 0
         """The first that is not done yet."""
 
     def before_attention(self, layer: int) -> None:
+        """May wait: for the layer's buffer and prefix, where there is a window."""
         self._done_until(layer)
+        if self.window is not None:
+            self.window.before_layer(layer)
 
     def after_attention(self, layer: int) -> None:
         if self._layers.one_call_a_layer:
@@ -46,6 +65,8 @@ class PrefillForward:
             for session_id, sends in self._sends.items():
                 call = partial(self._send, session_id, sends, done, written)
                 self._layers.workers.submit(session_id, call)
+            if self.window is not None and not self._sends:
+                self._layers.workers.submit("", partial(self._nothing_to_send, done, written))
         self._next_layer = max(self._next_layer, layer)
 
     def _send(
@@ -53,6 +74,16 @@ class PrefillForward:
     ) -> None:
         written()
         self._layers.suffix.send_layer(session_id, sends, layer)
+        with self._lock:
+            self._unsent[layer] -= 1
+            has_left = not self._unsent[layer]
+        if has_left and self.window is not None:
+            self.window.layer_left(layer)
+
+    def _nothing_to_send(self, layer: int, written: Callable[[], None]) -> None:
+        written()
+        if self.window is not None:
+            self.window.layer_left(layer)
 
 
 class PrefillLayers:
@@ -70,12 +101,32 @@ class PrefillLayers:
             self.num_layers,
             scheduler.req_to_token_pool.req_to_token,
         )
+        self.window = self._open_window(engine)
         self.current: PrefillForward | None = None
         self._is_cuda = str(pool.device).startswith("cuda")
 
+    def _open_window(self, engine: EngineRuntime) -> LayerWindow | None:
+        if not 0 < engine.config.layer_window < self.num_layers:
+            return None
+        from sglang.srt.distributed.parallel_state import get_mooncake_transfer_engine
+
+        ring = LayerRing(self.num_layers, engine.config.layer_window)
+        transfer_engine = get_mooncake_transfer_engine()
+        return LayerWindow(
+            ring,
+            engine.memory,
+            engine.scheduler.req_to_token_pool.req_to_token,
+            self.suffix,
+            engine.deliveries,
+            CreditWriter(ring, engine.links, transfer_engine, self.workers),
+            self.workers,
+        )
+
     def begin(self, batch: Any) -> None:
         """A batch's forward starts."""
-        self.current = PrefillForward(self, self.suffix.plan(batch.reqs))
+        sends = self.suffix.plan(batch.reqs)
+        window = self.window.begin(batch.reqs) if self.window is not None else None
+        self.current = PrefillForward(self, sends, window)
 
     def end(self) -> None:
         """It has been launched."""
@@ -135,6 +186,35 @@ def around_attention(original: Any, attention: Any, *args: Any, **kwargs: Any) -
     result = original(attention, *args, **kwargs)
     forward.after_attention(attention.layer_id)
     return result
+
+
+def before_add_request(queue: Any, req: Any, *_: Any, **__: Any) -> None:
+    """BEFORE ``PrefillBootstrapQueue.add``."""
+    layers = _layers()
+    if layers is not None and layers.window is not None:
+        req.skip_radix_cache_insert = True
+
+
+def after_finish_loads(failed: list[Any], tree: Any, reqs: list[Any]) -> list[Any]:
+    """AFTER ``UnifiedRadixCache.finish_external_linker_loads``, at the end of a forward: drop
+    the requests whose prefix did not come. Ranks agree."""
+    layers = _layers()
+    forward = layers.current if layers is not None else None
+    if forward is None or forward.window is None:
+        return failed
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    reasons = forward.window.failed()
+    whole = torch.tensor([req.rid not in reasons for req in reqs], dtype=torch.int)
+    tree._all_reduce_attn_groups(whole, torch.distributed.ReduceOp.MIN)
+    lost = [req for req, is_whole in zip(reqs, whole.tolist(), strict=True) if not is_whole]
+    for req in lost:
+        log.warning("prefix lost rid=%s reason=%r", req.rid, reasons.get(req.rid, "other rank"))
+        req.discard_output_reason = FINISH_ABORT(
+            "External KV cache load failed", HTTPStatus.SERVICE_UNAVAILABLE
+        )
+    forward.window.abandon()
+    return failed + lost
 
 
 def around_add_transfer(

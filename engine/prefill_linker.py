@@ -103,11 +103,17 @@ class PrefillLinker(UnifiedCacheLinker):
                 break
             pages += 1
         self._found[rid] = (plan, first)
+        window = runtime().layer_window
+        if window is not None:
+            window.note_hit(plan, pages)
         return list(range(1, pages + 1))
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
-        """Queue the delivery of the found pages into the device pages given."""
+        """Queue the delivery of the found pages into the device pages given. With a layer
+        window it is the forward that has them delivered."""
         plan, first = self._found.pop(rid)
+        if runtime().layer_window is not None:
+            return True
         rows = next(t for t in transfers if t.name == PoolName.KV).device_indices
         pages = (rows.reshape(-1, self._page_tokens)[:, 0] // self._page_tokens).tolist()
         self._queued[rid] = (plan, first, pages)

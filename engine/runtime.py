@@ -42,6 +42,7 @@ from transfer.messages import (
 )
 
 if TYPE_CHECKING:
+    from engine.layer_window import LayerWindow
     from engine.prefill_layers import PrefillLayers
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,11 @@ class EngineRuntime:
             self._session_id,
             self.namespace_digest.hex()[:16],
         )
+
+    @property
+    def layer_window(self) -> LayerWindow | None:
+        """Of a prefill engine that holds KV of some layers only."""
+        return self.prefill_layers.window if self.prefill_layers is not None else None
 
     # ---- keys ----
 

@@ -60,6 +60,13 @@ class _Room(msgspec.Struct):
     sends: list[LayerSend] = []
 
 
+class Earlier(msgspec.Struct, frozen=True, eq=False):
+    """Where pages of a request's earlier chunks are: at a decode engine. Shape (pages,)."""
+
+    session_id: str
+    pages: Addresses
+
+
 class SuffixSender:
     """Plans the sends of a forward, makes them, and answers for them to SGLang.
 
@@ -168,26 +175,63 @@ class SuffixSender:
         manager = self._manager
         return room not in manager.request_status or manager.check_status(room) == KVPoll.Failed
 
+    def earlier(self, request: Any, start: int, pages: int) -> Earlier | None:
+        """Where ``pages`` pages from token ``start`` on are, if earlier forwards have sent all
+        of them (whole pages only); None otherwise."""
+        room = self._rooms.get(request.bootstrap_room)
+        infos = self._destinations(request)
+        page = self._page_tokens
+        if room is None or not infos or start < room.first_token or start % page:
+            return None
+        if start + pages * page > room.next_token:
+            return None
+        first = (start - room.first_token) // page
+        at = infos[0].dst_kv_indices[first : first + pages].astype(np.int64)
+        return Earlier(infos[0].mooncake_session_id, at)
+
+    def read_layer(self, earlier: Earlier, pages: Addresses, layer: int) -> None:
+        """Read one layer of these pages back into ``pages`` (shape (pages,)) of this engine.
+        Raises ``ConnectionError``."""
+        ranges = self._ranges(earlier.session_id, pages, earlier.pages, layer)
+        read = self._manager.engine.engine.batch_transfer_sync_read
+        self._transfer(read, earlier.session_id, ranges)
+
     def _write(self, session_id: str, sends: Sequence[LayerSend], layer: int) -> None:
-        manager = self._manager
-        if session_id in manager.failed_sessions:
-            raise ConnectionError(f"session {session_id} failed before")
-        own, peer = manager.kv_args, manager.decode_kv_args_table[session_id]
+        src = np.concatenate([send.src for send in sends])
+        dst = np.concatenate([send.dst for send in sends])
+        ranges = self._ranges(session_id, src, dst, layer)
+        self._transfer(self._manager.engine.batch_transfer_sync, session_id, ranges)
+        self.sent_bytes_total += int(ranges[2].sum())
+
+    def _ranges(
+        self, session_id: str, own_pages: Addresses, peer_pages: Addresses, layer: int
+    ) -> tuple[Addresses, Addresses, Addresses]:
+        """Of one layer: here, there, and how long."""
+        own, peer = self._manager.kv_args, self._manager.decode_kv_args_table[session_id]
         buffers = range(layer, len(own.kv_data_ptrs), self._num_layers)
-        local, remote, lengths = page_runs(
-            np.concatenate([send.src for send in sends]),
-            np.concatenate([send.dst for send in sends]),
+        return page_runs(
+            own_pages,
+            peer_pages,
             np.array([own.kv_data_ptrs[b] for b in buffers], np.int64),
             np.array([peer.dst_kv_ptrs[b] for b in buffers], np.int64),
             np.array([own.kv_item_lens[b] for b in buffers], np.int64),
         )
+
+    def _transfer(
+        self,
+        call: Callable[[str, list[int], list[int], list[int]], int],
+        session_id: str,
+        ranges: tuple[Addresses, Addresses, Addresses],
+    ) -> None:
+        if session_id in self._manager.failed_sessions:
+            raise ConnectionError(f"session {session_id} failed before")
+        local, remote, lengths = ranges
         for part in batches(lengths):
-            code = manager.engine.batch_transfer_sync(
+            code = call(
                 session_id, local[part].tolist(), remote[part].tolist(), lengths[part].tolist()
             )
             if code != 0:
-                raise ConnectionError(f"write failed with code {code}")
-        self.sent_bytes_total += int(lengths.sum())
+                raise ConnectionError(f"transfer failed with code {code}")
 
     def _ended(self, send: LayerSend) -> None:
         send.done.set()

@@ -45,6 +45,12 @@ def _parse_policy(value: str) -> str:
     return value
 
 
+def _parse_window(value: str | int) -> str:
+    if str(value) == "all" or (str(value).isdigit() and int(value) >= 2):
+        return str(value)
+    raise ValueError(f"{value!r} is neither `all` nor a number of layers from 2 on")
+
+
 @dataclass(frozen=True)
 class ClusterConfig:
     """What the user asked for. Build with :func:`load_config`, which also checks it."""
@@ -168,6 +174,13 @@ class ClusterConfig:
         _parse_quota,
         metavar="MS|off",
     )
+    prefill_layer_window: str = setting(
+        "all",
+        "Layers whose KV a prefill engine holds at a time (2 or more); all is every layer. Fewer "
+        "make room for larger batches: a prompt's KV comes when its layer does (docs/prefill.md).",
+        _parse_window,
+        metavar="W|all",
+    )
     served_model_name: str = setting(
         "", "Model name in the API; empty means the model's own.", metavar="NAME"
     )
@@ -230,6 +243,11 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def layer_window(self) -> int:
+        """Layers; 0 for all."""
+        return 0 if self.prefill_layer_window == "all" else int(self.prefill_layer_window)
 
     @property
     def first_port(self) -> int:

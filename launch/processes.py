@@ -212,6 +212,8 @@ class _Cluster:
             agents=self.agents,
             deliver_timeout_s=self.config.deliver_timeout_s,
             prefill_quota_s=self._quota_s() if role == "prefill" else None,
+            layer_window=self.config.layer_window if role == "prefill" else 0,
+            promise_planned_only=role == "decode" and bool(self.config.layer_window),
             poison_kv=self.config.poison_kv,
         )
         offsets = {"control": _CONTROL, "http": _HTTP, "rendezvous": _RENDEZVOUS}

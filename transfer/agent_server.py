@@ -28,6 +28,7 @@ from storage.tiered_store import TieredStore
 from transfer.agent_config import AgentConfig
 from transfer.agent_metrics import AgentCounters, Samples, store_samples
 from transfer.announcer import Announcer
+from transfer.credits import CreditBoard
 from transfer.deliver_jobs import DeliverJobs
 from transfer.delivery import TransferQueue
 from transfer.engines import BadRegistration, Engine, Engines
@@ -83,7 +84,6 @@ class Agent:
         self._loop = asyncio.get_running_loop()
         self._incarnation = incarnation() or int(time.time() * 1000)
         self._counters = AgentCounters()
-        self._engines = Engines()
         self._serving: _Serving | None = None
         self._poll_due = False
         self._router = Router(config.control)
@@ -91,6 +91,7 @@ class Agent:
         self._memory = HostMemory(config.dram_bytes)
         self._peer = TransferPeer(config.host, config.protocol, config.rdma_devices)
         self._peer.register(self._memory.address, self._memory.size_bytes)
+        self._engines = Engines(CreditBoard(self._peer.register))
         self._tiers = _open_tiers(config, self._wake)
         self._deliver_queue = self._queue("deliver", config.deliver_threads)
         self._pull_queue = self._queue("pull", PULL_THREADS)
@@ -179,7 +180,11 @@ class Agent:
                 raise MalformedMessage(f"{type(message).__name__} is not for agents")
 
     def _greet(self, client: bytes) -> None:
-        hello = AgentHello(self._config.name, self._incarnation, self._peer.session_id)
+        engine = self._engines.find(client)
+        credit_address = engine.credit.address if engine is not None else 0
+        hello = AgentHello(
+            self._config.name, self._incarnation, self._peer.session_id, credit_address
+        )
         self._router.send(client, hello)
 
     def _register(self, sender: bytes, message: RegisterEngine) -> None:

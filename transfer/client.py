@@ -43,6 +43,7 @@ class _Link:
         self.socket.setsockopt(zmq.RCVHWM, QUEUE_MAX)
         self.socket.connect(endpoint)
         self.incarnation: int | None = None
+        self.hello: AgentHello | None = None
         self.last_heard = -SILENT_AFTER_S
 
 
@@ -91,6 +92,16 @@ class AgentLinks:
         """The newest incarnation seen, or None before the first answer or for a stranger."""
         link = self._links.get(agent)
         return link.incarnation if link is not None else None
+
+    @property
+    def agents(self) -> list[str]:
+        """All names."""
+        return list(self._links)
+
+    def hello(self, agent: str) -> AgentHello | None:
+        """The newest greeting, or None before the first."""
+        link = self._links.get(agent)
+        return link.hello if link is not None else None
 
     def alive(self, agent: str) -> bool:
         """Whether the agent has said anything in the last seconds."""
@@ -155,6 +166,7 @@ class AgentLinks:
         link.last_heard = time.monotonic()
         match message:
             case AgentHello():
+                link.hello = message
                 self._greeted(agent, link, message.incarnation)
             case UnknownEngine():
                 self._transmit(agent, self._hello)

@@ -106,6 +106,8 @@ class DeliverJobs:
             board_address=message.board_address,
             stop_reason=refused,
             layers_done=engine.layout.num_layers - 1 if zero_io else 0,
+            credit=engine.credit if message.first_position >= 0 and not zero_io else None,
+            first_position=message.first_position,
         )
         try:
             self._queue.submit(job)

@@ -20,6 +20,7 @@ import numpy as np
 
 from storage.block import BlockLayout
 from storage.rate import RateMeter
+from transfer.credits import CreditWord
 from transfer.messages import FAILED, board_word
 from transfer.mooncake import Addresses, PeerSuspended, TransferFailed, TransferPeer
 
@@ -29,6 +30,8 @@ _WORD_BYTES = 8
 
 Order = tuple[bool, int, int]
 """Of jobs in a queue, the smallest first: not urgent, plan, order of arrival."""
+CREDIT_POLL_S = 0.0002
+"""Between two looks at the credits that engines have written: a fraction of a layer's time."""
 _AT_ONCE = -1
 """Plan number that precedes all others: of jobs that only have to end."""
 
@@ -109,6 +112,10 @@ class TransferJob:
     plan: int = 0
     board_address: int = 0
     """0: no completion words."""
+    credit: CreditWord | None = None
+    """Of an engine with a layer window; None: every layer has a place of its own."""
+    first_position: int = -1
+    """Of layer 0 in that window."""
     stop_reason: Exception | None = None
     """Set: nothing more is transferred, and the job ends with this."""
     layers_done: int = 0
@@ -125,6 +132,11 @@ class TransferJob:
     def nbytes(self) -> int:
         """Bytes transferred so far."""
         return self.layers_done * self.layer_nbytes
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the engine's memory is free for the next layer."""
+        return self.credit is None or self.credit.allows(self.first_position + self.layers_done)
 
     def check(self) -> None:
         """Raise if the job should stop."""
@@ -159,6 +171,9 @@ class TransferQueue:
         self._jobs: set[TransferJob] = set()
         self._waiting: defaultdict[str, list[tuple[Order, TransferJob]]] = defaultdict(list)
         """A heap for each engine."""
+        self._blocked: list[TransferJob] = []
+        """Their engines have no room for the next layer yet."""
+        self._has_poller = False
         self._running: defaultdict[str, int] = defaultdict(int)
         self._submitted = 0
         self._queue_bytes = 0
@@ -227,17 +242,40 @@ class TransferQueue:
         return (job.layout.num_layers - job.layers_done) * job.layer_nbytes
 
     def _wait_turn(self, job: TransferJob) -> None:
+        if not (job.has_room or job.order[1] == _AT_ONCE):
+            self._blocked.append(job)
+            self._condition.notify()
+            return
         heapq.heappush(self._waiting[job.session_id], (job.order, job))
         self._condition.notify()
 
     def _hurry(self, job: TransferJob) -> None:
         """A job that will not transfer anything costs no time: let it end now."""
         waiting = self._waiting.get(job.session_id, [])
-        if (job.order, job) in waiting:
+        is_waiting, is_blocked = (job.order, job) in waiting, job in self._blocked
+        if is_waiting:
             waiting.remove((job.order, job))
             heapq.heapify(waiting)
+        if is_blocked:
+            self._blocked.remove(job)
+        if is_waiting or is_blocked:
             job.order = (False, _AT_ONCE, job.order[2])
             self._wait_turn(job)
+
+    def _unblock(self) -> None:
+        """Let those have their turn for whose next layer there is room by now."""
+        for job in [job for job in self._blocked if job.has_room]:
+            self._blocked.remove(job)
+            self._wait_turn(job)
+
+    def _rest_a_while(self) -> None:
+        """Until there is something to do. Credits come without a notification, so one worker
+        looks for them."""
+        is_poller = bool(self._blocked) and not self._has_poller
+        self._has_poller |= is_poller
+        self._condition.wait(CREDIT_POLL_S if is_poller else None)
+        if is_poller:
+            self._has_poller = False
 
     def _next(self) -> TransferJob | None:
         """The most urgent job whose engine may have one more worker."""
@@ -287,11 +325,14 @@ class TransferQueue:
     def _take(self) -> TransferJob | None:
         with self._condition:
             while not self._closed:
+                self._unblock()
                 job = self._next()
                 if job is not None:
                     self._rate.note(time.monotonic(), 0, self._queue_bytes > 0)
+                    if self._blocked:
+                        self._condition.notify()  # another worker looks for credits
                     return job
-                self._condition.wait()
+                self._rest_a_while()
         return None
 
     def _step(self, job: TransferJob) -> Exception | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from storage.block import BlockLayout, label_of
+from transfer.credits import CreditBoard, CreditWord
 from transfer.delivery import TransferJob, TransferQueue
 from transfer.messages import JobEnded, PullEnded, RegisterEngine
 
@@ -26,7 +27,8 @@ class BadPages(Exception):
 class Engine:
     """One incarnation of an engine."""
 
-    def __init__(self, identity: bytes, message: RegisterEngine) -> None:
+    def __init__(self, identity: bytes, message: RegisterEngine, credit: CreditWord) -> None:
+        self.credit = credit
         self.name = message.engine
         self.incarnation = message.incarnation
         self.is_gone = False
@@ -64,7 +66,8 @@ class Engine:
 class Engines:
     """All registered engines, by name and by the identity of their connection."""
 
-    def __init__(self) -> None:
+    def __init__(self, credits: CreditBoard) -> None:
+        self._credits = credits
         self._by_name: dict[str, Engine] = {}
         self._by_identity: dict[bytes, Engine] = {}
 
@@ -86,7 +89,7 @@ class Engines:
             self._by_identity.pop(known.identity, None)
         replaced = None
         if known is None or message.incarnation > known.incarnation:
-            known, replaced = Engine(identity, message), known
+            known, replaced = Engine(identity, message, self._credits.take()), known
         else:
             known.update(identity, message)
         self._by_name[known.name] = self._by_identity[identity] = known

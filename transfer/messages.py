@@ -44,6 +44,8 @@ class AgentHello(_Message):
     incarnation: int
     session_id: str
     """Mooncake session ("host:port") of this incarnation."""
+    credit_address: int = 0
+    """Of the word in its memory with the credits of the engine that is greeted."""
 
 
 # ---- gateway -> agent -------------------------------------------------------------------
@@ -160,6 +162,9 @@ class Deliver(_Message):
     urgent: bool
     """True for a prefill engine, whose forward waits; False for a decode engine."""
     deadline_s: float
+    first_position: int = -1
+    """Of layer 0 in the sender's layer window: layer l is written when the sender's credits
+    allow position ``first_position + l``. -1: there is no window."""
 
 
 class CancelJob(_Message):

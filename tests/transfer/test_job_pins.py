@@ -13,6 +13,7 @@ from storage.slot_pool import SlotPool
 from storage.tiered_store import TieredStore
 from transfer import pull_jobs
 from transfer.agent_metrics import AgentCounters
+from transfer.credits import CreditBoard
 from transfer.deliver_jobs import DeliverJobs
 from transfer.delivery import JobCancelled
 from transfer.engines import Engine, Engines
@@ -41,7 +42,9 @@ def world():
     store = TieredStore(SlotPool(memory, LAYOUT.block_bytes), None, None)
     replies, queue, counters = [], StoppedQueue(), AgentCounters()
     addresses = np.zeros((LAYOUT.num_layers, 2), int).tolist()
-    engine = Engine(b"id", RegisterEngine("p0", 1, "h:1", namespace(), addresses))
+    credits = CreditBoard(lambda address, length: None)
+    hello = RegisterEngine("p0", 1, "h:1", namespace(), addresses)
+    engine = Engine(b"id", hello, credits.take())
 
     def reply(engine, message) -> None:
         replies.append(message)
@@ -144,7 +147,7 @@ def test_a_pull_that_waits_for_another_ends_with_it(world):
 
 
 def test_only_the_newest_incarnation_of_an_engine_is_known():
-    engines = Engines()
+    engines = Engines(CreditBoard(lambda address, length: None))
     addresses = [[0, 0]] * LAYOUT.num_layers
 
     def hello(incarnation: int, session: str) -> RegisterEngine:

@@ -1,0 +1,49 @@
+"""Credits: how far an agent may write into the KV memory of an engine that reuses it.
+
+A prefill engine with a layer window (:mod:`engine.layer_ring`) holds KV of a few layers and
+numbers the layers of all its forwards: *positions*. It writes one word one-sidedly into
+each agent's memory: every position before it may be written. So a writer learns that a
+buffer is free without a message, and the engine's forward never waits for one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+
+WORDS = 4096
+_WORD_BYTES = 8
+
+
+class CreditWord:
+    """The word of one incarnation of an engine."""
+
+    def __init__(self, words: np.ndarray, index: int) -> None:
+        self._words = words
+        self._index = index
+        self.address = int(words.ctypes.data) + index * _WORD_BYTES
+
+    def allows(self, position: int) -> bool:
+        """Whether a position may be written."""
+        return int(self._words[self._index]) > position
+
+
+class CreditBoard:
+    """``register(address, length)`` makes the words writable by other processes.
+
+    Words are given out in turn: one that an engine's dead predecessor may still write to is
+    not taken for a new one before thousands of others.
+    """
+
+    def __init__(self, register: Callable[[int, int], None]) -> None:
+        self._words = np.zeros(WORDS, np.uint64)
+        self._next = itertools.count()
+        register(int(self._words.ctypes.data), self._words.nbytes)
+
+    def take(self) -> CreditWord:
+        """A word that allows nothing yet."""
+        index = next(self._next) % WORDS
+        self._words[index] = 0
+        return CreditWord(self._words, index)
