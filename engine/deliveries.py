@@ -91,6 +91,8 @@ class Deliveries:
         self._urgent = urgent
         self.started_total = 0
         self.failed_total = 0
+        self.waited_s = [0.0] * num_layers
+        """How long forwards have waited for KV, by layer."""
 
     def start(
         self, plan: HeldPlan, first_block: int, pages: Sequence[int], first_position: int = -1
@@ -159,5 +161,7 @@ class Deliveries:
     def wait_layer(self, delivery: Delivery, layer: int) -> None:
         """Return when ``layer`` is ready or the delivery has failed; never later than its
         timeout. Called in the forward's thread: it sleeps without the GIL."""
+        began_s = time.monotonic()
         while not delivery.error and delivery.layers_ready(self.board) <= layer:
             time.sleep(_POLL_S)
+        self.waited_s[layer] += time.monotonic() - began_s

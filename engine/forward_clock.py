@@ -30,12 +30,6 @@ class ForwardSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """0 where attention ran out of sight, inside a captured graph."""
 
 
-class WaitingGate(Protocol):
-    """Whoever lets layers wait for deliveries (``LayerGate``)."""
-
-    waited_s: float
-
-
 class _Spans(Protocol):
     """Adds up the time between pairs of marks."""
 
@@ -87,19 +81,19 @@ class _Timed(NamedTuple):
 class ForwardClock:
     """Times the forwards of this process and hands each to ``sink``.
 
-    ``agree`` makes one number of each rank's, in every rank: SGLang's ranks decide alike
+    ``waited_s`` says how long forwards have waited for deliveries so far. ``agree`` makes one number of each rank's, in every rank: SGLang's ranks decide alike
     without asking each other, so what they decide by must be alike too.
     """
 
     def __init__(
         self,
         device: str,
-        gate: Callable[[], WaitingGate | None],
+        waited_s: Callable[[], float],
         agree: Callable[[list[float]], list[float]],
         sink: Callable[[ForwardSample], None],
     ) -> None:
         self._on_cuda = device == "cuda"
-        self._gate, self._agree = gate, agree
+        self._waited_s, self._agree = waited_s, agree
         self.sink = sink
         self._attention: _Spans | None = None
         self._timed: deque[_Timed] = deque()
@@ -109,8 +103,7 @@ class ForwardClock:
         mode = forward_batch.forward_mode
         if not mode.is_extend() or forward_batch.extend_seq_lens_cpu is None:
             return run()
-        gate = self._gate()
-        waited_before_s = gate.waited_s if gate else 0.0
+        waited_before_s = self._waited_s()
         forward, self._attention = self._spans(time.monotonic), self._spans(time.thread_time)
         attention = self._attention
         forward.mark()
@@ -119,7 +112,7 @@ class ForwardClock:
         finally:
             self._attention = None
         forward.mark()
-        waited_s = gate.waited_s - waited_before_s if gate else 0.0
+        waited_s = self._waited_s() - waited_before_s
         new, context = forward_batch.extend_seq_lens_cpu, forward_batch.extend_prefix_lens_cpu
         self._timed.append(_Timed(list(new), list(context), forward, attention, waited_s))
         self.flush(CUDA_BACKLOG if self._on_cuda else 0)

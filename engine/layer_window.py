@@ -86,18 +86,16 @@ class WindowForward:
         self.deliveries: list[Delivery] = []
         self.reads: list[ReadBack] = []
         self.agents: set[str] = set()
-        self.waited_s = [0.0] * window.ring.num_layers
-        """For buffers and KV, by layer."""
 
     def before_layer(self, layer: int) -> None:
         """Return when the layer's buffer is free and its prefix is there, or has failed."""
-        began_s = time.monotonic()
+        deliveries, began_s = self._window.deliveries, time.monotonic()
         self._window.ring.wait_free(self.first_position + layer)
-        for delivery in self.deliveries:
-            self._window.deliveries.wait_layer(delivery, layer)
         for read in self.reads:
             read.wait_layer(layer)
-        self.waited_s[layer] += time.monotonic() - began_s
+        deliveries.waited_s[layer] += time.monotonic() - began_s
+        for delivery in self.deliveries:
+            deliveries.wait_layer(delivery, layer)
 
     def layer_left(self, layer: int) -> None:
         """The layer's attention has run and its new KV has left (any thread)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
@@ -100,10 +101,17 @@ class PrefillLayers:
             engine.memory.layout.page_tokens,
             self.num_layers,
             scheduler.req_to_token_pool.req_to_token,
+            engine.config.send_by_layer or engine.config.layer_window > 0,
         )
         self.window = self._open_window(engine)
         self.current: PrefillForward | None = None
         self._is_cuda = str(pool.device).startswith("cuda")
+        self._pool = pool
+        self._deliveries = engine.deliveries
+        self._forwards = 0
+        self._requests_max = 0
+        self._forward_s = 0.0
+        self._began_s = 0.0
 
     def _open_window(self, engine: EngineRuntime) -> LayerWindow | None:
         if not 0 < engine.config.layer_window < self.num_layers:
@@ -124,6 +132,9 @@ class PrefillLayers:
 
     def begin(self, batch: Any) -> None:
         """A batch's forward starts."""
+        self._began_s = time.monotonic()
+        self._forwards += 1
+        self._requests_max = max(self._requests_max, len(batch.reqs))
         sends = self.suffix.plan(batch.reqs)
         window = self.window.begin(batch.reqs) if self.window is not None else None
         self.current = PrefillForward(self, sends, window)
@@ -133,12 +144,25 @@ class PrefillLayers:
         if self.current is not None:
             self.current.finish()
             self.current = None
+            self._forward_s += time.monotonic() - self._began_s
 
     def counters(self) -> dict[str, float]:
         """For the metrics."""
-        return {
+        sizes = self._pool.get_kv_size_bytes()
+        waited = {
+            f'dualpath:engine_kv_wait_seconds_total{{layer="{layer}"}}': seconds
+            for layer, seconds in enumerate(self._deliveries.waited_s)
+        }
+        return waited | {
+            "dualpath:engine_kv_bytes": sum(sizes) if isinstance(sizes, tuple) else sizes,
+            "dualpath:engine_forwards_total": self._forwards,
+            "dualpath:engine_forward_requests_max": self._requests_max,
+            "dualpath:engine_forward_seconds_total": self._forward_s,
             "dualpath:engine_suffix_sent_bytes_total": self.suffix.sent_bytes_total,
             "dualpath:engine_suffix_late_seconds_total": self.suffix.late_s_total,
+            "dualpath:engine_read_back_pages_total": (
+                self.window.read_back_pages_total if self.window is not None else 0
+            ),
         }
 
     def mark(self) -> Callable[[], None]:

@@ -32,8 +32,6 @@ class LayerGate:
     deliveries that one batch waits for; -1 is a batch that loads nothing."""
 
     def __init__(self) -> None:
-        self.waited_s = 0.0
-        """For deliveries, since the start."""
         self._of_index: dict[int, list[Delivery]] = {}
         self._next_index = 0
         self._consumer = -1
@@ -51,10 +49,8 @@ class LayerGate:
     def wait_until(self, layer: int) -> None:
         """Block the forward until the layer is ready for every request of the batch, or
         its delivery has failed; each delivery has its own timeout."""
-        began_s = time.monotonic()
         for delivery in self._of_index.get(self._consumer, ()):
             runtime().deliveries.wait_layer(delivery, layer)
-        self.waited_s += time.monotonic() - began_s
 
     def take(self, index: int) -> list[Delivery]:
         """The deliveries of a batch whose forward has run."""

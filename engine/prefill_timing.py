@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -26,17 +26,20 @@ class PrefillTiming:
     """Fitted costs of a whole forward, and of the attention in it, which the quota is about.
 
     The ranks of an engine must pack alike, as SGLang's ranks decide each for itself: all
-    reckon with the slowest one's times.
+    reckon with the slowest one's times. ``waited_s`` says how long forwards have waited for
+    KV so far: that is not the engine's speed.
     """
 
-    def __init__(self, scheduler: Any, quota_s: float | None) -> None:
+    def __init__(
+        self, scheduler: Any, quota_s: float | None, waited_s: Callable[[], float] = float
+    ) -> None:
         self._scheduler = scheduler
         self._quota_s = quota_s
         ranks_pack = quota_s is not None and scheduler.server_args.tp_size > 1
         self._group = scheduler.attn_tp_cpu_group if ranks_pack else None
         self.forward, self.attention = CostFit(), CostFit()
         self.quota: QuotaChunking | None = None
-        self.clock = ForwardClock(scheduler.device, self._gate, self._slowest, self._note)
+        self.clock = ForwardClock(scheduler.device, waited_s, self._slowest, self._note)
 
     def start_quota(self, model_digest: str, page_tokens: int) -> None:
         """Profile the engine, or read its last profile, and pack to the quota from now on.
@@ -91,11 +94,6 @@ class PrefillTiming:
             self.attention.note(sample.new_tokens, sample.context_tokens, sample.attention_s)
         if self.quota is not None:
             self.quota.took(sample)
-
-    def _gate(self) -> Any:
-        """The linker's, once SGLang has built it."""
-        counter = self._scheduler.token_to_kv_pool_allocator.get_kvcache().layer_transfer_counter
-        return counter if hasattr(counter, "waited_s") else None
 
     def _slowest(self, seconds: list[float]) -> list[float]:
         if self._group is None:

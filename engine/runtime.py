@@ -99,7 +99,9 @@ class EngineRuntime:
         self.namespace = self._first_namespace()
         self.namespace_digest = self.namespace.digest()
         self.plans = Plans()
-        self.prefill_timing = PrefillTiming(scheduler, config.prefill_quota_s)
+        self.prefill_timing = PrefillTiming(
+            scheduler, config.prefill_quota_s, lambda: sum(self.deliveries.waited_s)
+        )
         self.holds = PageHolds(allocator)
         self.jobs = Jobs(self.incarnation, self.holds)
         board = CompletionBoard(BOARD_WORDS, transfer_engine.register)

@@ -73,7 +73,10 @@ class SuffixSender:
     ``plan`` and ``claim`` run in the scheduler's thread, the rest in the workers'.
     """
 
-    def __init__(self, manager: Any, page_tokens: int, num_layers: int, table: Any) -> None:
+    def __init__(
+        self, manager: Any, page_tokens: int, num_layers: int, table: Any, is_on: bool = True
+    ) -> None:
+        self._is_on = is_on
         self._manager = manager
         self._page_tokens = page_tokens
         self._num_layers = num_layers
@@ -133,7 +136,7 @@ class SuffixSender:
     def _destinations(self, request: Any) -> list[Any]:
         """SGLang's transfer infos of a request; none if any of them needs more than pages."""
         sender = getattr(request, "disagg_kv_sender", None)
-        if sender is None or request.pending_bootstrap:
+        if sender is None or request.pending_bootstrap or not self._is_on:
             return []
         infos = self._manager.transfer_infos.get(request.bootstrap_room, {})
         real = [info for info in infos.values() if not info.is_dummy]

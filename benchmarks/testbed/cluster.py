@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 import msgspec
@@ -56,6 +57,12 @@ class Gateway:
         async with self._http.post("/admin/policy", json={"path_policy": name}) as response:
             if response.status != 200:
                 raise ClusterFailed(f"policy {name}: {await response.text()}")
+
+    async def drain(self, name: str, on: bool) -> None:
+        """An engine gets no new requests while it is drained."""
+        async with self._http.post("/admin/drain", json={"name": name, "on": on}) as response:
+            if response.status != 200:
+                raise ClusterFailed(f"drain {name}: {await response.text()}")
 
     async def metrics(self) -> dict[str, float]:
         """Every sample, by name with labels, once the agents have reported what was done."""
@@ -111,14 +118,28 @@ def cluster_config(
     )
 
 
-def records_on(network: Network, config: ClusterConfig) -> list[ProcessRecord]:
+class EngineChange(NamedTuple):
+    """How one engine differs from the others."""
+
+    settings: dict[str, Any] = {}
+    """Fields of :class:`EngineConfig`."""
+    flags: tuple[str, ...] = ()
+    """SGLang flags; they win."""
+
+
+def records_on(
+    network: Network,
+    config: ClusterConfig,
+    changes: Mapping[str, EngineChange] = MappingProxyType({}),
+) -> list[ProcessRecord]:
     """The cluster's records, each node's to be started in the node's namespace; neither
     agents nor engines keep what no request needs."""
     hosts = {node: network.compute_address(node) for node in node_names(config)}
     hardware = Hardware("cpu", "tcp", "the testbed has no other")
     node_at = {address: node for node, address in hosts.items()}
     records = process_records(config, resolve_model(MODEL), hardware, hosts)
-    return [_moved(record, network, node_at.get(record.host)) for record in records]
+    moved = [_moved(record, network, node_at.get(record.host)) for record in records]
+    return [_changed(record, changes.get(record.name, EngineChange())) for record in moved]
 
 
 def _moved(record: ProcessRecord, network: Network, node: str | None) -> ProcessRecord:
@@ -133,6 +154,13 @@ def _moved(record: ProcessRecord, network: Network, node: str | None) -> Process
     return dataclasses.replace(record, argv=argv, env=env)
 
 
+def _changed(record: ProcessRecord, change: EngineChange) -> ProcessRecord:
+    env = dict(record.env)
+    if change.settings:
+        _change(env, engine.engine_config.VARIABLE, EngineConfig, **change.settings)
+    return dataclasses.replace(record, argv=(*record.argv, *change.flags), env=env)
+
+
 _Settings = TypeVar("_Settings", bound=msgspec.Struct)
 
 
@@ -145,7 +173,7 @@ _Result = TypeVar("_Result")
 
 
 async def in_cluster(
-    network: Network,
+    records: Sequence[ProcessRecord],
     config: ClusterConfig,
     say: Callable[[str], None],
     work: Callable[[Gateway], Awaitable[_Result]],
@@ -163,7 +191,6 @@ async def in_cluster(
         async with aiohttp.ClientSession(url, timeout=timeout, read_bufsize=1 << 22) as http:
             return await work(Gateway(http, supervised))
 
-    records = records_on(network, config)
     return await while_running(
         records, config.log_folder, config.start_timeout_s, supervised, at_the_gateway
     )

@@ -17,7 +17,13 @@ from fsspec import AbstractFileSystem
 
 from benchmarks.radosgw import RadosGateway
 from benchmarks.testbed import iperf, machine
-from benchmarks.testbed.cluster import Gateway, cluster_config, in_cluster, total
+from benchmarks.testbed.cluster import (
+    Gateway,
+    cluster_config,
+    in_cluster,
+    records_on,
+    total,
+)
 from benchmarks.testbed.network import Network
 from benchmarks.testbed.nic_use import observed
 from benchmarks.testbed.results import BASIC, N_WAY, ORACLE, Run, Shape, ShapeResult
@@ -88,7 +94,8 @@ class Race:
         compute = iperf.compute_rates(self._network, shape.nodes, IPERF_S)
         self._say(f"{shape.name}: starting the cluster")
         race = _ShapeRace(self._network, shape, self._plan, self._empty_store, self._on_step)
-        runs, long_hit_s = asyncio.run(in_cluster(self._network, config, self._say, race.run))
+        records = records_on(self._network, config)
+        runs, long_hit_s = asyncio.run(in_cluster(records, config, self._say, race.run))
         return ShapeResult(shape, runs, storage, compute, long_hit_s)
 
     def _empty_store(self) -> None:

@@ -29,17 +29,13 @@ def busy(seconds: float) -> None:
         pass
 
 
-class Gate:
-    waited_s = 0.0
-
-
 def test_attention_is_a_part_of_the_forward_and_waiting_is_no_part_of_either():
-    gate, seen = Gate(), []
-    clock = ForwardClock("cpu", lambda: gate, lambda seconds: seconds, seen.append)
+    waits, seen = [], []
+    clock = ForwardClock("cpu", lambda: sum(waits), lambda seconds: seconds, seen.append)
 
     def layer():
         time.sleep(0.05)  # for a delivery
-        gate.waited_s += 0.05
+        waits.append(0.05)
         busy(0.02)
 
     def forward():
@@ -57,7 +53,7 @@ def test_attention_is_a_part_of_the_forward_and_waiting_is_no_part_of_either():
 
 def test_attention_that_hands_over_to_another_backend_counts_once():
     seen = []
-    clock = ForwardClock("cpu", lambda: None, lambda seconds: seconds, seen.append)
+    clock = ForwardClock("cpu", float, lambda seconds: seconds, seen.append)
     inner = lambda: clock.attention(lambda: busy(0.02))  # noqa: E731
     clock.forward(lambda: clock.attention(inner), forward_batch())
     assert 0.02 <= seen[0].attention_s < 0.035
@@ -65,7 +61,7 @@ def test_attention_that_hands_over_to_another_backend_counts_once():
 
 def test_forwards_of_no_prompt_and_attention_outside_of_one_are_only_run():
     seen = []
-    clock = ForwardClock("cpu", lambda: None, lambda seconds: seconds, seen.append)
+    clock = ForwardClock("cpu", float, lambda seconds: seconds, seen.append)
     assert clock.forward(lambda: 1, forward_batch(extends=False)) == 1
     assert clock.attention(lambda: 2) == 2
     assert seen == []
@@ -73,7 +69,7 @@ def test_forwards_of_no_prompt_and_attention_outside_of_one_are_only_run():
 
 def test_the_ranks_of_an_engine_reckon_with_the_slowest():
     seen = []
-    clock = ForwardClock("cpu", lambda: None, lambda seconds: [9.0, 8.0], seen.append)
+    clock = ForwardClock("cpu", float, lambda seconds: [9.0, 8.0], seen.append)
     clock.forward(lambda: None, forward_batch())
     assert (seen[0].forward_s, seen[0].attention_s) == (9.0, 8.0)
 
