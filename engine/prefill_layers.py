@@ -14,6 +14,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.layer_ring import LayerRing
@@ -148,13 +149,13 @@ class PrefillLayers:
 
     def counters(self) -> dict[str, float]:
         """For the metrics."""
-        sizes = self._pool.get_kv_size_bytes()
+        kv_bytes = np.sum(self._pool.get_kv_size_bytes())
         waited = {
             f'dualpath:engine_kv_wait_seconds_total{{layer="{layer}"}}': seconds
             for layer, seconds in enumerate(self._deliveries.waited_s)
         }
         return waited | {
-            "dualpath:engine_kv_bytes": sum(sizes) if isinstance(sizes, tuple) else sizes,
+            "dualpath:engine_kv_bytes": int(kv_bytes),
             "dualpath:engine_forwards_total": self._forwards,
             "dualpath:engine_forward_requests_max": self._requests_max,
             "dualpath:engine_forward_seconds_total": self._forward_s,

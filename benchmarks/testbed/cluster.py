@@ -58,6 +58,11 @@ class Gateway:
             if response.status != 200:
                 raise ClusterFailed(f"policy {name}: {await response.text()}")
 
+    async def cluster(self) -> dict[str, Any]:
+        """What the scheduler sees: ``/admin/cluster``."""
+        async with self._http.get("/admin/cluster") as response:
+            return msgspec.json.decode(await response.read())
+
     async def drain(self, name: str, on: bool) -> None:
         """An engine gets no new requests while it is drained."""
         async with self._http.post("/admin/drain", json={"name": name, "on": on}) as response:
@@ -131,23 +136,26 @@ def records_on(
     network: Network,
     config: ClusterConfig,
     changes: Mapping[str, EngineChange] = MappingProxyType({}),
+    dram_keep: bool = False,
 ) -> list[ProcessRecord]:
-    """The cluster's records, each node's to be started in the node's namespace; neither
-    agents nor engines keep what no request needs."""
+    """The cluster's records, each node's to be started in the node's namespace; engines, and
+    agents unless ``dram_keep``, do not keep what no request needs."""
     hosts = {node: network.compute_address(node) for node in node_names(config)}
     hardware = Hardware("cpu", "tcp", "the testbed has no other")
     node_at = {address: node for node, address in hosts.items()}
     records = process_records(config, resolve_model(MODEL), hardware, hosts)
-    moved = [_moved(record, network, node_at.get(record.host)) for record in records]
+    moved = [_moved(record, network, node_at.get(record.host), dram_keep) for record in records]
     return [_changed(record, changes.get(record.name, EngineChange())) for record in moved]
 
 
-def _moved(record: ProcessRecord, network: Network, node: str | None) -> ProcessRecord:
+def _moved(
+    record: ProcessRecord, network: Network, node: str | None, dram_keep: bool
+) -> ProcessRecord:
     if node is None:  # the gateway is in the control namespace, as its supervisor is
         return record
     env = dict(record.env)
     if record.kind == "agent":
-        _change(env, transfer.agent_config.VARIABLE, AgentConfig, dram_keep=False)
+        _change(env, transfer.agent_config.VARIABLE, AgentConfig, dram_keep=dram_keep)
     else:
         _change(env, engine.engine_config.VARIABLE, EngineConfig, keep_prefixes=False)
     argv = (*network.within(network.namespace(node)), *record.argv)

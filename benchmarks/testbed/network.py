@@ -134,15 +134,19 @@ class Network:
     def open_storage(self) -> Iterator[None]:
         """The storage links have no limit that matters; afterwards they have theirs again."""
         try:
-            self._set_storage_rate(OPEN_MBIT)
+            self._set_rate(_STORAGE, OPEN_MBIT)
             yield
         finally:
-            self._set_storage_rate(self.rates.storage_mbit)
+            self._set_rate(_STORAGE, self.rates.storage_mbit)
 
-    def _set_storage_rate(self, rate_mbit: float) -> None:
+    def set_compute_rate(self, rate_mbit: float) -> None:
+        """Of all nodes' compute links, from now on."""
+        self._set_rate(_COMPUTE, rate_mbit)
+
+    def _set_rate(self, kind: str, rate_mbit: float) -> None:
         for node in self.nodes:
-            _limit("change", self.namespace(node), _STORAGE, rate_mbit)
-            _limit("change", self.control, _port(_STORAGE, node), rate_mbit)
+            _limit("change", self.namespace(node), kind, rate_mbit)
+            _limit("change", self.control, _port(kind, node), rate_mbit)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:

@@ -1,0 +1,194 @@
+"""What is measured, in order: open links first, then links that are the limit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+
+from benchmarks.layer_window.arms import (
+    CONTEXT_TOKENS,
+    LAYERS,
+    NEW_TOKENS,
+    ONE_REQUEST_TOKENS,
+    TOKEN_BYTES,
+    WINDOW,
+    Arms,
+    Sample,
+)
+from benchmarks.testbed.network import OPEN_MBIT, Network
+
+PAIRS = 15
+"""Of single requests, to both arms in turn."""
+ROUNDS, BATCH = 2, 16
+"""Of the throughput race: requests at once, twice."""
+SLOW_REQUESTS = 5
+COLD_PAIRS, COLD_TOKENS = 5, 3000
+SAMPLE_S = 0.5
+STEPS = 2 * PAIRS + 2 * ROUNDS * BATCH + SLOW_REQUESTS + 2 * COLD_PAIRS + 12
+
+
+class Wait(msgspec.Struct):
+    """What forwards of the window have waited for KV."""
+
+    per_layer_s: list[float]
+    """Seconds a forward."""
+    of_forward: float
+    """Share of the forwards' time, the first W layers aside."""
+
+
+class Results(msgspec.Struct):
+    """Everything; fields stay None until they are measured."""
+
+    kv_bytes_ratio: float | None = None
+    other_tokens: int | None = None
+    batch_ratio: float | None = None
+    prefill_ratio: float | None = None
+    prefill_s: dict[str, float] = {}
+    throughput_ratio: float | None = None
+    throughput_per_s: dict[str, list[float]] = {}
+    race_mbit: float | None = None
+    open_wait: Wait | None = None
+    slow_mbit: float | None = None
+    slow_wait_s: float | None = None
+    slow_excess_s: float | None = None
+    """Of loading over computing: the wait that cannot be hidden."""
+    slow_wait: Wait | None = None
+    cold_first_s: dict[str, float] = {}
+    held_bytes: dict[str, list[tuple[float, int]]] = {}
+    """KV bytes of the pool in use over the race, by arm."""
+
+
+class Measurement:
+    """Fills :class:`Results` step by step, so that a failure leaves what was measured."""
+
+    def __init__(self, network: Network, results: Results) -> None:
+        self._network = network
+        self.results = results
+
+    async def run(self, arms: Arms) -> None:
+        """Everything."""
+        await arms.store_contexts()
+        compute_s = await self._pairs(arms)
+        load_bytes = CONTEXT_TOKENS * TOKEN_BYTES
+        await self._race(arms, load_bytes * 8 / compute_s / 1e6)
+        await self._cold(arms)
+        await self._slow(arms, load_bytes, compute_s)
+
+    async def _pairs(self, arms: Arms) -> float:
+        """Single requests over open links; returns the seconds of a forward's computation."""
+        samples: dict[str, list[Sample]] = {"all": [], "window": []}
+        before = await arms.counters("window")
+        for number in range(PAIRS):
+            prompt = arms.request(number)
+            order = ("all", "window") if number % 2 else ("window", "all")
+            for arm in order:
+                await arms.use(arm)
+                samples[arm].append(await arms.send(prompt))
+        counted = (await arms.counters("window")).since(before)
+        pairs = list(zip(samples["window"], samples["all"], strict=True))
+        results = self.results
+        results.other_tokens = sum(a.output != b.output for a, b in pairs)
+        results.prefill_ratio = statistics.median(a.prefill_s / b.prefill_s for a, b in pairs)
+        results.prefill_s = {
+            arm: statistics.median(s.prefill_s for s in taken) for arm, taken in samples.items()
+        }
+        results.open_wait = _wait(counted)
+        own, other = await arms.counters("window"), await arms.counters("all")
+        # The window's pool has L/W times the tokens; at equal tokens it would be this large.
+        results.kv_bytes_ratio = own.kv_bytes / (LAYERS / WINDOW) / other.kv_bytes
+        return (counted.forward_s - sum(counted.waited_s)) / counted.forwards
+
+    async def _race(self, arms: Arms, rate_mbit: float) -> None:
+        """Many requests at once, on a link that loads one while one computes."""
+        results = self.results
+        results.race_mbit = rate_mbit
+        self._network.set_compute_rate(rate_mbit)
+        prompts = [[arms.request(i) for i in range(BATCH)] for _ in range(ROUNDS)]
+        outputs: dict[str, list[tuple[int, ...]]] = {"all": [], "window": []}
+        for number, batch in enumerate(prompts):
+            for arm in ("all", "window") if number % 2 else ("window", "all"):
+                await arms.use(arm)
+                async with self._held_bytes(arms, arm):
+                    samples, seconds = await arms.send_all(batch)
+                outputs[arm] += [sample.output for sample in samples]
+                results.throughput_per_s.setdefault(arm, []).append(BATCH / seconds)
+        rates = results.throughput_per_s
+        ratios = [w / a for w, a in zip(rates["window"], rates["all"], strict=True)]
+        results.throughput_ratio = statistics.median(ratios)
+        assert results.other_tokens is not None
+        results.other_tokens += sum(
+            a != b for a, b in zip(outputs["window"], outputs["all"], strict=True)
+        )
+        largest = [(await arms.counters(arm)).requests_max for arm in ("window", "all")]
+        results.batch_ratio = largest[0] / largest[1] / (LAYERS / WINDOW)
+
+    @contextlib.asynccontextmanager
+    async def _held_bytes(self, arms: Arms, arm: str) -> AsyncIterator[None]:
+        """Sample the pool while something runs; the last run of an arm is kept."""
+        layers = WINDOW if arm == "window" else LAYERS
+        pool = ONE_REQUEST_TOKENS * LAYERS // layers
+        held: list[tuple[float, int]] = []
+        began = time.monotonic()
+
+        async def sample() -> None:
+            while True:
+                used = pool - await arms.free_tokens(arm)
+                held.append((time.monotonic() - began, used * TOKEN_BYTES * layers // LAYERS))
+                await asyncio.sleep(SAMPLE_S)
+
+        task = asyncio.create_task(sample())
+        try:
+            yield
+        finally:
+            task.cancel()
+            self.results.held_bytes[arm] = held
+
+    async def _cold(self, arms: Arms) -> None:
+        """Time to the first token of a prompt that nobody has, all of whose KV goes to D."""
+        first: dict[str, list[float]] = {"all": [], "after": []}
+        for number in range(COLD_PAIRS):
+            for arm in ("all", "after") if number % 2 else ("after", "all"):
+                await arms.use(arm)
+                first[arm].append((await arms.send(arms.prompt(COLD_TOKENS))).first_s)
+        self.results.cold_first_s = {arm: statistics.median(s) for arm, s in first.items()}
+
+    async def _slow(self, arms: Arms, load_bytes: int, compute_s: float) -> None:
+        """Single requests on a link that takes twice as long to load as they compute."""
+        results = self.results
+        results.slow_mbit = load_bytes * 8 / (2 * compute_s) / 1e6
+        self._network.set_compute_rate(results.slow_mbit)
+        await arms.use("window")
+        before = await arms.counters("window")
+        for number in range(SLOW_REQUESTS):
+            await arms.send(arms.request(number))
+        counted = (await arms.counters("window")).since(before)
+        self._network.set_compute_rate(OPEN_MBIT)
+        waited_s = sum(counted.waited_s) / counted.forwards
+        computed_s = counted.forward_s / counted.forwards - waited_s
+        results.slow_wait_s = waited_s
+        results.slow_excess_s = max(0.0, load_bytes * 8 / (results.slow_mbit * 1e6) - computed_s)
+        results.slow_wait = _wait(counted)
+
+
+def _wait(counted: Any) -> Wait:
+    per_layer = [seconds / counted.forwards for seconds in counted.waited_s]
+    return Wait(per_layer, sum(counted.waited_s[WINDOW:]) / counted.forward_s)
+
+
+def describe() -> dict[str, Any]:
+    """What was run."""
+    return {
+        "layers": LAYERS,
+        "window": WINDOW,
+        "context_tokens": CONTEXT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "pool_tokens_of_all": ONE_REQUEST_TOKENS,
+        "pairs": PAIRS,
+        "race": f"{ROUNDS} rounds of {BATCH} requests an arm",
+    }
