@@ -81,8 +81,9 @@ class _Timed(NamedTuple):
 class ForwardClock:
     """Times the forwards of this process and hands each to ``sink``.
 
-    ``waited_s`` says how long forwards have waited for deliveries so far. ``agree`` makes one number of each rank's, in every rank: SGLang's ranks decide alike
-    without asking each other, so what they decide by must be alike too.
+    ``waited_s`` says how long forwards have waited for deliveries so far. ``agree`` makes one
+    number of each rank's, in every rank: SGLang's ranks decide alike without asking each
+    other, so what they decide by must be alike too.
     """
 
     def __init__(

@@ -14,7 +14,6 @@ gateway sends it again without a plan: its blocks are recomputed.
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
