@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 WAIT_MAX_S = 120.0
@@ -97,10 +98,22 @@ def after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) -
     return -(-result * window // num_layers) if window else result
 
 
+def around_fused_write(original: Callable[[Any], bool], forward_batch: Any) -> bool:
+    """AROUND ``enable_fused_set_kv_buffer``: a kernel that writes KV along with the rotary
+    embedding does so before the attention, hence before we know that the buffer is free.
+    (Untested: such kernels are CUDA's.)"""
+    return original(forward_batch) and not _layer_window()
+
+
 def _window_of(num_layers: int) -> int:
     """W, or 0 where every layer has a buffer of its own."""
+    window = _layer_window()
+    return window if window < num_layers else 0
+
+
+@cache
+def _layer_window() -> int:
     from engine.engine_config import VARIABLE, EngineConfig
     from storage.settings import from_env
 
-    window = from_env(VARIABLE, EngineConfig).layer_window
-    return window if window < num_layers else 0
+    return from_env(VARIABLE, EngineConfig).layer_window

@@ -148,6 +148,13 @@ TOUCH_POINTS = (
         "prefill",
     ),
     TouchPoint(
+        "sglang.srt.models.utils.enable_fused_set_kv_buffer",
+        "AROUND",
+        "engine.layer_ring:around_fused_write",
+        "layer window: no kernel writes KV before its buffer is known to be free",
+        "prefill",
+    ),
+    TouchPoint(
         "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue.add",
         "BEFORE",
         "engine.prefill_layers:before_add_request",
