@@ -32,6 +32,8 @@ FIXED_TOKENS = 896
 """About as many as a batch of the quota has in the mean."""
 LENGTH_DIVISOR = 8
 CONTEXT_MAX, NEW_MAX = 8192, 4096
+PARTS = 5
+"""Of the requests: each round has one, the next round the next one."""
 
 
 class Round(msgspec.Struct, frozen=True):
@@ -100,7 +102,7 @@ def throughput_ratios(rounds: Sequence[Round], of: Callable[[Round], float]) -> 
 async def measure(
     requests: Sequence[Chunk], rounds: int, folder: Path, say: Callable[[str], None]
 ) -> list[Round]:
-    """Every round has its part of the requests; every part has both arms' turns.
+    """Every round has a part of the requests, and both arms' turns at it.
 
     Raises ``ClusterFailed`` and ``StartFailed``.
     """
@@ -111,7 +113,8 @@ async def measure(
 
     async def work() -> list[Round]:
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=0)
+        # A kept connection may be closed by the engine just when the next turn takes it.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
             return await _rounds(Client(http, decode, supervised), arms, shrunk, rounds, say)
 
@@ -130,7 +133,7 @@ async def _rounds(
         await client.warm(group, CONTEXT_MAX)
     done: list[Round] = []
     for number in range(rounds):
-        prompts = _spread(requests[number::rounds])
+        prompts = _spread(requests[number % PARTS :: PARTS])
         for group in arms[:: -1 if number % 2 else 1]:
             done.append(await _turn(client, group, prompts))
             say(f"round {number + 1} of {rounds}, {group.name}: {done[-1].seconds:.1f} s")
