@@ -1,7 +1,7 @@
-"""The SSD tier against the disk under it: ``python -m benchmarks.store --json OUT``.
+"""The tiers against what is under them: ``python -m benchmarks.store --json OUT``.
 
 Rates are medians of interleaved rounds. The limit beside each is what the best plain
-reader or writer got on the same disk, in the same rounds.
+reader or writer got on the same disk or from the same server, in the same rounds.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.console import Console
 from benchmarks.goals import Goal, goals_table, write_report
 from benchmarks.store_index import measure_index, measure_power_cut
 from benchmarks.store_load import HiCacheLoad, Memory, RawFile, TierLoad, busy_thread
+from benchmarks.store_remote import measure_remote, remote_goals
 from storage.io_threads import SWITCH_INTERVAL_S
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -47,6 +48,7 @@ def main() -> int:
         rates = measure_rates(Path(folder), arguments.rounds)
         figures = measure_index(Path(folder) / "million")
         figures |= measure_power_cut(Path(folder) / "cut")
+        figures["remote"] = measure_remote(Path(folder) / "remote", arguments.rounds)
     goals = goals_of(rates, figures)
     write_report(arguments.json, goals, {"bytes_per_s": rates, **figures})
     Console().print(goals_table(goals))
@@ -132,8 +134,7 @@ def goals_of(rates: dict[str, Rates], figures: dict[str, Any]) -> list[Goal]:
         Goal("look-up of 2,000 keys among 1M, p99", figures["lookup_p99_ms"], "ms", at_most=2),
         Goal("restart with 1M blocks", figures["restart_s"], "s", at_most=10),
     ]
-    goals.append(Goal("remote read / iperf3 on a limited link", None, "x", at_least=0.95))
-    goals.append(Goal("remote read / best raw client", None, "x", at_least=0.75))
+    goals += remote_goals(figures["remote"])
     for part in ("1 %", "5 %", "20 %"):
         name = f"hit rate under LRU's at {part} of the working set"
         goals.append(Goal(name, None, "points", at_most=0.5))

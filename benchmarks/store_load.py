@@ -90,7 +90,7 @@ class TierLoad:
             completions = self.tier.poll()
             self.tier.take_changes()
             for completion in completions:
-                free.append(used.pop(_checked(completion).key))
+                free.append(used.pop(checked(completion).key))
                 done += 1
             if not more and not used:
                 return done * self.block_bytes / (time.perf_counter() - start)
@@ -98,7 +98,7 @@ class TierLoad:
                 raise LoadFailed(f"nothing completed within {WAIT_S_MAX:g} s")
 
 
-def _checked(completion: Completion) -> Completion:
+def checked(completion: Completion) -> Completion:
     if completion.error is not None:
         raise LoadFailed(f"a block failed: {completion.error}") from completion.error
     return completion

@@ -111,6 +111,10 @@ class RemoteTier(QueuedTier):
         self._stats.hedged_reads_total = self._calls.hedged_reads_total
         return super().stats()
 
+    def known_packs(self) -> list[Pack]:
+        """The oldest first."""
+        return list(self._packs)
+
     # ---- reads and writes -------------------------------------------------------------
 
     def submit_reads(self, blocks: Sequence[BlockIO]) -> None:
@@ -195,7 +199,7 @@ class RemoteTier(QueuedTier):
         if self._upkeep.is_busy:
             return
         plan = plan_upkeep(
-            *(list(self._packs), self._live_rows, self._settings),
+            *(self.known_packs(), self._live_rows, self._settings),
             *(now_ms(), latest_manifest_ms(self._objects)),
         )
         if plan:

@@ -120,4 +120,10 @@ def _tier_samples(tier: TierName, stats: TierStats) -> Samples:
             'dualpath:agent_ssd_devices{state="used"}': stats.devices,
             'dualpath:agent_ssd_devices{state="failed"}': stats.failed_devices,
         }
+    if tier is TierName.REMOTE:
+        samples |= {
+            "dualpath:agent_remote_packs": stats.packs,
+            "dualpath:agent_remote_unreadable_packs_total": stats.unreadable_packs_total,
+            "dualpath:agent_remote_hedged_reads_total": stats.hedged_reads_total,
+        }
     return samples

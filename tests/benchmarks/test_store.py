@@ -69,7 +69,9 @@ def test_goals_compare_with_the_best_raw_reader() -> None:
             "write amplification": 1.01,
         }
     }
-    goals = {g.name: g for g in goals_of(rates, {"lookup_p99_ms": 1.5, "restart_s": 11.0})}
+    goals = {
+        g.name: g for g in goals_of(rates, {"lookup_p99_ms": 1.5, "restart_s": 11.0, "remote": {}})
+    }
     assert goals["ssd read 1 MiB / best raw reader"].value == pytest.approx(0.9)
     holds = {name for name, goal in goals.items() if goal.holds}
     assert holds == {
