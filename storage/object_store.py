@@ -139,15 +139,29 @@ class FsspecStore:
             pass
 
 
-def open_store(url: str, options: dict[str, Any], timeout_s: float) -> ObjectStore:
-    """The store at a URL, once it has been seen to work. Raises :class:`RemoteUnusable`."""
+def open_store(
+    url: str, options: dict[str, Any], timeout_s: float, read_only: bool = False
+) -> ObjectStore:
+    """The store at a URL, once it has been seen to work: unless ``read_only``, by writing to it.
+    Raises :class:`RemoteUnusable`."""
     if "://" not in url:
         raise RemoteUnusable(url, "it is no URL; for a folder, write file:///path/to/folder")
     from storage.s3_store import open_s3
 
     opened = open_s3(url, options, timeout_s) or FsspecStore.open(url, options)
-    _in_time(url, timeout_s, lambda: _probe(url, opened))
+    probe = _look_for_format if read_only else _probe
+    _in_time(url, timeout_s, lambda: probe(url, opened))
     return opened
+
+
+def _look_for_format(url: str, store: ObjectStore) -> None:
+    """Raises :class:`RemoteUnusable` if these are not packs that this program reads."""
+    try:
+        found = bytes(store.read(FORMAT_NAME, 0, 100))
+    except FileNotFoundError as error:
+        raise RemoteUnusable(url, f"it holds no store (no object {FORMAT_NAME!r})") from error
+    if found != FORMAT:
+        raise RemoteUnusable(url, f"it holds the format {found!r}, this program {FORMAT!r}")
 
 
 def _probe(url: str, store: ObjectStore) -> None:
@@ -162,9 +176,7 @@ def _probe(url: str, store: ObjectStore) -> None:
     finally:
         store.delete(path)
     if not store.create(FORMAT_NAME, FORMAT):
-        found = bytes(store.read(FORMAT_NAME, 0, 100))
-        if found != FORMAT:
-            raise RemoteUnusable(url, f"it holds the format {found!r}, this program {FORMAT!r}")
+        _look_for_format(url, store)
     elif any(True for _ in store.list(OLD_FOLDER)):
         store.delete(FORMAT_NAME)
         raise RemoteUnusable(

@@ -163,6 +163,12 @@ def _groups(
         yield group
 
 
+def write_drop(calls: RemoteCalls, drop: Drop) -> None:
+    """For every process that shares the store, and those to come."""
+    path = f"drops/{drop.before_ms:012x}-{secrets.token_hex(8)}.json"
+    calls.write(path, lambda: [msgspec.json.encode(drop)])
+
+
 class PackUpkeep:
     """Carries plans out in a thread of its own, and writes drops.
 
@@ -186,6 +192,8 @@ class PackUpkeep:
         self._report = report
         self.is_busy = False
         """A plan is being carried out, or waits to be."""
+        self.has_lease = False
+        """The last plan was carried out here, and not by another process."""
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="remote-upkeep", daemon=True)
         self._thread.start()
@@ -202,8 +210,7 @@ class PackUpkeep:
 
     def write_drop(self, drop: Drop) -> None:
         """For the other processes, and the next ones."""
-        path = f"drops/{drop.before_ms:012x}-{secrets.token_hex(8)}.json"
-        self._work.put(lambda: self._calls.write(path, lambda: [msgspec.json.encode(drop)]))
+        self._work.put(lambda: write_drop(self._calls, drop))
 
     # ---- the thread -------------------------------------------------------------------
 
@@ -216,7 +223,8 @@ class PackUpkeep:
 
     def _carry_out(self, plan: UpkeepPlan, objects: list[StoredObject]) -> None:
         try:
-            if self._get_lease(objects):
+            self.has_lease = self._get_lease(objects)
+            if self.has_lease:
                 for rewrite in plan.rewrites:
                     self._rewrite(rewrite)
                 self._delete([pack.path for pack in plan.delete])

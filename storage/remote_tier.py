@@ -111,6 +111,11 @@ class RemoteTier(QueuedTier):
         self._stats.hedged_reads_total = self._calls.hedged_reads_total
         return super().stats()
 
+    @property
+    def has_looked(self) -> bool:
+        """What lay in the store at start is in the index."""
+        return self._looks > 0
+
     def known_packs(self) -> list[Pack]:
         """The oldest first."""
         return list(self._packs)
@@ -173,7 +178,7 @@ class RemoteTier(QueuedTier):
         if now >= self._next_check_s:
             self._next_check_s = now + self._settings.timeout_s / 8
             self._expire(now)
-        if now >= self._next_upkeep_s and self._looks and not self._news:
+        if now >= self._next_upkeep_s and self.has_looked and not self._news:
             self._next_upkeep_s = now + self._settings.upkeep_s
             self._plan_upkeep()
 

@@ -92,7 +92,9 @@ class StoreView(Protocol):
 def open_view(url: str, options: dict[str, object]) -> StoreView:
     """The store in a folder or at a URL; raises :class:`StoreUnusable`."""
     if _is_remote(url):
-        raise StoreUnusable(f"{url}: only folders of SSD tiers can be looked at so far")
+        from storage.tools.remote_view import RemoteView
+
+        return RemoteView(url, options)
     from storage.tools.ssd_view import SsdView
 
     return SsdView(Path(url.removeprefix("ssd://")))
@@ -105,7 +107,9 @@ def _is_remote(url: str) -> bool:
 def open_target(url: str, options: dict[str, object], capacity_bytes: int) -> Tier:
     """A tier to write to, made if it is not there; raises :class:`StoreUnusable`."""
     if _is_remote(url):
-        return open_view(url, options).open_tier(capacity_bytes)
+        from storage.tools.remote_view import open_remote_tier
+
+        return open_remote_tier(url, options)
     from storage.tools.ssd_view import open_ssd_tier
 
     folder = Path(url.removeprefix("ssd://"))

@@ -1,0 +1,244 @@
+"""A remote store seen from outside. Agents go on using it, whatever is done here."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from storage.block import BlockKey
+from storage.block_format import HEADER_BYTES, BlockHeader, verify
+from storage.object_store import RemoteUnusable, StoredObject, open_store
+from storage.owners import Selector
+from storage.pack import Pack
+from storage.pack_catalog import (
+    Drop,
+    DropFound,
+    News,
+    PackCatalog,
+    PackFound,
+    PacksGone,
+    Refreshed,
+)
+from storage.pack_format import PackClock, now_ms
+from storage.pack_upkeep import (
+    LiveRows,
+    PackUpkeep,
+    latest_manifest_ms,
+    plan_upkeep,
+    write_drop,
+)
+from storage.remote_calls import RemoteCalls
+from storage.remote_settings import RemoteSettings
+from storage.remote_tier import RemoteTier
+from storage.sizes import format_size
+from storage.tier import BlockMissing
+from storage.tools.finding import Finding, Findings, Verdict
+from storage.tools.view import StoredBlock, StoreSummary, StoreUnusable
+from storage.upload_pacer import UploadPacer
+
+LOOK_S_MAX = 600.0
+UPKEEP_S_MAX = 3600.0
+CLOSE_S = 3.0
+LINGER_S = 0.1
+"""For packs that are copied: nothing else comes to fill them."""
+DEAD_PART = 0.5
+"""More dead bytes than this part are worth a warning."""
+
+
+class RemoteView:
+    """What lies below a URL now. Raises :class:`StoreUnusable`."""
+
+    def __init__(self, url: str, options: dict[str, Any]) -> None:
+        self.url = url
+        self._settings = RemoteSettings()
+        try:
+            store = open_store(url, options, self._settings.timeout_s, read_only=True)
+        except RemoteUnusable as error:
+            raise StoreUnusable(str(error)) from error
+        self._options = options
+        self._calls = RemoteCalls(store, self._settings.timeout_s)
+        self._packs: list[Pack] = []
+        self._drops: list[Drop] = []
+        self._objects: list[StoredObject] = []
+        self._unreadable = 0
+        self._look()
+        self._rows = self._live()
+
+    def _look(self) -> None:
+        news: queue.SimpleQueue[News] = queue.SimpleQueue()
+        catalog = PackCatalog(self._calls, news.put, refresh_s=LOOK_S_MAX)
+        end = time.monotonic() + LOOK_S_MAX
+        try:
+            while not self._note(news.get(timeout=max(0.0, end - time.monotonic()))):
+                pass
+        except queue.Empty:
+            raise StoreUnusable(f"{self.url}: no answer within {LOOK_S_MAX:g} s") from None
+        finally:
+            self._unreadable = catalog.unreadable_packs_total
+            catalog.close(CLOSE_S)
+        self._packs.sort(key=lambda pack: pack.order)
+
+    def _note(self, news: News) -> bool:
+        """True with the last of them."""
+        if isinstance(news, PackFound):
+            self._packs.append(news.pack)
+        elif isinstance(news, DropFound):
+            self._drops.append(news.drop)
+        elif isinstance(news, Refreshed):
+            self._objects = news.objects
+            return True
+        return False
+
+    def _live(self) -> dict[str, list[int]]:
+        """Rows that an agent would read, by pack: of two copies the later one."""
+        located: dict[BlockKey, tuple[str, int]] = {}
+        for pack in self._packs:
+            dead_before_ms = [self._dropped_before_ms(pack, n) for n in range(len(pack.labels))]
+            facts = zip(
+                *(pack.keys(), pack.rows["label"].tolist(), pack.rows["written_ms"].tolist()),
+                strict=True,
+            )
+            for row, (key, label, written_ms) in enumerate(facts):
+                if written_ms > dead_before_ms[label]:
+                    located[key] = pack.path, row
+        rows: dict[str, list[int]] = {pack.path: [] for pack in self._packs}
+        for path, row in located.values():
+            rows[path].append(row)
+        return rows
+
+    def _dropped_before_ms(self, pack: Pack, label: int) -> int:
+        owner = pack.labels[label].owner
+        drops = [d.before_ms for d in self._drops if d.selector.value_of(owner) is not None]
+        return max(drops, default=-1)
+
+    # ---- blocks -----------------------------------------------------------------------
+
+    def summary(self) -> StoreSummary:
+        manifest_ms = latest_manifest_ms(self._objects)
+        return StoreSummary(
+            url=self.url,
+            kind="remote",
+            used_by=None,
+            notes={
+                "packs": str(len(self._packs)),
+                "pack bytes": format_size(sum(pack.nbytes for pack in self._packs)),
+                "live bytes": format_size(self._live_bytes()),
+                "manifest": f"of {manifest_ms} ms since 1970" if manifest_ms else "none yet",
+            },
+        )
+
+    def _live_bytes(self) -> int:
+        return sum(
+            int(pack.rows["payload_bytes"][rows].sum()) + HEADER_BYTES * len(rows)
+            for pack in self._packs
+            if (rows := self._rows[pack.path])
+        )
+
+    def blocks(self) -> Iterator[StoredBlock]:
+        for number, pack in enumerate(self._packs):
+            for row in sorted(self._rows[pack.path]):
+                start, nbytes = pack.span(row)
+                yield StoredBlock(
+                    *(pack.key(row), pack.label(row), nbytes - HEADER_BYTES),
+                    *(int(pack.rows["written_ms"][row]), f"{pack.path} at {start}"),
+                    (number, row),
+                )
+
+    def read(self, block: StoredBlock) -> tuple[BlockHeader, memoryview]:
+        stored = self._stored(block)
+        payload = stored[HEADER_BYTES:]
+        return verify(stored[:HEADER_BYTES], payload, block.key), payload
+
+    def read_plain(self, block: StoredBlock) -> None:
+        self._stored(block)
+
+    def _stored(self, block: StoredBlock) -> memoryview:
+        number, row = block.place
+        pack = self._packs[number]
+        try:
+            return memoryview(self._calls.read(pack.path, *pack.span(row)))
+        except FileNotFoundError as error:
+            raise BlockMissing(f"{pack.path} was rewritten or has gone meanwhile") from error
+
+    # ---- the rest -----------------------------------------------------------------------
+
+    def findings(self) -> Findings:
+        yield Finding("process", Verdict.GOOD, "shared: any number of agents may use it")
+        yield Finding("format", Verdict.GOOD, f"{len(self._packs)} packs")
+        if self._unreadable:
+            found = f"{self._unreadable} packs are damaged or of another version"
+            advice = "update this program, or let --remote-ttl-s or the bucket's rules remove them"
+            yield Finding("packs", Verdict.BAD, found, advice)
+        total_bytes = sum(pack.nbytes for pack in self._packs)
+        dead_bytes = total_bytes - self._live_bytes()
+        found = f"{format_size(dead_bytes)} of {format_size(total_bytes)} are dead"
+        is_much = dead_bytes > DEAD_PART * total_bytes
+        advice = "no agent has done upkeep lately: storage.cli gc does it" if is_much else ""
+        yield Finding("dead bytes", Verdict.DOUBTFUL if is_much else Verdict.GOOD, found, advice)
+
+    def counters(self) -> dict[str, Any] | None:
+        return None
+
+    def open_tier(self, capacity_bytes: int = 0) -> RemoteTier:
+        return open_remote_tier(self.url, self._options)
+
+    def drop(self, selector: Selector) -> str:
+        write_drop(self._calls, Drop(selector, now_ms()))
+        return f"noted; agents see it within {self._settings.refresh_s:g} s"
+
+    def collect(self) -> dict[str, int]:
+        """One round of the agents' own upkeep; none if one of them is at it."""
+        for pack in self._packs:
+            pack.live_blocks = len(self._rows[pack.path])
+            rows = pack.rows["payload_bytes"][self._rows[pack.path]]
+            pack.live_bytes = int(rows.sum()) + HEADER_BYTES * len(rows)
+        manifest_ms = latest_manifest_ms(self._objects)
+        plan = plan_upkeep(self._packs, self._live_rows, self._settings, now_ms(), manifest_ms)
+        if not plan:
+            return {}
+        done: Counter[str] = Counter()
+        clock = PackClock()
+        for pack in self._packs:
+            clock.see(pack.path)
+        news: queue.SimpleQueue[News] = queue.SimpleQueue()
+        upkeep = PackUpkeep(self._calls, UploadPacer(), clock, self._settings, news.put)
+        upkeep.submit(plan, self._objects)
+        upkeep.close(UPKEEP_S_MAX)
+        if not upkeep.has_lease:
+            raise StoreUnusable(f"{self.url}: an agent is doing upkeep in this minute")
+        while not news.empty():
+            found = news.get()
+            if isinstance(found, PackFound):
+                done["packs written"] += 1
+            elif isinstance(found, PacksGone):
+                done["packs deleted"] += len(found.paths)
+        done["manifests written"] += plan.manifest is not None
+        return dict(done)
+
+    def _live_rows(self, pack: Pack) -> LiveRows:
+        return np.array(sorted(self._rows[pack.path]), np.int64)
+
+    def close(self) -> None:
+        self._calls.close(CLOSE_S)
+
+
+def open_remote_tier(url: str, options: dict[str, Any]) -> RemoteTier:
+    """For writes, made if there is none; :class:`StoreUnusable` says why not."""
+    try:
+        tier = RemoteTier(url, options, lambda: None, RemoteSettings(linger_s=LINGER_S))
+    except RemoteUnusable as error:
+        raise StoreUnusable(str(error)) from error
+    end = time.monotonic() + LOOK_S_MAX
+    while not tier.has_looked:
+        tier.poll()
+        if time.monotonic() > end:
+            tier.close()
+            raise StoreUnusable(f"{url}: no answer within {LOOK_S_MAX:g} s")
+        time.sleep(0.01)
+    tier.take_changes()
+    return tier
