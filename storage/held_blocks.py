@@ -60,6 +60,10 @@ class HeldBlocks:
             raise KeyError(f"block {key.hex()} is not here")
         return place
 
+    def lies_here(self, key: BlockKey) -> bool:
+        """Does a block have a place here, dropped or not?"""
+        return key in self._index
+
     def is_dropped(self, key: BlockKey) -> bool:
         """Does a block lie here that has been dropped?"""
         return key in self._index and self._index.group(key) in self._dropped
@@ -69,6 +73,16 @@ class HeldBlocks:
         self._index.add(key, place, label.parent, group)
         self.owners.note(group, 1, self._bytes_at(place))
         self._changes.append(HoldingChange(key, True))
+
+    def add_many(
+        self, keys: Sequence[BlockKey], places: NDArray[np.int64], nbytes: int, label: BlockLabel
+    ) -> None:
+        """See :meth:`storage.index.BlockIndex.add_many`; all have one label, and take
+        ``nbytes`` together."""
+        group = self.owners.group_of(label.owner)
+        self._index.add_many(keys, places, group)
+        self.owners.note(group, len(keys), nbytes)
+        self._changes += [HoldingChange(key, True) for key in keys]
 
     def pop(self, key: BlockKey) -> int | None:
         """Take a block out, dropped or not; returns its place, or None."""

@@ -81,6 +81,23 @@ class BlockIndex:
         self._score[row] = self._clock + self._bonus(self._uses.at_least_once(key))
         self._count_child(parent, 1)
 
+    def add_many(self, keys: Sequence[BlockKey], places: NDArray[np.int64], group: int) -> None:
+        """Different blocks that are not here yet, of unknown parents, all at once: each counts
+        as used now, and no use is counted. For indexes that choose no victims by use."""
+        count = len(keys)
+        if len(self._free) < count:
+            self._grow(max(len(self._keys) + count, 2 * len(self._keys)))
+        taken = self._free[len(self._free) - count :]
+        del self._free[len(self._free) - count :]
+        rows = np.array(taken, np.int64)
+        self._rows.update(zip(keys, taken, strict=True))
+        for row, key in zip(taken, keys, strict=True):
+            self._keys[row], self._parents[row] = key, NO_PARENT
+        self._place[rows], self._group[rows] = places, group
+        self._children[rows] = [self._awaited.pop(key, 0) for key in keys] if self._awaited else 0
+        self._score[rows] = self._clock + 1 + np.arange(count)
+        self._clock += count
+
     def pop(self, key: BlockKey) -> int | None:
         """Take a block out; returns its place, or None if it is not here."""
         row = self._rows.pop(key, None)

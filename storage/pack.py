@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from storage.block import BlockKey, BlockLabel
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.block import KEY_BYTES, BlockKey, BlockLabel
 from storage.block_format import HEADER_BYTES
 from storage.pack_format import PackContents, Rows, order_of
 
@@ -30,12 +33,17 @@ class Pack:
 
     def keys(self) -> list[BlockKey]:
         """Of every row."""
-        return [BlockKey(key.tobytes()) for key in self.rows["key"]]
+        raw = self.rows["key"].tobytes()
+        return [BlockKey(raw[at : at + KEY_BYTES]) for at in range(0, len(raw), KEY_BYTES)]
 
     def span(self, row: int) -> tuple[int, int]:
         """First byte of the block's header, and what header and payload take."""
         entry = self.rows[row]
         return int(entry["offset"]), HEADER_BYTES + int(entry["payload_bytes"])
+
+    def stored_bytes(self, rows: NDArray[np.int64]) -> int:
+        """Headers and payloads of these rows."""
+        return int(self.rows["payload_bytes"][rows].sum()) + HEADER_BYTES * len(rows)
 
     def label(self, row: int) -> BlockLabel:
         return self.labels[int(self.rows["label"][row])]

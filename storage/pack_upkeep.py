@@ -99,7 +99,7 @@ def plan_upkeep(
         rows = rows[pack.rows["written_ms"][rows] >= cutoff_ms]
         if not len(rows):
             delete.append(pack)
-        elif pack.path in merged or _bytes(pack, rows) < LIVE_PART_MIN * pack.nbytes:
+        elif pack.path in merged or pack.stored_bytes(rows) < LIVE_PART_MIN * pack.nbytes:
             rewritten[namespace_of(pack.path)].append((pack, rows))
     rewrites = [
         Rewrite(group)
@@ -142,10 +142,6 @@ def _scattered(packs: Iterable[Pack], small_bytes: int) -> set[str]:
     return {path for paths in small.values() if len(paths) >= MERGE_PACKS_MIN for path in paths}
 
 
-def _bytes(pack: Pack, rows: LiveRows) -> int:
-    return int(pack.rows["payload_bytes"][rows].sum()) + HEADER_BYTES * len(rows)
-
-
 def _groups(
     sources: Iterable[tuple[Pack, LiveRows]], pack_bytes: int
 ) -> Iterator[list[tuple[Pack, LiveRows]]]:
@@ -153,7 +149,7 @@ def _groups(
     group: list[tuple[Pack, LiveRows]] = []
     group_bytes = 0
     for pack, rows in sources:
-        nbytes = _bytes(pack, rows)
+        nbytes = pack.stored_bytes(rows)
         if group and group_bytes + nbytes > pack_bytes:
             yield group
             group, group_bytes = [], 0

@@ -33,8 +33,11 @@ __all__ = ["RemoteSettings", "RemoteTier", "RemoteUnusable"]
 
 logger = logging.getLogger(__name__)
 
-ADOPTED_ROWS = 2048
-"""Blocks that are indexed at a poll, so that the owner is not kept."""
+ADOPT_ROWS = 512
+"""Blocks that are indexed at once."""
+ADOPT_S = 0.005
+"""Spent on that at a poll, so that the owner is not kept."""
+_DONE = object()
 _NO_PLACE = -1
 """Of a block on its way into a pack."""
 
@@ -234,20 +237,19 @@ class RemoteTier(QueuedTier):
                 self._on_wake()
 
     def _adopt_news(self) -> None:
-        """About ``ADOPTED_ROWS`` of it; the rest at the next poll."""
-        rows = 0
-        while rows < ADOPTED_ROWS and (self._adopting is not None or self._news):
+        """For about ``ADOPT_S``; the rest at the next poll."""
+        end = time.monotonic() + ADOPT_S
+        while self._adopting is not None or self._news:
+            if time.monotonic() > end:
+                self._on_wake()
+                return
             if self._adopting is None:
                 self._adopting = self._adopt(self._news.popleft())
-            for _ in itertools.islice(self._adopting, ADOPTED_ROWS - rows):
-                rows += 1
-            if rows < ADOPTED_ROWS:
+            if next(self._adopting, _DONE) is _DONE:
                 self._adopting = None
-        if self._news or self._adopting is not None:
-            self._on_wake()
 
     def _adopt(self, news: News) -> Iterator[None]:
-        """Yields once for each block."""
+        """Yields after each part."""
         if isinstance(news, PackFound):
             yield from self._adopt_pack(news.pack)
         elif isinstance(news, PacksGone):
@@ -268,15 +270,18 @@ class RemoteTier(QueuedTier):
         pack.number = next(self._numbers)
         self._clock.see(pack.path)
         self._packs.add(pack)
-        dead_before_ms = [self._dropped_before_ms(label) for label in pack.labels]
-        rows = pack.rows
-        facts = zip(rows["label"].tolist(), rows["written_ms"].tolist(), strict=True)
-        for row, (label, written_ms) in enumerate(facts):
-            if pack.path not in self._packs:
-                return  # it has gone meanwhile
-            if written_ms > dead_before_ms[label]:
-                self._gain(pack.key(row), pack.place(row), pack.labels[label])
-            yield
+        dead_before_ms = np.array([self._dropped_before_ms(label) for label in pack.labels])
+        rows, keys = pack.rows, pack.keys()
+        for number, label in enumerate(pack.labels):
+            is_wanted = rows["label"] == number
+            is_wanted &= rows["written_ms"].astype(np.int64) > dead_before_ms[number]
+            wanted = np.flatnonzero(is_wanted)
+            for first in range(0, len(wanted), ADOPT_ROWS):
+                if pack.path not in self._packs:
+                    return  # it has gone meanwhile
+                part = {keys[row]: row for row in wanted[first : first + ADOPT_ROWS].tolist()}
+                self._gain_many(pack, part, label)
+                yield
         while len(self._index) > self._settings.index_blocks_max and len(self._packs) > 1:
             logger.warning("the remote tier holds more blocks than the index may: oldest unused")
             self._forget(next(iter(self._packs)))
@@ -300,6 +305,16 @@ class RemoteTier(QueuedTier):
             self._release(self._lose(key))
         super()._gain(key, place, label)
         self._packs.count_live(place, 1)
+
+    def _gain_many(self, pack: Pack, located: dict[BlockKey, int], label: BlockLabel) -> None:
+        """Blocks of a pack by their rows; most are new."""
+        for key in [key for key in located if self._index.lies_here(key)]:
+            self._gain(key, pack.place(located.pop(key)), label)
+        rows = np.fromiter(located.values(), np.int64, len(located))
+        nbytes = pack.stored_bytes(rows)
+        self._index.add_many(list(located), pack.place(0) + rows, nbytes, label)
+        pack.live_blocks += len(located)
+        pack.live_bytes += nbytes
 
     def _bytes_at(self, place: int) -> int:
         return self._packs.bytes_at(place)

@@ -133,11 +133,7 @@ class RemoteView:
         )
 
     def _live_bytes(self) -> int:
-        return sum(
-            int(pack.rows["payload_bytes"][rows].sum()) + HEADER_BYTES * len(rows)
-            for pack in self._packs
-            if (rows := self._rows[pack.path])
-        )
+        return sum(pack.stored_bytes(self._live_rows(pack)) for pack in self._packs)
 
     def blocks(self) -> Iterator[StoredBlock]:
         for number, pack in enumerate(self._packs):
@@ -195,8 +191,7 @@ class RemoteView:
         """One round of the agents' own upkeep; none if one of them is at it."""
         for pack in self._packs:
             pack.live_blocks = len(self._rows[pack.path])
-            rows = pack.rows["payload_bytes"][self._rows[pack.path]]
-            pack.live_bytes = int(rows.sum()) + HEADER_BYTES * len(rows)
+            pack.live_bytes = pack.stored_bytes(self._live_rows(pack))
         manifest_ms = latest_manifest_ms(self._objects)
         plan = plan_upkeep(self._packs, self._live_rows, self._settings, now_ms(), manifest_ms)
         if not plan:

@@ -177,3 +177,15 @@ def test_a_loaded_index_evicts_the_oldest_first(known_parents: bool) -> None:
     index.load(KEYS, np.arange(len(KEYS)), parents, np.zeros(len(KEYS), np.int32))
     gone = evict(index, len(KEYS))
     assert gone == ([k for c in CHAINS for k in c[::-1]] if known_parents else KEYS)
+
+
+def test_blocks_added_at_once_are_as_those_added_one_by_one() -> None:
+    index = BlockIndex()
+    index.add(CHAINS[0][1], 7, CHAINS[0][0])
+    index.add_many([], np.empty(0, np.int64), 0)
+    index.add_many(CHAINS[1] + [CHAINS[0][0]], np.arange(7), 3)
+    assert [index.get(key) for key in CHAINS[1]] == list(range(6)) and len(index) == 8
+    assert index.group(CHAINS[1][0]) == 3 and index.between(6, 8) == [CHAINS[0][1], CHAINS[0][0]]
+    assert evict(index, 8)[:2] == [CHAINS[0][1], CHAINS[1][0]], "a parent that came later waits"
+    index.add_many(CHAINS[2], np.arange(6), 0)
+    assert sorted(index) == sorted(CHAINS[2])
