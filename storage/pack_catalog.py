@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from storage.block import BlockLabel
 from storage.io_threads import IoThreads
 from storage.manifest import ManifestUnusable, decode_manifest, sequence_of
 from storage.object_store import StoredObject
@@ -44,6 +45,12 @@ class Drop(msgspec.Struct, frozen=True):
 
     selector: Selector
     before_ms: int
+
+
+def dropped_before_ms(drops: Iterable[Drop], label: BlockLabel) -> int:
+    """Blocks with this label that were written by then are dropped; -1: none."""
+    before = [d.before_ms for d in drops if d.selector.value_of(label.owner) is not None]
+    return max(before, default=-1)
 
 
 class PackFound(NamedTuple):

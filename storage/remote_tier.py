@@ -17,7 +17,15 @@ from storage.object_store import RemoteUnusable, StoredObject, open_store
 from storage.owners import Selector
 from storage.pack import Pack
 from storage.pack_book import PackBook
-from storage.pack_catalog import Drop, DropFound, News, PackCatalog, PackFound, PacksGone
+from storage.pack_catalog import (
+    Drop,
+    DropFound,
+    News,
+    PackCatalog,
+    PackFound,
+    PacksGone,
+    dropped_before_ms,
+)
 from storage.pack_format import PackClock, now_ms
 from storage.pack_reads import PackGone, PackReads
 from storage.pack_upkeep import LiveRows, PackUpkeep, latest_manifest_ms, plan_upkeep
@@ -270,7 +278,7 @@ class RemoteTier(QueuedTier):
         pack.number = next(self._numbers)
         self._clock.see(pack.path)
         self._packs.add(pack)
-        dead_before_ms = np.array([self._dropped_before_ms(label) for label in pack.labels])
+        dead_before_ms = [dropped_before_ms(self._drops, label) for label in pack.labels]
         rows, keys = pack.rows, pack.keys()
         for number, label in enumerate(pack.labels):
             is_wanted = rows["label"] == number
@@ -344,9 +352,3 @@ class RemoteTier(QueuedTier):
     def take_drops(self) -> list[Selector]:
         drops, self._new_drops = self._new_drops, []
         return drops
-
-    def _dropped_before_ms(self, label: BlockLabel) -> int:
-        """Blocks with this label that were written by then are dropped; -1: none."""
-        owner = label.owner
-        before = [d.before_ms for d in self._drops if d.selector.value_of(owner) is not None]
-        return max(before, default=-1)

@@ -23,6 +23,7 @@ from storage.pack_catalog import (
     PackFound,
     PacksGone,
     Refreshed,
+    dropped_before_ms,
 )
 from storage.pack_format import PackClock, now_ms
 from storage.pack_upkeep import (
@@ -98,7 +99,7 @@ class RemoteView:
         """Rows that an agent would read, by pack: of two copies the later one."""
         located: dict[BlockKey, tuple[str, int]] = {}
         for pack in self._packs:
-            dead_before_ms = [self._dropped_before_ms(pack, n) for n in range(len(pack.labels))]
+            dead_before_ms = [dropped_before_ms(self._drops, label) for label in pack.labels]
             facts = zip(
                 *(pack.keys(), pack.rows["label"].tolist(), pack.rows["written_ms"].tolist()),
                 strict=True,
@@ -110,11 +111,6 @@ class RemoteView:
         for path, row in located.values():
             rows[path].append(row)
         return rows
-
-    def _dropped_before_ms(self, pack: Pack, label: int) -> int:
-        owner = pack.labels[label].owner
-        drops = [d.before_ms for d in self._drops if d.selector.value_of(owner) is not None]
-        return max(drops, default=-1)
 
     # ---- blocks -----------------------------------------------------------------------
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.radosgw import RadosGateway, missing_programs
 from storage.block import BlockKey
+from storage.cli import main as cli_main
 from storage.memory_tier import MemoryTier
 from storage.remote_tier import RemoteSettings, RemoteTier
 from storage.ssd_tier import SsdTier
@@ -144,3 +147,18 @@ def tier(open_tier: Opened) -> Iterator[Tier]:
     tier = open_tier()
     yield tier
     tier.close()
+
+
+Run = Callable[..., tuple[int, Any]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command of storage.cli with --json; returns its exit status and what it printed."""
+
+    def command(name: str, *arguments: object) -> tuple[int, Any]:
+        status = cli_main([name, *map(str, arguments), "--json"])
+        printed = capsys.readouterr()
+        return status, json.loads(printed.out) if printed.out else printed.err
+
+    return command

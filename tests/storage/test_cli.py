@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BLOCK_BYTES, key_of, no_wake, payload_of, read
+from conftest import BLOCK_BYTES, Run, key_of, no_wake, payload_of, read
 from slab_files import flip, overwrite, place_of
 from test_owners import ANN, BOB, held, label, write_as
 
@@ -22,19 +21,6 @@ from storage.tools import verify as verify_tool
 
 SLOT_BYTES = slot_bytes_for(BLOCK_BYTES)
 CAPACITY_BYTES = 128 * SLOT_BYTES
-Run = Callable[..., tuple[int, Any]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command with --json; returns its exit status and what it printed."""
-
-    def command(name: str, *arguments: object) -> tuple[int, Any]:
-        status = main([name, *map(str, arguments), "--json"])
-        printed = capsys.readouterr()
-        return status, json.loads(printed.out) if printed.out else printed.err
-
-    return command
 
 
 def open_tier(folder: Path) -> SsdTier:

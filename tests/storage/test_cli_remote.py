@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
-from conftest import QUICK, key_of, no_wake, payload_of, read, settle
+from conftest import QUICK, Run, key_of, no_wake, payload_of, read, settle
 from pack_files import flip, packs_in, places_in
 from test_owners import ANN, BOB, label, write_as
 
-from storage.cli import main
 from storage.remote_tier import RemoteTier
-
-Run = Callable[..., tuple[int, Any]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command with --json; returns its exit status and what it printed."""
-
-    def command(name: str, *arguments: object) -> tuple[int, Any]:
-        status = main([name, *map(str, arguments), "--json"])
-        printed = capsys.readouterr()
-        return status, json.loads(printed.out) if printed.out else printed.err
-
-    return command
 
 
 def open_tier(folder: Path) -> RemoteTier:
