@@ -320,8 +320,11 @@ def after_init_disaggregation(result: Any, scheduler: Any) -> None:
 
     engine = start_runtime(from_env(VARIABLE, EngineConfig), scheduler)
     if engine.config.role == "prefill":
+        from sglang.srt.mem_cache.utils import get_hash_str
+
         from engine.prefill_layers import PrefillLayers
 
+        get_hash_str([0])  # compiled at first use: 5 s that some request would wait for
         engine.prefill_layers = PrefillLayers(engine)
     if engine.config.poison_kv:
         poison(engine)
