@@ -63,7 +63,6 @@ class Sample(NamedTuple):
 
     output: tuple[int, ...]
     cached_tokens: int
-    prefill_s: float
     first_s: float
 
 
@@ -128,12 +127,10 @@ class Arms:
             {"input_ids": prompt, "sampling_params": params}
         )
         self._on_step()
-        times = trace["timings_s"]
         return Sample(
             tuple(answer["output_ids"]),
             answer["meta_info"]["cached_tokens"],
-            times["prefill"],
-            times["first_byte"],
+            trace["timings_s"]["first_byte"],
         )
 
     async def send_all(self, prompts: list[list[int]]) -> tuple[list[Sample], float]:

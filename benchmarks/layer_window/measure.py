@@ -49,7 +49,7 @@ class Results(msgspec.Struct):
     other_tokens: int | None = None
     batch_ratio: float | None = None
     prefill_ratio: float | None = None
-    prefill_s: dict[str, float] = {}
+    first_s: dict[str, float] = {}
     throughput_ratio: float | None = None
     throughput_per_s: dict[str, list[float]] = {}
     race_mbit: float | None = None
@@ -94,9 +94,9 @@ class Measurement:
         pairs = list(zip(samples["window"], samples["all"], strict=True))
         results = self.results
         results.other_tokens = sum(a.output != b.output for a, b in pairs)
-        results.prefill_ratio = statistics.median(a.prefill_s / b.prefill_s for a, b in pairs)
-        results.prefill_s = {
-            arm: statistics.median(s.prefill_s for s in taken) for arm, taken in samples.items()
+        results.prefill_ratio = statistics.median(a.first_s / b.first_s for a, b in pairs)
+        results.first_s = {
+            arm: statistics.median(s.first_s for s in taken) for arm, taken in samples.items()
         }
         results.open_wait = _wait(counted)
         own, other = await arms.counters("window"), await arms.counters("all")
