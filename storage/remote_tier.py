@@ -127,6 +127,11 @@ class RemoteTier(QueuedTier):
         """What lay in the store at start is in the index."""
         return self._looks > 0
 
+    @property
+    def _knows_all(self) -> bool:
+        """All that was found is in the index, or has gone from it again."""
+        return self.has_looked and self._adopting is None and not self._news
+
     def known_packs(self) -> list[Pack]:
         """The oldest first."""
         return list(self._packs)
@@ -189,7 +194,7 @@ class RemoteTier(QueuedTier):
         if now >= self._next_check_s:
             self._next_check_s = now + self._settings.timeout_s / 8
             self._expire(now)
-        if now >= self._next_upkeep_s and self.has_looked and not self._news:
+        if now >= self._next_upkeep_s and self._knows_all:
             self._next_upkeep_s = now + self._settings.upkeep_s
             self._plan_upkeep()
 
@@ -266,11 +271,18 @@ class RemoteTier(QueuedTier):
                     self._forget(pack)
                     yield
         elif isinstance(news, DropFound):
-            self._drops.append(news.drop)
-            self._new_drops.append(news.drop.selector)
-            self._index.drop(news.drop.selector)
+            yield from self._adopt_drop(news.drop)
         else:
             self._looks, self._objects = news.number, news.objects
+
+    def _adopt_drop(self, drop: Drop) -> Iterator[None]:
+        self._drops.append(drop)
+        self._new_drops.append(drop.selector)
+        self._index.drop(drop.selector)
+        for pack in self.known_packs():  # what was written after it stays
+            is_dropped = any(drop.selector.value_of(label.owner) for label in pack.labels)
+            if is_dropped and int(pack.rows["written_ms"].max()) > drop.before_ms:
+                yield from self._index_pack(pack)
 
     def _adopt_pack(self, pack: Pack) -> Iterator[None]:
         if pack.path in self._packs:
@@ -278,6 +290,13 @@ class RemoteTier(QueuedTier):
         pack.number = next(self._numbers)
         self._clock.see(pack.path)
         self._packs.add(pack)
+        yield from self._index_pack(pack)
+        while len(self._index) > self._settings.index_blocks_max and len(self._packs) > 1:
+            logger.warning("the remote tier holds more blocks than the index may: oldest unused")
+            self._forget(next(iter(self._packs)))
+
+    def _index_pack(self, pack: Pack) -> Iterator[None]:
+        """Its blocks but for dropped ones, and those of which a later pack has a copy."""
         dead_before_ms = [dropped_before_ms(self._drops, label) for label in pack.labels]
         rows, keys = pack.rows, pack.keys()
         for number, label in enumerate(pack.labels):
@@ -290,9 +309,6 @@ class RemoteTier(QueuedTier):
                 part = {keys[row]: row for row in wanted[first : first + ADOPT_ROWS].tolist()}
                 self._gain_many(pack, part, label)
                 yield
-        while len(self._index) > self._settings.index_blocks_max and len(self._packs) > 1:
-            logger.warning("the remote tier holds more blocks than the index may: oldest unused")
-            self._forget(next(iter(self._packs)))
 
     # ---- what is held -------------------------------------------------------------------
 
@@ -304,8 +320,6 @@ class RemoteTier(QueuedTier):
 
     def _gain(self, key: BlockKey, place: int, label: BlockLabel = UNLABELLED) -> None:
         """Of a block in two packs the later one counts, for every process alike."""
-        if place == _NO_PLACE:
-            return  # just written: its pack was adopted already
         held = self._index.get(key)
         if held is not None and self._packs.at(held)[0].order >= self._packs.at(place)[0].order:
             return
@@ -327,11 +341,17 @@ class RemoteTier(QueuedTier):
     def _bytes_at(self, place: int) -> int:
         return self._packs.bytes_at(place)
 
+    def _end_write(self, operation: Operation) -> None:
+        """Whether the block is here now, its pack and any drops have told already."""
+        self._index.owners.note(operation.group, 0, -self._stored_bytes(operation.nbytes))
+        if operation.error is None:
+            self._stats.write_bytes_total += operation.nbytes
+
     def _reserve(self, nbytes: int) -> int:
         return _NO_PLACE
 
     def _release(self, place: int | None) -> None:
-        if place is not None and place != _NO_PLACE:
+        if place is not None:
             self._packs.count_live(place, -1)
 
     def _found(self, key: BlockKey, stored_bytes: int, label: BlockLabel = UNLABELLED) -> None:
