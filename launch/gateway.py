@@ -147,6 +147,13 @@ def _model_routes(app: FastAPI) -> None:
         kind, body = await _services(request).proxy.ask_any("GET", path)
         return Response(body, media_type=kind)
 
+    async def forward_body(request: Request) -> Response:
+        body = await _decode(request, dict[str, Any])
+        kind, answer = await _services(request).proxy.ask_any("POST", request.url.path, body)
+        return Response(answer, media_type=kind)
+
+    for path in ("/v1/tokenize", "/v1/detokenize"):
+        app.add_api_route(path, forward_body, methods=["POST"])
     for path in ("/v1/models", "/v1/models/{model:path}", "/model_info", "/get_model_info"):
         app.add_api_route(path, forward, methods=["GET"])
 

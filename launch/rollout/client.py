@@ -1,0 +1,273 @@
+"""The endpoint as a job needs it: tokenise, generate from token ids, try again."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import random
+import time
+import uuid
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from launch.rollout.errors import EndpointGone, RequestFailed
+from launch.trace import HEADER
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 10.0
+CALL_TIMEOUT_S = 30.0
+"""Tokenising, model information."""
+BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 15.0
+FULL_WAIT_MAX_S = 3600.0
+"""For so long a request is sent again to a cluster that answers 429."""
+CONCURRENCY_UNKNOWN = 64
+"""Requests in flight where the endpoint does not say how many it admits."""
+
+
+class Generation(msgspec.Struct):
+    """An answer of ``/generate``."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    cached_tokens: int
+    weight_version: str
+    read_bytes: int
+    attempts: int
+    seconds: float
+
+
+class _Finish(msgspec.Struct):
+    type: str
+    message: str = ""
+
+
+class _Meta(msgspec.Struct):
+    finish_reason: _Finish
+    cached_tokens: int = 0
+    weight_version: str = ""
+    output_token_logprobs: list[tuple[float, int, str | None]] = []
+
+
+class _Answer(msgspec.Struct):
+    text: str
+    output_ids: list[int]
+    meta_info: _Meta
+
+
+class _Reader(msgspec.Struct):
+    read_bytes: dict[str, int] = {}
+
+
+class _Trace(msgspec.Struct):
+    readers: dict[str, _Reader] = {}
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
+
+
+class _Text(msgspec.Struct):
+    text: str
+
+
+class Client:
+    """HTTP to one endpoint; :meth:`close` it."""
+
+    def __init__(self, url: str, timeout_s: float, retry_s: float) -> None:
+        self._retry_s = retry_s
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        # A kept connection that the server closes at the same moment fails a POST.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        self._http = aiohttp.ClientSession(
+            url.rstrip("/") + "/", connector=connector, read_bufsize=1 << 20
+        )
+        self._run = uuid.uuid4().hex[:8]
+        self.in_flight = 0
+        """Requests sent and not answered."""
+        self.retries = 0
+        self.full = 0
+        """Answers 429."""
+        self._answered_s = -math.inf
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    async def model(self) -> str:
+        """The name of what is served; raises :class:`RequestFailed`."""
+        models = await self._get("v1/models")
+        return str(models["data"][0]["id"])
+
+    async def concurrency(self) -> int:
+        """How many requests the cluster admits at once."""
+        try:
+            view = await self._get("admin/cluster")
+            return int(view["requests"]["admitted_max"])
+        except (RequestFailed, KeyError):
+            return CONCURRENCY_UNKNOWN
+
+    async def tokenize(self, **fields: Any) -> list[int]:
+        """``/v1/tokenize`` of a ``prompt`` or of ``messages``; raises :class:`RequestFailed`."""
+        timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
+        data, _, _ = await self._post("v1/tokenize", fields, "tokenize", timeout)
+        return _decoded(data, _Tokens).tokens
+
+    async def detokenize(self, token_ids: list[int]) -> str:
+        """``/v1/detokenize``, special tokens as they are; raises :class:`RequestFailed`."""
+        timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
+        fields = {"tokens": token_ids, "skip_special_tokens": False}
+        data, _, _ = await self._post("v1/detokenize", fields, "detokenize", timeout)
+        return _decoded(data, _Text).text
+
+    async def generate(
+        self, token_ids: list[int], sampling: dict[str, Any], logprobs: bool, name: str
+    ) -> Generation:
+        """Continue ``token_ids``; raises :class:`RequestFailed`. ``name`` is for logs and the
+        request's id."""
+        body = {"input_ids": token_ids, "sampling_params": sampling, "return_logprob": logprobs}
+        begun_s = time.monotonic()
+        self.in_flight += 1
+        try:
+            data, traced, attempts = await self._post("generate", body, name, self._timeout)
+        finally:
+            self.in_flight -= 1
+        answer = _decoded(data, _Answer)
+        meta = answer.meta_info
+        pairs = meta.output_token_logprobs
+        if logprobs and [token for _, token, _ in pairs] != answer.output_ids:
+            raise RequestFailed("the engine's log-probabilities are not those of its tokens")
+        trace = msgspec.json.decode(traced, type=_Trace)
+        return Generation(
+            text=answer.text,
+            token_ids=answer.output_ids,
+            logprobs=[logprob for logprob, _, _ in pairs],
+            finish_reason=meta.finish_reason.type,
+            cached_tokens=meta.cached_tokens,
+            weight_version=meta.weight_version,
+            read_bytes=sum(sum(reader.read_bytes.values()) for reader in trace.readers.values()),
+            attempts=attempts,
+            seconds=time.monotonic() - begun_s,
+        )
+
+    async def _get(self, path: str) -> Any:
+        timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
+        try:
+            async with self._http.get(path, timeout=timeout) as answer:
+                data = await answer.read()
+                if answer.status != 200:
+                    raise RequestFailed(f"/{path}: HTTP {answer.status}: {_excerpt(data)}")
+                return msgspec.json.decode(data)
+        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+            raise RequestFailed(f"/{path}: {error!r}") from error
+
+    async def _post(
+        self, path: str, body: dict[str, Any], name: str, timeout: aiohttp.ClientTimeout
+    ) -> tuple[bytes, str, int]:
+        """The first good answer, its trace, and the attempts that it took."""
+        patience = _Patience(self._retry_s)
+        for attempt in itertools.count(1):
+            # An id of its own: the last attempt may still be known to the gateway.
+            rid = {"rid": f"{self._run}-{name}-{attempt}"} if path == "generate" else {}
+            answer = await self._attempt(path, body | rid, timeout)
+            if answer.status == 200:
+                return answer.content, answer.trace, attempt
+            if 400 <= answer.status < 500 and answer.status != 429:
+                raise RequestFailed(answer.reason)
+            full = answer.status == 429
+            self.full += full
+            self.retries += not full
+            pause_s = patience.pause_s(full, answer.retry_after_s)
+            if pause_s is None:
+                raise self._given_up(patience, answer.reason)
+            log.info(
+                "retry request=%s attempt=%d in_s=%.2f: %s", name, attempt, pause_s, answer.reason
+            )
+            await asyncio.sleep(pause_s)
+        raise AssertionError
+
+    async def _attempt(
+        self, path: str, body: dict[str, Any], timeout: aiohttp.ClientTimeout
+    ) -> _HttpAnswer:
+        data = msgspec.json.encode(body)
+        try:
+            async with self._http.post(path, data=data, headers=_JSON, timeout=timeout) as answer:
+                content = await answer.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return _HttpAnswer(0, repr(error))
+        if answer.status < 500:
+            self._answered_s = time.monotonic()
+        return _HttpAnswer(
+            answer.status,
+            f"HTTP {answer.status}: {_excerpt(content)}" if answer.status != 200 else "",
+            content,
+            answer.headers.get(HEADER, "{}"),
+            _seconds(answer.headers.get("retry-after")),
+        )
+
+    def _given_up(self, patience: _Patience, reason: str) -> Exception:
+        text = f"given up after {patience.waited_s:.0f} s: {reason}"
+        if self._answered_s < patience.failing_since_s:
+            return EndpointGone(f"the endpoint serves nobody; {text}")
+        return RequestFailed(text)
+
+
+class _HttpAnswer(msgspec.Struct):
+    """``status`` 0: there was none."""
+
+    status: int
+    reason: str
+    content: bytes = b""
+    trace: str = "{}"
+    retry_after_s: float = 0.0
+
+
+class _Patience:
+    """How long to wait before the next attempt, and when to stop."""
+
+    def __init__(self, retry_s: float) -> None:
+        self._begun_s = self.failing_since_s = time.monotonic()
+        self._retry_s = retry_s
+        self._backoff_s = 0.0
+
+    @property
+    def waited_s(self) -> float:
+        return time.monotonic() - self._begun_s
+
+    def pause_s(self, full: bool, retry_after_s: float) -> float | None:
+        """None to give up. ``full``: the cluster works, and takes no more for now."""
+        now = time.monotonic()
+        if full:
+            self._backoff_s = 0.0
+        elif not self._backoff_s:
+            self._backoff_s, self.failing_since_s = BACKOFF_FIRST_S, now
+        else:
+            self._backoff_s = min(2 * self._backoff_s, BACKOFF_MAX_S)
+        failing_s = 0.0 if full else now - self.failing_since_s
+        if failing_s > self._retry_s or self.waited_s > FULL_WAIT_MAX_S + self._retry_s:
+            return None
+        return max(retry_after_s, self._backoff_s, BACKOFF_FIRST_S) * random.uniform(0.7, 1.3)
+
+
+def _seconds(retry_after: str | None) -> float:
+    """0 where the header is missing, or a date."""
+    return float(retry_after) if retry_after and retry_after.isdecimal() else 0.0
+
+
+_JSON = {"content-type": "application/json"}
+
+
+def _excerpt(data: bytes) -> str:
+    return data[:300].decode(errors="replace")
+
+
+def _decoded(data: bytes, kind: type[Any]) -> Any:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.DecodeError as error:
+        raise RequestFailed(f"the endpoint's answer is not SGLang's: {error}") from error

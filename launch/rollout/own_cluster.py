@@ -1,0 +1,77 @@
+"""A cluster for one job: ``launch.cluster`` with the job's flags, ended with the job."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+
+from launch.rollout.config import RolloutConfig
+from launch.settings import BadConfig
+
+POLL_S = 0.5
+STOP_S = 30.0
+_PR_SET_PDEATHSIG = 1
+_TAIL_LINES = 25
+
+
+@contextlib.asynccontextmanager
+async def own_cluster(config: RolloutConfig, log: Path) -> AsyncIterator[str]:
+    """URL of a cluster that serves; raises :class:`BadConfig` if it did not come up.
+
+    It ends with this process even if that is killed.
+    """
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def end_with_parent() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launch.cluster", *config.cluster_flags()],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the job, which ends the cluster last
+            preexec_fn=end_with_parent,
+        )
+    try:
+        url = f"http://{config.host}:{config.port}"
+        await _healthy(process, url, log, config.start_timeout_s)
+        yield url
+    finally:
+        await asyncio.to_thread(_stop, process)
+
+
+async def _healthy(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    timeout = aiohttp.ClientTimeout(total=5)
+    async with aiohttp.ClientSession(timeout=timeout) as http:
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with http.get(f"{url}/health") as answer:
+                    if answer.status == 200:
+                        return
+            await asyncio.sleep(POLL_S)
+    lines = log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+    raise BadConfig("\n".join([*lines, f"the cluster did not start; its output is in {log}"]))
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

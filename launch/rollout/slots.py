@@ -1,0 +1,103 @@
+"""How many requests are in flight, whose turn is next, and how full the cluster was kept."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from typing import Any
+
+BINS_MAX = 64
+
+
+class Slots:
+    """At most ``limit`` requests in flight. Begun episodes go before new ones."""
+
+    def __init__(self, limit: int, samples: int) -> None:
+        self.limit = limit
+        self.held = 0
+        self.left = samples
+        """Samples that have not ended."""
+        self.thinking = 0
+        """Of them, those whose environment is to say something."""
+        self.use = Use(limit)
+        self._begun: deque[asyncio.Future[None]] = deque()
+        self._new: deque[asyncio.Future[None]] = deque()
+
+    async def take(self, begun: bool) -> None:
+        """Wait for a slot."""
+        if self.held < self.limit and not self._begun and (begun or not self._new):
+            self.held += 1
+            self.changed()
+            return
+        turn = asyncio.get_running_loop().create_future()
+        queue = self._begun if begun else self._new
+        queue.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.give_back()
+            else:
+                queue.remove(turn)
+            raise
+
+    def give_back(self) -> None:
+        while self._begun or self._new:
+            turn = (self._begun or self._new).popleft()
+            if not turn.done():  # the slot goes from hand to hand
+                turn.set_result(None)
+                return
+        self.held -= 1
+        self.changed()
+
+    def changed(self) -> None:
+        """A figure has changed: account for the time until now with the old ones."""
+        self.use.note(self.held, min(self.limit, self.left - self.thinking))
+
+
+class Use:
+    """Requests in flight over time."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._begun_s = self._at_s = time.monotonic()
+        self._held = self._possible = 0
+        self._held_s = self._full_s = 0.0
+        self._bin_s = 0.05
+        self._bins = [0.0]
+
+    def note(self, held: int, possible: int) -> None:
+        """From now on ``held`` requests are in flight of those that could be."""
+        now = time.monotonic()
+        self._held_s += self._held * (now - self._at_s)
+        if self._held >= self._possible:
+            self._full_s += now - self._at_s
+        self._spread(self._at_s - self._begun_s, now - self._begun_s)
+        self._at_s, self._held, self._possible = now, held, possible
+
+    def _spread(self, begin_s: float, end_s: float) -> None:
+        while end_s > self._bin_s * BINS_MAX:
+            pairs = zip(self._bins[::2], [*self._bins[1::2], 0.0], strict=False)
+            self._bins = [a + b for a, b in pairs]
+            self._bin_s *= 2
+        while begin_s < end_s:
+            index = int(begin_s / self._bin_s)
+            edge_s = min(end_s, (index + 1) * self._bin_s)
+            if edge_s <= begin_s:  # rounding at an edge
+                edge_s, index = end_s, index + 1
+            self._bins += [0.0] * (index + 1 - len(self._bins))
+            self._bins[index] += self._held * (edge_s - begin_s)
+            begin_s = edge_s
+
+    def summary(self) -> dict[str, Any]:
+        """``full_share`` of the time as many were in flight as could be; ``mean_share`` of
+        the slots was used; ``in_flight`` is a course of means, ``step_s`` apart."""
+        self.note(self._held, self._possible)
+        seconds = max(self._at_s - self._begun_s, 1e-9)
+        return {
+            "full_share": round(self._full_s / seconds, 4),
+            "mean_share": round(self._held_s / seconds / self._limit, 4),
+            "step_s": self._bin_s,
+            "in_flight": [round(value / self._bin_s, 2) for value in self._bins],
+        }
