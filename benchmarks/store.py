@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.goals import Goal, goals_table, write_report
+from benchmarks.store_eviction import eviction_goals, measure_eviction
 from benchmarks.store_index import measure_index, measure_power_cut
 from benchmarks.store_load import HiCacheLoad, Memory, RawFile, TierLoad, busy_thread
 from benchmarks.store_remote import measure_remote, remote_goals
@@ -46,7 +47,8 @@ def main() -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)  # as in an agent
     with tempfile.TemporaryDirectory(prefix="dualpath-store-", dir=arguments.dir) as folder:
         rates = measure_rates(Path(folder), arguments.rounds)
-        figures = measure_index(Path(folder) / "million")
+        figures = {"hit_rate_percent": measure_eviction()}
+        figures |= measure_index(Path(folder) / "million")
         figures |= measure_power_cut(Path(folder) / "cut")
         figures["remote"] = measure_remote(Path(folder) / "remote", arguments.rounds)
     goals = goals_of(rates, figures)
@@ -135,10 +137,7 @@ def goals_of(rates: dict[str, Rates], figures: dict[str, Any]) -> list[Goal]:
         Goal("restart with 1M blocks", figures["restart_s"], "s", at_most=10),
     ]
     goals += remote_goals(figures["remote"])
-    for part in ("1 %", "5 %", "20 %"):
-        name = f"hit rate under LRU's at {part} of the working set"
-        goals.append(Goal(name, None, "points", at_most=0.5))
-    return goals
+    return goals + eviction_goals(figures["hit_rate_percent"])
 
 
 if __name__ == "__main__":

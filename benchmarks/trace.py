@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from fractions import Fraction
@@ -44,9 +45,14 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 def load_trace(path: Path) -> list[TraceRequest]:
-    """Every line, in file order; raises :class:`BadTrace` with the line that does not fit."""
+    """Every line, in file order; raises :class:`BadTrace` with the line that does not fit.
+
+    A name that ends in ``.xz`` is that of a compressed file.
+    """
     requests = []
-    for number, line in enumerate(path.read_text().splitlines()):
+    data = path.read_bytes()
+    text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode()
+    for number, line in enumerate(text.splitlines()):
         try:
             raw = json.loads(line)
             request = TraceRequest(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from storage.block import NO_PARENT, BlockKey
 from storage.use_counts import UseCounts
 
-BONUS_PART = 0.4
+BONUS_PART = 0.3
 """An earlier use makes a block younger by this part of all blocks that are held."""
 BONUS_USES_MAX = 4
 _CANDIDATES_MIN = 64

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import store_index, store_load
+from benchmarks import replay, store_eviction, store_index, store_load
 from benchmarks.store import goals_of
 from benchmarks.store_load import DEPTH, LoadFailed, Memory, RawFile, TierLoad, busy_thread
 
@@ -56,6 +56,18 @@ def test_the_index_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert figures["restart_s"] > 0 and figures["restart_after_power_cut_blocks_per_s"] > 0
 
 
+def test_hit_rates_are_those_of_the_rules() -> None:
+    a, b, c = (bytes([i]) * 32 for i in range(1, 4))
+    prompts = [[a, b], [c], [a, b], [a, b]]
+    assert store_eviction.lru_hits(prompts, 2) == 2 and store_eviction.lru_hits(prompts, 3) == 4
+    assert store_eviction.belady_hits(prompts, 2) == 4
+    assert store_eviction.leaf_first_hits(prompts, 3) == 4
+    assert store_eviction.leaf_first_hits(prompts, 2) == 3, "a leaf went, its parent stayed"
+    cut = store_eviction.measure_eviction(replay.DEFAULT_TRACE)
+    for rates in cut.values():
+        assert rates["LRU"] <= rates["leaf first"] + 0.5 and rates["leaf first"] <= rates["Belady"]
+
+
 def test_goals_compare_with_the_best_raw_reader() -> None:
     rates = {
         "1 MiB": {
@@ -70,7 +82,16 @@ def test_goals_compare_with_the_best_raw_reader() -> None:
         }
     }
     goals = {
-        g.name: g for g in goals_of(rates, {"lookup_p99_ms": 1.5, "restart_s": 11.0, "remote": {}})
+        g.name: g
+        for g in goals_of(
+            rates,
+            {
+                "lookup_p99_ms": 1.5,
+                "restart_s": 11.0,
+                "remote": {},
+                "hit_rate_percent": {"5 %": {"leaf first": 20.4, "LRU": 19.5, "Belady": 36.6}},
+            },
+        )
     }
     assert goals["ssd read 1 MiB / best raw reader"].value == pytest.approx(0.9)
     holds = {name for name, goal in goals.items() if goal.holds}
@@ -79,5 +100,7 @@ def test_goals_compare_with_the_best_raw_reader() -> None:
         "ssd write 1 MiB / raw write",
         "write amplification",
         "look-up of 2,000 keys among 1M, p99",
+        "hit rate under LRU's at 5 % of the working set",
+        "hit rate above LRU's at 5 % of the working set",
     }
     assert goals["remote read / best raw client"].value is None
