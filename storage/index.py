@@ -78,7 +78,8 @@ class BlockIndex:
         self._place[row], self._group[row] = place, group
         self._children[row] = self._awaited.pop(key, 0)
         self._clock += 1
-        self._score[row] = self._clock + self._bonus(self._uses.at_least_once(key))
+        earlier_uses = min(self._uses.at_least_once(key) - 1, BONUS_USES_MAX)
+        self._score[row] = self._clock + int(BONUS_PART * len(self._rows) * earlier_uses)
         self._count_child(parent, 1)
 
     def add_many(self, keys: Sequence[BlockKey], places: NDArray[np.int64], group: int) -> None:
@@ -189,9 +190,9 @@ class BlockIndex:
         self._score[rows[here]] = (self._clock + ages + bonus)[here]
         self._clock += len(keys)
 
-    def _bonus(self, uses: NDArray[np.int64] | int) -> NDArray[np.int64]:
-        earlier = np.minimum(uses, BONUS_USES_MAX + 1) - 1
-        return (BONUS_PART * len(self._rows) * np.maximum(earlier, 0)).astype(np.int64)
+    def _bonus(self, uses: NDArray[np.int64]) -> NDArray[np.int64]:
+        earlier = np.clip(uses - 1, 0, BONUS_USES_MAX)
+        return (BONUS_PART * len(self._rows) * earlier).astype(np.int64)
 
     # ---- victims ------------------------------------------------------------------------
 

@@ -102,6 +102,8 @@ class Slab:
         self.free = list(range(num_slots - 1, -1, -1))
         """Slots without a block, the next one last."""
         self.unsynced: deque[Written] = deque()
+        self.is_sync_due = False
+        """A thread will look at ``unsynced``."""
         self.sync_lock = threading.Lock()
         """Held by the thread that syncs, so that the others' blocks make one group."""
         self.is_refused = False

@@ -215,6 +215,8 @@ class SsdDevice:
         return slab, slot
 
     def _add_slab(self, slot_bytes: int) -> bool:
+        if self._capacity_bytes - self._held_bytes < slot_bytes:
+            return False  # as for every write into a full tier: the disk need not be asked
         room_slots = (self.capacity_bytes - self._held_bytes) // slot_bytes
         num_slots = min(room_slots, max(1, self._slab_bytes // slot_bytes))
         if num_slots <= 0:
@@ -285,11 +287,15 @@ class SsdDevice:
 
     def sync_later(self, written: Written) -> None:
         """Sync the block together with all that are written to its slab until then."""
-        written.slab.unsynced.append(written)
-        self._syncers.submit(lambda: self._sync_slab(written.slab))
+        slab = written.slab
+        slab.unsynced.append(written)
+        if not slab.is_sync_due:
+            slab.is_sync_due = True
+            self._syncers.submit(lambda: self._sync_slab(slab))
 
     def _sync_slab(self, slab: Slab) -> None:
         """Slabs are synced side by side: a disk makes one flush of many."""
+        slab.is_sync_due = False  # before looking: what comes later asks again
         while slab.unsynced and slab.sync_lock.acquire(blocking=False):
             try:
                 group = [slab.unsynced.popleft() for _ in range(len(slab.unsynced))]

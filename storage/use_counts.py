@@ -38,10 +38,7 @@ class UseCounts:
         for row in range(ROWS):
             counts[row, columns[row]] += counts[row, columns[row]] < USES_MAX
         uses = self._estimate(columns)
-        self._uses += len(keys)
-        if self._uses >= counts.shape[1] // COUNTERS_PER_BLOCK * AGE_AFTER:
-            counts >>= 1
-            self._uses //= 2
+        self._note_uses(len(keys))
         return uses
 
     def estimate(self, keys: Sequence[BlockKey]) -> NDArray[np.int64]:
@@ -50,9 +47,21 @@ class UseCounts:
 
     def at_least_once(self, key: BlockKey) -> int:
         """How often the key was used; if never, it is from now on."""
-        if uses := int(self.estimate([key])[0]):
+        counts, mask = self._counts, self._counts.shape[1] - 1
+        columns = [int.from_bytes(key[8 * r : 8 * r + 8], "little") & mask for r in range(ROWS)]
+        uses = min(int(counts[row, column]) for row, column in enumerate(columns))
+        if uses:
             return uses
-        return int(self.count([key])[0])
+        for row, column in enumerate(columns):
+            counts[row, column] += counts[row, column] < USES_MAX
+        self._note_uses(1)
+        return 1
+
+    def _note_uses(self, uses: int) -> None:
+        self._uses += uses
+        if self._uses >= self._counts.shape[1] // COUNTERS_PER_BLOCK * AGE_AFTER:
+            self._counts >>= 1
+            self._uses //= 2
 
     def _estimate(self, columns: NDArray[np.int64]) -> NDArray[np.int64]:
         picked = [self._counts[row, columns[row]] for row in range(ROWS)]

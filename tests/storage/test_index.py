@@ -54,7 +54,7 @@ def test_the_prefix_used_longest_ago_goes_first() -> None:
 
 def test_what_was_used_before_outlives_what_is_new() -> None:
     index = chain_index(CHAINS[0], CHAINS[1])
-    for _ in range(3):
+    for _ in range(5):
         index.touch(CHAINS[0])
     for key in CHAINS[2]:
         index.add(key, 0, PARENT_OF[key])
