@@ -190,7 +190,7 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
 def default_text(field: dataclasses.Field[Any]) -> str:
     """A setting's default as a user would write it; ``-`` for an empty one."""
     default = field.default
-    if default is dataclasses.MISSING or default == "":
+    if default is dataclasses.MISSING or default in ("", ()):
         return "-"
     if default is None:
         return "off"

@@ -104,7 +104,9 @@ async def _generate(
         client = Client(url, config.timeout_s, config.retry_s)
         try:
             folder.made_by(await client.model())
-            limit = config.concurrency or await client.concurrency()
+            limit = config.concurrency
+            if not isinstance(limit, int):
+                limit = await client.concurrency()
             job = Job(config, folder.table, output, client, limit)
             try:
                 with Bar(console) as bar:

@@ -15,10 +15,12 @@ from launch.rollout.env import BadEnv, load_env
 from launch.settings import check_choices, fields_of, flag, parse_switch, require, setting
 from storage.sizes import parse_size
 
+AUTO = "auto"
 
-def _parse_concurrency(value: str | int) -> int:
-    if value == "auto":
-        return 0
+
+def _parse_concurrency(value: str | int) -> int | str:
+    if value == AUTO:
+        return AUTO
     try:
         number = int(value)
     except ValueError:
@@ -95,8 +97,8 @@ class JobConfig:
     env_timeout_s: float = setting(
         300.0, "One answer of the environment; later, the episode has failed.", float, metavar="S"
     )
-    concurrency: int = setting(
-        0,
+    concurrency: int | str = setting(
+        AUTO,
         "Requests in flight; auto is what the endpoint admits.",
         _parse_concurrency,
         metavar="auto|N",
