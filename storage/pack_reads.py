@@ -15,7 +15,7 @@ from storage.upload_pacer import UploadPacer
 
 RUN_BYTES_MIN = 512 << 10
 """Below that a request costs more than its bytes: neighbours share one, ..."""
-RUN_BYTES_MAX = 4 << 20
+RUN_BYTES_MAX = 2 << 20
 """... and above it, requests side by side are faster than one."""
 GAP_BYTES_MAX = 64 << 10
 """Bytes that are read in vain rather than ask twice."""
