@@ -22,6 +22,16 @@ from gateway_stubs import running_cluster as cluster_of
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
 
 
+async def test_tokenizing_is_the_engines_own() -> None:
+    async with cluster_of() as cluster:
+        status, answer, _ = await post(cluster, "/v1/tokenize", {"prompt": ["ab", "c"]})
+        assert (status, answer["tokens"]) == (200, [[97, 98], [99]])
+        status, answer, _ = await post(cluster, "/v1/tokenize", {"messages": []})
+        assert status == 400 and "cannot be empty" in answer["message"]
+        status, answer, _ = await post(cluster, "/v1/tokenize", ["no object"])
+        assert status == 400
+
+
 async def test_operator_endpoints() -> None:
     async with cluster_of() as cluster:
         for path in ("/health", "/health_generate", "/v1/models", "/get_model_info"):
