@@ -13,9 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from transfer.messages import FAILED
-
-_WORD_BYTES = 8
+from transfer.messages import BOARD_WORD_BYTES, FAILED, board_word
 
 
 class BoardFull(Exception):
@@ -45,9 +43,36 @@ class CompletionBoard:
 
     def address(self, slot: int) -> int:
         """Where the agent writes."""
-        return int(self._words.ctypes.data) + slot * _WORD_BYTES
+        return int(self._words.ctypes.data) + slot * BOARD_WORD_BYTES
 
     def layers_delivered(self, slot: int, job: int) -> int:
         """Layers of ``job`` that are in device memory; ``FAILED`` once it has failed."""
         word = int(self._words[slot])
         return word & FAILED if word >> 16 == job else 0
+
+
+class OtherBoards:
+    """The boards of an engine's other ranks: ``boards`` are (session, address) of each.
+
+    ``write(session, source, target, length)`` is a one-sided write, 0 if it succeeded.
+    """
+
+    def __init__(
+        self,
+        boards: list[tuple[str, int]],
+        register: Callable[[int, int], None],
+        write: Callable[[str, int, int, int], int],
+    ) -> None:
+        self._boards = boards
+        self._write = write
+        self._lock = threading.Lock()
+        self._word = np.zeros(1, np.uint64)
+        register(int(self._word.ctypes.data), self._word.nbytes)
+
+    def fail(self, slot: int, job: int) -> None:
+        """A forward there need not wait for the delivery's timeout. Best effort."""
+        with self._lock:
+            self._word[0] = board_word(job, FAILED)
+            for session_id, address in self._boards:
+                target = address + slot * BOARD_WORD_BYTES
+                self._write(session_id, int(self._word.ctypes.data), target, BOARD_WORD_BYTES)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import zmq
 
-from engine.plans import Plans
 from transfer.messages import (
     EndPlan,
     EngineHello,
@@ -27,10 +26,15 @@ _QUEUE_MAX = 1000
 
 
 class ControlServer:
-    """A ROUTER socket served by one thread of its own."""
+    """A ROUTER socket served by one thread of its own. ``on_plan`` is called there."""
 
-    def __init__(self, endpoint: str, plans: Plans, hello: Callable[[], EngineHello]) -> None:
-        self._plans = plans
+    def __init__(
+        self,
+        endpoint: str,
+        on_plan: Callable[[EnginePlan | EndPlan], None],
+        hello: Callable[[], EngineHello],
+    ) -> None:
+        self._on_plan = on_plan
         self._hello = hello
         self.malformed_total = 0
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
@@ -59,8 +63,8 @@ class ControlServer:
             case Ping():
                 return self._hello()
             case EnginePlan():
-                self._plans.put(message)
+                self._on_plan(message)
                 return PlanAccepted(message.plan)
             case EndPlan():
-                self._plans.drop(message.rid)
+                self._on_plan(message)
         return None

@@ -52,6 +52,7 @@ def register_fixes() -> None:
     _attention_of_new_tokens_only()
     _no_spinning_while_waiting()
     _mla_on_torch_native()
+    _staging_between_unlike_sizes()
 
 
 def _host_pools_without_pinning() -> None:
@@ -190,6 +191,13 @@ def _mla_on_torch_native() -> None:
     HookRegistry.register(
         "sglang.srt.layers.rotary_embedding.factory.get_rope_cpu", _rope, HookType.AROUND
     )
+
+
+def _staging_between_unlike_sizes() -> None:
+    if os.environ.get("SGLANG_DISAGG_STAGING_BUFFER") == "1":
+        from engine import cpu_staging
+
+        cpu_staging.register_fixes()
 
 
 def _rope(

@@ -119,6 +119,26 @@ def before_transfer_extend(queue: Any, decode_reqs: list[Any]) -> None:
         )
 
 
+def around_scatter(
+    original: Any,
+    handler: Any,
+    staging_offset: int,
+    page_start: int,
+    num_pages: int,
+    decode_req: Any,
+    receiver: Any,
+) -> Any:
+    """AROUND ``DecodeStagingHandler._scatter_region`` (P and D of unlike tensor parallel sizes):
+    SGLang counts the pages that P sent from ``cache_protected_len`` on, which is less than the
+    promised prefix since :func:`before_transfer_extend`."""
+    restore = _restore_of(decode_req)
+    if restore is not None:
+        promised = restore.first_block + restore.blocks
+        page = handler.kv_buffer_info["page_size"]
+        page_start += promised - decode_req.req.kv.cache_protected_len // page
+    return original(handler, staging_offset, page_start, num_pages, decode_req, receiver)
+
+
 class RestoreGate:
     """Stands for a KV receiver in SGLang's polls, and adds the restore's outcome."""
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from engine.completion_board import BoardFull, CompletionBoard
 from engine.jobs import Jobs
 from engine.plans import HeldPlan
+from engine.rank_group import SilentLinks
 from transfer.client import AgentLinks
 from transfer.messages import FAILED, CancelJob, Deliver
 
@@ -78,11 +79,14 @@ class Deliveries:
         self,
         board: CompletionBoard,
         jobs: Jobs,
-        links: AgentLinks,
+        links: AgentLinks | SilentLinks,
         num_layers: int,
         timeout_s: float,
         urgent: bool,
+        tell_failure: Callable[[int, int], None],
     ) -> None:
+        """``tell_failure(slot, job)`` lets the other ranks' boards say that a job failed."""
+        self._tell_failure = tell_failure
         self.board = board
         self._jobs = jobs
         self._links = links
@@ -118,10 +122,6 @@ class Deliveries:
     def _add_writer(
         self, delivery: Delivery, plan: int, agent: str, keys: list, pages: list[int]
     ) -> None:
-        incarnation = self._links.incarnation(agent)
-        if incarnation is None or delivery.error:
-            delivery.fail(f"agent {agent} is not reachable")
-            return
         try:
             slot = self.board.take()
         except BoardFull as error:
@@ -130,27 +130,26 @@ class Deliveries:
 
         writer = _Writer(agent, slot=slot)
 
+        def failed(reason: str) -> None:
+            delivery.fail(reason)
+            self._tell_failure(slot, job)
+
         def ended(reason: str) -> None:
             if reason:
                 delivery.fail(reason)
             writer.has_ended = not reason
             self.board.give_back(slot)
 
-        writer.job = job = self._jobs.open(agent, incarnation, pages, self._timeout_s, ended)
+        incarnation = self._links.incarnation(agent) or 0
+        job = self._jobs.open(agent, incarnation, pages, self._timeout_s, ended, failed)
+        writer.job = job
         delivery.writers.append(writer)
-        address = self.board.address(slot)
         order = Deliver(
-            job,
-            plan,
-            keys,
-            pages,
-            address,
-            self._urgent,
-            self._timeout_s,
-            delivery.first_position,
+            *(job, plan, keys, pages, slot, self._urgent, self._timeout_s),
+            first_position=delivery.first_position,
         )
         if not self._links.send(agent, order):
-            self._jobs.close(job, f"agent {agent} is not reachable")
+            self._jobs.over(job, f"agent {agent} is not reachable")
 
     def abandon(self, delivery: Delivery) -> None:
         """Nobody wants the rest: stop the writers. Pages stay held until they have."""

@@ -22,22 +22,36 @@ DEATH_GRACE_S = 1.0
 
 
 class OpenJob(msgspec.Struct):
-    """``ended`` is called once, with "" or the reason, from any thread."""
+    """``failed`` is called with the reason as soon as one is known, from any thread; ``ended``
+    once, with "" or the reason, when the job is closed."""
 
     job: int
     agent: str
     incarnation: int
     deadline: float
     ended: Callable[[str], None]
+    failed: Callable[[str], None]
+    is_over: bool = False
+    """Known to have ended; not yet at every rank."""
     dead_since: float | None = None
 
 
 class Jobs:
-    """The table of open jobs. Job numbers grow over restarts and are never reused."""
+    """The table of open jobs. Job numbers grow over restarts and are never reused.
+
+    Every rank of an engine opens the same jobs in the same order. ``tell(job, reason)`` makes
+    an end that is known here known to all ranks, which :meth:`close` the job then; without
+    it there is one rank.
+    """
 
     def __init__(
-        self, incarnation: int, holds: PageHolds, clock: Callable[[], float] = time.monotonic
+        self,
+        incarnation: int,
+        holds: PageHolds,
+        clock: Callable[[], float] = time.monotonic,
+        tell: Callable[[int, str], None] | None = None,
     ) -> None:
+        self._tell = tell or self.close
         self._numbers = itertools.count(((incarnation & 0x7FFFFFFF) << 16) + 1)
         self._holds = holds
         self._clock = clock
@@ -52,20 +66,31 @@ class Jobs:
         pages: Iterable[int],
         timeout_s: float,
         ended: Callable[[str], None],
+        failed: Callable[[str], None] = lambda reason: None,
     ) -> int:
         """Number a job of ``agent``'s present incarnation and hold its pages."""
         with self._lock:
             job = next(self._numbers)
             now = self._clock()
-            opened = OpenJob(job, agent, incarnation, now + timeout_s, ended)
+            opened = OpenJob(job, agent, incarnation, now + timeout_s, ended, failed)
             if incarnation < self._newest.get(agent, incarnation):
                 opened.dead_since = now  # it restarted since the caller looked
             self._open[job] = opened
         self._holds.hold(job, pages)
         return job
 
-    def close(self, job: int, reason: str = "") -> None:
+    def over(self, job: int, reason: str = "") -> None:
         """The job has ended: nothing of it is in flight. Unknown jobs are ignored."""
+        opened = self._open.get(job)
+        if opened is None or opened.is_over:
+            return
+        opened.is_over = True
+        if reason:
+            opened.failed(reason)
+        self._tell(job, reason)
+
+    def close(self, job: int, reason: str = "") -> None:
+        """Every rank knows of the end. Unknown jobs are ignored."""
         with self._lock:
             opened = self._open.pop(job, None)
         if opened is not None:
@@ -88,7 +113,7 @@ class Jobs:
                     opened.dead_since = now
 
     def reap(self) -> None:
-        """Close the jobs of dead incarnations; call a few times a second."""
+        """End the jobs of dead incarnations; call a few times a second."""
         now = self._clock()
         with self._lock:
             dead = [
@@ -97,13 +122,13 @@ class Jobs:
                 if opened.dead_since is not None and now - opened.dead_since >= DEATH_GRACE_S
             ]
         for opened in dead:
-            self.close(opened.job, f"agent {opened.agent} died")
+            self.over(opened.job, f"agent {opened.agent} died")
 
     def overdue(self) -> list[int]:
         """Jobs past their deadline whose end is not known: their pages are in quarantine."""
         now = self._clock()
         with self._lock:
-            return [opened.job for opened in self._open.values() if now > opened.deadline]
+            return [o.job for o in self._open.values() if now > o.deadline and not o.is_over]
 
     def __len__(self) -> int:
         return len(self._open)

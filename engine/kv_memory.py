@@ -28,16 +28,21 @@ class UnsupportedPool(Exception):
 
 
 class KvMemory(msgspec.Struct, frozen=True):
-    """``addresses[layer][component]``: base address of a buffer; components are (K, V) for
-    MHA/GQA and (latent,) for MLA."""
+    """``addresses[layer][component]``: base address of a buffer of this rank; components are
+    (K, V) for MHA/GQA and (latent,) for MLA."""
 
     layout: BlockLayout
+    """Of whole blocks; ``layout.shard`` is what this rank holds of one."""
     addresses: list[list[int]]
     kv_dtype: str
 
     @classmethod
-    def of_pool(cls, pool: Any) -> KvMemory:
-        """Map a pool; raises :class:`UnsupportedPool` for one that holds more than plain KV.
+    def of_pool(cls, pool: Any, kv_heads: int) -> KvMemory:
+        """Map a pool of a model with ``kv_heads`` at all ranks together; raises
+        :class:`UnsupportedPool` for one that holds more than plain KV.
+
+        Ranks split the heads of MHA/GQA; where there are fewer heads than ranks, some ranks
+        hold the same one. MLA's latent has no heads: each rank holds all of it.
 
         The class is compared exactly: a subclass (quantised, page-interleaved, sliding
         window...) keeps parts elsewhere, and a block is all of a model's KV or nothing.
@@ -63,12 +68,16 @@ class KvMemory(msgspec.Struct, frozen=True):
             for c in range(components_per_layer):
                 if page_bytes[c * layers + layer] != component_bytes[c]:
                     raise UnsupportedPool(kind, f"layer {layer} has pages of another size")
-        layout = BlockLayout(pool.page_size, layers, component_bytes)
+        shards = kv_heads // pool.head_num if kind == "MHATokenToKVPool" else 1
+        whole = tuple(size * shards for size in component_bytes)
+        layout = BlockLayout(pool.page_size, layers, whole, shards)
         return cls(layout, addresses, str(pool.dtype).removeprefix("torch."))
 
     def address(self, layer: int, component: int, page: int) -> int:
         """First byte of one page's component in one layer."""
-        return self.addresses[layer][component] + page * self.layout.component_bytes[component]
+        return (
+            self.addresses[layer][component] + page * self.layout.shard.component_bytes[component]
+        )
 
 
 def page_runs(

@@ -84,17 +84,13 @@ class Persister:
             if len(self._open_pulls) >= PULLS_OPEN_MAX:
                 self.deferred_offers_total += 1
                 return
-            if not self._offer(
-                req, progress, min(tokens // page, progress.blocks_done + PULL_BLOCKS_MAX)
-            ):
-                self.end(req)  # the agent is away: do not ask again at each token
-                return
+            self._offer(req, progress, min(tokens // page, progress.blocks_done + PULL_BLOCKS_MAX))
 
     def end(self, req: Any) -> None:
         """The request leaves this engine."""
         self._progress.pop(req.rid, None)
 
-    def _offer(self, req: Any, progress: _Progress, end: int) -> bool:
+    def _offer(self, req: Any, progress: _Progress, end: int) -> None:
         start, page = progress.blocks_done, self._engine.memory.layout.page_tokens
         tokens = islice(chain(req.origin_input_ids, req.output_ids), start * page, end * page)
         hashes = continue_chain(progress.last_hash, tokens, page)
@@ -103,25 +99,22 @@ class Persister:
         keys = block_keys(progress.namespace_digest, hashes)
         parent = progress.last_key
         progress.blocks_done, progress.last_hash = end, hashes[-1]
-        return self._pull(keys, (rows // page).tolist(), parent, progress.tenant)
+        self._pull(keys, (rows // page).tolist(), parent, progress.tenant)
 
-    def _pull(self, keys: list[BlockKey], pages: list[int], parent: BlockKey, tenant: str) -> bool:
+    def _pull(self, keys: list[BlockKey], pages: list[int], parent: BlockKey, tenant: str) -> None:
         engine = self._engine
         agent, timeout_s = engine.config.agent, engine.config.pull_timeout_s
-        incarnation = engine.links.incarnation(agent)
-        if incarnation is None or not engine.links.alive(agent):
-            return False
 
         def ended(reason: str) -> None:
             self._open_pulls.discard(job)
 
+        incarnation = engine.links.incarnation(agent) or 0
         job = engine.jobs.open(agent, incarnation, pages, timeout_s, ended)
         self._open_pulls.add(job)
-        if not engine.links.send(agent, PullBlocks(job, keys, pages, timeout_s, parent, tenant)):
-            engine.jobs.close(job, "agent queue full")
-            return False
-        self.offered_blocks_total += len(keys)
-        return True
+        if engine.links.send(agent, PullBlocks(job, keys, pages, timeout_s, parent, tenant)):
+            self.offered_blocks_total += len(keys)
+        else:
+            engine.jobs.over(job, f"agent {agent} is not reachable")
 
     def pull_ended(self, message: PullEnded) -> None:
         """Count what the agent now holds (link thread)."""

@@ -31,7 +31,7 @@ class HeldPlan(msgspec.Struct, frozen=True):
 
 
 class Plans:
-    """By request id; bounded, and each plan expires on its own. Thread-safe."""
+    """By request id; bounded. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -53,11 +53,14 @@ class Plans:
                 self._by_rid.popitem(last=False)
 
     def get(self, rid: str) -> HeldPlan | None:
-        """The plan of a request, unless there is none or its deadline has passed."""
-        held = self._by_rid.get(rid)
-        if held is None or time.monotonic() > held.expires_at:
-            return None
-        return held
+        """The plan of a request, if there is one."""
+        return self._by_rid.get(rid)
+
+    def expired(self) -> list[HeldPlan]:
+        """Plans whose deadline has passed: whoever sees them has them dropped."""
+        now = time.monotonic()
+        with self._lock:
+            return [held for held in self._by_rid.values() if now > held.expires_at]
 
     def drop(self, rid: str) -> None:
         """The request is over."""

@@ -44,6 +44,13 @@ TOUCH_POINTS = (
         "KV pool, Mooncake engine and P/D queues exist: start the runtime",
     ),
     TouchPoint(
+        "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
+        "._broadcast_reqs_across_ranks",
+        "AROUND",
+        "engine.rank_group:around_broadcast",
+        "plans and ends of transfers take effect at all ranks at the same point",
+    ),
+    TouchPoint(
         _ALLOCATOR + "_release_page_ids",
         "AROUND",
         "engine.pool_hooks:around_release",
@@ -243,6 +250,13 @@ TOUCH_POINTS = (
         "BEFORE",
         "engine.decode_restore:before_transfer_extend",
         "start the delivery of the prefix",
+        "decode",
+    ),
+    TouchPoint(
+        "sglang.srt.disaggregation.common.staging_handler.DecodeStagingHandler._scatter_region",
+        "AROUND",
+        "engine.decode_restore:around_scatter",
+        "what P sends begins after the promised prefix, also through a staging buffer",
         "decode",
     ),
     TouchPoint(

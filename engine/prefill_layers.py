@@ -22,6 +22,7 @@ from engine.layer_window import CreditWriter, LayerWindow, WindowForward
 from engine.runtime import EngineRuntime, runtime_if_up
 from engine.session_workers import SessionWorkers
 from engine.suffix_send import LayerSend, SendsDone, SuffixSender
+from transfer.client import AgentLinks
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,8 @@ class PrefillLayers:
             return None
         from sglang.srt.distributed.parallel_state import get_mooncake_transfer_engine
 
+        if not isinstance(engine.links, AgentLinks) or engine.ranks.size > 1:
+            raise NotImplementedError("a layer window needs an engine of one rank")
         ring = LayerRing(self.num_layers, engine.config.layer_window)
         transfer_engine = get_mooncake_transfer_engine()
         return LayerWindow(

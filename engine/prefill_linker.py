@@ -176,8 +176,9 @@ def _keys(transfers: list[PoolTransfer]) -> list[str]:
 
 def only_failed_requests(original: Any, wrapper: Any) -> list[str]:
     """AROUND ``UnifiedCacheLinkerWrapper.finish_loads``: SGLang aborts every loading
-    request of the batch when one load fails; only the failed ones need to go."""
+    request of the batch when one load fails; only those need to go that failed at a rank."""
     rids = list(wrapper.inflight_load_rids)
     original(wrapper)
     failed = wrapper.cache_linker.take_failed()
-    return [rid for rid in rids if rid in failed]
+    landed = runtime().ranks.all_of([rid not in failed for rid in rids])
+    return [rid for rid, here in zip(rids, landed, strict=True) if not here]

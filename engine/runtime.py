@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import threading
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from engine.block_keys import page_hashes
-from engine.completion_board import CompletionBoard
+from engine.completion_board import CompletionBoard, OtherBoards
 from engine.control import ControlServer
 from engine.deliveries import Deliveries
 from engine.engine_config import EngineConfig
@@ -29,14 +28,18 @@ from engine.page_holds import PageHolds
 from engine.persist import Persister
 from engine.plans import Plans
 from engine.prefill_timing import PrefillTiming
+from engine.rank_group import Event, JobOver, RankGroup, SilentLinks
 from storage.block import BlockKey, Namespace, block_keys
 from storage.settings import incarnation
 from transfer.client import AgentLinks
 from transfer.messages import (
+    EndPlan,
     EngineHello,
+    EnginePlan,
     JobEnded,
     Message,
     PullEnded,
+    RankMemory,
     RegisterEngine,
     UnknownEngine,
 )
@@ -85,29 +88,44 @@ class EngineRuntime:
         from sglang.srt.distributed.parallel_state import get_mooncake_transfer_engine
 
         args = scheduler.server_args
-        if args.tp_size * args.pp_size * args.dp_size != 1:
+        if args.pp_size * args.dp_size != 1:
             raise NotImplementedError(
-                "DualPath serves one rank an engine so far: take --tp, --pp and --dp out"
+                "DualPath serves tensor-parallel engines (--tp) so far: take --pp and --dp out"
             )
         self.config = config
         self.scheduler = scheduler
         self.incarnation = incarnation()
         allocator = scheduler.token_to_kv_pool_allocator
-        self.memory = KvMemory.of_pool(allocator.get_kvcache())
-        transfer_engine = get_mooncake_transfer_engine()
-        self._session_id = transfer_engine.get_session_id()
+        kv_heads = scheduler.model_config.get_total_num_kv_heads()
+        self.memory = KvMemory.of_pool(allocator.get_kvcache(), kv_heads)
+        group = scheduler.attn_tp_group
+        self.ranks = RankGroup(group.rank_in_group, group.world_size, group.cpu_group, self._apply)
         self.namespace = self._first_namespace()
         self.namespace_digest = self.namespace.digest()
+        self._weight_updates = 0
         self.plans = Plans()
         self.prefill_timing = PrefillTiming(
             scheduler, config.prefill_quota_s, lambda: sum(self.deliveries.waited_s)
         )
         self.holds = PageHolds(allocator)
-        self.jobs = Jobs(self.incarnation, self.holds)
+        self.jobs = Jobs(self.incarnation, self.holds, tell=self._tell_job_over)
+        transfer_engine = get_mooncake_transfer_engine()
         board = CompletionBoard(BOARD_WORDS, transfer_engine.register)
-        self.links = AgentLinks(
-            config.agents, self._registration(), self._on_message, self.jobs.agent_restarted
+        self._rank_memories = self.ranks.gather(
+            RankMemory(
+                transfer_engine.get_session_id(), self.memory.addresses, board.address(slot=0)
+            )
         )
+        others = OtherBoards(
+            [(m.session_id, m.board_address) for m in self._rank_memories[1:]],
+            transfer_engine.register,
+            transfer_engine.transfer_sync,
+        )
+        self.links: AgentLinks | SilentLinks = SilentLinks()
+        if self.ranks.is_leader:
+            self.links = AgentLinks(
+                config.agents, self._registration(), self._on_message, self.jobs.agent_restarted
+            )
         self.deliveries = Deliveries(
             board,
             self.jobs,
@@ -115,17 +133,20 @@ class EngineRuntime:
             self.memory.layout.num_layers,
             config.deliver_timeout_s,
             urgent=config.role == "prefill",
+            tell_failure=others.fail,
         )
         self.persister = Persister(self)
         self.prefill_layers: PrefillLayers | None = None
-        self.control = ControlServer(config.control, self.plans, self.hello)
-        threading.Thread(target=self._watch, name="dualpath-watch", daemon=True).start()
+        if self.ranks.is_leader:
+            ControlServer(config.control, self.ranks.post, self.hello)
+            threading.Thread(target=self._watch, name="dualpath-watch", daemon=True).start()
+        self._say_up()
+
+    def _say_up(self) -> None:
         log.info(
-            "dualpath engine up name=%s role=%s session=%s namespace=%s",
-            config.name,
-            config.role,
-            self._session_id,
-            self.namespace_digest.hex()[:16],
+            "dualpath engine up name=%s role=%s rank=%d of=%d shards=%d namespace=%s",
+            *(self.config.name, self.config.role, self.ranks.rank, self.ranks.size),
+            *(self.memory.layout.shards, self.namespace_digest.hex()[:16]),
         )
 
     @property
@@ -137,11 +158,12 @@ class EngineRuntime:
 
     def _first_namespace(self) -> Namespace:
         args = self.scheduler.server_args
+        digest = model_digest(Path(args.model_path)) if self.ranks.is_leader else ""
         return Namespace(
-            model_digest(Path(args.model_path)),
+            self.ranks.gather(digest)[0],
             str(getattr(args, "weight_version", None) or ""),
             self.memory.kv_dtype,
-            self.memory.layout,
+            msgspec.structs.replace(self.memory.layout, shards=1),
         )
 
     def keys_of(self, hashes: Iterable[bytes]) -> list[BlockKey]:
@@ -162,7 +184,10 @@ class EngineRuntime:
         """
         digest = model_digest(Path(model_path)) if model_path else self.namespace.model_digest
         if version is None:
-            version = "" if model_path else f"unnamed-{uuid.uuid4().hex}"
+            # The same name at every rank of this engine, and at no other engine.
+            unnamed = f"unnamed-{self.config.name}-{self.incarnation}-{self._weight_updates}"
+            version = "" if model_path else unnamed
+        self._weight_updates += 1
         self.namespace = msgspec.structs.replace(
             self.namespace, model_digest=digest, weight_version=version
         )
@@ -176,23 +201,36 @@ class EngineRuntime:
         return RegisterEngine(
             self.config.name,
             self.incarnation,
-            self._session_id,
             self.namespace,
-            self.memory.addresses,
+            self.memory.layout.shards,
+            self._rank_memories,
         )
+
+    def _tell_job_over(self, job: int, reason: str) -> None:
+        self.ranks.post(JobOver(job, reason))
+
+    def _apply(self, event: Event) -> None:
+        """At every rank; the jobs and plans of all stay alike."""
+        match event:
+            case EnginePlan():
+                self.plans.put(event)
+            case EndPlan():
+                self.plans.drop(event.rid)
+            case JobOver():
+                self.jobs.close(event.job, event.reason)
 
     def _on_message(self, agent: str, message: Message) -> None:
         match message:
             case JobEnded():
                 if self.jobs.of_incarnation(message.job, agent, message.incarnation):
-                    self.jobs.close(message.job, message.error)
+                    self.jobs.over(message.job, message.error)
             case PullEnded():
                 if self.jobs.of_incarnation(message.job, agent, message.incarnation):
                     self.persister.pull_ended(message)
-                    self.jobs.close(message.job)
+                    self.jobs.over(message.job)
             case UnknownEngine():
                 # A restarted agent got an order meant for its predecessor: it started nothing.
-                self.jobs.close(message.job, f"agent {agent} restarted")
+                self.jobs.over(message.job, f"agent {agent} restarted")
 
     def hello(self) -> EngineHello:
         """State for the gateway: read from the scheduler without locks, so approximate."""
@@ -255,6 +293,8 @@ class EngineRuntime:
         pause = threading.Event()
         while not pause.wait(_REAP_S):
             self.jobs.reap()
+            for plan in self.plans.expired():
+                self.ranks.post(EndPlan(plan.plan, plan.rid))
             self._end_if_quarantine_is_full()
 
     def _end_if_quarantine_is_full(self) -> None:

@@ -1,8 +1,8 @@
 """Every process of a cluster as plain data, made from the settings by pure functions.
 
 A *node* is one engine with its agent: ``p0`` and ``agent-p0``. Each process owns a block
-of ``PORTS_PER_PROCESS`` ports, counted from ``--base-port``, so that a port seen in a log
-tells whose it is.
+of ports, counted from ``--base-port``, so that a port seen in a log tells whose it is:
+``PORTS_PER_PROCESS``, and more with tensor parallel engines.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +22,8 @@ from engine.engine_config import EngineConfig
 from launch.config import ClusterConfig
 from launch.gateway_config import EngineAddress, GatewayConfig
 from launch.hardware import Hardware
+from launch.process_record import HealthCheck, ProcessRecord
+from launch.tensor_parallel import binding_env, check_window, ranks_of, staging_env
 from scheduler.options import LoadPolicy, SchedulerOptions
 from storage.owners import read_quotas
 from storage.remote_settings import RemoteSettings
@@ -39,48 +41,16 @@ _HTTP = 1
 _RENDEZVOUS = 2
 _BOOTSTRAP, _BOOTSTRAP_PORTS = 8, 8
 _MOONCAKE, _MOONCAKE_PORTS, _MOONCAKE_STARTS = 16, 8, 4
-"""Mooncake takes two of so many ports, of others at each of so many starts. It needs a choice:
-those of a process that just ended cannot be bound for a minute."""
+"""Each rank's Mooncake takes two of so many ports, of others at each of so many starts. It needs
+a choice: those of a process that just ended cannot be bound for a minute."""
 
-_MIN_RPC_PORT = "MC_MIN_RPC_PORT"
+_MIN_RPC_PORT, _MAX_RPC_PORT = "MC_MIN_RPC_PORT", "MC_MAX_RPC_PORT"
 _BOOTSTRAP_FLAG = "--disaggregation-bootstrap-port"
 _LINKER = {
     "linker": "PrefillLinker",
     "linker_module_path": "engine.prefill_linker",
     "linker_extra_config": {},
 }
-
-
-@dataclass(frozen=True)
-class HealthCheck:
-    """How to ask a process for a sign of life."""
-
-    kind: str
-    """"http": GET ``target``; "zmq": ``Ping`` to the control endpoint ``target``."""
-    target: str
-    any_status: bool = False
-    """An HTTP answer of any status counts, not 200 alone."""
-
-
-@dataclass(frozen=True)
-class ProcessRecord:
-    """All that is needed to run one process, on this machine or another."""
-
-    name: str
-    kind: str
-    """"agent", "engine" or "gateway"."""
-    argv: tuple[str, ...]
-    env: Mapping[str, str]
-    """Added to the environment of whoever starts it."""
-    host: str
-    ports: Mapping[str, int]
-    """Ports that must be free at the start, by purpose."""
-    ready: tuple[HealthCheck, ...]
-    """All must pass before the process counts as started."""
-    alive: HealthCheck
-    """Must keep passing from then on."""
-    after: tuple[str, ...] = field(default=())
-    """Processes that must be ready before this one is started."""
 
 
 def process_records(
@@ -112,8 +82,9 @@ def respawn(record: ProcessRecord, restart_count: int) -> ProcessRecord:
     """
     argv, env, ports = list(record.argv), dict(record.env), dict(record.ports)
     if _MIN_RPC_PORT in env:
-        first = int(env[_MIN_RPC_PORT]) + restart_count % _MOONCAKE_STARTS * _MOONCAKE_PORTS
-        env |= _mooncake_ports(first)
+        first = int(env[_MIN_RPC_PORT])
+        number = int(env[_MAX_RPC_PORT]) + 1 - first
+        env |= _mooncake_ports(first + restart_count % _MOONCAKE_STARTS * number, number)
     if "bootstrap" in ports:
         first = ports["http"] - _HTTP + _BOOTSTRAP
         ports["bootstrap"] = first + restart_count % _BOOTSTRAP_PORTS
@@ -121,8 +92,8 @@ def respawn(record: ProcessRecord, restart_count: int) -> ProcessRecord:
     return replace(record, argv=tuple(argv), env=env, ports=ports)
 
 
-def _mooncake_ports(first: int) -> dict[str, str]:
-    return {_MIN_RPC_PORT: str(first), "MC_MAX_RPC_PORT": str(first + _MOONCAKE_PORTS - 1)}
+def _mooncake_ports(first: int, number: int) -> dict[str, str]:
+    return {_MIN_RPC_PORT: str(first), _MAX_RPC_PORT: str(first + number - 1)}
 
 
 def node_names(config: ClusterConfig) -> list[str]:
@@ -158,6 +129,10 @@ class _Cluster:
         self.hardware = hardware
         self.nodes = nodes
         self.hosts = hosts
+        self.ranks = {node: ranks_of(self._passed_flags(node)) for node in nodes}
+        check_window(config.layer_window, self.ranks.values())
+        more_ranks = max(self.ranks.values(), default=1) - 1
+        self.ports_per_process = PORTS_PER_PROCESS + more_ranks * _MOONCAKE_PORTS * _MOONCAKE_STARTS
         self.agents = {
             agent_name(node): self._endpoint(node, self._port(node, "agent", _CONTROL))
             for node in nodes
@@ -193,7 +168,7 @@ class _Cluster:
             kind="agent",
             argv=(sys.executable, "-m", "transfer.agent"),
             env={
-                **self._mooncake_env(self._port(node, "agent", 0)),
+                **self._mooncake_env(self._port(node, "agent", 0), ranks=1),
                 transfer.agent_config.VARIABLE: to_env(settings),
             },
             host=self.hosts[node],
@@ -226,7 +201,7 @@ class _Cluster:
             kind="engine",
             argv=(sys.executable, "-m", "sglang.launch_server", *self._engine_flags(node, ports)),
             env={
-                **self._mooncake_env(self._port(node, "engine", 0)),
+                **self._mooncake_env(self._port(node, "engine", 0), self.ranks[node]),
                 **self._engine_env(node),
                 engine.engine_config.VARIABLE: to_env(settings),
             },
@@ -292,7 +267,7 @@ class _Cluster:
 
     def _port(self, node: str, kind: str, offset: int) -> int:
         block = 2 * self.nodes.index(node) + (kind == "engine")
-        return self.config.first_port + block * PORTS_PER_PROCESS + offset
+        return self.config.first_port + block * self.ports_per_process + offset
 
     def _endpoint(self, node: str, port: int) -> str:
         return f"tcp://{self.hosts[node]}:{port}"
@@ -309,9 +284,9 @@ class _Cluster:
             env["HF_HUB_OFFLINE"] = "1"
         return env
 
-    def _mooncake_env(self, block_port: int) -> dict[str, str]:
+    def _mooncake_env(self, block_port: int, ranks: int) -> dict[str, str]:
         env = self._python_env() | {
-            **_mooncake_ports(block_port + _MOONCAKE),
+            **_mooncake_ports(block_port + _MOONCAKE, ranks * _MOONCAKE_PORTS),
             # The defaults are 30 s: a hung peer would hold a forward for as long.
             "MC_TRANSFER_TIMEOUT": "15",
             "MC_TCP_PROGRESS_TIMEOUT_SEC": "5",
@@ -334,6 +309,7 @@ class _Cluster:
             "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
             # What P has cached and D lacks leaves with the rest, layer by layer.
             "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",
+            **staging_env(self.model, set(self.ranks.values()), self.hardware.device),
         }
         if self.hardware.device == "cpu":
             env |= {
@@ -342,13 +318,12 @@ class _Cluster:
                 "CUDA_VISIBLE_DEVICES": "",
                 # Several engines share a CPU; with more threads each they fight for it.
                 "OMP_NUM_THREADS": "1",
+                **binding_env(self.ranks[node]),
             }
         return env
 
     def _engine_flags(self, node: str, ports: Mapping[str, int]) -> list[str]:
         config = self.config
-        role_args = config.prefill_args if _role(node) == "prefill" else config.decode_args
-        passed = [*shlex.split(config.engine_args), *shlex.split(role_args)]
         flags = {
             "--model-path": str(self.model),
             "--served-model-name": served_model_name(config),
@@ -366,7 +341,8 @@ class _Cluster:
             flags |= {"--device": "cpu", "--dtype": "float32"}
             tokens = tokens or CPU_POOL_TOKENS
         else:  # untested: no such machine was at hand
-            flags["--base-gpu-id"] = str(self.nodes.index(node) * _tensor_parallel(passed))
+            before = self.nodes[: self.nodes.index(node)]
+            flags["--base-gpu-id"] = str(sum(self.ranks[other] for other in before))
         if tokens:
             flags["--max-total-tokens"] = str(tokens)
         switches = ["--sleep-on-idle", "--skip-server-warmup", "--enable-cache-report"]
@@ -381,17 +357,18 @@ class _Cluster:
             # Without cpu_tensor D keeps a second host pool of its own.
             flags["--disaggregation-decode-retraction-backup"] = "cpu_tensor"
             switches.append("--disaggregation-decode-enable-radix-cache")
-        return [*(word for pair in flags.items() for word in pair), *switches, *passed]
+        return [
+            *(word for pair in flags.items() for word in pair),
+            *switches,
+            *self._passed_flags(node),
+        ]
+
+    def _passed_flags(self, node: str) -> list[str]:
+        """The user's own flags for SGLang."""
+        config = self.config
+        role_args = config.prefill_args if _role(node) == "prefill" else config.decode_args
+        return [*shlex.split(config.engine_args), *shlex.split(role_args)]
 
 
 def _role(node: str) -> str:
     return "prefill" if node.startswith("p") else "decode"
-
-
-def _tensor_parallel(flags: list[str]) -> int:
-    """GPUs of one engine, from the user's SGLang flags."""
-    for name, value in zip(flags, [*flags[1:], ""], strict=True):
-        head, _, tail = name.partition("=")
-        if head in ("--tp", "--tp-size", "--tensor-parallel-size"):
-            return int(tail or value)
-    return 1

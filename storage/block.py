@@ -1,9 +1,11 @@
 """The nouns that every part shares: what a KV block is, and what names it.
 
-A *block* is the KV of one page of tokens (64 by default) in all layers of one
-rank. Inside a block the bytes are layer-major: layer 0's components (K page,
-V page; a single latent page for MLA), then layer 1's, and so on, so that a
-*layer block*, the unit of delivery into device memory, is one contiguous range.
+A *block* is the KV of one page of tokens (64 by default) in all layers and for all
+KV heads. An engine of several tensor-parallel ranks splits the heads: its blocks
+consist of as many equal *shards*, one after the other, each the KV of one rank.
+Inside a shard the bytes are layer-major: layer 0's components (K page, V page; a
+single latent page for MLA), then layer 1's, and so on, so that a *layer block*, the
+unit of delivery into a rank's device memory, is one contiguous range.
 """
 
 from __future__ import annotations
@@ -25,16 +27,18 @@ WEIGHT_VERSION_BYTES_MAX = 128
 TENANT_CHARS = 16
 
 
-class BlockLayout(msgspec.Struct, frozen=True):
+class BlockLayout(msgspec.Struct, frozen=True, omit_defaults=True):
     """Shape of a block's bytes.
 
-    ``component_bytes`` are the sizes of one page in each buffer of a layer:
-    ``(K, V)`` for MHA/GQA, ``(latent,)`` for MLA. All layers are alike.
+    ``component_bytes`` are the sizes of one page in each buffer of a layer, with all KV
+    heads: ``(K, V)`` for MHA/GQA, ``(latent,)`` for MLA. All layers are alike.
     """
 
     page_tokens: int
     num_layers: int
     component_bytes: tuple[int, ...]
+    shards: int = 1
+    """Equal parts into which the KV heads are split; 1 where each rank holds all of them."""
 
     @property
     def layer_bytes(self) -> int:
@@ -44,12 +48,24 @@ class BlockLayout(msgspec.Struct, frozen=True):
     def block_bytes(self) -> int:
         return self.num_layers * self.layer_bytes
 
+    @property
+    def shard(self) -> BlockLayout:
+        """Shape of one shard: what one rank's pages hold of a block."""
+        sizes = tuple(size // self.shards for size in self.component_bytes)
+        return BlockLayout(self.page_tokens, self.num_layers, sizes)
+
+    def can_serve(self, shards: int) -> bool:
+        """Whether an engine of so many shards can be given blocks of this layout: where the
+        heads split evenly, they are cut or joined."""
+        return self.shards % shards == 0 or shards % self.shards == 0
+
 
 class Namespace(msgspec.Struct, frozen=True):
     """Everything that makes the KV of equal tokens different.
 
     Two engines may exchange blocks exactly when their namespaces are equal. The
-    tenant's salt is not here: it seeds SGLang's page hashes themselves.
+    tenant's salt is not here: it seeds SGLang's page hashes themselves. Nor are the
+    shards: a block has one key, whatever number of ranks computed it.
     """
 
     model_digest: str
@@ -57,9 +73,7 @@ class Namespace(msgspec.Struct, frozen=True):
     weight_version: str
     kv_dtype: str
     layout: BlockLayout
-    rank: int = 0
-    ranks: int = 1
-    """Group size where KV is sharded; 1 where each rank holds all of it."""
+    """In one shard."""
 
     def digest(self) -> bytes:
         """32 bytes, stable across processes and versions of msgspec."""

@@ -28,7 +28,7 @@ VERSION = 3
 COMPONENTS_MAX = 16
 OWNER_BYTES = KEY_BYTES + MODEL_DIGEST_CHARS_MAX + WEIGHT_VERSION_BYTES_MAX + TENANT_CHARS
 
-_START = struct.Struct("<8sII")  # magic, version, number of components
+_START = struct.Struct("<8sIHH")  # magic, version, number of components, shards beyond the first
 _BODY = struct.Struct("<QQ32s32sQQ")
 """Payload length, its checksum, key, parent, sequence, time of writing."""
 _OWNER = struct.Struct(
@@ -95,7 +95,9 @@ def encode_header(
     checksum = xxhash.xxh3_64_intdigest(payload)
     fields = b"".join(
         (
-            _START.pack(MAGIC, VERSION, len(label.layout.component_bytes)),
+            _START.pack(
+                *(MAGIC, VERSION, len(label.layout.component_bytes), label.layout.shards - 1)
+            ),
             _BODY.pack(len(payload), checksum, key, label.parent, sequence, written_ms),
             encode_owner(label.owner),
             _encode_layout(label.layout),
@@ -108,7 +110,7 @@ def decode_header(header: Buffer) -> BlockHeader:
     """Raises :class:`UnknownVersion` (a BlockMissing) or :class:`BlockCorrupt`."""
     if len(header) != HEADER_BYTES:
         raise BlockCorrupt(f"{len(header)} bytes instead of a {HEADER_BYTES}-byte header")
-    magic, version, components = _START.unpack_from(header)
+    magic, version, components, more_shards = _START.unpack_from(header)
     if magic != MAGIC:
         raise BlockCorrupt(f"magic is {magic!r}, not {MAGIC!r}")
     if version != VERSION:
@@ -119,7 +121,7 @@ def decode_header(header: Buffer) -> BlockHeader:
     body = _BODY.unpack_from(header, _BODY_AT)
     payload_bytes, payload_checksum, key, parent, sequence, written_ms = body
     owner = decode_owner(bytes(view[_OWNER_AT:_LAYOUT_AT]))
-    layout = _decode_layout(bytes(view[_LAYOUT_AT:_CHECKSUM_AT]), components)
+    layout = _decode_layout(bytes(view[_LAYOUT_AT:_CHECKSUM_AT]), components, more_shards + 1)
     label = BlockLabel(
         *(owner.namespace_digest, layout, owner.model_digest, owner.weight_version),
         *(owner.tenant, parent),
@@ -179,6 +181,6 @@ def _encode_layout(layout: BlockLayout) -> bytes:
 
 
 @lru_cache(256)
-def _decode_layout(raw: bytes, components: int) -> BlockLayout:
+def _decode_layout(raw: bytes, components: int, shards: int) -> BlockLayout:
     page_tokens, num_layers, *sizes = _LAYOUT.unpack(raw)
-    return BlockLayout(page_tokens, num_layers, tuple(sizes[:components]))
+    return BlockLayout(page_tokens, num_layers, tuple(sizes[:components]), shards)

@@ -97,6 +97,11 @@ class SlotPool:
         indices = np.fromiter((slots[key].index for key in keys), np.int64, len(keys))
         return indices * self.slot_bytes
 
+    @property
+    def memory(self) -> memoryview:
+        """All slots, writable."""
+        return self._memory[: self.num_slots * self.slot_bytes]
+
     def buffer(self, key: BlockKey) -> memoryview:
         """The ``block_bytes`` of the block's slot."""
         offset = self.offset(key)

@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from launch.tensor_parallel import binding_env, ranks_of
+
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 15
 
@@ -247,13 +249,13 @@ def running_cluster(folder: Path, *flags: str, wait: bool = True) -> Iterator[Cl
 
 
 @contextlib.contextmanager
-def plain_sglang(model: Path, folder: Path) -> Iterator[str]:
-    """One ordinary SGLang process, the reference for token identity; yields its URL."""
+def plain_sglang(model: Path, folder: Path, *flags: str) -> Iterator[str]:
+    """One ordinary SGLang server, the reference for token identity; yields its URL."""
     port = free_port_block(50)
     argv = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
     argv += ["--device", "cpu", "--dtype", "float32", "--page-size", "64"]
     argv += ["--max-total-tokens", "32768", "--host", "127.0.0.1", "--port", str(port)]
-    argv += ["--skip-server-warmup", "--sleep-on-idle"]
+    argv += ["--skip-server-warmup", "--sleep-on-idle", *flags]
     environment = {name: v for name, v in os.environ.items() if not name.startswith("DUALPATH_")}
     environment |= {
         "SGLANG_PLATFORM": "dualpath_cpu",
@@ -262,6 +264,7 @@ def plain_sglang(model: Path, folder: Path) -> Iterator[str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    environment |= binding_env(ranks_of(list(flags)))
     folder.mkdir(parents=True, exist_ok=True)
     log = (folder / "plain.log").open("wb")
     process = subprocess.Popen(

@@ -209,20 +209,23 @@ class Agent:
             replaced.cancel_jobs()
             serving.deliveries.engine_gone(replaced)
             serving.pulls.release_quarantine()
-        self._peer.forgive(engine.session_id)
+        for rank in engine.ranks:
+            self._peer.forgive(rank.session_id)
         threading.Thread(target=self._meet, args=(engine,), daemon=True).start()
         while engine.unsent:
             self._reply(engine, engine.unsent.popleft())
         log.info(
-            "engine registered engine=%s incarnation=%d session=%s",
-            *(engine.name, engine.incarnation, engine.session_id),
+            "engine registered engine=%s incarnation=%d shards=%d sessions=%s",
+            *(engine.name, engine.incarnation, engine.layout.shards),
+            [rank.session_id for rank in engine.ranks],
         )
 
     def _meet(self, engine: Engine) -> None:
-        try:
-            self._peer.meet(engine.session_id, int(engine.kv_addresses[0, 0]))
-        except TransferFailed as error:
-            log.warning("engine not met engine=%s error=%s", engine.name, error)
+        for rank in engine.ranks:
+            try:
+                self._peer.meet(rank.session_id, int(rank.kv_addresses[0, 0]))
+            except TransferFailed as error:
+                log.warning("engine not met engine=%s error=%s", engine.name, error)
 
     def _read_share(self, sender: bytes, message: ReadShare) -> None:
         if self._serving is None:
@@ -240,8 +243,7 @@ class Agent:
             self._router.send(sender, UnknownEngine(self._incarnation, job))
         elif isinstance(message, CancelJob):
             if message.job in engine.jobs:
-                queue, job_to_stop = engine.jobs[message.job]
-                queue.cancel(job_to_stop)
+                engine.jobs[message.job].cancel()
         elif engine.first_time(message.job):
             if isinstance(message, Deliver):
                 self._serving.deliveries.start(engine, _bounded(message))
@@ -268,7 +270,7 @@ class Agent:
         )
         shared = self._incarnation, self._counters
         address = self._memory.address
-        shares = ShareJobs(store, self._router.send, self._poll)
+        shares = ShareJobs(store, self._router.send, self._poll, self._engines.can_take)
         deliveries = DeliverJobs(
             *(self._deliver_queue, pool, address, self._reply, self._announcer.tell),
             *(*shared, shares.is_zero_io),

@@ -6,15 +6,18 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import numpy as np
 
 from storage.slot_pool import SlotPool
 from transfer.agent_metrics import AgentCounters
-from transfer.delivery import JobCancelled, QueueFull, TransferJob, TransferQueue
-from transfer.engines import BadPages, Engine, page_array
-from transfer.messages import Deliver, Delivered, JobEnded
+from transfer.delivery import JobCancelled, TransferJob, TransferQueue
+from transfer.engines import BadPages, Engine, Rank, page_array
+from transfer.heads import OtherShards
+from transfer.job_group import Ended, JobGroup
+from transfer.messages import BOARD_WORD_BYTES, Deliver, Delivered, JobEnded
 from transfer.mooncake import TransferFailed
 
 log = logging.getLogger(__name__)
@@ -43,6 +46,24 @@ class _Landing(msgspec.Struct):
     failed_at: float
     heard_at: float | None = None
     """First sign of life of the engine after the failure."""
+
+
+_NONE = np.empty(0, np.int64)
+
+
+class _Delivery(msgspec.Struct, eq=False):
+    """One order. The arrays have one element a block; they are empty if none is to be sent."""
+
+    engine: Engine
+    message: Deliver
+    started: float
+    refused: Exception | None = None
+    layers_done: int = 0
+    pages: np.ndarray = _NONE
+    offsets: np.ndarray = _NONE
+    """Of the blocks' slots in DRAM, bytes."""
+    shards: np.ndarray = _NONE
+    """Of each block's layout."""
 
 
 class DeliverJobs:
@@ -75,49 +96,72 @@ class DeliverJobs:
         self._landing: list[_Landing] = []
 
     def start(self, engine: Engine, message: Deliver) -> None:
-        """Queue a delivery; one that cannot be made fails, on the board as well."""
+        """Queue a delivery; one that cannot be made fails, on the boards as well."""
         owner = next(self._owners)
-        started = time.monotonic()
-        slots = pages = np.empty(0, np.int64)
-        refused: BadPages | BlocksMissing | None = None
-        zero_io = self._is_zero_io(message.plan)
-        try:
-            if not zero_io:
-                pages = page_array(message.pages, len(message.keys))
-                slots = self._slots(message)
-        except (BadPages, BlocksMissing) as error:
-            refused, pages = error, slots
+        delivery = _Delivery(engine, message, time.monotonic())
+        if self._is_zero_io(message.plan):
+            delivery.layers_done = engine.layout.num_layers - 1
+        else:
+            self._find(delivery)
+        for key in message.keys if len(delivery.pages) else ():
+            self._pool.pin(key, owner)
 
         def ended(error: Exception | None) -> None:
             self._pool.unpin_all(owner)
-            self._ended(engine, job, started, error)
+            self._ended(delivery, group.nbytes, error)
 
-        job = TransferJob(
+        group = engine.jobs[message.job] = JobGroup(self._queue, ended)
+        group.submit([partial(self._rank_job, delivery, rank) for rank in engine.ranks])
+
+    def _find(self, delivery: _Delivery) -> None:
+        """Where the blocks are, and into how many shards they are split."""
+        message, pool = delivery.message, self._pool
+        try:
+            pages = page_array(message.pages, len(message.keys))
+            self._check_present(message)
+        except (BadPages, BlocksMissing) as error:
+            delivery.refused = error
+            return
+        delivery.pages, delivery.offsets = pages, pool.offsets(message.keys)
+        delivery.shards = np.array([pool.label(key).layout.shards for key in message.keys], int)
+
+    def _rank_job(self, delivery: _Delivery, rank: Rank, ended: Ended) -> TransferJob:
+        """What one rank gets of a delivery: its heads of each block."""
+        message, layout = delivery.message, delivery.engine.layout
+        alike = delivery.shards == layout.shards
+        in_slot = rank.shard * layout.shard.block_bytes
+        return TransferJob(
             message.job,
-            engine.session_id,
-            engine.layout,
-            engine.kv_addresses,
-            slots,
-            pages,
-            started + message.deadline_s,
+            rank.session_id,
+            layout.shard,
+            rank.kv_addresses,
+            self._memory_address + delivery.offsets[alike] + in_slot,
+            delivery.pages[alike],
+            delivery.started + message.deadline_s,
             ended,
             urgent=message.urgent,
             plan=message.plan,
-            board_address=message.board_address,
-            stop_reason=refused,
-            layers_done=engine.layout.num_layers - 1 if zero_io else 0,
-            credit=engine.credit if message.first_position >= 0 and not zero_io else None,
+            board_address=rank.board_address + message.board_slot * BOARD_WORD_BYTES,
+            stop_reason=delivery.refused,
+            layers_done=delivery.layers_done,
+            credit=delivery.engine.credit if message.first_position >= 0 else None,
             first_position=message.first_position,
+            others=[
+                self._other_shards(delivery, rank, shards)
+                for shards in np.unique(delivery.shards[~alike]).tolist()
+            ],
         )
-        try:
-            self._queue.submit(job)
-        except QueueFull as error:
-            self._ended(engine, job, started, error)
-            return
-        engine.jobs[message.job] = self._queue, job
-        if refused is None and not zero_io:
-            for key in message.keys:
-                self._pool.pin(key, owner)
+
+    def _other_shards(self, delivery: _Delivery, rank: Rank, shards: int) -> OtherShards:
+        rows, layout = delivery.shards == shards, delivery.engine.layout
+        return OtherShards(
+            np.frombuffer(self._pool.memory, np.uint8).reshape(-1, self._pool.slot_bytes),
+            delivery.offsets[rows] // self._pool.slot_bytes,
+            delivery.pages[rows],
+            msgspec.structs.replace(layout, shards=shards),
+            layout.shards,
+            rank.shard,
+        )
 
     def heard(self, engine: Engine) -> None:
         """A sign of life: jobs of the engine may turn out to be over."""
@@ -138,38 +182,35 @@ class DeliverJobs:
         """Failed deliveries whose last bytes may still be on their way."""
         return len(self._landing)
 
-    def _slots(self, message: Deliver) -> np.ndarray:
-        """Addresses of the blocks' slots; raises :class:`BlocksMissing`."""
+    def _check_present(self, message: Deliver) -> None:
         pool, plan = self._pool, message.plan
         present = [pool.is_resident(k) and pool.is_pinned_by(k, plan) for k in message.keys]
         if not all(present):
             raise BlocksMissing(present.count(False), len(present))
-        return self._memory_address + pool.offsets(message.keys)
 
-    def _ended(
-        self, engine: Engine, job: TransferJob, started: float, error: Exception | None
-    ) -> None:
-        engine.jobs.pop(job.job, None)
-        outcome, seconds = "failed", time.monotonic() - started
+    def _ended(self, delivery: _Delivery, nbytes: int, error: Exception | None) -> None:
+        engine, message = delivery.engine, delivery.message
+        engine.jobs.pop(message.job, None)
+        outcome, seconds = "failed", time.monotonic() - delivery.started
         if error is None:
             outcome = "ok"
-            self._tell(Delivered(job.plan, engine.name, job.nbytes, seconds))
+            self._tell(Delivered(message.plan, engine.name, nbytes, seconds))
         elif isinstance(error, JobCancelled):
             outcome = "cancelled"
-        self._counters.delivered(engine.name, outcome, job.nbytes)
+        self._counters.delivered(engine.name, outcome, nbytes)
         log.log(
             logging.WARNING if outcome == "failed" else logging.INFO,
             "delivery ended engine=%s plan=%d job=%d outcome=%s blocks=%d bytes=%d "
             "seconds=%.4f error=%s",
-            *(engine.name, job.plan, job.job, outcome, len(job.pages), job.nbytes),
+            *(engine.name, message.plan, message.job, outcome, len(delivery.pages), nbytes),
             *(seconds, error or ""),
         )
         if isinstance(error, TransferFailed):
             if not engine.is_gone:
                 failed_at = time.monotonic()
-                self._landing.append(_Landing(engine, job.job, str(error), failed_at))
+                self._landing.append(_Landing(engine, message.job, str(error), failed_at))
         else:
-            self._say_ended(engine, job.job, str(error or ""))
+            self._say_ended(engine, message.job, str(error or ""))
 
     def _say_ended(self, engine: Engine, job: int, error: str) -> None:
         self._reply(engine, JobEnded(self._incarnation, job, error))

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from storage.block import BlockLayout
 from storage.rate import RateMeter
 from transfer.credits import CreditWord
+from transfer.heads import OtherShards, Staging
 from transfer.messages import FAILED, board_word
 from transfer.mooncake import Addresses, PeerSuspended, TransferFailed, TransferPeer
 
@@ -91,7 +92,8 @@ def merge_adjacent(
 
 @dataclass(eq=False)
 class TransferJob:
-    """Blocks in ``slots`` (addresses, shape (n,)) to or from ``pages`` (shape (n,)).
+    """One rank's shards of blocks, which are at addresses ``slots`` (shape (n,)), to or from
+    its ``pages`` (shape (n,)). ``layout``: of a shard.
 
     ``ended`` is called once, in the loop's thread, with None or the reason; none of the
     job's calls is running then. After :class:`TransferFailed` bytes may still land.
@@ -106,6 +108,8 @@ class TransferJob:
     deadline: float
     """On the monotonic clock."""
     ended: Callable[[Exception | None], None]
+    others: Sequence[OtherShards] = ()
+    """Blocks to deliver whose shards are not those of the engine's ranks."""
     is_read: bool = False
     """True for a pull."""
     urgent: bool = False
@@ -126,7 +130,8 @@ class TransferJob:
     @property
     def layer_nbytes(self) -> int:
         """Bytes of one layer."""
-        return self.layout.layer_bytes * len(self.pages)
+        pages = len(self.pages) + sum(len(blocks.pages) for blocks in self.others)
+        return self.layout.layer_bytes * pages
 
     @property
     def nbytes(self) -> int:
@@ -179,6 +184,7 @@ class TransferQueue:
         self._queue_bytes = 0
         self._rate = RateMeter()
         self._closed = False
+        self._own = threading.local()
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True)
             for i in range(threads)
@@ -339,18 +345,25 @@ class TransferQueue:
         """Transfer one layer; returns what ended the job, if anything did."""
         try:
             job.check()
-            local, remote, lengths = layer_ranges(
-                job.layout, job.kv_addresses, job.layers_done, job.slots, job.pages
-            )
             transfer = self._peer.read if job.is_read else self._peer.write
-            if len(lengths):
-                transfer(job.session_id, local, remote, lengths, before_batch=job.check)
+            for ranges in self._layer(job):
+                transfer(job.session_id, *ranges, before_batch=job.check)
             job.layers_done += 1
             if job.board_address:
                 self._write_word(job, job.layers_done)
         except Exception as error:  # whatever it is, it ends this job and reaches its owner
             return error
         return None
+
+    def _layer(self, job: TransferJob) -> Iterator[tuple[Addresses, Addresses, Addresses]]:
+        layer = job.layers_done
+        if len(job.pages):
+            yield layer_ranges(job.layout, job.kv_addresses, layer, job.slots, job.pages)
+        for blocks in job.others:
+            if not hasattr(self._own, "staging"):
+                page_bytes_max = max(blocks.layout.component_bytes)
+                self._own.staging = Staging(self._peer.register, page_bytes_max)
+            yield from self._own.staging.ranges(blocks, job.kv_addresses, layer)
 
     def _write_word(self, job: TransferJob, code: int) -> None:
         self._words[job.scratch] = board_word(job.job, code)

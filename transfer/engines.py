@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from storage.block import BlockLayout, label_of
 from transfer.credits import CreditBoard, CreditWord
-from transfer.delivery import TransferJob, TransferQueue
-from transfer.messages import JobEnded, PullEnded, RegisterEngine
+from transfer.job_group import JobGroup
+from transfer.messages import JobEnded, PullEnded, RankMemory, RegisterEngine
 
 JOBS_REMEMBERED = 65536
 UNSENT_MAX = 4096
@@ -24,6 +25,17 @@ class BadPages(Exception):
     """The pages of an order are no pages, or not one for each block."""
 
 
+class Rank(msgspec.Struct, frozen=True, eq=False):
+    """One rank of an engine."""
+
+    session_id: str
+    kv_addresses: np.ndarray
+    """Shape (layers, components), int64."""
+    board_address: int
+    shard: int
+    """The part of each block that it holds."""
+
+
 class Engine:
     """One incarnation of an engine."""
 
@@ -33,7 +45,7 @@ class Engine:
         self.incarnation = message.incarnation
         self.is_gone = False
         """A newer incarnation has replaced it."""
-        self.jobs: dict[int, tuple[TransferQueue, TransferJob]] = {}
+        self.jobs: dict[int, JobGroup] = {}
         """Deliveries and pulls in a queue, by job number."""
         self.unsent: deque[JobEnded | PullEnded] = deque(maxlen=UNSENT_MAX)
         """Ends of jobs that found no connection: sent when it registers again."""
@@ -43,10 +55,9 @@ class Engine:
     def update(self, identity: bytes, message: RegisterEngine) -> None:
         """The same process says it again: it has reconnected, or its weights have changed."""
         self.identity = identity
-        self.session_id = message.session_id
-        self.layout: BlockLayout = message.namespace.layout
-        self.label = label_of(message.namespace)
-        self.kv_addresses = _addresses(message)
+        self.layout = _layout(message)
+        self.label = msgspec.structs.replace(label_of(message.namespace), layout=self.layout)
+        self.ranks = [_rank(message, index) for index in range(len(message.ranks))]
 
     def first_time(self, job: int) -> bool:
         """False if this job number was seen before."""
@@ -59,8 +70,8 @@ class Engine:
 
     def cancel_jobs(self) -> None:
         """Stop everything that is queued or under way."""
-        for queue, job in list(self.jobs.values()):
-            queue.cancel(job)
+        for jobs in list(self.jobs.values()):
+            jobs.cancel()
 
 
 class Engines:
@@ -73,6 +84,10 @@ class Engines:
 
     def find(self, identity: bytes) -> Engine | None:
         return self._by_identity.get(identity)
+
+    def can_take(self, layout: BlockLayout) -> bool:
+        """Whether blocks of this layout can be delivered into every engine."""
+        return all(layout.can_serve(e.layout.shards) for e in self._by_name.values())
 
     def register(
         self, identity: bytes, message: RegisterEngine
@@ -111,16 +126,28 @@ def page_array(pages: Sequence[int], blocks: int) -> np.ndarray:
     return array
 
 
-def _addresses(message: RegisterEngine) -> np.ndarray:
-    """Shape (layers, components), int64."""
+def _layout(message: RegisterEngine) -> BlockLayout:
+    """Of the blocks that this engine's ranks hold together. Raises :class:`BadRegistration`."""
+    layout, shards = message.namespace.layout, message.shards
+    sizes = layout.component_bytes
+    if layout.shards != 1 or not message.ranks or not 1 <= shards <= len(message.ranks):
+        raise BadRegistration(f"engine {message.engine}: {shards} shards of {layout}")
+    if not sizes or min(sizes) <= 0 or any(size % (shards * layout.page_tokens) for size in sizes):
+        raise BadRegistration(f"engine {message.engine}: {sizes} bytes in {shards} shards")
+    return msgspec.structs.replace(layout, shards=shards)
+
+
+def _rank(message: RegisterEngine, index: int) -> Rank:
+    memory: RankMemory = message.ranks[index]
     layout = message.namespace.layout
     shape = (layout.num_layers, len(layout.component_bytes))
     try:
-        addresses = np.array(message.kv_addresses, np.int64)
+        addresses = np.array(memory.kv_addresses, np.int64)
     except (ValueError, OverflowError) as error:
         raise BadRegistration(f"engine {message.engine}: {error}") from error
-    if addresses.shape != shape or not addresses.size or min(layout.component_bytes) <= 0:
+    if addresses.shape != shape or not addresses.size:
         raise BadRegistration(
             f"engine {message.engine}: addresses of shape {addresses.shape} for a layout of {shape}"
         )
-    return addresses
+    shard = index * message.shards // len(message.ranks)
+    return Rank(memory.session_id, addresses, memory.board_address, shard)

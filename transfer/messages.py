@@ -135,30 +135,45 @@ class AgentStatus(_Message):
 # ---- engine -> agent --------------------------------------------------------------------
 
 
+class RankMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The memory of one rank of an engine. ``kv_addresses[layer][component]`` is the base
+    address of a buffer with one shard's part of each page: page p begins at
+    ``base + p * layout.component_bytes[component] / shards``."""
+
+    session_id: str
+    """Mooncake session ("host:port")."""
+    kv_addresses: list[list[int]]
+    board_address: int
+    """Of the rank's completion board."""
+
+
 class RegisterEngine(_Message):
-    """Where an engine's KV lives. ``kv_addresses[layer][component]`` is the base address of
-    a buffer in which page p begins at ``base + p * layout.component_bytes[component]``."""
+    """Where an engine's KV lives. All of its ranks use the same page numbers and the same
+    board slots; its first rank speaks for all."""
 
     engine: str
     incarnation: int
-    session_id: str
     namespace: Namespace
-    kv_addresses: list[list[int]]
+    shards: int
+    """Equal parts into which the ranks split the KV heads. Rank r holds shard
+    ``r * shards // len(ranks)``: with fewer shards than ranks (MLA has one) some hold alike."""
+    ranks: list[RankMemory]
 
 
 class Deliver(_Message):
     """Write blocks ``keys[i]`` into the sender's pages ``pages[i]``, layer by layer.
 
-    After each layer's batch has completed, the agent writes ``board_word(job, layers)``
-    at ``board_address`` in the engine's memory; on failure ``board_word(job, FAILED)``.
-    ``JobEnded`` follows when no byte of this job can land any more.
+    After each layer's batch for a rank has completed, the agent writes
+    ``board_word(job, layers)`` into slot ``board_slot`` of the rank's completion board; on
+    failure ``board_word(job, FAILED)``. ``JobEnded`` follows when no byte of this job can
+    land any more, at any rank.
     """
 
     job: int
     plan: int
     keys: list[BlockKey]
     pages: list[int]
-    board_address: int
+    board_slot: int
     urgent: bool
     """True for a prefill engine, whose forward waits; False for a decode engine."""
     deadline_s: float
@@ -328,6 +343,9 @@ def decode(frame: bytes) -> Message:
 
 FAILED = 0xFFFF
 """Board code of a job that will not complete; otherwise the code is the layers delivered."""
+
+
+BOARD_WORD_BYTES = 8
 
 
 def board_word(job: int, code: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Container
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -12,8 +13,9 @@ import numpy as np
 from storage.block import TENANT_CHARS, BlockKey, BlockLabel
 from storage.tiered_store import TieredStore
 from transfer.agent_metrics import AgentCounters
-from transfer.delivery import QueueFull, TransferJob, TransferQueue
-from transfer.engines import BadPages, Engine, page_array
+from transfer.delivery import TransferJob, TransferQueue
+from transfer.engines import BadPages, Engine, Rank, page_array
+from transfer.job_group import Ended, JobGroup
 from transfer.messages import PullBlocks, PullEnded
 from transfer.mooncake import LANDED_AFTER_S, TransferFailed
 
@@ -97,43 +99,46 @@ class PullJobs:
         engine, message = pull.engine, pull.message
         row_of = {key: row for row, key in enumerate(message.keys)}
         started, labels = time.monotonic(), _labels(engine.label, message, offsets)
+        shard = engine.layout.shard
+        slots = self._memory_address + np.fromiter(offsets.values(), np.int64, len(offsets))
+        pages = pages[[row_of[key] for key in offsets]]
+
+        def rank_job(rank: Rank, ended: Ended) -> TransferJob:
+            return TransferJob(
+                message.job,
+                rank.session_id,
+                shard,
+                rank.kv_addresses,
+                slots + rank.shard * shard.block_bytes,
+                pages,
+                started + message.deadline_s,
+                ended,
+                is_read=True,
+            )
 
         def ended(error: Exception | None) -> None:
-            self._ended(engine, job, labels, started, error)
+            self._ended(pull, labels, group.nbytes, started, error)
 
-        job = TransferJob(
-            message.job,
-            engine.session_id,
-            engine.layout,
-            engine.kv_addresses,
-            self._memory_address + np.fromiter(offsets.values(), np.int64, len(offsets)),
-            pages[[row_of[key] for key in offsets]],
-            started + message.deadline_s,
-            ended,
-            is_read=True,
-        )
-        try:
-            self._queue.submit(job)
-        except QueueFull as error:
-            ended(error)
-            return
-        engine.jobs[message.job] = self._queue, job
+        group = engine.jobs[message.job] = JobGroup(self._queue, ended)
+        # Ranks that hold the same heads compute the same KV: one of them is read.
+        holders = {rank.shard: rank for rank in reversed(engine.ranks)}
+        group.submit([partial(rank_job, rank) for rank in holders.values()])
 
     def _ended(
         self,
-        engine: Engine,
-        job: TransferJob,
+        pull: _Pull,
         labels: dict[BlockKey, BlockLabel],
+        nbytes: int,
         started: float,
         error: Exception | None,
     ) -> None:
-        keys = list(labels)
-        engine.jobs.pop(job.job, None)
-        self._counters.pulled(error is None, job.nbytes)
+        engine, job, keys = pull.engine, pull.message.job, list(labels)
+        engine.jobs.pop(job, None)
+        self._counters.pulled(error is None, nbytes)
         log.log(
             logging.INFO if error is None else logging.WARNING,
             "pull ended engine=%s job=%d blocks=%d bytes=%d seconds=%.4f error=%s",
-            *(engine.name, job.job, len(keys), job.nbytes, time.monotonic() - started),
+            *(engine.name, job, len(keys), nbytes, time.monotonic() - started),
             error or "",
         )
         if error is None:

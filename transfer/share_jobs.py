@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from storage.block import BlockKey, BlockLayout
 from storage.store_events import ShareSettled
 from storage.tiered_store import TieredStore
 from transfer.messages import ReadShare, ShareRead
@@ -20,6 +21,7 @@ class _Share(msgspec.Struct):
     """Where a plan's answer goes, and when the plan is released by itself."""
 
     client: bytes
+    keys: list[BlockKey]
     release: asyncio.TimerHandle
 
 
@@ -31,7 +33,10 @@ class ShareJobs:
         store: TieredStore,
         reply: Callable[[bytes, ShareRead], object],
         poll_store: Callable[[], None],
+        can_deliver: Callable[[BlockLayout], bool],
     ) -> None:
+        """``can_deliver``: whether the engines can be given blocks of a layout."""
+        self._can_deliver = can_deliver
         self._store = store
         self._reply = reply
         self._poll_store = poll_store
@@ -45,7 +50,7 @@ class ShareJobs:
         now = time.monotonic()
         loop = asyncio.get_running_loop()
         timer = loop.call_later(message.deadline_s, self._overdue, message.plan)
-        self._shares[message.plan] = _Share(client, timer)
+        self._shares[message.plan] = _Share(client, message.keys, timer)
         if message.zero_io:
             self._zero_io.add(message.plan)
             everything = [True] * len(message.keys)
@@ -74,10 +79,24 @@ class ShareJobs:
         )
         share = self._shares.get(event.plan)
         if share is not None:
-            answer = ShareRead(
-                event.plan, event.in_dram, event.read_bytes, event.queue_s, event.read_s
-            )
+            in_dram = self._deliverable(share.keys, event.in_dram)
+            answer = ShareRead(event.plan, in_dram, event.read_bytes, event.queue_s, event.read_s)
             self._reply(share.client, answer)
+
+    def _deliverable(self, keys: list[BlockKey], in_dram: list[bool]) -> list[bool]:
+        """Blocks whose heads are split otherwise than any engine needs are misses."""
+        pool = self._store.pool
+        deliverable = [
+            here and self._can_deliver(pool.label(key).layout)
+            for key, here in zip(keys, in_dram, strict=True)
+        ]
+        if deliverable != in_dram:
+            log.warning(
+                "%d blocks were stored by engines of another tensor parallel size, by which "
+                "the heads of the present ones do not divide: they are computed again",
+                sum(in_dram) - sum(deliverable),
+            )
+        return deliverable
 
     def _overdue(self, plan: int) -> None:
         log.warning("plan released at its deadline plan=%d", plan)

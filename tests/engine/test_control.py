@@ -33,7 +33,11 @@ def test_an_answer_that_fails_does_not_end_the_thread(client, tmp_path, caplog):
         return answer
 
     plans = Plans()
-    server = ControlServer(endpoint, plans, hello)
+
+    def on_plan(message: EnginePlan | EndPlan) -> None:
+        plans.put(message) if isinstance(message, EnginePlan) else plans.drop(message.rid)
+
+    server = ControlServer(endpoint, on_plan, hello)
     client.connect(endpoint)
     client.send(encode(Ping()))
     client.send(b"rubbish")

@@ -38,8 +38,9 @@ def test_each_engine_gets_an_agent_and_there_is_one_gateway():
     assert set(records["d2"].after) == {f"agent-{name}" for name in engines}
 
 
-def test_no_port_is_used_twice():
-    records = records_of(ClusterConfig(prefill=3, decode=4)).values()
+@pytest.mark.parametrize("engine_args", ["", "--tp 8"])
+def test_no_port_is_used_twice(engine_args):
+    records = records_of(ClusterConfig(prefill=3, decode=4, decode_args=engine_args)).values()
     ports: list[int] = [port for record in records for port in record.ports.values()]
     for record in records:
         ports += mooncake_ports(record)
@@ -175,3 +176,35 @@ def test_the_transport_is_chosen_and_explained(asked, device, devices, chosen):
 def test_rdma_without_a_device_is_refused():
     with pytest.raises(BadConfig, match="--transfer tcp"):
         choose_transfer("rdma", "cpu", [])
+
+
+def test_ranks_share_a_machine_and_unlike_sizes_stage_their_heads():
+    unlike = records_of(ClusterConfig(prefill_args="--tp 2", decode_args="--tp=1"))
+    assert unlike["p0"].env["SGLANG_CPU_OMP_THREADS_BIND"].count("|") == 1
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in unlike["d0"].env
+    assert len(mooncake_ports(unlike["p0"])) == 2 * len(mooncake_ports(unlike["d0"]))
+    for engine in ("p0", "d0"):
+        assert unlike[engine].env["SGLANG_DISAGG_STAGING_BUFFER"] == "1"
+    alike = records_of(ClusterConfig(engine_args="--tensor-parallel-size 2"))
+    assert "SGLANG_DISAGG_STAGING_BUFFER" not in alike["p0"].env
+
+
+def test_latent_kv_is_not_staged(tmp_path):
+    (tmp_path / "config.json").write_text('{"kv_lora_rank": 64}')
+    config = ClusterConfig(decode_args="--tp 2")
+    records = {record.name: record for record in process_records(config, tmp_path, CPU)}
+    assert "SGLANG_DISAGG_STAGING_BUFFER" not in records["d0"].env
+
+
+def test_engines_of_unlike_sizes_take_their_gpus_in_turn():
+    config = ClusterConfig(prefill=2, decode=2, decode_args="--tp 4")
+    gpus = Hardware("cuda", "rdma", "test")
+    records = {record.name: record for record in process_records(config, MODEL, gpus)}
+    first = [flag_value(records[name], "--base-gpu-id") for name in ("p0", "p1", "d0", "d1")]
+    assert first == ["0", "1", "2", "6"]
+
+
+def test_a_layer_window_is_refused_for_several_ranks():
+    config = ClusterConfig(prefill_layer_window="2", prefill_args="--tp 2")
+    with pytest.raises(BadConfig, match="one rank"):
+        process_records(config, MODEL, CPU)

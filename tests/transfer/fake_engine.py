@@ -18,10 +18,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from storage.block import BlockKey, BlockLayout, Namespace
-from transfer.messages import JobEnded, Message, PullEnded, RegisterEngine, decode, encode
+from transfer.messages import (
+    JobEnded,
+    Message,
+    PullEnded,
+    RankMemory,
+    RegisterEngine,
+    decode,
+    encode,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUT = BlockLayout(page_tokens=4, num_layers=4, component_bytes=(4096, 2048))
@@ -54,9 +63,11 @@ class FakeEngine:
         incarnation: int = 1,
         pages: int = 64,
         layout: BlockLayout = LAYOUT,
+        ranks: int = 1,
     ) -> None:
-        layout_fields = [layout.page_tokens, layout.num_layers, layout.component_bytes]
-        config = json.dumps([name, agents, incarnation, pages, layout_fields])
+        """``layout.shards`` is how many parts the ``ranks`` split a block into."""
+        fields = [layout.page_tokens, layout.num_layers, layout.component_bytes, layout.shards]
+        config = json.dumps([name, agents, incarnation, pages, fields, ranks])
         self.layout = layout
         self.process = subprocess.Popen(
             [sys.executable, __file__, config],
@@ -71,6 +82,7 @@ class FakeEngine:
         self._changed = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
         self.board_address: int = self._answers.get(timeout=20)
+        """Of the first rank."""
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -113,13 +125,13 @@ class FakeEngine:
         for page in pages:
             self.fill(page, first_block + page - pages.start)
 
-    def page_bytes(self, page: int) -> bytes:
-        """A page's bytes as a block."""
-        return base64.b64decode(self._ask("page", page))
+    def page_bytes(self, page: int, rank: int = 0) -> bytes:
+        """A page's bytes at one rank: a block's shard."""
+        return base64.b64decode(self._ask("page", page, rank))
 
-    def board(self, slot: int) -> tuple[int, int]:
+    def board(self, slot: int, rank: int = 0) -> tuple[int, int]:
         """(job, code) of a completion word."""
-        word = self._ask("board", slot)
+        word = self._ask("board", slot, rank)
         return word >> 16, word & 0xFFFF
 
     def wait_end(self, job: int, timeout_s: float = 15) -> JobEnded | PullEnded:
@@ -158,6 +170,8 @@ def _say(record: dict[str, Any]) -> None:
 
 
 class _Pool:
+    """One rank's memory; ``layout`` is that of a shard."""
+
     def __init__(self, pages: int, layout: BlockLayout) -> None:
         self.layout = layout
         self.buffers = [
@@ -182,20 +196,25 @@ def main() -> None:
     from transfer.client import AgentLinks
     from transfer.mooncake import TransferPeer
 
-    name, agents, incarnation, pages, layout_fields = json.loads(sys.argv[1])
-    layout = BlockLayout(layout_fields[0], layout_fields[1], tuple(layout_fields[2]))
-    pool = _Pool(pages, layout)
+    name, agents, incarnation, pages, fields, ranks = json.loads(sys.argv[1])
+    layout = BlockLayout(fields[0], fields[1], tuple(fields[2]), fields[3])
+    shard = layout.shard
+    pools = [_Pool(pages, shard) for _ in range(ranks)]
     peer = TransferPeer("127.0.0.1", "tcp")
-    for array in [pool.board, *(buffer for layer in pool.buffers for buffer in layer)]:
-        peer.register(int(array.ctypes.data), array.nbytes)
-    addresses = [[int(buffer.ctypes.data) for buffer in layer] for layer in pool.buffers]
-    hello = RegisterEngine(name, incarnation, peer.session_id, namespace(layout), addresses)
+    memories = []
+    for pool in pools:
+        for array in [pool.board, *(buffer for layer in pool.buffers for buffer in layer)]:
+            peer.register(int(array.ctypes.data), array.nbytes)
+        addresses = [[int(buffer.ctypes.data) for buffer in layer] for layer in pool.buffers]
+        memories.append(RankMemory(peer.session_id, addresses, int(pool.board.ctypes.data)))
+    whole = msgspec.structs.replace(layout, shards=1)
+    hello = RegisterEngine(name, incarnation, namespace(whole), layout.shards, memories)
 
     def on_message(agent: str, message: Message) -> None:
         _say({"message": base64.b64encode(encode(message)).decode()})
 
     links = AgentLinks(agents, hello, on_message)
-    _say({"answer": int(pool.board.ctypes.data)})
+    _say({"answer": memories[0].board_address})
     for line in sys.stdin:
         match json.loads(line):
             case ["incarnation", agent]:
@@ -203,13 +222,17 @@ def main() -> None:
             case ["send", agent, frame]:
                 answer = links.send(agent, decode(base64.b64decode(frame)))
             case ["fill", page, content]:
-                answer = pool.fill(page, base64.b64decode(content))
-            case ["page", page]:
-                answer = base64.b64encode(pool.page(page)).decode()
+                answer = None
+                whole_block = base64.b64decode(content)
+                for rank, pool in enumerate(pools):
+                    start = rank * layout.shards // ranks * shard.block_bytes
+                    pool.fill(page, whole_block[start : start + shard.block_bytes])
+            case ["page", page, rank]:
+                answer = base64.b64encode(pools[rank].page(page)).decode()
             case ["session"]:
                 answer = peer.session_id
-            case ["board", slot]:
-                answer = int(pool.board[slot])
+            case ["board", slot, rank]:
+                answer = int(pools[rank].board[slot])
         _say({"answer": answer})
 
 

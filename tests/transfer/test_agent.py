@@ -47,9 +47,7 @@ def store(engine, job: int, blocks: range) -> None:
 def deliver(engine, job: int, plan: int, blocks: range, pages: range, slot: int = 0, **fields):
     keys = [key_of(block) for block in blocks]
     order = {"urgent": True, "deadline_s": 10.0, **fields}
-    engine.send(
-        "a0", Deliver(job, plan, keys, list(pages), engine.board_address + 8 * slot, **order)
-    )
+    engine.send("a0", Deliver(job, plan, keys, list(pages), slot, **order))
 
 
 def assert_delivered(engine, pages: range, blocks: range) -> None:

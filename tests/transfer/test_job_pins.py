@@ -17,7 +17,7 @@ from transfer.credits import CreditBoard
 from transfer.deliver_jobs import DeliverJobs
 from transfer.delivery import JobCancelled
 from transfer.engines import Engine, Engines
-from transfer.messages import Deliver, PullBlocks, PullEnded, RegisterEngine
+from transfer.messages import Deliver, PullBlocks, PullEnded, RankMemory, RegisterEngine
 from transfer.mooncake import TransferFailed
 
 SLOTS = 4
@@ -43,7 +43,7 @@ def world():
     replies, queue, counters = [], StoppedQueue(), AgentCounters()
     addresses = np.zeros((LAYOUT.num_layers, 2), int).tolist()
     credits = CreditBoard(lambda address, length: None)
-    hello = RegisterEngine("p0", 1, "h:1", namespace(), addresses)
+    hello = RegisterEngine("p0", 1, namespace(), 1, [RankMemory("h:1", addresses, 0)])
     engine = Engine(b"id", hello, credits.take())
 
     def reply(engine, message) -> None:
@@ -151,7 +151,8 @@ def test_only_the_newest_incarnation_of_an_engine_is_known():
     addresses = [[0, 0]] * LAYOUT.num_layers
 
     def hello(incarnation: int, session: str) -> RegisterEngine:
-        return RegisterEngine("p0", incarnation, session, namespace(), addresses)
+        ranks = [RankMemory(session, addresses, 0)]
+        return RegisterEngine("p0", incarnation, namespace(), 1, ranks)
 
     old, _ = engines.register(b"a", hello(5, "h:1"))
     new, replaced = engines.register(b"b", hello(6, "h:2"))

@@ -1,0 +1,38 @@
+"""What there is to know of a process to run it, and to see whether it lives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class HealthCheck:
+    """How to ask a process for a sign of life."""
+
+    kind: str
+    """"http": GET ``target``; "zmq": ``Ping`` to the control endpoint ``target``."""
+    target: str
+    any_status: bool = False
+    """An HTTP answer of any status counts, not 200 alone."""
+
+
+@dataclass(frozen=True)
+class ProcessRecord:
+    """All that is needed to run one process, on this machine or another."""
+
+    name: str
+    kind: str
+    """"agent", "engine" or "gateway"."""
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    """Added to the environment of whoever starts it."""
+    host: str
+    ports: Mapping[str, int]
+    """Ports that must be free at the start, by purpose."""
+    ready: tuple[HealthCheck, ...]
+    """All must pass before the process counts as started."""
+    alive: HealthCheck
+    """Must keep passing from then on."""
+    after: tuple[str, ...] = field(default=())
+    """Processes that must be ready before this one is started."""

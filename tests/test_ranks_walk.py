@@ -1,0 +1,157 @@
+"""Tensor-parallel engines: tokens are those of plain SGLang of the same size, whatever path a
+block took and by whichever number of ranks it was computed. Pools are poisoned."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from launch.models import resolve_model
+from tests import mla_model
+from tests.cluster import GREEDY, Cluster, plain_sglang, post, running_cluster
+
+PAGE = 64
+BLOCK_BYTES = 8192 * PAGE
+LENGTHS = (64, 65, 3000)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(300, 2000), k=length)
+
+
+def expected_hit(length: int) -> int:
+    return (length - 1) // PAGE * PAGE
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def plain(folder) -> Iterator[Callable[..., list[int]]]:
+    """Greedy tokens of plain SGLang with two ranks, remembered."""
+    known: dict[str, list[int]] = {}
+    with plain_sglang(resolve_model("tiny"), folder, "--tp", "2") as url:
+
+        def generate(input_ids: list[int], **params) -> list[int]:
+            sampling = {**GREEDY, **params}
+            name = repr((input_ids, sorted(sampling.items())))
+            if name not in known:
+                body = {"input_ids": input_ids, "sampling_params": sampling}
+                known[name] = post(f"{url}/generate", body).body["output_ids"]
+            return known[name]
+
+        yield generate
+
+
+@contextlib.contextmanager
+def cluster_of(folder, prefill_tp: int, decode_tp: int) -> Iterator[Cluster]:
+    """All clusters of this file have one store after another."""
+    flags = ["--model", "tiny", "--poison-kv", "--load-policy", "always"]
+    flags += ["--dram-bytes", str(200 * BLOCK_BYTES), "--ssd-dir", str(folder / "ssd")]
+    flags += ["--prefill-args", f"--tp {prefill_tp}", "--decode-args", f"--tp {decode_tp}"]
+    with running_cluster(folder / f"p{prefill_tp}d{decode_tp}", *flags) as running:
+        yield running
+
+
+def check_hits(cluster, plain, *policies: str) -> None:
+    """Every prompt is in the store as a whole, and is answered from it."""
+    for policy in policies:
+        cluster.set_policy(policy)
+        cluster.flush_engines()
+        for length in LENGTHS:
+            answer = cluster.generate(prompt(length, length))
+            assert answer.output_ids == plain(prompt(length, length)), (policy, length)
+            assert answer.cached_tokens == expected_hit(length), (policy, length)
+            hit_bytes = expected_hit(length) // PAGE * BLOCK_BYTES
+            assert set(answer.trace["delivered_bytes"].values()) <= {hit_bytes}
+
+
+def check_turns(cluster, plain, seed: int) -> None:
+    """A second turn finds the first one, generated tokens included."""
+    first = prompt(900, seed)
+    reply = cluster.generate(first, sampling_params={"max_new_tokens": 100}).output_ids
+    assert reply == plain(first, max_new_tokens=100)
+    cluster.wait_stored()
+    cluster.flush_engines()
+    second = first + reply + prompt(40, seed + 1)
+    answer = cluster.generate(second)
+    assert answer.output_ids == plain(second)
+    assert answer.cached_tokens == (len(first) + len(reply) - 1) // PAGE * PAGE
+
+
+def test_two_ranks_on_both_sides(folder, plain):
+    with cluster_of(folder, 2, 2) as cluster:
+        for length in LENGTHS:
+            cold = cluster.generate(prompt(length, length))
+            assert cold.output_ids == plain(prompt(length, length)), length
+            assert cold.cached_tokens == 0
+        cluster.wait_stored()
+        check_hits(cluster, plain, "prefill", "decode")
+        check_turns(cluster, plain, seed=10)
+        check_agents_that_die(cluster, plain)
+
+
+def check_agents_that_die(cluster, plain) -> None:
+    """kill -9 of both agents while they deliver: each answer is right, and no page leaks
+    (SGLang's own check is on and would end the engine)."""
+    engines = cluster.incarnations("engines")
+    turns = [prompt(3000, 3000) + prompt(20, 50 + i) for i in range(6)]
+    cluster.flush_engines()
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(cluster.generate, turn) for turn in turns]
+        time.sleep(0.4)
+        for agent in ("agent-p0", "agent-d0"):
+            cluster.signal(agent, signal.SIGKILL)
+        assert [a.result().output_ids for a in answers] == [plain(turn) for turn in turns]
+    cluster.wait_until(lambda: len(cluster.incarnations("agents")) == 2, 30, "agents are back")
+    time.sleep(2)
+    cluster.flush_engines()
+    assert cluster.generate(turns[0]).output_ids == plain(turns[0])
+    assert cluster.incarnations("engines") == engines
+
+
+@pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(2, 1), (1, 2)])
+def test_unlike_sizes_and_the_blocks_of_others(folder, plain, prefill_tp, decode_tp):
+    """Blocks come from the test before, with two ranks at D."""
+    with cluster_of(folder, prefill_tp, decode_tp) as cluster:
+        check_hits(cluster, plain, "split")
+        check_turns(cluster, plain, seed=20 + prefill_tp)
+        started = time.monotonic()
+        cold = prompt(3000, seed=30 + prefill_tp)
+        assert cluster.generate(cold).output_ids == plain(cold)
+        assert time.monotonic() - started < 20  # token by token it takes a minute
+
+
+def test_latent_kv_is_stored_once_and_delivered_whole_to_each_rank(folder, monkeypatch):
+    """MLA, with experts in the last layers, from one rank to two."""
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    model = folder / "mla"
+    mla_model.build(model, tokenizer_of=resolve_model("tiny"))
+    prompts = [prompt(length, length) for length in (65, 1500)]
+    expected = [mla_model.reference(model, ids, 16) for ids in prompts]
+    flags = ["--model", str(model), "--poison-kv", "--load-policy", "always"]
+    flags += ["--dram-bytes", str(200 * mla_model.BLOCK_BYTES), "--decode-args", "--tp 2"]
+    with running_cluster(folder / "mla-cluster", *flags) as cluster:
+        assert [cluster.generate(ids).output_ids for ids in prompts] == expected
+        cluster.wait_stored()
+        stored = sum((len(ids) + 15) // PAGE for ids in prompts) * mla_model.BLOCK_BYTES
+        assert cluster.metric_sum("dualpath:agent_pulled_bytes_total") == stored
+        for policy in ("prefill", "split"):
+            cluster.set_policy(policy)
+            cluster.flush_engines()
+            for ids, tokens in zip(prompts, expected, strict=True):
+                answer = cluster.generate(ids)
+                assert answer.output_ids == tokens
+                assert answer.cached_tokens == expected_hit(len(ids))
+                hit_bytes = expected_hit(len(ids)) // PAGE * mla_model.BLOCK_BYTES
+                assert answer.trace["delivered_bytes"] == {"p0": hit_bytes, "d0": 2 * hit_bytes}
