@@ -62,6 +62,7 @@ class SsdDevice:
         self.path = folder
         self.is_failed = False
         self.slabs: dict[int, Slab] = {}
+        self._held_bytes = 0
         self._with_room: defaultdict[int, list[Slab]] = defaultdict(list)
         """Slabs with a free slot, by the size of their slots."""
         self._is_restored = False
@@ -97,6 +98,7 @@ class SsdDevice:
                 self.slabs[slab.number] = slab
             elif slab is not None:  # its maker was killed before it was preallocated
                 slab.delete()
+        self._count_held()
         if self.capacity_bytes < self._capacity_bytes:
             logger.warning(
                 "SSD directory %s has room for %d bytes of its capacity of %d bytes",
@@ -119,6 +121,7 @@ class SsdDevice:
                 break
             del records[number]
             self.slabs.pop(number).delete()
+            self._count_held()
         apply_drops(records.values(), self._folder.notes.drops(), self._owner_numbers)
         self._is_restored = True
         return records
@@ -186,9 +189,9 @@ class SsdDevice:
         """Others have filled the disk: a slab should go."""
         return self._free_bytes() < 0
 
-    @property
-    def _held_bytes(self) -> int:
-        return sum(slab.nbytes for slab in self.slabs.values())
+    def _count_held(self) -> None:
+        """After slabs came or went."""
+        self._held_bytes = sum(slab.nbytes for slab in self.slabs.values())
 
     def _free_bytes(self) -> int:
         """For new slabs; negative where not even the minimum is free."""
@@ -224,6 +227,7 @@ class SsdDevice:
         slab = Slab(self.path, self._next_number, slot_bytes, num_slots, self._folder.direct_flag)
         self._next_number += 1
         self.slabs[slab.number] = slab
+        self._count_held()
         self._with_room[slot_bytes].append(slab)
         return True
 
@@ -251,6 +255,7 @@ class SsdDevice:
 
     def _forget(self, slab: Slab) -> None:
         del self.slabs[slab.number]
+        self._count_held()
         if slab.free:
             self._with_room[slab.slot_bytes].remove(slab)
 
