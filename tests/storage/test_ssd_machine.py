@@ -110,9 +110,11 @@ class SsdMachine(RuleBasedStateMachine):
         self.damaged.add(key)
 
     def teardown(self) -> None:
-        self.get(KEYS)
-        self.tier.close()
-        shutil.rmtree(self.root)
+        try:
+            self.get(KEYS)
+        finally:
+            self.tier.close()
+            shutil.rmtree(self.root)
 
 
 TestSsd = SsdMachine.TestCase
