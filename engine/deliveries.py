@@ -7,14 +7,16 @@ completion board says so.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
 from engine.completion_board import BoardFull, CompletionBoard
+from engine.forward_clock import Waits
 from engine.jobs import Jobs
 from engine.plans import HeldPlan
 from engine.rank_group import SilentLinks
@@ -97,6 +99,7 @@ class Deliveries:
         self.failed_total = 0
         self.waited_s = [0.0] * num_layers
         """How long forwards have waited for KV, by layer."""
+        self._waited_cpu_s = 0.0
 
     def start(
         self, plan: HeldPlan, first_block: int, pages: Sequence[int], first_position: int = -1
@@ -160,7 +163,18 @@ class Deliveries:
     def wait_layer(self, delivery: Delivery, layer: int) -> None:
         """Return when ``layer`` is ready or the delivery has failed; never later than its
         timeout. Called in the forward's thread: it sleeps without the GIL."""
-        began_s = time.monotonic()
-        while not delivery.error and delivery.layers_ready(self.board) <= layer:
-            time.sleep(_POLL_S)
+        with self.waiting(layer):
+            while not delivery.error and delivery.layers_ready(self.board) <= layer:
+                time.sleep(_POLL_S)
+
+    @contextlib.contextmanager
+    def waiting(self, layer: int) -> Iterator[None]:
+        """Count what passes as time in which a forward waits for KV."""
+        began_s, began_cpu_s = time.monotonic(), time.thread_time()
+        yield
         self.waited_s[layer] += time.monotonic() - began_s
+        self._waited_cpu_s += time.thread_time() - began_cpu_s
+
+    def waits(self) -> Waits:
+        """Of all forwards so far."""
+        return Waits(sum(self.waited_s), self._waited_cpu_s)

@@ -89,11 +89,11 @@ class WindowForward:
 
     def before_layer(self, layer: int) -> None:
         """Return when the layer's buffer is free and its prefix is there, or has failed."""
-        deliveries, began_s = self._window.deliveries, time.monotonic()
-        self._window.ring.wait_free(self.first_position + layer)
-        for read in self.reads:
-            read.wait_layer(layer)
-        deliveries.waited_s[layer] += time.monotonic() - began_s
+        deliveries = self._window.deliveries
+        with deliveries.waiting(layer):
+            self._window.ring.wait_free(self.first_position + layer)
+            for read in self.reads:
+                read.wait_layer(layer)
         for delivery in self.deliveries:
             deliveries.wait_layer(delivery, layer)
 

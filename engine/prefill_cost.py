@@ -18,6 +18,9 @@ SAMPLES_MIN = 3
 TOKENS_MIN = 256
 """New tokens that must have been computed before anything is said."""
 JITTER_S = 0.01
+SURPRISE_MAX = 2.0
+"""With a profile, a forward counts as so many times its estimate at most: one that was held up
+spoils little, and an engine that has become slower is still followed."""
 _RIDGE = np.array([1e-6, 1e-5, 1e-6, 1e-5, 1e-6, 1e-4, 1e-4])
 """Without a profile: of terms that the traffic does not tell apart, the first ones pay."""
 _PROFILE_WEIGHT = 0.02
@@ -58,6 +61,9 @@ class CostFit:
         """
         new = np.fromiter(new_tokens, float)
         row = batch_terms(np.fromiter(context_tokens, float), new)
+        if self._profile is not None and (cost := self.cost()) is not None:
+            expected_s = float(coefficients(cost) @ row)
+            seconds = min(seconds, SURPRISE_MAX * expected_s + JITTER_S)
         if weight is None:
             # Not one over what was measured: that would favour the times when it was fast.
             weight = 1.0 if self._profile is None else relative(float(self._profile @ row))

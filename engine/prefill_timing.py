@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
-from engine.forward_clock import ForwardClock, ForwardSample
+from engine.forward_clock import ForwardClock, ForwardSample, Waits
 from engine.prefill_cost import CostFit, relative
 from engine.quota_chunking import QuotaChunking
 from engine.user_cache import keep
@@ -26,12 +26,12 @@ class PrefillTiming:
     """Fitted costs of a whole forward, and of the attention in it, which the quota is about.
 
     The ranks of an engine must pack alike, as SGLang's ranks decide each for itself: all
-    reckon with the slowest one's times. ``waited_s`` says how long forwards have waited for
-    KV so far: that is not the engine's speed.
+    reckon with the slowest one's times. ``waits`` says what forwards have spent waiting
+    for KV so far.
     """
 
     def __init__(
-        self, scheduler: Any, quota_s: float | None, waited_s: Callable[[], float] = float
+        self, scheduler: Any, quota_s: float | None, waits: Callable[[], Waits] = Waits
     ) -> None:
         self._scheduler = scheduler
         self._quota_s = quota_s
@@ -39,7 +39,7 @@ class PrefillTiming:
         self._group = scheduler.attn_tp_cpu_group if ranks_pack else None
         self.forward, self.attention = CostFit(), CostFit()
         self.quota: QuotaChunking | None = None
-        self.clock = ForwardClock(scheduler.device, waited_s, self._slowest, self._note)
+        self.clock = ForwardClock(scheduler.device, waits, self._slowest, self._note)
 
     def start_quota(self, model_digest: str, page_tokens: int) -> None:
         """Profile the engine, or read its last profile, and pack to the quota from now on.

@@ -105,7 +105,7 @@ class EngineRuntime:
         self._weight_updates = 0
         self.plans = Plans()
         self.prefill_timing = PrefillTiming(
-            scheduler, config.prefill_quota_s, lambda: sum(self.deliveries.waited_s)
+            scheduler, config.prefill_quota_s, lambda: self.deliveries.waits()
         )
         self.holds = PageHolds(allocator)
         self.jobs = Jobs(self.incarnation, self.holds, tell=self._tell_job_over)

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from engine.forward_clock import ForwardClock, ForwardSample
+from engine.deliveries import Deliveries
+from engine.forward_clock import ForwardClock, ForwardSample, Waits
 from engine.prefill_timing import PrefillTiming, QuotaUnusable
 from engine.user_cache import keep
 
@@ -30,12 +31,13 @@ def busy(seconds: float) -> None:
 
 
 def test_attention_is_a_part_of_the_forward_and_waiting_is_no_part_of_either():
-    waits, seen = [], []
-    clock = ForwardClock("cpu", lambda: sum(waits), lambda seconds: seconds, seen.append)
+    deliveries, seen = Deliveries(None, None, None, 1, 1.0, urgent=True, tell_failure=print), []
+    clock = ForwardClock("cpu", deliveries.waits, lambda seconds: seconds, seen.append)
 
     def layer():
-        time.sleep(0.05)  # for a delivery
-        waits.append(0.05)
+        with deliveries.waiting(0):
+            time.sleep(0.05)
+            busy(0.03)  # polling
         busy(0.02)
 
     def forward():
@@ -48,12 +50,13 @@ def test_attention_is_a_part_of_the_forward_and_waiting_is_no_part_of_either():
     (sample,) = seen
     assert (sample.new_tokens, sample.context_tokens) == ([100, 30], [0, 640])
     assert 0.04 <= sample.attention_s < 0.055
-    assert sample.attention_s + 0.015 < sample.forward_s < 0.5
+    assert sample.attention_s + 0.015 < sample.forward_s
+    assert deliveries.waits().wall_s >= 0.16 and deliveries.waits().cpu_s >= 0.06
 
 
 def test_attention_that_hands_over_to_another_backend_counts_once():
     seen = []
-    clock = ForwardClock("cpu", float, lambda seconds: seconds, seen.append)
+    clock = ForwardClock("cpu", Waits, lambda seconds: seconds, seen.append)
     inner = lambda: clock.attention(lambda: busy(0.02))  # noqa: E731
     clock.forward(lambda: clock.attention(inner), forward_batch())
     assert 0.02 <= seen[0].attention_s < 0.035
@@ -61,7 +64,7 @@ def test_attention_that_hands_over_to_another_backend_counts_once():
 
 def test_forwards_of_no_prompt_and_attention_outside_of_one_are_only_run():
     seen = []
-    clock = ForwardClock("cpu", float, lambda seconds: seconds, seen.append)
+    clock = ForwardClock("cpu", Waits, lambda seconds: seconds, seen.append)
     assert clock.forward(lambda: 1, forward_batch(extends=False)) == 1
     assert clock.attention(lambda: 2) == 2
     assert seen == []
@@ -69,7 +72,7 @@ def test_forwards_of_no_prompt_and_attention_outside_of_one_are_only_run():
 
 def test_the_ranks_of_an_engine_reckon_with_the_slowest():
     seen = []
-    clock = ForwardClock("cpu", float, lambda seconds: [9.0, 8.0], seen.append)
+    clock = ForwardClock("cpu", Waits, lambda seconds: [9.0, 8.0], seen.append)
     clock.forward(lambda: None, forward_batch())
     assert (seen[0].forward_s, seen[0].attention_s) == (9.0, 8.0)
 

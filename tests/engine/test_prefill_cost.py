@@ -71,6 +71,21 @@ def test_a_profile_keeps_its_shape_where_the_traffic_shows_none():
         assert seconds_of(fit.cost(), chunk) == pytest.approx(expected, rel=0.05), chunk
 
 
+def test_a_forward_that_was_held_up_spoils_little():
+    fit, chunk = CostFit(CPU_LIKE), (200, 2816)
+    for n in range(20):
+        note(fit, seconds_of(CPU_LIKE, chunk) * (20 if n == 3 else 1), chunk)
+    assert seconds_of(fit.cost(), chunk) == pytest.approx(seconds_of(CPU_LIKE, chunk), rel=0.1)
+
+
+def test_an_engine_far_slower_than_its_profile_is_followed():
+    fit, chunk = CostFit(CPU_LIKE), (1024, 4096)
+    for _ in range(40):
+        note(fit, 5 * seconds_of(CPU_LIKE, chunk), chunk)
+    expected = 5 * seconds_of(CPU_LIKE, chunk)
+    assert seconds_of(fit.cost(), chunk) == pytest.approx(expected, rel=0.25)
+
+
 def test_traffic_overrules_a_profile_that_was_wrong():
     fit, rng = CostFit(PrefillCost(0.0, 0.0, 4e-8)), random.Random(3)
     for _ in range(300):
