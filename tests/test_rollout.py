@@ -1,0 +1,83 @@
+"""Rollout jobs on a real cluster: gateway, engines, agents, store."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "launch"))
+
+from rollout_jobs import keys, run, start, summary, wait_until, what_was_sampled, write_jsonl
+
+from tests.cluster import running_cluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+WORDS = "the of and water storage reader block network long time number people".split()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    flags = ["--model", "tiny", "--poison-kv", "--load-policy", "always"]
+    with running_cluster(tmp_path_factory.mktemp("cluster"), *flags) as running:
+        yield running
+
+
+def words(count: int, seed: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=count))
+
+
+def chats(count: int, length: int) -> list[dict]:
+    return [
+        {
+            "messages": [
+                {"role": "system", "content": words(length, seed)},
+                {"role": "user", "content": f"Say something about {WORDS[seed % len(WORDS)]}."},
+            ],
+        }
+        for seed in range(count)
+    ]
+
+
+def samples_kept(output: Path) -> int:
+    """In shards or in the journal, of a job that may be running."""
+    shards = sum(pq.read_metadata(shard).num_rows for shard in output.glob("*.parquet"))
+    try:
+        journal = [path.read_bytes() for path in (output / "_job" / "journal").glob("*.jsonl")]
+    except FileNotFoundError:  # it became a shard this very moment
+        return 0
+    return shards + sum(content.count(b"\n") for content in journal)
+
+
+def test_forty_prompts_twice_killed_and_resumed(cluster, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", chats(40, 40))
+    flags = ("--n", "2", "--temperature", "0", "--max-new-tokens", "8", "--concurrency", "8")
+    flags += ("--shard-bytes", "20KB")
+    for acknowledged in (10, 30, 50):
+        job = start(source, tmp_path / "killed", cluster.url, *flags)
+        wait_until(lambda count=acknowledged: samples_kept(tmp_path / "killed") >= count, 60)
+        job.kill()
+        job.communicate(timeout=10)
+        assert job.returncode == -signal.SIGKILL
+    assert run(source, tmp_path / "killed", cluster.url, *flags) == 0
+    assert summary(tmp_path / "killed")["done_before"] > 0
+    assert keys(tmp_path / "killed") == [(row, sample) for row in range(40) for sample in (0, 1)]
+    assert run(source, tmp_path / "undisturbed", cluster.url, *flags) == 0
+    assert what_was_sampled(tmp_path / "killed") == what_was_sampled(tmp_path / "undisturbed")
+
+
+def test_the_gateway_dies_in_mid_job(cluster, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", chats(12, 60))
+    flags = ("--temperature", "0", "--max-new-tokens", "24", "--concurrency", "2")
+    job = start(source, tmp_path / "out", cluster.url, *flags)
+    wait_until(lambda: samples_kept(tmp_path / "out") >= 3, 60)
+    cluster.signal("launch.gateway", signal.SIGKILL)
+    _, text = job.communicate(timeout=90)
+    assert job.returncode == 0, text
+    assert summary(tmp_path / "out")["retries"] > 0, text
+    assert keys(tmp_path / "out") == [(row, 0) for row in range(12)]
