@@ -7,6 +7,8 @@ ports, keep everything below one folder, and are ended by their process ids.
 
 from __future__ import annotations
 
+import contextlib
+import random
 import shutil
 import socket
 import subprocess
@@ -20,6 +22,7 @@ from typing import Any
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph")
 START_TIMEOUT_S = 60.0
+_PORTS = range(10240, 16384)
 
 _CONFIG = """[global]
 fsid={fsid}
@@ -172,6 +175,10 @@ def missing_programs() -> list[str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Below the ports that the kernel gives to outgoing connections: one of those could be
+    taken again before the daemon binds it."""
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no free port in {_PORTS}")

@@ -18,7 +18,7 @@ def test_clients_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(store_remote, "READ_BLOCKS", 16)
     monkeypatch.setattr(store_remote, "SMALL_BLOCKS", 64)
     monkeypatch.setattr(store_remote, "HEDGED_READS", 60)
-    monkeypatch.setattr(store_remote, "SLOW_PART", 0.1)
+    monkeypatch.setattr(store_remote, "SLOW_EVERY", 10)
     monkeypatch.setattr(store_remote, "_in_a_process_of_its_own", lambda folder, rounds: {})
     figures = measure_remote(tmp_path / "remote", 1)
     clients = figures["clients"]

@@ -24,7 +24,7 @@ from rollout_jobs import (
 )
 
 KILLS = 24
-ROWS, N = 60, 2
+ROWS, N = 120, 2
 
 
 pytest_plugins = ["rollout_stub"]
@@ -41,7 +41,7 @@ def test_killed_at_random_points_it_completes_what_is_missing(stub, tmp_path):
     flags += ("--concurrency", "4", "--shard-bytes", "3000")
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "killed"
     assert run(source, undisturbed, stub.url, *flags) == 0
-    stub.set(delay_s=0.1)
+    stub.set(delay_s=0.25)  # so that even a fast machine is not through before the last kill
     chance = random.Random(5)
     before = stub.counts()["requests"]
     for kill in range(KILLS):
