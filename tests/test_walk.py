@@ -253,9 +253,11 @@ def _damage_all(base, damage: str) -> None:
             with path.open("r+b") as file:
                 file.truncate(path.stat().st_size // 2)
         else:
+            size, step = path.stat().st_size, BLOCK_BYTES // 4
             with path.open("r+b") as file:
-                file.seek(path.stat().st_size // 2)
-                file.write(b"\xa5" * 64)
+                for offset in range(size // 2 % step, size, step):  # in every block
+                    file.seek(offset)
+                    file.write(b"\xa5" * 64)
 
 
 def test_two_cache_salts_never_share(cluster, plain):
