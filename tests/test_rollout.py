@@ -12,13 +12,37 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "launch"))
 
-from rollout_jobs import keys, run, start, summary, wait_until, what_was_sampled, write_jsonl
+from rollout_jobs import (
+    keys,
+    run,
+    samples,
+    start,
+    summary,
+    wait_until,
+    what_was_sampled,
+    write_jsonl,
+)
 
+from launch.rollout.env import Done, Reply, Say
 from tests.cluster import running_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+PAGE, BLOCK_BYTES = 64, 8192 * 64
+TURNS = 3
 WORDS = "the of and water storage reader block network long time number people".split()
+
+
+class Questions:
+    """Asks something after each turn; the reward counts the turns."""
+
+    def __init__(self, row):
+        self.row = row
+
+    async def reply(self, reply: Reply) -> Say | Done:
+        if reply.turn + 1 == TURNS:
+            return Done(reward=float(TURNS))
+        return Say(text=f"And {self.row['topic']}, question {reply.turn}?")
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +63,37 @@ def chats(count: int, length: int) -> list[dict]:
                 {"role": "system", "content": words(length, seed)},
                 {"role": "user", "content": f"Say something about {WORDS[seed % len(WORDS)]}."},
             ],
+            "topic": WORDS[seed % len(WORDS)],
         }
         for seed in range(count)
     ]
+
+
+def test_masked_tokens_have_the_logprobs_that_the_engine_recomputes(cluster, tmp_path):
+    """Every generated token of every turn: its recorded log-probability is that of a forward
+    over the sample's own ids."""
+    source = write_jsonl(tmp_path / "in.jsonl", chats(3, 150))
+    flags = ("--env", f"{__name__}:Questions", "--n", "2", "--logprobs", "--max-new-tokens", "12")
+    assert run(source, tmp_path / "out", cluster.url, *flags, "--temperature", "1.0") == 0
+    for row in samples(tmp_path / "out"):
+        ids, mask = row["token_ids"], row["loss_mask"]
+        assert sum(mask) == sum(turn["generated_tokens"] for turn in row["turns"])
+        assert len(row["turns"]) == TURNS and row["reward"] == TURNS
+        assert row["weight_version"] == "default"
+        again = cluster.generate(
+            ids,
+            return_logprob=True,
+            logprob_start_len=0,
+            sampling_params={"max_new_tokens": 1},
+        )
+        recomputed = again.body["meta_info"]["input_token_logprobs"]
+        assert [token for _, token, _ in recomputed] == ids
+        for place, generated in enumerate(mask):
+            if not generated:
+                assert row["logprobs"][place] is None
+                continue
+            # SGLang's is that after the temperature, which is 1 here.
+            assert row["logprobs"][place] == pytest.approx(recomputed[place][0], abs=2e-3), place
 
 
 def samples_kept(output: Path) -> int:
