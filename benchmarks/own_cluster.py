@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from launch.rollout.own_cluster import stop
 
 HOST = "127.0.0.1"
 PORT_FIRST, PORT_LAST, PORT_STEP = 20000, 31000, 640
@@ -51,7 +52,7 @@ def own_cluster(policy: str, flags: Sequence[str], start_timeout_s: float) -> It
             _wait_healthy(process, url, output, start_timeout_s)
             yield url
         finally:
-            _stop(process)
+            stop(process, STOP_TIMEOUT_S)
 
 
 def launcher(policy: str, port: int, store: Path) -> list[str]:
@@ -102,12 +103,3 @@ def _wait_healthy(
 def tail(output: Path) -> str:
     """The last lines of a log."""
     return "\n".join(output.read_text(errors="replace").splitlines()[-TAIL_LINES:])
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

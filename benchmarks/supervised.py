@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from launch.processes import ProcessRecord
+from launch.process_record import ProcessRecord
 from launch.supervisor import Supervisor
 
 _Result = TypeVar("_Result")

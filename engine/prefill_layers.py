@@ -40,8 +40,9 @@ class PrefillForward:
     ) -> None:
         self.window = window
         self._layers = layers
-        self._sends = sends
-        self._unsent = [len(sends)] * layers.num_layers
+        # With a window a layer has to leave its buffer also where nothing goes anywhere.
+        self._sends = sends if sends or window is None else {"": []}
+        self._unsent = [len(self._sends)] * layers.num_layers
         """Sessions that a layer has not left for yet."""
         self._lock = threading.Lock()
         self._next_layer = 0
@@ -68,8 +69,6 @@ class PrefillForward:
             for session_id, sends in self._sends.items():
                 call = partial(self._send, session_id, sends, done, written)
                 self._layers.workers.submit(session_id, call)
-            if self.window is not None and not self._sends:
-                self._layers.workers.submit("", partial(self._nothing_to_send, done, written))
         self._next_layer = max(self._next_layer, layer)
 
     def _send(
@@ -81,11 +80,6 @@ class PrefillForward:
             self._unsent[layer] -= 1
             has_left = not self._unsent[layer]
         if has_left and self.window is not None:
-            self.window.layer_left(layer)
-
-    def _nothing_to_send(self, layer: int, written: Callable[[], None]) -> None:
-        written()
-        if self.window is not None:
             self.window.layer_left(layer)
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from launch.processes import ProcessRecord
+from launch.process_record import ProcessRecord
 from storage.settings import INCARNATION
 
 _PR_SET_PDEATHSIG = 1

@@ -15,7 +15,8 @@ from launch.config import ClusterConfig, load_config
 from launch.console import ConsoleReporter, make_summary
 from launch.hardware import detect
 from launch.models import resolve_model
-from launch.processes import ProcessRecord, process_records
+from launch.process_record import ProcessRecord
+from launch.processes import process_records
 from launch.settings import BadConfig, help_markdown
 from launch.supervisor import StartFailed, Supervisor
 

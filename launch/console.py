@@ -13,7 +13,8 @@ from rich.table import Table
 
 from launch.config import ClusterConfig
 from launch.hardware import Hardware
-from launch.processes import ProcessRecord, served_model_name
+from launch.process_record import ProcessRecord
+from launch.processes import served_model_name
 from storage.sizes import format_size
 
 _LEVELS = ("debug", "info", "warning", "error", "none")

@@ -6,7 +6,7 @@ import aiohttp
 import zmq
 import zmq.asyncio
 
-from launch.processes import HealthCheck
+from launch.process_record import HealthCheck
 from transfer.messages import Ping, encode
 
 _TIMEOUT_S = 3.0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from launch.config import ClusterConfig
-from launch.processes import ProcessRecord
+from launch.process_record import ProcessRecord
 from launch.settings import BadConfig
 from storage.sizes import format_size
 

@@ -23,7 +23,8 @@ from engine.engine_config import EngineConfig
 from launch.config import ClusterConfig
 from launch.hardware import Hardware
 from launch.models import resolve_model
-from launch.processes import HealthCheck, ProcessRecord, process_records
+from launch.process_record import HealthCheck, ProcessRecord
+from launch.processes import process_records
 from scheduler.quota import Chunk
 from storage.settings import to_env
 

@@ -51,7 +51,7 @@ async def own_cluster(config: RolloutConfig, log: Path) -> AsyncIterator[str]:
         await _healthy(process, url, log, config.start_timeout_s)
         yield url
     finally:
-        await asyncio.to_thread(_stop, process)
+        await asyncio.to_thread(stop, process)
 
 
 async def _healthy(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float) -> None:
@@ -68,10 +68,11 @@ async def _healthy(process: subprocess.Popen[bytes], url: str, log: Path, timeou
     raise BadConfig("\n".join([*lines, f"the cluster did not start; its output is in {log}"]))
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes], timeout_s: float = STOP_S) -> None:
+    """SIGTERM, and SIGKILL for all its processes (its session) if it has not ended by then."""
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(STOP_S)
+        process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

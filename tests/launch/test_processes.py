@@ -8,7 +8,8 @@ from engine.engine_config import EngineConfig
 from launch.config import ClusterConfig
 from launch.gateway_config import GatewayConfig
 from launch.hardware import Hardware, choose_transfer
-from launch.processes import ProcessRecord, process_records, respawn
+from launch.process_record import ProcessRecord
+from launch.processes import process_records, respawn
 from launch.settings import BadConfig
 from storage.settings import from_env
 from transfer.agent_config import AgentConfig

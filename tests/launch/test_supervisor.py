@@ -14,7 +14,7 @@ import pytest
 
 from launch import supervisor as supervisor_module
 from launch.child import session_members
-from launch.processes import HealthCheck, ProcessRecord
+from launch.process_record import HealthCheck, ProcessRecord
 from launch.supervisor import StartFailed, Supervisor
 
 STAND_IN = """
