@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -12,13 +13,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from launch.models import resolve_model
 from launch.tensor_parallel import binding_env, ranks_of
 
 START_TIMEOUT_S = 240
@@ -97,6 +99,11 @@ def free_port_block(size: int) -> int:
     raise RuntimeError("no free block of ports")
 
 
+def prompt(length: int, seed: int) -> list[int]:
+    """Token ids; the same for the same seed."""
+    return random.Random(seed).choices(range(300, 2000), k=length)
+
+
 GREEDY = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
 
 
@@ -132,8 +139,11 @@ class Cluster:
 
     def incarnations(self, kind: str) -> dict[str, int]:
         """Incarnation of each live agent or engine that the gateway knows."""
-        state = json.loads(get(f"{self.url}/admin/cluster")[1])
-        return {peer["name"]: peer["incarnation"] for peer in state[kind] if peer["alive"]}
+        return {p["name"]: p["incarnation"] for p in self.state()[kind] if p["alive"]}
+
+    def state(self) -> dict[str, Any]:
+        """What the scheduler sees: ``/admin/cluster``."""
+        return json.loads(get(f"{self.url}/admin/cluster")[1])
 
     def metrics(self) -> dict[str, float]:
         """Every sample of ``/metrics``, by name with labels."""
@@ -284,3 +294,21 @@ def plain_sglang(model: Path, folder: Path, *flags: str) -> Iterator[str]:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(10)
         log.close()
+
+
+@contextlib.contextmanager
+def plain_tokens(folder: Path, *flags: str) -> Iterator[Callable[..., list[int]]]:
+    """``generate(input_ids, **sampling)``: tokens of ordinary SGLang with the model ``tiny``,
+    greedy unless told otherwise, and remembered."""
+    known: dict[str, list[int]] = {}
+    with plain_sglang(resolve_model("tiny"), folder, *flags) as url:
+
+        def generate(input_ids: list[int], **params: Any) -> list[int]:
+            sampling = {**GREEDY, **params}
+            name = repr((input_ids, sorted(sampling.items())))
+            if name not in known:
+                body = {"input_ids": input_ids, "sampling_params": sampling}
+                known[name] = post(f"{url}/generate", body).body["output_ids"]
+            return known[name]
+
+        yield generate

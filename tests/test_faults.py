@@ -76,10 +76,9 @@ def all_back(cluster: Cluster, timeout_s: float = 120) -> None:
     cluster.flush_engines()
 
     def idle_and_whole() -> bool:
-        state = json.loads(urllib.request.urlopen(f"{cluster.url}/admin/cluster").read())
         return all(
             engine["sequences"] == 0 and engine["free_tokens"] == POOL_TOKENS
-            for engine in state["engines"]
+            for engine in cluster.state()["engines"]
         )
 
     cluster.wait_until(idle_and_whole, 20, "every page free")

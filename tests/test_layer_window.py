@@ -8,7 +8,6 @@ import concurrent.futures
 import contextlib
 import http.client
 import json
-import random
 import signal
 import threading
 import time
@@ -18,8 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch.models import resolve_model
-from tests.cluster import GREEDY, plain_sglang, post, running_cluster
+from tests.cluster import GREEDY, plain_tokens, prompt, running_cluster
 
 PAGE = 64
 CHUNK = 512
@@ -30,26 +28,13 @@ ENGINES = ("p0", "d0")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def prompt(length: int, seed: int) -> list[int]:
-    return random.Random(seed).choices(range(300, 2000), k=length)
-
-
 BASES = [prompt(BASE_TOKENS, seed) for seed in (1, 2)]
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Greedy tokens of one ordinary SGLang process, remembered."""
-    known: dict[tuple[int, ...], list[int]] = {}
-    with plain_sglang(resolve_model("tiny"), tmp_path_factory.mktemp("plain")) as url:
-
-        def generate(input_ids: list[int]) -> list[int]:
-            name = tuple(input_ids)
-            if name not in known:
-                body = {"input_ids": input_ids, "sampling_params": GREEDY}
-                known[name] = post(f"{url}/generate", body).body["output_ids"]
-            return known[name]
-
+    """Tokens of one ordinary SGLang process."""
+    with plain_tokens(tmp_path_factory.mktemp("plain")) as generate:
         yield generate
 
 
@@ -82,15 +67,7 @@ def nothing_is_left(cluster):
 
 
 def free_tokens(cluster) -> dict[str, int]:
-    state = json.loads(cluster_state(cluster))
-    return {engine["name"]: engine["free_tokens"] for engine in state["engines"]}
-
-
-def cluster_state(cluster) -> str:
-    host = urllib.parse.urlsplit(cluster.url).netloc
-    connection = http.client.HTTPConnection(host, timeout=10)
-    connection.request("GET", "/admin/cluster")
-    return connection.getresponse().read().decode()
+    return {engine["name"]: engine["free_tokens"] for engine in cluster.state()["engines"]}
 
 
 @given(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,17 +13,13 @@ import pytest
 
 from launch.models import resolve_model
 from tests import mla_model
-from tests.cluster import GREEDY, Cluster, plain_sglang, post, running_cluster
+from tests.cluster import Cluster, plain_tokens, prompt, running_cluster
 
 PAGE = 64
 BLOCK_BYTES = 8192 * PAGE
 LENGTHS = (64, 65, 3000)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    return random.Random(seed).choices(range(300, 2000), k=length)
 
 
 def expected_hit(length: int) -> int:
@@ -38,18 +33,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(folder) -> Iterator[Callable[..., list[int]]]:
-    """Greedy tokens of plain SGLang with two ranks, remembered."""
-    known: dict[str, list[int]] = {}
-    with plain_sglang(resolve_model("tiny"), folder, "--tp", "2") as url:
-
-        def generate(input_ids: list[int], **params) -> list[int]:
-            sampling = {**GREEDY, **params}
-            name = repr((input_ids, sorted(sampling.items())))
-            if name not in known:
-                body = {"input_ids": input_ids, "sampling_params": sampling}
-                known[name] = post(f"{url}/generate", body).body["output_ids"]
-            return known[name]
-
+    """Tokens of plain SGLang with two ranks."""
+    with plain_tokens(folder, "--tp", "2") as generate:
         yield generate
 
 

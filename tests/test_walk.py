@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import random
 import shutil
 import signal
 import time
@@ -14,7 +13,15 @@ import time
 import pytest
 
 from launch.models import resolve_model
-from tests.cluster import GREEDY, RequestFailed, plain_sglang, post, running_cluster
+from tests.cluster import (
+    GREEDY,
+    RequestFailed,
+    plain_sglang,
+    plain_tokens,
+    post,
+    prompt,
+    running_cluster,
+)
 
 PAGE = 64
 BLOCK_BYTES = 8192 * PAGE
@@ -27,10 +34,6 @@ DRAM_BYTES = 100 * BLOCK_BYTES
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def prompt(length: int, seed: int) -> list[int]:
-    return random.Random(seed).choices(VOCABULARY, k=length)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("walk")
@@ -38,18 +41,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(folder):
-    """Greedy or sampled tokens of one ordinary SGLang process, remembered."""
-    known: dict[str, list[int]] = {}
-    with plain_sglang(resolve_model("tiny"), folder) as url:
-
-        def generate(input_ids: list[int], **params) -> list[int]:
-            sampling = {**GREEDY, **params}
-            name = repr((input_ids, sorted(sampling.items())))
-            if name not in known:
-                body = {"input_ids": input_ids, "sampling_params": sampling}
-                known[name] = post(f"{url}/generate", body).body["output_ids"]
-            return known[name]
-
+    """Tokens of one ordinary SGLang process."""
+    with plain_tokens(folder) as generate:
         yield generate
 
 
