@@ -76,6 +76,12 @@ def test_one_file_imports_mooncake():
     assert importers <= {"transfer/mooncake.py"}
 
 
+def test_names_of_test_files_are_unique():
+    """pytest imports them by their last name alone: two alike end the whole run at collection."""
+    names = [path.name for path in python_files("tests") if path.name.startswith("test_")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_files_stay_small():
     sizes = {name_of(path): len(path.read_text().splitlines()) for path in python_files()}
     assert over(sizes, FILE_LINES_MAX, FILE_EXCEPTIONS) == {}
