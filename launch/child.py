@@ -15,6 +15,7 @@ from pathlib import Path
 
 from launch.process_record import ProcessRecord
 from storage.settings import INCARNATION
+from transfer.traffic import cgroup
 
 _PR_SET_PDEATHSIG = 1
 _TRACKERS_S = 1.0
@@ -30,12 +31,14 @@ class Child:
         self.started_at = time.monotonic()
         launcher = os.getpid()
 
-        def die_with_launcher() -> None:
+        def prepare() -> None:
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != launcher:  # it died before the call above
                 os._exit(1)
+            if group is not None:
+                cgroup.join(group)
 
-        with log.open("ab") as output:
+        with log.open("ab") as output, cgroup.entry(record.cgroup) as group:
             self._process = subprocess.Popen(
                 record.argv,
                 env={**os.environ, **env, **record.env, INCARNATION: str(incarnation)},
@@ -43,7 +46,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=die_with_launcher,
+                preexec_fn=prepare,
             )
         self.session = self._process.pid
         self._exited = asyncio.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from scheduler.policies import POLICY_NAMES, UnknownPolicy, read_policy
 from storage.owners import parse_quotas
 from storage.sizes import parse_size
 from storage.write_behind import PROMOTION_POLICIES, WRITE_POLICIES
+from transfer.traffic.classes import TrafficSettings, read_settings
 
 
 def _parse_quota(value: str | float | bool) -> float | None:
@@ -49,6 +51,12 @@ def _parse_window(value: str | int) -> str:
     if str(value) == "all" or (str(value).isdigit() and int(value) >= 2):
         return str(value)
     raise ValueError(f"{value!r} is neither `all` nor a number of layers from 2 on")
+
+
+def _parse_traffic(value: str | dict[str, Any]) -> str:
+    text = json.dumps(value) if isinstance(value, dict) else value
+    read_settings(text)  # raises ValueError
+    return text
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,13 @@ class ClusterConfig:
         "",
         "RDMA devices that KV moves through, such as mlx5_0,mlx5_1; empty means all.",
         metavar="LIST",
+    )
+    traffic: str = setting(
+        "",
+        "Marks of the two traffic classes where the site's are not the defaults, such as "
+        '\'{"low": {"service_level": 4, "dscp": 10}}\' (docs/traffic.md).',
+        _parse_traffic,
+        metavar="JSON",
     )
     dram_bytes: int = setting(
         parse_size("1GiB"), "DRAM tier of each agent, such as 64GiB.", parse_size, metavar="SIZE"
@@ -248,6 +263,10 @@ class ClusterConfig:
     def layer_window(self) -> int:
         """Layers; 0 for all."""
         return 0 if self.prefill_layer_window == "all" else int(self.prefill_layer_window)
+
+    @property
+    def traffic_settings(self) -> TrafficSettings:
+        return read_settings(self.traffic)
 
     @property
     def first_port(self) -> int:

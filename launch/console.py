@@ -16,6 +16,7 @@ from launch.hardware import Hardware
 from launch.process_record import ProcessRecord
 from launch.processes import served_model_name
 from storage.sizes import format_size
+from transfer.traffic import cgroup
 
 _LEVELS = ("debug", "info", "warning", "error", "none")
 _NEW_ENTRY = re.compile(r"\[?\d{4}-\d\d-\d\d|[A-Z]+:|\[")
@@ -41,6 +42,7 @@ def make_summary(
         ("model", f"{served_model_name(config)} from {model}"),
         ("device", hardware.device),
         ("transfer", f"{hardware.transfer}: {hardware.reason}"),
+        ("traffic", _traffic(config, hardware)),
         ("tiers", _tiers(config)),
         ("policy", f"{config.path_policy} reads hit blocks"),
         ("logs", str(config.log_folder)),
@@ -69,6 +71,21 @@ def _tiers(config: ClusterConfig) -> str:
         tiers.append(f"SSD {format_size(config.ssd_bytes)} an agent in {folders}")
     tiers.append(f"remote {config.remote}" if config.remote else "no remote")
     return "; ".join(tiers)
+
+
+def _traffic(config: ClusterConfig, hardware: Hardware) -> str:
+    """The traffic classes, and by what the network tells them apart."""
+    settings = config.traffic_settings
+    classes = "agents low, all others high"
+    if hardware.transfer == "rdma":
+        low, high = (
+            f"service level {marks.service_level}, DSCP {marks.dscp}"
+            for marks in (settings.low, settings.high)
+        )
+        return f"{classes}: {low} and {high}"
+    if cgroup.find(settings.cgroup) is not None:
+        return f"{classes}: agents run in control group {settings.cgroup}"
+    return f"{classes}, but nothing marks them here (python -m transfer.check says more)"
 
 
 class ConsoleReporter:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from transfer.traffic.classes import CLASS_OF_KIND, TrafficClass
+
 
 @dataclass(frozen=True)
 class HealthCheck:
@@ -36,3 +38,10 @@ class ProcessRecord:
     """Must keep passing from then on."""
     after: tuple[str, ...] = field(default=())
     """Processes that must be ready before this one is started."""
+    cgroup: str = ""
+    """Control group (v2) to start in, where it exists."""
+
+    @property
+    def traffic_class(self) -> TrafficClass:
+        """Of all that it sends, control messages aside."""
+        return CLASS_OF_KIND[self.kind]

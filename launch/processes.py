@@ -8,6 +8,7 @@ of ports, counted from ``--base-port``, so that a port seen in a log tells whose
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -23,12 +24,14 @@ from launch.config import ClusterConfig
 from launch.gateway_config import EngineAddress, GatewayConfig
 from launch.hardware import Hardware
 from launch.process_record import HealthCheck, ProcessRecord
+from launch.settings import BadConfig
 from launch.tensor_parallel import binding_env, check_window, ranks_of, staging_env
 from scheduler.options import LoadPolicy, SchedulerOptions
 from storage.owners import read_quotas
 from storage.remote_settings import RemoteSettings
 from storage.settings import to_env
 from transfer.agent_config import AgentConfig
+from transfer.traffic.classes import BadMarks, rdma_env
 
 LOOPBACK = "127.0.0.1"
 PORTS_PER_PROCESS = 48
@@ -58,15 +61,18 @@ def process_records(
     model: Path,
     hardware: Hardware,
     hosts: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] = os.environ,
 ) -> list[ProcessRecord]:
     """Agents, engines and gateway of a cluster, in that order.
 
     ``model`` is an absolute folder, or a relative path that is a hub's name.
     ``hosts`` maps nodes (``p0``, ``d1``) to addresses; absent ones are on the loopback.
+    ``environ`` is what the processes will have besides, of which some is refused:
+    :class:`BadConfig`.
     """
     nodes = node_names(config)
     where = {node: (hosts or {}).get(node, LOOPBACK) for node in nodes}
-    cluster = _Cluster(config, model, hardware, nodes, where)
+    cluster = _Cluster(config, model, hardware, nodes, where, environ)
     agents = [cluster.agent(node) for node in nodes]
     engines = [cluster.engine(node) for node in nodes]
     return [*agents, *engines, cluster.gateway()]
@@ -123,12 +129,14 @@ class _Cluster:
         hardware: Hardware,
         nodes: list[str],
         hosts: Mapping[str, str],
+        environ: Mapping[str, str],
     ) -> None:
         self.config = config
         self.model = model
         self.hardware = hardware
         self.nodes = nodes
         self.hosts = hosts
+        self.environ = environ
         self.ranks = {node: ranks_of(self._passed_flags(node)) for node in nodes}
         check_window(config.layer_window, self.ranks.values())
         more_ranks = max(self.ranks.values(), default=1) - 1
@@ -168,13 +176,14 @@ class _Cluster:
             kind="agent",
             argv=(sys.executable, "-m", "transfer.agent"),
             env={
-                **self._mooncake_env(self._port(node, "agent", 0), ranks=1),
+                **self._mooncake_env("agent", self._port(node, "agent", 0), ranks=1),
                 transfer.agent_config.VARIABLE: to_env(settings),
             },
             host=self.hosts[node],
             ports={"control": self._port(node, "agent", _CONTROL)},
             ready=(alive,),
             alive=alive,
+            cgroup=config.traffic_settings.cgroup,
         )
 
     def engine(self, node: str) -> ProcessRecord:
@@ -201,7 +210,7 @@ class _Cluster:
             kind="engine",
             argv=(sys.executable, "-m", "sglang.launch_server", *self._engine_flags(node, ports)),
             env={
-                **self._mooncake_env(self._port(node, "engine", 0), self.ranks[node]),
+                **self._mooncake_env("engine", self._port(node, "engine", 0), self.ranks[node]),
                 **self._engine_env(node),
                 engine.engine_config.VARIABLE: to_env(settings),
             },
@@ -284,7 +293,7 @@ class _Cluster:
             env["HF_HUB_OFFLINE"] = "1"
         return env
 
-    def _mooncake_env(self, block_port: int, ranks: int) -> dict[str, str]:
+    def _mooncake_env(self, kind: str, block_port: int, ranks: int) -> dict[str, str]:
         env = self._python_env() | {
             **_mooncake_ports(block_port + _MOONCAKE, ranks * _MOONCAKE_PORTS),
             # The defaults are 30 s: a hung peer would hold a forward for as long.
@@ -293,8 +302,11 @@ class _Cluster:
             "MC_TCP_STATUS_TIMEOUT_SEC": "5",
         }
         if self.hardware.transfer == "tcp":
-            env |= {"MC_FORCE_TCP": "1", "MOONCAKE_PROTOCOL": "tcp"}
-        return env
+            return env | {"MC_FORCE_TCP": "1", "MOONCAKE_PROTOCOL": "tcp"}
+        try:
+            return env | rdma_env(kind, self.config.traffic_settings, self.environ)
+        except BadMarks as error:
+            raise BadConfig(f"{error}.") from error
 
     def _engine_env(self, node: str) -> dict[str, str]:
         env = {

@@ -100,6 +100,6 @@ if ! { command -v radosgw && command -v ceph-mon && command -v ceph-osd; } >/dev
     apt_install "the test of the remote tier (a real S3 server)" \
         radosgw ceph-mon ceph-osd ceph-common || true
 fi
-if ! { command -v ip && command -v tc && command -v iperf3; } >/dev/null; then
-    apt_install "the testbed (hosts as network namespaces)" iproute2 iperf3 || true
+if ! { command -v ip && command -v tc && command -v iperf3 && command -v nft; } >/dev/null; then
+    apt_install "the testbed (hosts as network namespaces)" iproute2 iperf3 nftables || true
 fi

@@ -10,6 +10,7 @@ import zmq
 import zmq.asyncio
 
 from transfer.messages import Message, encode
+from transfer.traffic.classes import CONTROL_DSCP
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +36,15 @@ class Router:
         self._socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
         self._socket.setsockopt(zmq.RCVHWM, QUEUE_MAX)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # Gateway and engines wait for these: they are not to queue behind the agent's KV.
+        self._socket.setsockopt(zmq.TOS, CONTROL_DSCP << 2)
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
             self.close()
             raise CannotBind(endpoint, str(error)) from error
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        """With the port that the kernel chose, if it was asked to."""
 
     async def receive(self) -> tuple[bytes, bytes]:
         """The next frame and the identity of its sender."""
