@@ -155,6 +155,13 @@ class Directory:
         self._clear(agent)
         self._streams[agent] = _Stream(max(incarnation, known.incarnation if known else 0))
 
+    def renewed(self, agent: str, incarnation: int) -> None:
+        """The agent runs as ``incarnation``: forget what an earlier one held, unless this one
+        has announced something already, which took its place."""
+        known = self._streams.get(agent)
+        if known is None or known.incarnation < incarnation:
+            self.forget(agent, incarnation)
+
     def lookup(self, keys: Sequence[BlockKey], agents: frozenset[str]) -> list[Run]:
         """Holders of the longest prefix of ``keys`` that ``agents`` can all have.
 

@@ -142,12 +142,10 @@ class Scheduler:
     ) -> None:
         """An agent's heartbeat. A new incarnation holds nothing until it announces it."""
         agents = self.state.agents
-        before = agents.incarnation[agents.row(name)]
         row = agents.report(name, incarnation, now)
         if row is None:
             return
-        if before and incarnation > before:
-            self.directory.forget(name, incarnation)
+        self.directory.renewed(name, incarnation)
         for tier, device in DEVICE_OF.items():
             agents.queue_bytes[row, device] = read_queue_bytes.get(tier, 0)
             agents.measured(row, device, read_bytes_per_s.get(tier, 0.0), now)

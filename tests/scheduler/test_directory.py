@@ -62,7 +62,9 @@ changes_of = st.lists(
 )
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["change", "change", "change", "gap", "snapshot", "restart", "forget"]),
+        st.sampled_from(
+            ["change", "change", "change", "gap", "snapshot", "restart", "report", "forget"]
+        ),
         st.sampled_from(AGENTS),
         changes_of,
     ),
@@ -86,6 +88,9 @@ def equals_a_model(steps, alive):
             directory.forget(agent)
             model.local[agent].clear()
             sequence[agent] = None
+            continue
+        if action == "report":
+            directory.renewed(agent, incarnation[agent])
             continue
         if action == "restart":
             incarnation[agent] += 1

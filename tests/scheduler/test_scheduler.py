@@ -264,6 +264,17 @@ def test_a_restarted_agent_holds_nothing_until_it_announces_it():
     assert len(scheduler.plan(request(), now=0.0).keys) == 1
 
 
+def test_what_a_restarted_agent_announces_before_its_first_report_stands():
+    """An agent reports to subscribers only, and what those get first is a snapshot."""
+    scheduler = cluster("prefill", prefill=1, decode=1)
+    hold(scheduler, "agent-p0", 10, TierName.SSD)
+    snapshot = [Holding(key, TierName.SSD, True) for key in keys_of(7)]
+    assert scheduler.announce("agent-p0", 2, 0, True, snapshot)
+    report_agent(scheduler, "agent-p0", incarnation=2)
+    assert len(scheduler.plan(request(), now=0.0).keys) == 7
+    assert scheduler.announce("agent-p0", 2, 1, False, [])
+
+
 def test_the_hit_ends_where_the_readers_memory_does():
     scheduler = cluster("prefill", prefill=1, decode=1)
     hold(scheduler, "agent-p0", 10, TierName.SSD)
