@@ -100,7 +100,7 @@ def samples_kept(output: Path) -> int:
     """In shards or in the journal, of a job that may be running."""
     shards = sum(pq.read_metadata(shard).num_rows for shard in output.glob("*.parquet"))
     try:
-        journal = [path.read_bytes() for path in (output / "_job" / "journal").glob("*.jsonl")]
+        journal = [path.read_bytes() for path in (output / "_job" / "journal").glob("*.journal")]
     except FileNotFoundError:  # it became a shard this very moment
         return 0
     return shards + sum(content.count(b"\n") for content in journal)

@@ -1,4 +1,9 @@
-"""``DIR/_job``: what job an output folder belongs to, and the lock on it."""
+"""``DIR/_job``: what job an output folder belongs to, and the lock on it.
+
+``datasets.load_dataset(DIR)`` looks through folders and takes the files of the commonest
+extension, Parquet in a draw: so ``_job`` keeps at most one .json and one .jsonl file, and none
+.parquet.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,7 @@ from launch.settings import BadConfig, flag
 
 
 class Manifest(msgspec.Struct):
-    """``job.json``: what the samples here were made from."""
+    """``manifest`` (JSON): what the samples here were made from."""
 
     parameters: dict[str, Any]
     input_digest: str
@@ -65,7 +70,7 @@ class JobFolder:
 
     @property
     def _manifest_path(self) -> Path:
-        return self.job / "job.json"
+        return self.job / "manifest"
 
     def _take_lock(self) -> IO[str]:
         lock = (self.job / "lock").open("a")

@@ -1,6 +1,6 @@
 """Where samples go, each exactly once: a journal that becomes Parquet shards.
 
-A finished sample is a line of the open segment ``_job/journal/NNNNNN.jsonl``. A segment
+A finished sample is a line of the open segment ``_job/journal/NNNNNN.journal``. A segment
 that is full becomes ``part-NNNNNN.parquet``: written beside, synced, renamed; only then is
 the segment removed. So a number names a shard or a segment; where a kill left both, the
 shard is whole and the segment goes. A line that a kill cut short is not a sample.
@@ -91,7 +91,7 @@ class Output:
     def seal(self, segment: Path) -> None:
         """Make a segment a shard; takes seconds, and may run in a thread of its own."""
         shard = self._shard_path(int(segment.stem))
-        scratch = segment.with_suffix(".parquet")
+        scratch = segment.with_suffix(".part")
         try:
             self._write(segment, scratch)
             _sync(scratch)
@@ -118,13 +118,13 @@ class Output:
     # ---- files ------------------------------------------------------------------------
 
     def _segment_path(self, number: int) -> Path:
-        return self._journal / f"{number:06}.jsonl"
+        return self._journal / f"{number:06}.journal"
 
     def _shard_path(self, number: int) -> Path:
         return self._folder / f"part-{number:06}.parquet"
 
     def _segments(self) -> list[Path]:
-        return sorted(self._journal.glob("*.jsonl"))
+        return sorted(self._journal.glob("*.journal"))
 
     def _next_segment(self) -> Path:
         full = self._segment
@@ -135,7 +135,7 @@ class Output:
 
     def _recover(self) -> int:
         """Fill ``done``; returns the number of the segment to go on with."""
-        for scratch in self._journal.glob("*.parquet"):
+        for scratch in self._journal.glob("*.part"):
             scratch.unlink()
         shards = sorted(self._folder.glob("part-*.parquet"))
         for shard in shards:

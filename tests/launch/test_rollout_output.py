@@ -69,7 +69,7 @@ def test_a_journal_cut_anywhere_loses_only_the_line_that_was_cut(order, cut, sha
         for key in order[:7]:
             if (full := output.add(make_sample(*key))) is not None and sealed:
                 output.seal(full)
-        last = max((folder / "_job" / "journal").glob("*.jsonl"))
+        last = max((folder / "_job" / "journal").glob("*.journal"))
         content = last.read_bytes()
         kept_bytes = int(cut * len(content))
         last.write_bytes(content[:kept_bytes])

@@ -86,7 +86,7 @@ def test_two_jobs_on_one_output(stub, tmp_path, capfd):
     stub.set(delay_s=0.1)
     first = start(source, tmp_path / "out", stub.url, "--concurrency", "2")
     try:
-        wait_until((tmp_path / "out" / "_job" / "job.json").exists)
+        wait_until((tmp_path / "out" / "_job" / "manifest").exists)
         assert run(source, tmp_path / "out", stub.url) == 2
         assert "another job is writing there" in capfd.readouterr().err
     finally:
@@ -157,7 +157,7 @@ def test_a_full_disk_stops_it_and_it_goes_on_with_room(stub, tmp_path):
         _, text = job.communicate(timeout=30)
         assert job.returncode == 1, text
         assert "No space left" in text and "same command goes on" in text
-        kept = (disk / "out" / "_job" / "journal" / "000000.jsonl").read_bytes().count(b"\n")
+        kept = (disk / "out" / "_job" / "journal" / "000000.journal").read_bytes().count(b"\n")
         assert kept > 20
         subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
         assert run(source, disk / "out", stub.url, "--logprobs") == 0
