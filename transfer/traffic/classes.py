@@ -100,6 +100,10 @@ def _check_apart(settings: TrafficSettings) -> None:
     high, low = settings.high, settings.low
     if high.service_level == low.service_level:
         raise BadMarks("high and low have one service_level: InfiniBand cannot tell them apart")
+    if low.service_level == 0 or low.priority == 0:
+        raise BadMarks(
+            "service_level 0 and DSCP 0 to 7 are what unmarked packets have: not for low"
+        )
     if high.priority == low.priority:
         raise BadMarks(
             f"DSCP {high.dscp} and {low.dscp} have one priority ({high.priority}, DSCP / 8): "
