@@ -14,7 +14,7 @@ from transfer.traffic.classes import CONTROL_DSCP, Marks, TrafficSettings
 from transfer.traffic.infiniband import opensm
 
 SITE = TrafficSettings()
-OTHER = TrafficSettings(high=Marks(5, 34), low=Marks(7, 18), low_share_percent=3)
+OTHER = TrafficSettings(high=Marks(5, 34), low=Marks(7, 40), low_share_percent=3)
 BOTH = pytest.mark.parametrize("settings", [SITE, OTHER])
 
 

@@ -101,16 +101,17 @@ def _check_apart(settings: TrafficSettings) -> None:
     if high.service_level == low.service_level:
         raise BadMarks("high and low have one service_level: InfiniBand cannot tell them apart")
     if low.service_level == 0 or low.priority == 0:
-        raise BadMarks(
-            "service_level 0 and DSCP 0 to 7 are what unmarked packets have: not for low"
-        )
+        raise BadMarks("low: service_level 0 and DSCP 0 to 7 are what unmarked packets have")
     if high.priority == low.priority:
         raise BadMarks(
             f"DSCP {high.dscp} and {low.dscp} have one priority ({high.priority}, DSCP / 8): "
             "RoCE cannot tell them apart"
         )
-    if CONTROL_DSCP in (high.dscp, low.dscp):
-        raise BadMarks(f"DSCP {CONTROL_DSCP} is that of control messages: choose another")
+    if CONTROL_DSCP >> 3 in (high.priority, low.priority):
+        raise BadMarks(
+            f"DSCP {CONTROL_DSCP} to {CONTROL_DSCP + 7} have the priority of control messages: "
+            "choose others"
+        )
     if not 1 <= settings.low_share_percent <= 50:
         raise BadMarks(f"low_share_percent {settings.low_share_percent}: give 1 to 50")
     parts = settings.cgroup.split("/")
