@@ -24,7 +24,7 @@ import numpy as np
 from sglang.srt.disaggregation.base import KVPoll
 
 from engine.kv_memory import page_runs
-from transfer.mooncake import Addresses, batches
+from transfer.mooncake import Addresses, Operation, batches, transfer_batch
 
 log = logging.getLogger(__name__)
 
@@ -196,14 +196,13 @@ class SuffixSender:
         """Read one layer of these pages back into ``pages`` (shape (pages,)) of this engine.
         Raises ``ConnectionError``."""
         ranges = self._ranges(earlier.session_id, pages, earlier.pages, layer)
-        read = self._manager.engine.engine.batch_transfer_sync_read
-        self._transfer(read, earlier.session_id, ranges)
+        self._transfer("read", earlier.session_id, ranges)
 
     def _write(self, session_id: str, sends: Sequence[LayerSend], layer: int) -> None:
         src = np.concatenate([send.src for send in sends])
         dst = np.concatenate([send.dst for send in sends])
         ranges = self._ranges(session_id, src, dst, layer)
-        self._transfer(self._manager.engine.batch_transfer_sync, session_id, ranges)
+        self._transfer("write", session_id, ranges)
         self.sent_bytes_total += int(ranges[2].sum())
 
     def _ranges(
@@ -222,17 +221,15 @@ class SuffixSender:
 
     def _transfer(
         self,
-        call: Callable[[str, list[int], list[int], list[int]], int],
+        operation: Operation,
         session_id: str,
         ranges: tuple[Addresses, Addresses, Addresses],
     ) -> None:
         if session_id in self._manager.failed_sessions:
             raise ConnectionError(f"session {session_id} failed before")
-        local, remote, lengths = ranges
-        for part in batches(lengths):
-            code = call(
-                session_id, local[part].tolist(), remote[part].tolist(), lengths[part].tolist()
-            )
+        engine = self._manager.engine.engine
+        for part in batches(ranges[2]):
+            code = transfer_batch(engine, operation, session_id, *(r[part] for r in ranges))
             if code != 0:
                 raise ConnectionError(f"transfer failed with code {code}")
 

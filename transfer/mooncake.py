@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +27,16 @@ DESCRIPTORS_PER_BATCH = 1024
 """Mooncake's TCP transport refuses batches of 4,096 and more."""
 BYTES_PER_BATCH = 16 << 20
 """Bounds the time of a batch, on a slow link below MC_TRANSFER_TIMEOUT."""
+SLEEP_FROM_BYTES = 256 << 10
+"""Smaller batches are there sooner than a thread that sleeps."""
+POLL_MIN_S, POLL_MAX_S, POLL_SHARE = 0.00005, 0.001, 0.05
+"""Between two looks at a batch: a share of the time that it has taken so far."""
 RETRY_AFTER_S = 5.0
 LANDED_AFTER_S = float(os.environ["MC_TRANSFER_TIMEOUT"])
 """Bytes of a failed read may come in for about so long."""
 
 Addresses = NDArray[np.int64]
+Operation = Literal["write", "read"]
 
 
 class TransferFailed(Exception):
@@ -139,8 +145,7 @@ class TransferPeer:
         batch and may raise to stop there. Raises :class:`TransferFailed`,
         :class:`PeerSuspended` or :class:`OutOfBounds`.
         """
-        call = self._engine.batch_transfer_sync_write
-        self._transfer("write", call, session_id, src, dst, lengths, before_batch)
+        self._transfer("write", session_id, src, dst, lengths, before_batch)
 
     def read(
         self,
@@ -151,13 +156,11 @@ class TransferPeer:
         before_batch: Callable[[], None] = lambda: None,
     ) -> None:
         """Copy the peer's ranges ``src`` to local ``dst``; otherwise like :meth:`write`."""
-        call = self._engine.batch_transfer_sync_read
-        self._transfer("read", call, session_id, dst, src, lengths, before_batch)
+        self._transfer("read", session_id, dst, src, lengths, before_batch)
 
     def _transfer(
         self,
-        operation: str,
-        call: Callable[[str, list[int], list[int], list[int]], int],
+        operation: Operation,
         session_id: str,
         local: Addresses,
         remote: Addresses,
@@ -168,8 +171,8 @@ class TransferPeer:
         for part in batches(lengths):
             before_batch()
             self._refuse_suspended(session_id)
-            code = call(
-                session_id, local[part].tolist(), remote[part].tolist(), lengths[part].tolist()
+            code = transfer_batch(
+                self._engine, operation, session_id, local[part], remote[part], lengths[part]
             )
             if code != 0:
                 with self._lock:
@@ -193,6 +196,47 @@ class TransferPeer:
                 self._suspended_until.pop(session_id, None)
                 return
         raise PeerSuspended(session_id, retry_in_s)
+
+
+def transfer_batch(
+    engine: Any,
+    operation: Operation,
+    session_id: str,
+    local: Addresses,
+    remote: Addresses,
+    lengths: Addresses,
+) -> int:
+    """Run one batch to its end with Mooncake's ``engine``; 0 if all of it has succeeded.
+
+    Mooncake's own synchronous calls watch a batch in a loop without a pause: on a slow link a
+    whole core is spent on waiting. Here the last range of a large batch is a batch of its own,
+    which can be asked for now and then; when it is there, the others are, or are about to be.
+    """
+    synchronous = getattr(engine, f"batch_transfer_sync_{operation}")
+    ranges = local.tolist(), remote.tolist(), lengths.tolist()
+    if lengths.sum() < SLEEP_FROM_BYTES:
+        return int(synchronous(session_id, *ranges))
+    submit = getattr(engine, f"batch_transfer_async_{operation}")
+    others, last = [r[:-1] for r in ranges], [r[-1:] for r in ranges]
+    batch = submit(session_id, *others) if len(lengths) > 1 else None
+    if batch == 0:  # the synchronous call also drops what Mooncake knows of a peer that is gone
+        return int(synchronous(session_id, *ranges))
+    last_batch = submit(session_id, *last)
+    code = _wait_asleep(engine, last_batch) if last_batch else synchronous(session_id, *last)
+    if batch is not None:
+        code = engine.get_batch_transfer_status([batch]) or code
+    return int(code)
+
+
+def _wait_asleep(engine: Any, batch: int) -> int:
+    """Until a batch of one range has ended, 0 if well; no longer than Mooncake's own calls."""
+    began_s = time.monotonic()
+    while (status := engine.transfer_check_status(batch)) == 0:
+        waited_s = time.monotonic() - began_s
+        if waited_s > LANDED_AFTER_S:
+            return -1
+        time.sleep(min(POLL_MAX_S, max(POLL_MIN_S, POLL_SHARE * waited_s)))
+    return 0 if status == 1 else -1
 
 
 def batches(lengths: Addresses) -> list[slice]:

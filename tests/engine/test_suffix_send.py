@@ -46,12 +46,12 @@ class FakeManager:
         self.session_lock = threading.Lock()
         self.session_failures, self.failed_sessions = defaultdict(int), set()
         self.failed_session_probes = {}
-        self.engine = self
+        self.engine = SimpleNamespace(engine=self)
         self.code = 0
         self.writes = 0
         self.concluded, self.poisoned, self.acked = {}, [], []
 
-    def batch_transfer_sync(self, session, src, dst, lengths):
+    def batch_transfer_sync_write(self, session, src, dst, lengths):
         self.writes += 1
         for a, b, length in zip(src, dst, lengths, strict=True):
             if self.code == 0:

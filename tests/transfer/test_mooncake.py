@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import signal
+import subprocess
+import sys
+import threading
 import time
 
 import numpy as np
@@ -86,6 +90,49 @@ def test_a_dead_peer_is_refused_until_it_is_time_to_try_again(peer, clock):
     peer.forgive(session)
     with pytest.raises(TransferFailed):
         peer.write(session, *word)
+
+
+SLOW_PEER = """
+import sys
+import numpy as np
+from transfer.mooncake import TransferPeer
+peer = TransferPeer("127.0.0.1", "tcp")
+memory = np.zeros(int(sys.argv[1]), np.uint8)
+peer.register(int(memory.ctypes.data), memory.nbytes)
+print(peer.session_id, int(memory.ctypes.data), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("count", [1, 16])
+def test_waiting_for_a_slow_peer_takes_no_processor(peer, count):
+    size, stopped_s = 16 << 20, 0.6
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW_PEER, str(size)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        session, to = child.stdout.readline().split()
+        peer.meet(session, int(to))
+        source, at = registered(peer, size)
+        source[:] = np.random.default_rng(0).integers(0, 256, size)
+        parts = np.arange(count) * (size // count)
+        ranges = at + parts, int(to) + parts, np.full(count, size // count)
+        child.send_signal(signal.SIGSTOP)  # its receive buffer is smaller than this write
+        threading.Timer(stopped_s, child.send_signal, [signal.SIGCONT]).start()
+        began_s, began_cpu_s = time.monotonic(), time.process_time()
+        peer.write(session, *ranges)
+        cpu_s = time.process_time() - began_cpu_s
+        assert time.monotonic() - began_s > stopped_s / 2
+        assert cpu_s < stopped_s / 4
+        copy, back = registered(peer, size)
+        peer.read(session, back + parts, int(to) + parts, ranges[2])
+        assert np.array_equal(copy, source)
+    finally:
+        child.kill()
+        child.communicate()
 
 
 def test_host_memory_is_whole_pages_that_are_there():
