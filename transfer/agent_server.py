@@ -275,7 +275,10 @@ class Agent:
             *(self._deliver_queue, pool, address, self._reply, self._announcer.tell),
             *(*shared, shares.is_zero_io),
         )
-        pulls = PullJobs(self._pull_queue, store, address, self._reply, self._held, *shared)
+        pulls = PullJobs(
+            *(self._pull_queue, store, address, self._config.host, self._reply, self._held),
+            *shared,
+        )
         self._serving = _Serving(store, shares, deliveries, pulls)
         for holding in store.holdings():
             self._announcer.note(holding)

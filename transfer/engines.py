@@ -35,6 +35,11 @@ class Rank(msgspec.Struct, frozen=True, eq=False):
     shard: int
     """The part of each block that it holds."""
 
+    @property
+    def host(self) -> str:
+        """Address that it has given to Mooncake."""
+        return self.session_id.rpartition(":")[0]
+
 
 class Engine:
     """One incarnation of an engine."""

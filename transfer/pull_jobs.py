@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 
 import msgspec
@@ -46,6 +46,7 @@ class PullJobs:
         queue: TransferQueue,
         store: TieredStore,
         memory_address: int,
+        host: str,
         reply: Callable[[Engine, PullEnded], None],
         held: Callable[[list[BlockKey]], list[bool]],
         incarnation: int,
@@ -54,6 +55,7 @@ class PullJobs:
         self._queue = queue
         self._store = store
         self._memory_address = memory_address
+        self._host = host
         self._reply = reply
         self._held = held
         self._incarnation = incarnation
@@ -117,12 +119,13 @@ class PullJobs:
             )
 
         def ended(error: Exception | None) -> None:
+            self._counters.pulled_over_link(group.nbytes * away // len(holders))
             self._ended(pull, labels, group.nbytes, started, error)
 
         group = engine.jobs[message.job] = JobGroup(self._queue, ended)
-        # Ranks that hold the same heads compute the same KV: one of them is read.
-        holders = {rank.shard: rank for rank in reversed(engine.ranks)}
-        group.submit([partial(rank_job, rank) for rank in holders.values()])
+        holders = _holders(engine.ranks, self._host)
+        away = sum(rank.host != self._host for rank in holders)
+        group.submit([partial(rank_job, rank) for rank in holders])
 
     def _ended(
         self,
@@ -158,6 +161,20 @@ class PullJobs:
     def _finish(self, pull: _Pull) -> None:
         held = self._held(pull.message.keys)
         self._reply(pull.engine, PullEnded(self._incarnation, pull.message.job, held))
+
+
+def _holders(ranks: Sequence[Rank], host: str) -> list[Rank]:
+    """One rank for each shard: those that hold the same heads compute the same KV.
+
+    One on this host, if there is any: what is read crosses a link in the engine's traffic
+    class (docs/traffic.md), but from here to here it crosses none.
+    """
+    by_shard: dict[int, Rank] = {}
+    for rank in ranks:
+        known = by_shard.get(rank.shard)
+        if known is None or (known.host != host and rank.host == host):
+            by_shard[rank.shard] = rank
+    return list(by_shard.values())
 
 
 def _labels(
