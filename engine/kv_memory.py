@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 
 from storage.block import BlockLayout
-from transfer.delivery import merge_adjacent
 from transfer.mooncake import Addresses
+from transfer.ranges import merge_adjacent
 
 
 class UnsupportedPool(Exception):

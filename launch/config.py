@@ -27,6 +27,7 @@ from scheduler.policies import POLICY_NAMES, UnknownPolicy, read_policy
 from storage.owners import parse_quotas
 from storage.sizes import parse_size
 from storage.write_behind import PROMOTION_POLICIES, WRITE_POLICIES
+from transfer.pacer import read_pace
 from transfer.traffic.classes import TrafficSettings, read_settings
 
 
@@ -51,6 +52,12 @@ def _parse_window(value: str | int) -> str:
     if str(value) == "all" or (str(value).isdigit() and int(value) >= 2):
         return str(value)
     raise ValueError(f"{value!r} is neither `all` nor a number of layers from 2 on")
+
+
+def _parse_pace(value: str | float | bool) -> str:
+    text = {False: "off", True: "on"}[value] if isinstance(value, bool) else str(value)
+    read_pace(text)  # raises ValueError
+    return text
 
 
 def _parse_traffic(value: str | dict[str, Any]) -> str:
@@ -102,6 +109,19 @@ class ClusterConfig:
         '\'{"low": {"service_level": 4, "dscp": 10}}\' (docs/traffic.md).',
         _parse_traffic,
         metavar="JSON",
+    )
+    kv_pace: str = setting(
+        "auto",
+        "Rate at most with which each agent sends KV through a NIC, in bytes a second; on is what "
+        "other traffic leaves, auto is on where no traffic classes are in force (docs/traffic.md).",
+        _parse_pace,
+        metavar="auto|on|off|RATE",
+    )
+    nic_bytes_per_s: int = setting(
+        0,
+        "Rate of a node's compute NIC, such as 3GB, for --kv-pace; 0 means what its driver says.",
+        parse_size,
+        metavar="SIZE",
     )
     dram_bytes: int = setting(
         parse_size("1GiB"), "DRAM tier of each agent, such as 64GiB.", parse_size, metavar="SIZE"
@@ -286,8 +306,8 @@ class ClusterConfig:
         )
 
 
-_MAY_BE_ZERO = ("remote_ttl_s", "remote_hedge_s")
-"""Times where zero means never."""
+_MAY_BE_ZERO = ("remote_ttl_s", "remote_hedge_s", "nic_bytes_per_s")
+"""Where zero means never, or not known."""
 
 
 def _check(config: ClusterConfig) -> None:

@@ -155,6 +155,9 @@ class _Cluster:
             host=self.hosts[node],
             protocol=self.hardware.transfer,
             rdma_devices=config.rdma_devices,
+            gpus=self._gpus(node),
+            pace=config.kv_pace,
+            nic_bytes_per_s=config.nic_bytes_per_s,
             dram_bytes=config.dram_bytes,
             ssd_dirs=[str(folder / name) for folder in config.ssd_folders if config.ssd_bytes],
             ssd_bytes=config.ssd_bytes,
@@ -353,8 +356,7 @@ class _Cluster:
             flags |= {"--device": "cpu", "--dtype": "float32"}
             tokens = tokens or CPU_POOL_TOKENS
         else:  # untested: no such machine was at hand
-            before = self.nodes[: self.nodes.index(node)]
-            flags["--base-gpu-id"] = str(sum(self.ranks[other] for other in before))
+            flags["--base-gpu-id"] = str(self._gpus(node)[0])
         if tokens:
             flags["--max-total-tokens"] = str(tokens)
         switches = ["--sleep-on-idle", "--skip-server-warmup", "--enable-cache-report"]
@@ -374,6 +376,13 @@ class _Cluster:
             *switches,
             *self._passed_flags(node),
         ]
+
+    def _gpus(self, node: str) -> list[int]:
+        """Of a node's ranks: one after the other, as all nodes are on one machine."""
+        if self.hardware.device == "cpu":
+            return []
+        first = sum(self.ranks[other] for other in self.nodes[: self.nodes.index(node)])
+        return list(range(first, first + self.ranks[node]))
 
     def _passed_flags(self, node: str) -> list[str]:
         """The user's own flags for SGLang."""

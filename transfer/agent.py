@@ -17,6 +17,7 @@ from transfer.agent_config import VARIABLE, AgentConfig
 from transfer.agent_server import Agent
 from transfer.memory import NotEnoughMemory
 from transfer.mooncake import TransferFailed
+from transfer.pacer import BadPace
 from transfer.router import CannotBind
 
 log = logging.getLogger("transfer.agent")
@@ -25,6 +26,7 @@ STOP_TIMEOUT_S = 2.5
 """A process that has not ended by itself so long after SIGTERM ends at once."""
 
 START_ERRORS = (
+    BadPace,
     BadSettings,
     CannotBind,
     DirectoryLocked,

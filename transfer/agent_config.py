@@ -23,6 +23,11 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     protocol: str
     """"tcp" or "rdma"."""
     rdma_devices: str = ""
+    gpus: list[int] = []
+    """Of the node's engine, in order of PCI addresses: NICs near them are used first."""
+    pace: str = "off"
+    """How KV movement is held back, and the rate of each NIC: :mod:`transfer.pacing`."""
+    nic_bytes_per_s: int = 0
     dram_bytes: int = 0
     dram_keep: bool = True
     """False: blocks stay in DRAM only while a plan or a write needs them."""

@@ -25,6 +25,7 @@ from storage.ssd_tier import SsdTier
 from storage.store_events import HoldingChanged, StoreStats
 from storage.tier import Tier, Wake
 from storage.tiered_store import TieredStore
+from transfer import nics
 from transfer.agent_config import AgentConfig
 from transfer.agent_metrics import AgentCounters, Samples, store_samples
 from transfer.announcer import Announcer
@@ -53,6 +54,8 @@ from transfer.messages import (
     decode,
 )
 from transfer.mooncake import TransferFailed, TransferPeer
+from transfer.pacer import read_pace
+from transfer.pacing import MovedBytes, NicBook, Pacing, pacer_samples
 from transfer.pull_jobs import PullJobs
 from transfer.router import Router
 from transfer.share_jobs import ShareJobs
@@ -89,10 +92,16 @@ class Agent:
         self._router = Router(config.control)
         self._announcer = Announcer(self._incarnation, self._router.send)
         self._memory = HostMemory(config.dram_bytes)
-        self._peer = TransferPeer(config.host, config.protocol, config.rdma_devices)
+        self._peer = _start_peer(config)
         self._peer.register(self._memory.address, self._memory.size_bytes)
         self._engines = Engines(CreditBoard(self._peer.register))
         self._tiers = _open_tiers(config, self._wake)
+        self._nics = NicBook(self._peer.is_local, is_rdma=config.protocol == "rdma")
+        self._moved = MovedBytes(self._nics, "agent")
+        self._pacing = Pacing(
+            *(read_pace(config.pace), self._nics, self._needed_rate),
+            *(config.nic_bytes_per_s, config.rdma_devices),
+        )
         self._deliver_queue = self._queue("deliver", config.deliver_threads)
         self._pull_queue = self._queue("pull", PULL_THREADS)
         log.info(
@@ -105,7 +114,10 @@ class Agent:
         def post(call: Callable[[], None]) -> None:
             self._loop.call_soon_threadsafe(call)
 
-        return TransferQueue(self._peer, name, threads, JOBS_MAX, post)
+        return TransferQueue(self._peer, name, threads, JOBS_MAX, post, self._pacing.towards)
+
+    def _needed_rate(self, now: float, counts: Callable[[str], bool]) -> float:
+        return self._deliver_queue.needed_rate(now, counts)
 
     # ---- the loop -----------------------------------------------------------------------
 
@@ -335,6 +347,8 @@ class Agent:
         return {
             **self._counters.samples(),
             **store_samples(stats),
+            **self._moved.samples(self._peer.moved_bytes()),
+            **pacer_samples(self._pacing.pacers()),
             'dualpath:agent_jobs{kind="delivery"}': len(self._deliver_queue),
             'dualpath:agent_jobs{kind="pull"}': len(self._pull_queue),
             "dualpath:agent_deliver_queue_bytes": deliver_queue_bytes,
@@ -342,6 +356,18 @@ class Agent:
             "dualpath:agent_landing_jobs": serving.deliveries.landing_jobs if serving else 0,
             "dualpath:agent_quarantined_slots": serving.pulls.quarantined_slots if serving else 0,
         }
+
+
+def _start_peer(config: AgentConfig) -> TransferPeer:
+    """With RDMA, through the NICs near the node's engine first."""
+    topology: nics.Topology = {}
+    if config.protocol == "rdma":  # untested: no such machine was at hand
+        own = [gpu for gpu in nics.gpus() if gpu.index in config.gpus]
+        usable = nics.usable(nics.rdma_nics(), config.rdma_devices)
+        topology = nics.agent_topology(usable, own, nics.numa_node_count())
+        log.info("NICs to use, and those to go over to: %s", topology)
+    with nics.given_to_mooncake(topology):
+        return TransferPeer(config.host, config.protocol, config.rdma_devices)
 
 
 def _open_tiers(config: AgentConfig, wake: Wake) -> tuple[Tier | None, Tier | None]:

@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -23,14 +24,14 @@ from storage.rate import RateMeter
 from transfer.credits import CreditWord
 from transfer.heads import OtherShards, Staging
 from transfer.messages import FAILED, board_word
-from transfer.mooncake import Addresses, PeerSuspended, TransferFailed, TransferPeer
+from transfer.mooncake import BYTES_PER_BATCH, PeerSuspended, TransferFailed, TransferPeer
+from transfer.pacer import IN_TIME, SAMPLE_S, Order, Pacer
+from transfer.ranges import Addresses, layer_ranges
 
 log = logging.getLogger(__name__)
 
 _WORD_BYTES = 8
 
-Order = tuple[bool, int, int]
-"""Of jobs in a queue, the smallest first: not urgent, plan, order of arrival."""
 CREDIT_POLL_S = 0.0002
 """Between two looks at the credits that engines have written: a fraction of a layer's time."""
 _AT_ONCE = -1
@@ -47,44 +48,6 @@ class JobCancelled(Exception):
 
 class DeadlinePassed(Exception):
     """The job did not complete in time."""
-
-
-# ---- addresses --------------------------------------------------------------------------
-
-
-def layer_ranges(
-    layout: BlockLayout,
-    kv_addresses: Addresses,
-    layer: int,
-    slots: Addresses,
-    pages: Addresses,
-) -> tuple[Addresses, Addresses, Addresses]:
-    """Where one layer of n blocks is in their slots, where in the engine, and how long.
-
-    ``kv_addresses``: shape (layers, components), base of each buffer; ``slots``: shape
-    (n,), address of each block's slot; ``pages``: shape (n,). Returns three arrays of
-    equal length (at most n x components): adjacent ranges are merged.
-    """
-    sizes = np.array(layout.component_bytes, np.int64)
-    starts = np.cumsum(sizes) - sizes
-    local = slots[:, None] + (layer * layout.layer_bytes + starts)
-    remote = kv_addresses[layer] + pages[:, None] * sizes
-    lengths = np.broadcast_to(sizes, local.shape)
-    return merge_adjacent(local.ravel(), remote.ravel(), lengths.ravel())
-
-
-def merge_adjacent(
-    local: Addresses, remote: Addresses, lengths: Addresses
-) -> tuple[Addresses, Addresses, Addresses]:
-    """Join neighbours in the given order that are contiguous on both sides."""
-    if len(lengths) < 2:
-        return local, remote, lengths
-    is_start = np.ones(len(lengths), bool)
-    is_start[1:] = (local[:-1] + lengths[:-1] != local[1:]) | (
-        remote[:-1] + lengths[:-1] != remote[1:]
-    )
-    first = np.flatnonzero(is_start)
-    return local[first], remote[first], np.add.reduceat(lengths, first)
 
 
 # ---- jobs -------------------------------------------------------------------------------
@@ -165,8 +128,10 @@ class TransferQueue:
         threads: int,
         jobs_max: int,
         post: Callable[[Callable[[], None]], None],
+        pacer_towards: Callable[[str], Pacer | None] = lambda session_id: None,
     ) -> None:
         self._peer = peer
+        self._pacer_towards = pacer_towards
         self._post = post
         self._words = np.zeros(jobs_max, np.uint64)
         peer.register(int(self._words.ctypes.data), self._words.nbytes)
@@ -235,6 +200,21 @@ class TransferQueue:
 
     def __len__(self) -> int:
         return len(self._jobs)
+
+    def needed_rate(self, now: float, counts: Callable[[str], bool]) -> float:
+        """Bytes a second with which the oldest plan's jobs are done in time, and those of jobs
+        that go before them, as its deadline is ``now``; of peers that ``counts`` names."""
+        with self._condition:
+            open_jobs = [job for job in self._jobs if job.stop_reason is None]
+            jobs = [job for job in open_jobs if counts(job.session_id)]
+            if not jobs:
+                return 0.0
+            oldest = min(job.plan for job in jobs)
+            own = [job for job in jobs if job.plan == oldest]
+            last = max(job.order for job in own)
+            left_bytes = sum(self._left_bytes(job) for job in jobs if job.order <= last)
+        left_s = min(job.deadline for job in own) - now
+        return left_bytes / max(SAMPLE_S, left_s * IN_TIME)
 
     def load(self) -> tuple[int, float]:
         """Bytes of open jobs not transferred yet; bytes a second while there were any."""
@@ -346,14 +326,23 @@ class TransferQueue:
         try:
             job.check()
             transfer = self._peer.read if job.is_read else self._peer.write
+            before_batch, batch_bytes = self._pace(job)
             for ranges in self._layer(job):
-                transfer(job.session_id, *ranges, before_batch=job.check)
+                transfer(job.session_id, *ranges, before_batch, batch_bytes)
             job.layers_done += 1
             if job.board_address:
                 self._write_word(job, job.layers_done)
         except Exception as error:  # whatever it is, it ends this job and reaches its owner
             return error
         return None
+
+    def _pace(self, job: TransferJob) -> tuple[Callable[[int], None], int]:
+        """What runs before each batch, with its bytes; and how many bytes it has at most."""
+        # What is read is sent by another process.
+        pacer = None if job.is_read else self._pacer_towards(job.session_id)
+        if pacer is None:
+            return lambda nbytes: job.check(), BYTES_PER_BATCH
+        return partial(pacer.wait, job.order, job.check), pacer.batch_bytes
 
     def _layer(self, job: TransferJob) -> Iterator[tuple[Addresses, Addresses, Addresses]]:
         layer = job.layers_done

@@ -10,11 +10,13 @@ import bisect
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+
+from transfer.ranges import Addresses, cut_ranges
 
 # Mooncake reads its environment once, when it is imported. Without these a hung peer holds a
 # thread for 30 s and more; with them a call fails once no byte has moved for 2 s.
@@ -35,7 +37,6 @@ RETRY_AFTER_S = 5.0
 LANDED_AFTER_S = float(os.environ["MC_TRANSFER_TIMEOUT"])
 """Bytes of a failed read may come in for about so long."""
 
-Addresses = NDArray[np.int64]
 Operation = Literal["write", "read"]
 
 
@@ -92,10 +93,12 @@ class TransferPeer:
             raise TransferFailed(host, f"start over {protocol}", code)
         self.session_id = f"{host}:{self._engine.get_rpc_port()}"
         """What other peers call this one."""
+        self._host = host
         self._retry_after_s = retry_after_s
         self._clock = clock
         self._lock = threading.Lock()
         self._suspended_until: dict[str, float] = {}
+        self._moved_bytes: Counter[tuple[str, str]] = Counter()
         self._regions: list[tuple[int, int]] = []
         self._starts = self._ends = np.empty(0, np.int64)
         self._word = np.zeros(1, np.uint64)
@@ -137,15 +140,16 @@ class TransferPeer:
         src: Addresses,
         dst: Addresses,
         lengths: Addresses,
-        before_batch: Callable[[], None] = lambda: None,
+        before_batch: Callable[[int], None] = lambda nbytes: None,
+        batch_bytes: int = BYTES_PER_BATCH,
     ) -> None:
         """Copy local ranges ``src`` to the peer's ``dst``; all arrays have shape (ranges,).
 
         Returns when all bytes are in the peer's memory. ``before_batch`` runs before each
-        batch and may raise to stop there. Raises :class:`TransferFailed`,
-        :class:`PeerSuspended` or :class:`OutOfBounds`.
+        batch, with its bytes (at most ``batch_bytes``), and may raise to stop there. Raises
+        :class:`TransferFailed`, :class:`PeerSuspended` or :class:`OutOfBounds`.
         """
-        self._transfer("write", session_id, src, dst, lengths, before_batch)
+        self._transfer("write", session_id, (src, dst, lengths), before_batch, batch_bytes)
 
     def read(
         self,
@@ -153,23 +157,25 @@ class TransferPeer:
         dst: Addresses,
         src: Addresses,
         lengths: Addresses,
-        before_batch: Callable[[], None] = lambda: None,
+        before_batch: Callable[[int], None] = lambda nbytes: None,
+        batch_bytes: int = BYTES_PER_BATCH,
     ) -> None:
         """Copy the peer's ranges ``src`` to local ``dst``; otherwise like :meth:`write`."""
-        self._transfer("read", session_id, dst, src, lengths, before_batch)
+        self._transfer("read", session_id, (dst, src, lengths), before_batch, batch_bytes)
 
     def _transfer(
         self,
         operation: Operation,
         session_id: str,
-        local: Addresses,
-        remote: Addresses,
-        lengths: Addresses,
-        before_batch: Callable[[], None],
+        ranges: tuple[Addresses, Addresses, Addresses],
+        before_batch: Callable[[int], None],
+        batch_bytes: int,
     ) -> None:
-        self._check_bounds(local, lengths)
-        for part in batches(lengths):
-            before_batch()
+        self._check_bounds(ranges[0], ranges[2])
+        local, remote, lengths = cut_ranges(*ranges, batch_bytes)
+        for part in batches(lengths, batch_bytes):
+            nbytes = int(lengths[part].sum())
+            before_batch(nbytes)
             self._refuse_suspended(session_id)
             code = transfer_batch(
                 self._engine, operation, session_id, local[part], remote[part], lengths[part]
@@ -178,6 +184,17 @@ class TransferPeer:
                 with self._lock:
                     self._suspended_until[session_id] = self._clock() + self._retry_after_s
                 raise TransferFailed(session_id, operation, code)
+            with self._lock:
+                self._moved_bytes[operation, host_of(session_id)] += nbytes
+
+    def is_local(self, session_id: str) -> bool:
+        """Whether that peer has this one's address: bytes between them stay on the node."""
+        return host_of(session_id) == self._host
+
+    def moved_bytes(self) -> dict[tuple[str, str], int]:
+        """("write" or "read", the peers' address) -> bytes so far."""
+        with self._lock:
+            return dict(self._moved_bytes)
 
     def _check_bounds(self, addresses: Addresses, lengths: Addresses) -> None:
         with self._lock:
@@ -239,14 +256,20 @@ def _wait_asleep(engine: Any, batch: int) -> int:
     return 0 if status == 1 else -1
 
 
-def batches(lengths: Addresses) -> list[slice]:
-    """Cut ranges into batches of at most DESCRIPTORS_PER_BATCH, and of about BYTES_PER_BATCH."""
+def host_of(session_id: str) -> str:
+    """The address in a peer's name."""
+    return session_id.rpartition(":")[0]
+
+
+def batches(lengths: Addresses, batch_bytes: int = BYTES_PER_BATCH) -> list[slice]:
+    """Cut ranges into batches of at most DESCRIPTORS_PER_BATCH, and of at most ``batch_bytes``
+    unless one range has more."""
     if not len(lengths):
         return []
     ends_bytes = np.cumsum(lengths)
     parts, start, done_bytes = [], 0, 0
     while start < len(lengths):
-        end = int(np.searchsorted(ends_bytes, done_bytes + BYTES_PER_BATCH, side="right"))
+        end = int(np.searchsorted(ends_bytes, done_bytes + batch_bytes, side="right"))
         end = min(max(end, start + 1), start + DESCRIPTORS_PER_BATCH)
         parts.append(slice(start, end))
         start, done_bytes = end, int(ends_bytes[end - 1])

@@ -18,7 +18,6 @@ from transfer.delivery import (
     QueueFull,
     TransferJob,
     TransferQueue,
-    layer_ranges,
 )
 from transfer.messages import FAILED, board_word
 from transfer.mooncake import (
@@ -28,6 +27,8 @@ from transfer.mooncake import (
     TransferFailed,
     batches,
 )
+from transfer.pacer import Pacer
+from transfer.ranges import cut_ranges, layer_ranges
 
 LAYOUT = BlockLayout(4, 3, (64, 32))
 BOARD = 1 << 40
@@ -99,6 +100,18 @@ def test_batches_cover_all_ranges_within_the_limits(lengths, times):
         assert count == 1 or ranges[part].sum() <= BYTES_PER_BATCH
 
 
+@given(st.lists(st.integers(0, 50), max_size=20), st.integers(1, 20))
+def test_cut_ranges_are_the_same_bytes_in_small_parts(sizes, bytes_max):
+    lengths = np.array(sizes, np.int64)
+    local = np.cumsum(lengths) + 1000
+    remote = -local
+    parts = cut_ranges(local, remote, lengths, bytes_max)
+    assert all(0 < length <= bytes_max for length in parts[2])
+    moved = [(a + n, b + n) for a, b, length in zip(*parts, strict=True) for n in range(length)]
+    ranges = zip(local, remote, lengths, strict=True)
+    assert moved == [(a + n, b + n) for a, b, length in ranges for n in range(length)]
+
+
 # ---- the queue --------------------------------------------------------------------------
 
 
@@ -118,7 +131,9 @@ class FakePeer:
     def forgive(self, session_id: str) -> None:
         pass
 
-    def write(self, session_id, src, dst, lengths, before_batch=lambda: None) -> None:
+    def write(
+        self, session_id, src, dst, lengths, before_batch=lambda nbytes: None, batch_bytes=0
+    ) -> None:
         if dst[0] >= BOARD:
             if session_id in self.fails:
                 raise PeerSuspended(session_id, 1.0)
@@ -126,21 +141,23 @@ class FakePeer:
             words = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_uint64 * 4).from_address(base))
             self.words.append(int(words[(src[0] - base) // 8]))
             return
-        before_batch()
+        before_batch(int(lengths.sum()))
         self.transfers.put((session_id, int(src[0])))
         assert self.gate.acquire(timeout=10)
         if session_id in self.fails:
             raise TransferFailed(session_id, "write", -1)
-        before_batch()
+        before_batch(int(lengths.sum()))
 
     read = write
 
 
 class World:
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1, pacer: Pacer | None = None) -> None:
         self.peer = FakePeer()
         self.ends: queue.Queue[tuple[int, Exception | None]] = queue.Queue()
-        self.queue = TransferQueue(self.peer, "test", threads, 4, lambda call: call())
+        paced = {"own": None}
+        post, towards = (lambda call: call()), (lambda session: paced.get(session, pacer))
+        self.queue = TransferQueue(self.peer, "test", threads, 4, post, towards)
         self.jobs = 0
 
     def submit(self, session="p0", plan=1, urgent=False, deadline_s=10.0, **fields):

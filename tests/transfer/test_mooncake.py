@@ -53,7 +53,9 @@ def test_more_ranges_than_mooncake_takes_at_once_arrive(peer):
     order = np.random.default_rng(1).permutation(count) * size
     lengths = np.full(count, size, np.int64)
     batch_count = []
-    peer.write(other.session_id, at + order, to + order, lengths, lambda: batch_count.append(1))
+    peer.write(
+        other.session_id, at + order, to + order, lengths, lambda nbytes: batch_count.append(nbytes)
+    )
     assert np.array_equal(source, target) and len(batch_count) == 6
     source[:] = 0
     peer.read(other.session_id, at + order, to + order, lengths)

@@ -1,0 +1,60 @@
+"""Ranges of bytes that are the same here and there: made, joined and cut, all at once."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.block import BlockLayout
+
+Addresses = NDArray[np.int64]
+
+
+def layer_ranges(
+    layout: BlockLayout,
+    kv_addresses: Addresses,
+    layer: int,
+    slots: Addresses,
+    pages: Addresses,
+) -> tuple[Addresses, Addresses, Addresses]:
+    """Where one layer of n blocks is in their slots, where in the engine, and how long.
+
+    ``kv_addresses``: shape (layers, components), base of each buffer; ``slots``: shape
+    (n,), address of each block's slot; ``pages``: shape (n,). Returns three arrays of
+    equal length (at most n x components): adjacent ranges are merged.
+    """
+    sizes = np.array(layout.component_bytes, np.int64)
+    starts = np.cumsum(sizes) - sizes
+    local = slots[:, None] + (layer * layout.layer_bytes + starts)
+    remote = kv_addresses[layer] + pages[:, None] * sizes
+    lengths = np.broadcast_to(sizes, local.shape)
+    return merge_adjacent(local.ravel(), remote.ravel(), lengths.ravel())
+
+
+def merge_adjacent(
+    local: Addresses, remote: Addresses, lengths: Addresses
+) -> tuple[Addresses, Addresses, Addresses]:
+    """Join neighbours in the given order that are contiguous on both sides."""
+    if len(lengths) < 2:
+        return local, remote, lengths
+    is_start = np.ones(len(lengths), bool)
+    is_start[1:] = (local[:-1] + lengths[:-1] != local[1:]) | (
+        remote[:-1] + lengths[:-1] != remote[1:]
+    )
+    first = np.flatnonzero(is_start)
+    return local[first], remote[first], np.add.reduceat(lengths, first)
+
+
+def cut_ranges(
+    local: Addresses, remote: Addresses, lengths: Addresses, bytes_max: int
+) -> tuple[Addresses, Addresses, Addresses]:
+    """The same bytes in the same order, in ranges of at most ``bytes_max``."""
+    parts = -(-lengths // bytes_max)
+    whole = np.repeat(np.arange(len(lengths)), parts)
+    first = np.repeat(np.cumsum(parts) - parts, parts)
+    offsets = (np.arange(len(whole)) - first) * bytes_max
+    return (
+        local[whole] + offsets,
+        remote[whole] + offsets,
+        np.minimum(lengths[whole] - offsets, bytes_max),
+    )
