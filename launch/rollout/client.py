@@ -9,6 +9,7 @@ import math
 import random
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -90,7 +91,9 @@ class Client:
         )
         self._run = uuid.uuid4().hex[:8]
         self.in_flight = 0
-        """Requests sent and not answered."""
+        """Generations sent and not answered; one that waits to be sent again is not."""
+        self.on_in_flight: Callable[[int], None] = lambda _: None
+        """Called at each change of that number."""
         self.retries = 0
         self.full = 0
         """Answers 429."""
@@ -132,11 +135,7 @@ class Client:
         request's id."""
         body = {"input_ids": token_ids, "sampling_params": sampling, "return_logprob": logprobs}
         begun_s = time.monotonic()
-        self.in_flight += 1
-        try:
-            data, traced, attempts = await self._post("generate", body, name, self._timeout)
-        finally:
-            self.in_flight -= 1
+        data, traced, attempts = await self._post("generate", body, name, self._timeout)
         answer = _decoded(data, _Answer)
         meta = answer.meta_info
         pairs = meta.output_token_logprobs
@@ -195,11 +194,14 @@ class Client:
         self, path: str, body: dict[str, Any], timeout: aiohttp.ClientTimeout
     ) -> _HttpAnswer:
         data = msgspec.json.encode(body)
+        self._sent(path, 1)
         try:
             async with self._http.post(path, data=data, headers=_JSON, timeout=timeout) as answer:
                 content = await answer.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             return _HttpAnswer(0, repr(error))
+        finally:
+            self._sent(path, -1)
         if answer.status < 500:
             self._answered_s = time.monotonic()
         return _HttpAnswer(
@@ -209,6 +211,11 @@ class Client:
             answer.headers.get(HEADER, "{}"),
             _seconds(answer.headers.get("retry-after")),
         )
+
+    def _sent(self, path: str, change: int) -> None:
+        if path == "generate":
+            self.in_flight += change
+            self.on_in_flight(self.in_flight)
 
     def _given_up(self, patience: _Patience, reason: str) -> Exception:
         text = f"given up after {patience.waited_s:.0f} s: {reason}"

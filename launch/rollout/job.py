@@ -76,6 +76,7 @@ class Job:
         done_before = int(output.done.sum())
         self.progress = Progress(samples, done_before)
         self.slots = Slots(limit, samples - done_before)
+        client.on_in_flight = self.slots.use.are
         token_ids = TokenIds(client)
         build_env = load_env(config.env) if config.env else None
         self._parts = Parts(config, client, token_ids, self.slots, build_env, table.fields)

@@ -28,7 +28,6 @@ class Slots:
         """Wait for a slot."""
         if self.held < self.limit and not self._begun and (begun or not self._new):
             self.held += 1
-            self.changed()
             return
         turn = asyncio.get_running_loop().create_future()
         queue = self._begun if begun else self._new
@@ -49,11 +48,10 @@ class Slots:
                 turn.set_result(None)
                 return
         self.held -= 1
-        self.changed()
 
     def changed(self) -> None:
-        """A figure has changed: account for the time until now with the old ones."""
-        self.use.note(self.held, min(self.limit, self.left - self.thinking))
+        """``left`` or ``thinking`` has changed."""
+        self.use.could_be(min(self.limit, self.left - self.thinking))
 
 
 class Use:
@@ -62,19 +60,28 @@ class Use:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._begun_s = self._at_s = time.monotonic()
-        self._held = self._possible = 0
-        self._held_s = self._full_s = 0.0
+        self._in_flight = self._possible = 0
+        self._in_flight_s = self._full_s = 0.0
         self._bin_s = 0.05
         self._bins = [0.0]
 
-    def note(self, held: int, possible: int) -> None:
-        """From now on ``held`` requests are in flight of those that could be."""
+    def are(self, in_flight: int) -> None:
+        """So many requests are in flight from now on."""
+        self._account()
+        self._in_flight = in_flight
+
+    def could_be(self, possible: int) -> None:
+        """So many could be in flight from now on."""
+        self._account()
+        self._possible = possible
+
+    def _account(self) -> None:
         now = time.monotonic()
-        self._held_s += self._held * (now - self._at_s)
-        if self._held >= self._possible:
+        self._in_flight_s += self._in_flight * (now - self._at_s)
+        if self._in_flight >= self._possible:
             self._full_s += now - self._at_s
         self._spread(self._at_s - self._begun_s, now - self._begun_s)
-        self._at_s, self._held, self._possible = now, held, possible
+        self._at_s = now
 
     def _spread(self, begin_s: float, end_s: float) -> None:
         while end_s > self._bin_s * BINS_MAX:
@@ -87,17 +94,17 @@ class Use:
             if edge_s <= begin_s:  # rounding at an edge
                 edge_s, index = end_s, index + 1
             self._bins += [0.0] * (index + 1 - len(self._bins))
-            self._bins[index] += self._held * (edge_s - begin_s)
+            self._bins[index] += self._in_flight * (edge_s - begin_s)
             begin_s = edge_s
 
     def summary(self) -> dict[str, Any]:
         """``full_share`` of the time as many were in flight as could be; ``mean_share`` of
-        the slots was used; ``in_flight`` is a course of means, ``step_s`` apart."""
-        self.note(self._held, self._possible)
+        the limit was in flight; ``in_flight`` is a course of means, ``step_s`` apart."""
+        self._account()
         seconds = max(self._at_s - self._begun_s, 1e-9)
         return {
             "full_share": round(self._full_s / seconds, 4),
-            "mean_share": round(self._held_s / seconds / self._limit, 4),
+            "mean_share": round(self._in_flight_s / seconds / self._limit, 4),
             "step_s": self._bin_s,
             "in_flight": [round(value / self._bin_s, 2) for value in self._bins],
         }
