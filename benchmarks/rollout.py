@@ -1,10 +1,11 @@
 """``python -m benchmarks.rollout``: does a job keep the cluster full, and what does it cost?
 
-Two measurements on one cluster of the ``tiny`` model. *Pairs*: a job and a bare loop send
+Three measurements on one cluster of the ``tiny`` model. *Pairs*: a job and a bare loop send
 requests of the same lengths, one after the other, each pair with prompts of its own, so that
 nothing is a hit. *Episodes*: 64 prompts x 8 samples x 4 turns, whose hits are compared with
 what the structure allows: the full blocks that an earlier request of the episode, or the
-prompt that its samples share, has computed.
+prompt that its samples share, has computed. *Orders*: requests in flight over a job whose last
+rows have long prompts, in the order of the input and longest first.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ VOCABULARY = (300, 2000)
 PAIRS, PAIR_REQUESTS, PAIR_PROMPT_TOKENS, PAIR_NEW_TOKENS = 5, 48, 200, 32
 PROMPTS, SAMPLES, TURNS = 64, 8, 4
 EPISODE_PROMPT_TOKENS, EPISODE_NEW_TOKENS, SAID_TOKENS = 330, 16, 24
+ORDERS = ("input", "longest-first")
+SHORT_PROMPTS, SHORT_TOKENS, LONG_PROMPTS, LONG_TOKENS = 96, 100, 6, 6000
 CONCURRENCY = 16
 FULL_PERCENT_MIN, JOB_RATIO_MAX, HIT_POINTS_MAX = 95.0, 1.05, 2.0
 START_TIMEOUT_S = 240.0
@@ -62,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
     console = Console(stderr=True)
     pairs: dict[str, Any] = {}
     episodes: dict[str, Any] = {}
+    orders: dict[str, Any] = {}
     failed = False
     try:
         with (
@@ -71,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
         ):
             status.stop()
             pairs = measure_pairs(url, Path(folder), arguments.pairs)
+            orders = measure_orders(url, Path(folder))
             episodes = measure_episodes(url, Path(folder), arguments.prompts)
     except (ClusterFailed, MeasurementFailed) as error:
         failed = True
@@ -78,7 +83,8 @@ def main(argv: Sequence[str]) -> int:
     found = goals(pairs, episodes)
     Console().print(goals_table(found))
     if arguments.json:
-        write_report(arguments.json, found, {"pairs": pairs, "episodes": episodes})
+        figures = {"pairs": pairs, "episodes": episodes, "orders": orders}
+        write_report(arguments.json, found, figures)
     return 1 if failed else 0
 
 
@@ -183,6 +189,20 @@ def run_job(url: str, folder: Path, rows: list[dict[str, Any]], *flags: str) -> 
         raise MeasurementFailed(f"the job into {folder} ended with exit code {code}")
     summary: dict[str, Any] = json.loads((folder / "_job" / "summary.json").read_text())
     return summary
+
+
+# ---- the end of a job -------------------------------------------------------------------
+
+
+def measure_orders(url: str, folder: Path) -> dict[str, Any]:
+    """By order: the summary of a job whose few long prompts stand at the end of its input."""
+    found = {}
+    for seed, order in enumerate(ORDERS, 10**7):
+        short = random_prompts(SHORT_PROMPTS, SHORT_TOKENS, seed)
+        rows = [{"input_ids": p} for p in short + random_prompts(LONG_PROMPTS, LONG_TOKENS, seed)]
+        flags = ("--order", order, "--max-new-tokens", str(PAIR_NEW_TOKENS))
+        found[order] = run_job(url, folder / order, rows, *flags)
+    return found
 
 
 # ---- episodes of many turns -------------------------------------------------------------

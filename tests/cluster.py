@@ -141,6 +141,19 @@ class Cluster:
         """Incarnation of each live agent or engine that the gateway knows."""
         return {p["name"]: p["incarnation"] for p in self.state()[kind] if p["alive"]}
 
+    def restart_agents(self) -> None:
+        """kill -9 of all agents, until they are back: DRAM is gone, SSD and remote stay."""
+        before = {agent["name"]: agent["incarnation"] for agent in self.state()["agents"]}
+        for name in before:
+            self.signal(name, signal.SIGKILL)
+
+        def back() -> bool:
+            now = self.incarnations("agents")
+            return all(now.get(name, 0) > before[name] for name in before)
+
+        self.wait_until(back, 30, "agents restarted")
+        time.sleep(2)  # engines register with the new agents, which announce what they hold
+
     def state(self) -> dict[str, Any]:
         """What the scheduler sees: ``/admin/cluster``."""
         return json.loads(get(f"{self.url}/admin/cluster")[1])

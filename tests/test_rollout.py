@@ -24,7 +24,7 @@ from rollout_jobs import (
 )
 
 from launch.rollout.env import Done, Reply, Say
-from tests.cluster import running_cluster
+from tests.cluster import prompt, running_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -110,7 +110,7 @@ def test_forty_prompts_twice_killed_and_resumed(cluster, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", chats(40, 40))
     flags = ("--n", "2", "--temperature", "0", "--max-new-tokens", "8", "--concurrency", "8")
     flags += ("--shard-bytes", "20KB")
-    for acknowledged in (10, 30, 50):
+    for acknowledged in (15, 50):
         job = start(source, tmp_path / "killed", cluster.url, *flags)
         wait_until(lambda count=acknowledged: samples_kept(tmp_path / "killed") >= count, 60)
         job.kill()
@@ -121,6 +121,23 @@ def test_forty_prompts_twice_killed_and_resumed(cluster, tmp_path):
     assert keys(tmp_path / "killed") == [(row, sample) for row in range(40) for sample in (0, 1)]
     assert run(source, tmp_path / "undisturbed", cluster.url, *flags) == 0
     assert what_was_sampled(tmp_path / "killed") == what_was_sampled(tmp_path / "undisturbed")
+
+
+def test_the_samples_of_a_prompt_read_its_blocks_once(cluster, tmp_path):
+    """Of a prompt that is on SSD only: the first request reads each block, its samples none."""
+    ids = prompt(20 * PAGE + 10, seed=3)
+    cluster.generate(ids)
+    cluster.wait_stored()
+    cluster.restart_agents()
+    cluster.flush_engines()
+    source = write_jsonl(tmp_path / "in.jsonl", [{"input_ids": ids}])
+    flags = ("--n", "6", "--max-new-tokens", "4", "--concurrency", "6")
+    assert run(source, tmp_path / "out", cluster.url, *flags) == 0
+    turns = [row["turns"][0] for row in samples(tmp_path / "out")]
+    assert [turn["cached_tokens"] for turn in turns] == [20 * PAGE] * 6
+    assert [turn["read_bytes"] for turn in turns] == [0] * 6
+    found = summary(tmp_path / "out")
+    assert (found["primes"], found["read_bytes"]) == (1, 20 * BLOCK_BYTES)
 
 
 def test_the_gateway_dies_in_mid_job(cluster, tmp_path):

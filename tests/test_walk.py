@@ -8,7 +8,6 @@ import concurrent.futures
 import json
 import shutil
 import signal
-import time
 
 import pytest
 
@@ -55,20 +54,6 @@ def cluster(folder):
     flags += ["--load-policy", "always", "--remote", remote, "--prefill-quota-ms", "300"]
     with running_cluster(folder / "cluster", *flags) as running:
         yield running
-
-
-def restart_agents(cluster) -> None:
-    """kill -9 of all agents: DRAM is gone, SSD and remote stay."""
-    before = cluster.incarnations("agents")
-    for name in AGENTS:
-        cluster.signal(name, signal.SIGKILL)
-
-    def back() -> bool:
-        now = cluster.incarnations("agents")
-        return all(now.get(name, 0) > before[name] for name in AGENTS)
-
-    cluster.wait_until(back, 30, "agents restarted")
-    time.sleep(2)  # engines register with the new agents, which announce what they hold
 
 
 AGENTS = ("agent-p0", "agent-d0", "agent-d1")
@@ -138,7 +123,7 @@ def test_blocks_survive_kill_9_of_the_agents_and_are_read_from_ssd(cluster, plai
     ids = prompt(2000, seed=4)
     cluster.generate(ids)
     cluster.wait_stored()
-    restart_agents(cluster)
+    cluster.restart_agents()
     cluster.flush_engines()
     cluster.set_policy(policy)
     answer = cluster.generate(ids)
@@ -154,7 +139,7 @@ def test_blocks_are_read_from_remote_when_ssd_is_gone(cluster, plain, folder):
         cluster.generate(ids)
         cluster.wait_stored()
         shutil.rmtree(folder / "cluster" / "ssd", ignore_errors=True)
-        restart_agents(cluster)
+        cluster.restart_agents()
         cluster.flush_engines()
         cluster.set_policy(policy)
         answer = cluster.generate(ids)
@@ -180,7 +165,7 @@ def test_32_conversations_over_few_prefixes_read_each_block_once(cluster, plain)
     for prefix in prefixes:
         cluster.generate(prefix + [400])
     cluster.wait_stored()
-    restart_agents(cluster)
+    cluster.restart_agents()
     cluster.flush_engines()
     cluster.set_policy("shorter-queue")
     turns = [prefixes[i % 4] + prompt(30, seed=200 + i) for i in range(32)]
@@ -223,7 +208,7 @@ def test_damaged_blocks_are_recomputed_and_counted(cluster, plain, folder, damag
     for agent in AGENTS:
         cluster.signal(agent, signal.SIGCONT)
     before = _damaged(cluster)
-    restart_agents(cluster)
+    cluster.restart_agents()
     cluster.flush_engines()
     answer = cluster.generate(ids)
     assert answer.output_ids == plain(ids)

@@ -102,9 +102,13 @@ class Use:
         the limit was in flight; ``in_flight`` is a course of means, ``step_s`` apart."""
         self._account()
         seconds = max(self._at_s - self._begun_s, 1e-9)
+        steps_s = [self._bin_s] * (len(self._bins) - 1)
+        steps_s.append(max(seconds - sum(steps_s), 1e-9))
         return {
             "full_share": round(self._full_s / seconds, 4),
             "mean_share": round(self._in_flight_s / seconds / self._limit, 4),
             "step_s": self._bin_s,
-            "in_flight": [round(value / self._bin_s, 2) for value in self._bins],
+            "in_flight": [
+                round(v / step_s, 2) for v, step_s in zip(self._bins, steps_s, strict=True)
+            ],
         }

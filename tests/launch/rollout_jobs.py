@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from launch.rollout.__main__ import main
 
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
 TIMINGS = ("started_at", "seconds", "turns")
 
 

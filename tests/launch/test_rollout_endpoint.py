@@ -19,9 +19,6 @@ from rollout_jobs import (
 )
 from rollout_stub import stub_process
 
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
-
-
 pytest_plugins = ["rollout_stub"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from rollout_jobs import (
+    CHAT,
     run,
     samples,
     summary,
@@ -16,9 +17,6 @@ from rollout_jobs import (
 from rollout_stub import END, answer_ids, chat_ids, decode, logprob, text_ids
 
 from launch.rollout.env import Done, Reply, Say
-
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
-
 
 pytest_plugins = ["rollout_stub"]
 

@@ -12,6 +12,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from rollout_jobs import (
+    CHAT,
     errors,
     keys,
     run,
@@ -23,9 +24,6 @@ from rollout_jobs import (
 from rollout_stub import answer_ids, chat_ids, decode, logprob, text_ids
 
 from launch.rollout.__main__ import main
-
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
-
 
 pytest_plugins = ["rollout_stub"]
 
