@@ -64,6 +64,7 @@ class Stub:
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=1 << 26)
+        app.router.add_get("/health", self.health)
         app.router.add_get("/v1/models", self.models)
         app.router.add_get("/admin/cluster", self.cluster)
         app.router.add_post("/v1/tokenize", self.tokenize)
@@ -72,6 +73,9 @@ class Stub:
         app.router.add_post("/stub", self.change)
         app.router.add_get("/stub", self.show)
         return app
+
+    async def health(self, _: web.Request) -> web.Response:
+        return web.Response()
 
     async def models(self, _: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": self.settings.get("model", "stub")}]})
