@@ -8,7 +8,7 @@ def test_every_goal_is_there_also_unmeasured():
 
 
 def test_goals_hold_by_what_was_measured():
-    episodes = {"full_percent": 96.0, "hit_rate_points_below": 2.5, "prompts": PROMPTS}
+    episodes = {"full_percent": 96.0, "hit_rate_points_off": 2.5, "prompts": PROMPTS}
     assert [goal.holds for goal in goals({"ratio_median": 1.04}, episodes)] == [True, True, False]
     small = episodes | {"prompts": 4}
     assert goals({}, small)[2].value is None
