@@ -170,8 +170,9 @@ class MovedBytes:
 
     def __init__(self, book: NicBook, kind: str) -> None:
         self._book = book
-        self._class = CLASS_OF_KIND[kind].value
-        self._prefix = kind
+        self._kind = kind
+        # What an agent reads is sent by an engine, in the engine's class.
+        self._classes = {"write": CLASS_OF_KIND[kind], "read": CLASS_OF_KIND["engine"]}
         self._before: dict[tuple[str, str], int] = {}
         self._by_nic: Counter[tuple[str, str, str]] = Counter()
 
@@ -183,7 +184,7 @@ class MovedBytes:
                 self._by_nic[operation, self._book.towards(f"{host}:0"), host] += grown
         self._before = dict(moved)
         return {
-            f'dualpath:{self._prefix}_moved_bytes_total{{class="{self._class}",'
+            f'dualpath:{self._kind}_moved_bytes_total{{class="{self._classes[operation].value}",'
             f'operation="{operation}",nic="{nic}",peer="{host}"}}': nbytes
             for (operation, nic, host), nbytes in self._by_nic.items()
         }

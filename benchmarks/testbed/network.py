@@ -75,6 +75,9 @@ class Network:
     def compute_address(self, node: str) -> str:
         return f"{_SUBNET[_COMPUTE]}.{_FIRST_NODE + self.nodes.index(node)}"
 
+    def storage_address(self, node: str) -> str:
+        return f"{_SUBNET[_STORAGE]}.{_FIRST_NODE + self.nodes.index(node)}"
+
     @property
     def store_address(self) -> str:
         """Of the S3 server, on the storage network."""
@@ -142,6 +145,10 @@ class Network:
     def set_compute_rate(self, rate_mbit: float) -> None:
         """Of all nodes' compute links, from now on."""
         self._set_rate(_COMPUTE, rate_mbit)
+
+    def limit_compute(self, node: str) -> None:
+        """What a node sends, after someone has taken the limit away."""
+        _limit("add", self.namespace(node), _COMPUTE, self.rates.compute_mbit)
 
     def _set_rate(self, kind: str, rate_mbit: float) -> None:
         for node in self.nodes:

@@ -90,11 +90,11 @@ def test_bytes_count_for_class_nic_and_peer(machine):
     machine.routes["10.0.0.2"] = "eth1"
     machine.now += 1
     samples = moved.samples({("write", "10.0.0.2"): 150, ("read", "10.0.0.1"): 7})
-    name = 'dualpath:agent_moved_bytes_total{class="low",operation='
+    name = "dualpath:agent_moved_bytes_total"
     assert samples == {
-        name + '"write",nic="eth0",peer="10.0.0.2"}': 100,
-        name + '"read",nic="lo",peer="10.0.0.1"}': 7,
-        name + '"write",nic="eth1",peer="10.0.0.2"}': 50,
+        name + '{class="low",operation="write",nic="eth0",peer="10.0.0.2"}': 100,
+        name + '{class="high",operation="read",nic="lo",peer="10.0.0.1"}': 7,
+        name + '{class="low",operation="write",nic="eth1",peer="10.0.0.2"}': 50,
     }
 
 

@@ -1,0 +1,1 @@
+"""Does KV movement disturb inference? Two hosts, one link, real Mooncake processes."""
