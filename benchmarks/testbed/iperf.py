@@ -62,7 +62,11 @@ def received_bytes_per_s(report: dict[str, Any]) -> float:
     """The receiver's rate in iperf3's JSON; raises :class:`IperfFailed` with its error."""
     if "error" in report:
         raise IperfFailed(f"iperf3: {report['error']}")
-    return float(report["end"]["sum_received"]["bits_per_second"]) / 8
+    rate = float(report["end"]["sum_received"]["bits_per_second"]) / 8
+    if rate == 0:
+        # A receiver that gets no core until the test is over has omitted all of it.
+        raise IperfFailed("iperf3: nothing received; is the machine overloaded?")
+    return rate
 
 
 def _wait_listening(server: subprocess.Popen[str]) -> None:
