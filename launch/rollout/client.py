@@ -21,6 +21,8 @@ from launch.trace import HEADER
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
+KEEPALIVE_S = 2.0
+"""An idle connection is closed before any server does: a POST that meets its end fails."""
 CALL_TIMEOUT_S = 30.0
 """Tokenising, model information."""
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 15.0
@@ -84,8 +86,7 @@ class Client:
     def __init__(self, url: str, timeout_s: float, retry_s: float) -> None:
         self._retry_s = retry_s
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
-        # A kept connection that the server closes at the same moment fails a POST.
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
         self._http = aiohttp.ClientSession(
             url.rstrip("/") + "/", connector=connector, read_bufsize=1 << 20
         )
