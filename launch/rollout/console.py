@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -61,8 +62,8 @@ class Bar:
         self._progress.update(self._task, total=progress.samples, completed=ended, text=text)
         if not self._console.is_terminal and now - self._line_s >= LINE_S:
             self._line_s = now
-            left = (progress.samples - ended) * (now - self._begun_s)
-            eta_s = left / max(progress.done + progress.missing, 1)
+            left, ended_now = progress.samples - ended, progress.done + progress.missing
+            eta_s = left * (now - self._begun_s) / ended_now if ended_now else math.inf
             self._console.print(
                 f"{ended} of {progress.samples} samples, {text}, ETA {eta_s:.0f} s", markup=False
             )

@@ -88,14 +88,12 @@ class Use:
             pairs = zip(self._bins[::2], [*self._bins[1::2], 0.0], strict=False)
             self._bins = [a + b for a, b in pairs]
             self._bin_s *= 2
-        while begin_s < end_s:
-            index = int(begin_s / self._bin_s)
-            edge_s = min(end_s, (index + 1) * self._bin_s)
-            if edge_s <= begin_s:  # rounding at an edge
-                edge_s, index = end_s, index + 1
-            self._bins += [0.0] * (index + 1 - len(self._bins))
-            self._bins[index] += self._in_flight * (edge_s - begin_s)
-            begin_s = edge_s
+        first, last = int(begin_s / self._bin_s), int(end_s / self._bin_s)
+        self._bins += [0.0] * (last + 1 - len(self._bins))
+        for index in range(first, last + 1):
+            part_begin_s = max(begin_s, index * self._bin_s)
+            part_end_s = min(end_s, (index + 1) * self._bin_s)
+            self._bins[index] += self._in_flight * max(0.0, part_end_s - part_begin_s)
 
     def summary(self) -> dict[str, Any]:
         """``full_share`` of the time as many were in flight as could be; ``mean_share`` of
