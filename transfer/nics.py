@@ -56,12 +56,14 @@ def rdma_nics(sysfs: Path = SYSFS) -> list[Nic]:
 
 def _rdma_nic(folder: Path) -> Nic:
     ports = sorted((folder / "ports").glob("*"))
-    rate, state = ("", "") if not ports else (_text(ports[0] / "rate"), _text(ports[0] / "state"))
+    rate, state = (
+        ("", "") if not ports else (sysfs_text(ports[0] / "rate"), sysfs_text(ports[0] / "state"))
+    )
     return Nic(
         folder.name,
         float(rate.split()[0]) * 1e9 / 8 if rate else 0.0,
         "ACTIVE" in state,
-        _numa_node(folder / "device"),
+        numa_node(folder / "device"),
         _pci_path(folder / "device"),
     )
 
@@ -71,21 +73,22 @@ def gpus(sysfs: Path = SYSFS) -> list[Gpu]:
     found = [
         device
         for device in sorted((sysfs / "bus/pci/devices").glob("*"))
-        if _text(device / "vendor") == _NVIDIA and _text(device / "class").startswith(_GPU_CLASSES)
+        if sysfs_text(device / "vendor") == _NVIDIA
+        and sysfs_text(device / "class").startswith(_GPU_CLASSES)
     ]
-    return [Gpu(i, _numa_node(device), _pci_path(device)) for i, device in enumerate(found)]
+    return [Gpu(i, numa_node(device), _pci_path(device)) for i, device in enumerate(found)]
 
 
 def rdma_sent_bytes(names: Iterable[str], sysfs: Path = SYSFS) -> int:
     """Counted by the devices' first ports."""
     return sum(
-        _WORD_BYTES * int(_text(port / "counters/port_xmit_data") or 0)
+        _WORD_BYTES * int(sysfs_text(port / "counters/port_xmit_data") or 0)
         for name in names
         for port in sorted((sysfs / _RDMA / name / "ports").glob("*"))[:1]
     )
 
 
-def _text(path: Path) -> str:
+def sysfs_text(path: Path) -> str:
     """Empty if it cannot be read: sysfs says so, for what a device does not know."""
     try:
         return path.read_text().strip()
@@ -93,8 +96,8 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _numa_node(device: Path) -> int:
-    return int(_text(device / "numa_node") or -1)
+def numa_node(device: Path) -> int:
+    return int(sysfs_text(device / "numa_node") or -1)
 
 
 def _pci_path(device: Path) -> tuple[str, ...]:
@@ -171,7 +174,7 @@ def given_to_mooncake(topology: Topology) -> Iterator[None]:
 
 def link_bytes_per_s(device: str, sysfs: Path = SYSFS) -> float | None:
     """What the driver says of the link; None where it does not know (virtual machines)."""
-    mbit = int(_text(sysfs / "class/net" / device / "speed") or -1)
+    mbit = int(sysfs_text(sysfs / "class/net" / device / "speed") or -1)
     return mbit * 1e6 / 8 if mbit > 0 else None
 
 
