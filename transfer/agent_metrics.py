@@ -19,7 +19,6 @@ class AgentCounters:
         self._delivered_bytes: Counter[str] = Counter()
         self._pulls: Counter[str] = Counter(ok=0, failed=0)
         self._pulled_bytes = 0
-        self._pulled_over_link_bytes = 0
 
     def delivered(self, engine: str, outcome: str, nbytes: int) -> None:
         """A delivery has ended; ``outcome`` is "ok", "failed" or "cancelled"."""
@@ -31,16 +30,11 @@ class AgentCounters:
         self._pulls["ok" if is_ok else "failed"] += 1
         self._pulled_bytes += nbytes
 
-    def pulled_over_link(self, nbytes: int) -> None:
-        """Of a pull: what an engine on another host has sent, in its own traffic class."""
-        self._pulled_over_link_bytes += nbytes
-
     def samples(self) -> Samples:
         """Sample name, with labels, -> value."""
         samples: Samples = {
             "dualpath:agent_malformed_messages_total": self.malformed_total,
             "dualpath:agent_pulled_bytes_total": self._pulled_bytes,
-            "dualpath:agent_pulled_over_link_bytes_total": self._pulled_over_link_bytes,
         }
         for name, counter, label in (
             ("deliveries", self._deliveries, "outcome"),

@@ -119,13 +119,10 @@ class PullJobs:
             )
 
         def ended(error: Exception | None) -> None:
-            self._counters.pulled_over_link(group.nbytes * away // len(holders))
             self._ended(pull, labels, group.nbytes, started, error)
 
         group = engine.jobs[message.job] = JobGroup(self._queue, ended)
-        holders = _holders(engine.ranks, self._host)
-        away = sum(rank.host != self._host for rank in holders)
-        group.submit([partial(rank_job, rank) for rank in holders])
+        group.submit([partial(rank_job, rank) for rank in _holders(engine.ranks, self._host)])
 
     def _ended(
         self,

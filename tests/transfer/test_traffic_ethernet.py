@@ -210,14 +210,15 @@ def packets_sent_low(group: str, dscp: int = 0) -> int:
     """How many of 20 packets of a process in this group are in the low class."""
     inside = within()
     command = (*inside, sys.executable, "-c", SENDER, group, str(dscp))
-    before = _low_packets()
+    before = _packets("d9a1:2", DEVICE)
     subprocess.run(command, check=True, timeout=20)
-    return _low_packets() - before
+    return _packets("d9a1:2", DEVICE) - before
 
 
-def _low_packets() -> int:
-    shown = run((*within(), "tc", "-s", "class", "show", "dev", DEVICE))
-    sent = re.search(r"class htb d9a1:2 .*\n Sent \d+ bytes (\d+) pkt", shown)
+def _packets(name: str, device: str) -> int:
+    """Sent so far by a class of a device."""
+    shown = run((*within(), "tc", "-s", "class", "show", "dev", device))
+    sent = re.search(rf"class htb {name} .*\n Sent \d+ bytes (\d+) pkt", shown)
     return int(sent[1])
 
 
@@ -227,6 +228,27 @@ def test_only_senders_of_the_group_are_low_and_not_their_control_messages(node):
     assert packets_sent_low(SITE.cgroup) == 20
     assert packets_sent_low("") == 0
     assert packets_sent_low(SITE.cgroup, CONTROL_DSCP) == 0
+
+
+ARRIVALS = """
+import socket, struct
+def packet(source, dscp):
+    ends = socket.inet_aton(source) + socket.inet_aton("10.78.0.1")
+    return struct.pack("!BBHHHBBH", 0x45, dscp << 2, 120, 1, 0, 64, 17, 0) + ends + bytes(100)
+wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+wire.bind(("far", 0))
+for source, dscp, count in (("10.9.0.5", 0, 20), ("10.78.0.7", 8, 30), ("10.78.0.7", 0, 40)):
+    for _ in range(count):
+        wire.send(b"\\xff" * 6 + bytes(6) + b"\\x08\\x00" + packet(source, dscp))
+"""
+
+
+@needs_root
+def test_what_comes_in_from_the_store_or_marked_low_is_low(node):
+    node.apply(rules(store=("10.9.0.0/16",)))
+    subprocess.run((*within(), sys.executable, "-c", ARRIVALS), check=True, timeout=20)
+    assert _packets("d9a1:2", receiver_of(DEVICE)) == 20 + 30
+    assert _packets("d9a1:1", receiver_of(DEVICE)) >= 40
 
 
 @needs_root
