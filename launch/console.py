@@ -83,9 +83,13 @@ def _traffic(config: ClusterConfig, hardware: Hardware) -> str:
             for marks in (settings.low, settings.high)
         )
         return f"{classes}: {low} and {high}"
-    if cgroup.find(settings.cgroup) is not None:
-        return f"{classes}: agents run in control group {settings.cgroup}"
-    return f"{classes}, but nothing marks them here (python -m transfer.check says more)"
+    with cgroup.entry(settings.cgroup) as entry:
+        if entry is not None:
+            return f"{classes}: agents start in control group {settings.cgroup}"
+    return (
+        f"{classes}, but nothing marks them here (python -m transfer.check says more); "
+        f"--kv-pace is {config.kv_pace}"
+    )
 
 
 class ConsoleReporter:
