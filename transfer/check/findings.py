@@ -97,6 +97,7 @@ def judge_ethernet(
     if not found:
         state = State.EFFECT if facts.has_marks else State.UNPROVEN
         what = f"{name}: {facts.queues_mbit:g} Mbit/s are shared by class"
+        what += f"; {facts.group_pids} processes are in the low class's control group now"
         if facts.has_marks is None:
             what += "; whether packets are marked is not to be seen without root"
         found.append(Finding(state, what))
@@ -181,11 +182,14 @@ def judge_rdma(
                 f"RDMA sends packets of 1,024 bytes or less; set {RDMA_MTU_MIN} or more",
             )
         )
-    if not any(finding.state <= State.HALF for finding in found):
+    is_half = any(finding.state <= State.HALF for finding in found)
+    if facts is not None and facts.lossless and not is_half:
+        priorities = ", ".join(map(str, facts.lossless))
         found.append(
             Finding(
                 State.UNPROVEN,
-                f"{name}: RoCE, {port.rate}; the host knows both classes",
+                f"{name}: RoCE, {port.rate}; the host knows both classes, with flow "
+                f"control on priorities {priorities}",
                 "What the switches do is not to be seen from here: measure with --peer",
             )
         )
@@ -228,7 +232,7 @@ def _of_roce_device(
             Finding(
                 State.UNPROVEN,
                 f"{name}: the priorities of {device} are not readable here",
-                f"Look with mlnx_qos -i {device}, or {show}",
+                f"Look with mlnx_qos -i {device}, measure with --peer, or {show}",
             )
         ]
     found = []

@@ -115,7 +115,7 @@ def _ethernet(arguments: argparse.Namespace, settings: TrafficSettings) -> int:
     share = settings.low_share_percent
     print(
         f"{device}: {rules.rate_mbit:g} Mbit/s, of which the low class ({rules.match}) is sure "
-        f"of {share} % and gets what the high class leaves"
+        f"of {share} % and gets what the high class leaves; agents are in it from their next start"
     )
     return 0
 
