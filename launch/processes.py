@@ -155,6 +155,7 @@ class _Cluster:
             host=self.hosts[node],
             protocol=self.hardware.transfer,
             rdma_devices=config.rdma_devices,
+            cgroup=config.traffic_settings.cgroup,
             gpus=self._gpus(node),
             pace=config.kv_pace,
             nic_bytes_per_s=config.nic_bytes_per_s,

@@ -45,3 +45,5 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     remote: RemoteSettings = RemoteSettings()
     read_threads: int = 16
     deliver_threads: int = 4
+    cgroup: str = ""
+    """Control group of the low traffic class, in which this process should be where it exists."""

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -59,6 +60,7 @@ from transfer.pacing import MovedBytes, NicBook, Pacing, pacer_samples
 from transfer.pull_jobs import PullJobs
 from transfer.router import Router
 from transfer.share_jobs import ShareJobs
+from transfer.traffic.host import keeps_apart
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +103,7 @@ class Agent:
         self._pacing = Pacing(
             *(read_pace(config.pace), self._nics, self._needed_rate),
             *(config.nic_bytes_per_s, config.rdma_devices),
+            partial(keeps_apart, group=config.cgroup),
         )
         self._deliver_queue = self._queue("deliver", config.deliver_threads)
         self._pull_queue = self._queue("pull", PULL_THREADS)

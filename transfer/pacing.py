@@ -19,7 +19,7 @@ from transfer.mooncake import host_of
 from transfer.pacer import Cap, FixedRate, Pacer, SpareRate
 from transfer.route import device_to
 from transfer.traffic.classes import CLASS_OF_KIND
-from transfer.traffic.host import CommandFailed, Host
+from transfer.traffic.host import keeps_apart
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Pacing:
         floor: Floor,
         nic_bytes_per_s: float = 0.0,
         rdma_devices: str = "",
-        has_classes: Callable[[str], bool] | None = None,
+        has_classes: Callable[[str], bool] = keeps_apart,
         sysfs: Path = nics.SYSFS,
     ) -> None:
         self._pace = pace
@@ -94,7 +94,7 @@ class Pacing:
         self._floor = floor
         self._nic_bytes_per_s = nic_bytes_per_s
         self._rdma = [nic for nic in nics.usable(nics.rdma_nics(sysfs), rdma_devices)]
-        self._has_classes = has_classes or _has_queues
+        self._has_classes = has_classes
         self._sysfs = sysfs
         self._lock = threading.Lock()
         self._pacers: dict[str, Pacer | None] = {}
@@ -155,14 +155,6 @@ class Pacing:
         if device == RDMA:
             return nics.rdma_sent_bytes([nic.name for nic in self._rdma], self._sysfs)
         return nics.link_sent_bytes(device)
-
-
-def _has_queues(device: str) -> bool:
-    try:
-        return Host().has_queues(device)
-    except CommandFailed as error:
-        log.info("queues of nic=%s are not known: %s", device, error)
-        return False
 
 
 class MovedBytes:

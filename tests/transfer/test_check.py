@@ -100,18 +100,19 @@ def test_half_of_a_roce_configuration_is_no_configuration(tmp_path, facts, words
     assert "--network roce --device eth0" in finding.cost
 
 
-def test_a_driver_that_overrides_the_class_is_found(tmp_path):
-    forced = tmp_path / "class/infiniband/mlx5_0/tc/1/traffic_class"
-    hgx(tmp_path)
-    forced.parent.mkdir(parents=True)
-    for text, state in (("Global tclass=106", State.HALF), ("Global tclass=-1", State.UNPROVEN)):
-        forced.write_text(f"{text}\n")
-        if not (forced.parents[2] / "ports/1/gids").exists():
-            as_network(tmp_path, "Ethernet", {1: "RoCE v2"})
-        device = read_machine(tmp_path, LINKS).rdma[0]
-        found = judge_rdma(device, device.ports[0], ROCE, None, SITE)
-        assert min(finding.state for finding in found) is state
-    assert "traffic class 106" not in found[0].what
+@pytest.mark.parametrize(
+    ("setting", "forced"), [("Global tclass=106", 106), ("Global tclass=-1", None)]
+)
+def test_a_driver_that_overrides_the_class_is_found(tmp_path, setting, forced):
+    as_network(hgx(tmp_path), "Ethernet", {1: "RoCE v2"})
+    path = tmp_path / "class/infiniband/mlx5_0/tc/1/traffic_class"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"{setting}\n")
+    device = read_machine(tmp_path, LINKS).rdma[0]
+    assert device.ports[0].forced_traffic_class == forced
+    found = judge_rdma(device, device.ports[0], ROCE, None, SITE)
+    halves = [finding.what for finding in found if finding.state is State.HALF]
+    assert [f"traffic class {forced}" in what for what in halves] == [True] * (forced is not None)
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,32 @@ def test_what_comes_in_from_the_store_or_marked_low_is_low(node):
     assert _packets("d9a1:1", receiver_of(DEVICE)) >= 40
 
 
+KEEPS_APART = """
+import sys
+from transfer.traffic import cgroup
+from transfer.traffic.host import keeps_apart
+device, group, joined = sys.argv[1:]
+with cgroup.entry(joined) as entry:
+    if entry is not None:
+        cgroup.join(entry)
+sys.exit(not keeps_apart(device, group))
+"""
+
+
+@needs_root
+def test_a_process_knows_whether_its_packets_are_marked(node):
+    def is_kept_apart(joined: str = "") -> bool:
+        command = (*within(), sys.executable, "-c", KEEPS_APART, DEVICE, SITE.cgroup, joined)
+        return subprocess.run(command, timeout=20).returncode == 0
+
+    assert not is_kept_apart()
+    node.apply(rules())
+    assert is_kept_apart(SITE.cgroup) and not is_kept_apart()
+    node.remove(DEVICE, SITE.cgroup)
+    node.apply(rules(match="uid:1001"))
+    assert is_kept_apart()
+
+
 @needs_root
 def test_queues_of_someone_else_stay_unless_they_may_go(node):
     inside = within()

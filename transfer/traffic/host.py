@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ from transfer.traffic.ethernet import (
     sharing,
     table_of,
 )
+
+log = logging.getLogger(__name__)
 
 COMMAND_TIMEOUT_S = 20.0
 PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "nft": "nftables"}
@@ -165,6 +168,23 @@ class Host:
 
     def _run(self, *command: str, stdin: str = "") -> str:
         return run((*self._within, *command), stdin)
+
+
+def keeps_apart(device: str, group: str = "") -> bool:
+    """Whether this process, of the low class, does not disturb the high one on the device.
+
+    ``group``: control group of the low class. Where it exists it is what the marks go by,
+    so a process outside it has none, whatever queues there are.
+    """
+    folder = cgroup.find(group) if group else None
+    if folder is not None and os.getpid() not in cgroup.members(folder):
+        log.warning("not in control group %s: what is sent is not marked", group)
+        return False
+    try:
+        return Host().has_queues(device)
+    except CommandFailed as error:
+        log.info("queues of nic=%s are not known: %s", device, error)
+        return False
 
 
 def run(command: Command, stdin: str = "") -> str:
