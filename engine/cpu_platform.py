@@ -17,6 +17,8 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from engine.engine_config import CPU_GROUPS_VARIABLE
+
 NAME = "dualpath_cpu"
 
 
@@ -53,6 +55,7 @@ def register_fixes() -> None:
     _no_spinning_while_waiting()
     _mla_on_torch_native()
     _staging_between_unlike_sizes()
+    _dp_attention()
 
 
 def _host_pools_without_pinning() -> None:
@@ -198,6 +201,13 @@ def _staging_between_unlike_sizes() -> None:
         from engine import cpu_staging
 
         cpu_staging.register_fixes()
+
+
+def _dp_attention() -> None:
+    if os.environ.get(CPU_GROUPS_VARIABLE) == "1":
+        from engine import cpu_attention_groups
+
+        cpu_attention_groups.register_fixes()
 
 
 def _rope(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import msgspec
 
 VARIABLE = "DUALPATH_ENGINE"
+CPU_GROUPS_VARIABLE = "DUALPATH_CPU_GROUPS"
+"""Set ("1"): an engine on a CPU has attention groups (:mod:`engine.cpu_attention_groups`)."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -16,8 +18,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     role: str
     """"prefill" or "decode"."""
-    control: str
-    """zmq endpoint to bind, e.g. ``tcp://127.0.0.1:31012``."""
+    controls: list[str]
+    """zmq endpoint to bind, e.g. ``tcp://127.0.0.1:31012``: one for each attention group."""
     agent: str
     """Name of the node's own agent, which persists this engine's blocks."""
     agents: dict[str, str]

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,9 +26,11 @@ from engine.deliveries import Deliveries, Delivery
 from engine.kv_memory import KvMemory
 from engine.layer_ring import LayerRing, RingStuck
 from engine.plans import PLANS_MAX, HeldPlan
+from engine.rank_group import CreditsAt
 from engine.session_workers import SessionWorkers
 from engine.suffix_send import Earlier, SuffixSender
-from transfer.client import AgentLinks
+from transfer.credits import WORD_BYTES
+from transfer.mooncake import transfer_batch
 
 log = logging.getLogger(__name__)
 
@@ -199,41 +201,50 @@ class LayerWindow:
 
 
 class CreditWriter:
-    """Writes the ring's credits one-sidedly into agents' memory, the newest value only."""
+    """Writes one rank's credits one-sidedly into agents' memory, the newest value only.
+
+    ``at`` says where; what it lacks is not written.
+    """
 
     def __init__(
-        self, ring: LayerRing, links: AgentLinks, transfer_engine: Any, workers: SessionWorkers
+        self,
+        ring: LayerRing,
+        rank: int,
+        agents: Sequence[str],
+        at: Mapping[str, CreditsAt],
+        transfer_engine: Any,
+        workers: SessionWorkers,
     ) -> None:
         self._ring = ring
-        self._links = links
+        self._rank = rank
+        self._at = at
         self._engine = transfer_engine
         self._workers = workers
-        self._words = np.zeros(len(links.agents), np.uint64)
-        self._index = {agent: index for index, agent in enumerate(links.agents)}
+        self._words = np.zeros(len(agents), np.uint64)
+        self._index = {agent: index for index, agent in enumerate(agents)}
         self._lock = threading.Lock()
         self._queued: set[str] = set()
         transfer_engine.register(int(self._words.ctypes.data), self._words.nbytes)
 
     def push(self, agent: str) -> None:
         """From any thread; returns at once."""
-        hello = self._links.hello(agent)
-        if hello is None or not hello.credit_address:
+        at = self._at.get(agent)
+        if at is None:
             return
         with self._lock:
             if agent in self._queued:
                 return
             self._queued.add(agent)
-        call = partial(self._write, agent, hello.session_id, hello.credit_address)
-        self._workers.submit(f"credits {hello.session_id}", call)
+        self._workers.submit(f"credits {at.session_id}", partial(self._write, at))
 
-    def _write(self, agent: str, session_id: str, address: int) -> None:
+    def _write(self, at: CreditsAt) -> None:
         with self._lock:
-            self._queued.discard(agent)
-        index = self._index[agent]
+            self._queued.discard(at.agent)
+        index = self._index[at.agent]
         self._words[index] = self._ring.free_until
-        source = int(self._words.ctypes.data) + index * self._words.itemsize
-        code = self._engine.batch_transfer_sync(
-            session_id, [source], [address], [self._words.itemsize]
-        )
+        source = int(self._words.ctypes.data) + index * WORD_BYTES
+        target = at.address + self._rank * WORD_BYTES
+        ranges = (np.array([number]) for number in (source, target, WORD_BYTES))
+        code = transfer_batch(self._engine.engine, "write", at.session_id, *ranges)
         if code != 0:  # the agent is dead or hangs: its deliveries fail by themselves
-            log.warning("credits not written agent=%s code=%d", agent, code)
+            log.warning("credits not written agent=%s code=%d", at.agent, code)

@@ -162,6 +162,13 @@ TOUCH_POINTS = (
         "prefill",
     ),
     TouchPoint(
+        _POOLS + "MLATokenToKVPool.set_mla_kv_buffer",
+        "BEFORE",
+        "engine.prefill_layers:before_latent_write",
+        "layer window: a latent is written only when its buffer is free",
+        "prefill",
+    ),
+    TouchPoint(
         "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue.add",
         "BEFORE",
         "engine.prefill_layers:before_add_request",

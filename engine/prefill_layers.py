@@ -22,7 +22,6 @@ from engine.layer_window import CreditWriter, LayerWindow, WindowForward
 from engine.runtime import EngineRuntime, runtime_if_up
 from engine.session_workers import SessionWorkers
 from engine.suffix_send import LayerSend, SendsDone, SuffixSender
-from transfer.client import AgentLinks
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +113,6 @@ class PrefillLayers:
             return None
         from sglang.srt.distributed.parallel_state import get_mooncake_transfer_engine
 
-        if not isinstance(engine.links, AgentLinks) or engine.ranks.size > 1:
-            raise NotImplementedError("a layer window needs an engine of one rank")
         ring = LayerRing(self.num_layers, engine.config.layer_window)
         transfer_engine = get_mooncake_transfer_engine()
         return LayerWindow(
@@ -124,7 +121,14 @@ class PrefillLayers:
             engine.scheduler.req_to_token_pool.req_to_token,
             self.suffix,
             engine.deliveries,
-            CreditWriter(ring, engine.links, transfer_engine, self.workers),
+            CreditWriter(
+                ring,
+                engine.ranks.rank,
+                list(engine.config.agents),
+                engine.credits_at,
+                transfer_engine,
+                self.workers,
+            ),
             self.workers,
         )
 
@@ -198,6 +202,14 @@ def after_run_batch(result: Any, scheduler: Any, *_: Any, **__: Any) -> None:
         layers.end()
 
 
+def before_latent_write(pool: Any, layer: Any, *_: Any, **__: Any) -> None:
+    """BEFORE ``MLATokenToKVPool.set_mla_kv_buffer``, which some of MLA's routes on CUDA call
+    ahead of the attention. (Untested there.)"""
+    layers = _layers()
+    if layers is not None and layers.current is not None:
+        layers.current.before_attention(layer.layer_id)
+
+
 def around_attention(original: Any, attention: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND ``RadixAttention.forward``."""
     layers = _layers()
@@ -251,13 +263,17 @@ def around_add_transfer(
     **kwargs: Any,
 ) -> Any:
     """AROUND ``MooncakeKVManager.add_transfer_request``: a chunk whose layers went out by
-    themselves has no pages left to send; its message to the decode engine waits for them."""
+    themselves has no pages left to send; its message to the decode engine waits for them.
+    With a layer window others have nothing to send any more, so they fail."""
     layers = _layers()
     suffix = layers.suffix if layers is not None else None
     sends = suffix.claim(room, index_slice.stop, is_last_chunk) if suffix is not None else None
     if suffix is not None and sends is not None:
         kv_indices = kv_indices[:0]
         wait_event = SendsDone(partial(suffix.settle, room, sends))
+    elif layers is not None and layers.window is not None and len(kv_indices):
+        layers.suffix.refuse(room, "its KV could not leave layer by layer (unlike --tp?)")
+        return None
     return original(
         manager,
         room,

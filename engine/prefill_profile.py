@@ -23,9 +23,11 @@ import sglang
 import torch
 from sglang.srt.layers.dp_attention import set_is_extend_in_batch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.scheduler_components.dp_attn import prepare_mlp_sync_batch_raw
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.common import require_mlp_tp_gather
 
 from engine.forward_clock import ForwardClock, ForwardSample
 from engine.user_cache import cache_folder
@@ -54,6 +56,7 @@ def profile_path(scheduler: Any, model_digest: str) -> Path:
         "kv_dtype": args.kv_cache_dtype,
         "attention": args.attention_backend,
         "ranks": args.tp_size,
+        "groups": args.attn_dp_size,
         "chunk_tokens": scheduler.chunked_prefill_size,
         "sglang": sglang.__version__,
     }
@@ -117,12 +120,27 @@ def _forward(scheduler: Any, chunks: list[Chunk]) -> None:
             batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
             batch.prefill_input_ids_cpu = None
         runner = scheduler.tp_worker.model_runner
+        if scheduler.server_args.attn_dp_size > 1:
+            _meet_groups(batch, runner)
         forward_batch = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
         set_is_extend_in_batch(True)
         runner.forward(forward_batch)
     finally:
         for request in requests:
             release_kv_cache(request, scheduler.tree_cache, checkpoint=False)
+
+
+def _meet_groups(batch: Any, runner: Any) -> None:
+    """Attention groups tell each other the sizes of their batches; here they are alike."""
+    prepare_mlp_sync_batch_raw(
+        batch,
+        runner,
+        get_idle_batch=lambda: batch,
+        disable_cuda_graph=True,
+        require_mlp_tp_gather=require_mlp_tp_gather(),
+        disable_overlap_schedule=True,
+        offload_tags=set(),
+    )
 
 
 def _request(scheduler: Any, chunk: Chunk) -> Any:

@@ -25,8 +25,10 @@ class QuotaUnusable(Exception):
 class PrefillTiming:
     """Fitted costs of a whole forward, and of the attention in it, which the quota is about.
 
-    The ranks of an engine must pack alike, as SGLang's ranks decide each for itself: all
-    reckon with the slowest one's times. ``waits`` says what forwards have spent waiting
+    The ranks that share requests must pack alike, as SGLang's ranks decide each for itself: all
+    reckon with the slowest one's times. Each attention group of an engine packs its own
+    requests by its own times, to the same quota; only the profile is taken, forward by
+    forward, by all groups together. ``waits`` says what forwards have spent waiting
     for KV so far.
     """
 
@@ -37,6 +39,7 @@ class PrefillTiming:
         self._quota_s = quota_s
         ranks_pack = quota_s is not None and scheduler.server_args.tp_size > 1
         self._group = scheduler.attn_tp_cpu_group if ranks_pack else None
+        self._all_groups = scheduler.tp_cpu_group if ranks_pack else None
         self.forward, self.attention = CostFit(), CostFit()
         self.quota: QuotaChunking | None = None
         self.clock = ForwardClock(scheduler.device, waits, self._slowest, self._note)
@@ -53,7 +56,9 @@ class PrefillTiming:
                 "--prefill-quota-ms cuts prompts into chunks, which --chunked-prefill-size -1 "
                 "switches off: take one of the two out"
             )
+        packing, self._group = self._group, self._all_groups
         samples = self._profile(model_digest)
+        self._group = packing
         attention = _fitted(samples, "attention_s")
         if attention is None:
             raise QuotaUnusable(

@@ -3,9 +3,10 @@
 Each rank runs a copy of SGLang's scheduler, and the copies must decide alike: a page that is
 free at one rank and not yet at another would be given out there to another request. What
 SGLang does follows from the requests, which its first rank broadcasts. What reaches us at a
-time of its own (a plan, the end of a transfer) does not: so only the first rank, the
-*leader*, talks to the gateway and the agents. What it hears becomes *events*, which travel
-with SGLang's broadcast and take effect at all ranks at the same point of their loops.
+time of its own (a plan, an agent's greeting, the end of a transfer) does not: so only the
+first rank, the *leader*, talks to the gateway and the agents. What it hears becomes *events*,
+which travel with SGLang's broadcast and take effect at all ranks at the same point of their
+loops.
 """
 
 from __future__ import annotations
@@ -31,7 +32,16 @@ class JobOver(msgspec.Struct, frozen=True):
     """Empty on success."""
 
 
-Event = EnginePlan | EndPlan | JobOver
+class CreditsAt(msgspec.Struct, frozen=True):
+    """Where an agent looks for this engine's credits (:mod:`transfer.credits`)."""
+
+    agent: str
+    session_id: str
+    address: int
+    """Of the first rank's word; those of the others follow."""
+
+
+Event = EnginePlan | EndPlan | JobOver | CreditsAt
 
 
 class Events(msgspec.Struct, frozen=True):

@@ -28,11 +28,12 @@ from engine.page_holds import PageHolds
 from engine.persist import Persister
 from engine.plans import Plans
 from engine.prefill_timing import PrefillTiming
-from engine.rank_group import Event, JobOver, RankGroup, SilentLinks
+from engine.rank_group import CreditsAt, Event, JobOver, RankGroup, SilentLinks
 from storage.block import BlockKey, Namespace, block_keys
 from storage.settings import incarnation
 from transfer.client import AgentLinks
 from transfer.messages import (
+    AgentHello,
     EndPlan,
     EngineHello,
     EnginePlan,
@@ -86,13 +87,16 @@ class EngineRuntime:
 
     def __init__(self, config: EngineConfig, scheduler: Any) -> None:
         from sglang.srt.distributed.parallel_state import get_mooncake_transfer_engine
+        from sglang.srt.runtime_context import get_parallel
 
         args = scheduler.server_args
-        if args.pp_size * args.dp_size != 1:
-            raise NotImplementedError(
-                "DualPath serves tensor-parallel engines (--tp) so far: take --pp and --dp out"
-            )
+        if max(args.pp_size, args.dp_size, args.attn_cp_size) > 1:
+            raise NotImplementedError("DualPath knows --tp and --attn-dp-size: take others out")
+        attention_group = get_parallel().attn_dp_rank
         self.config = config
+        self.name = config.name
+        if args.attn_dp_size > 1:
+            self.name = f"{config.name}.{attention_group}"
         self.scheduler = scheduler
         self.incarnation = incarnation()
         allocator = scheduler.token_to_kv_pool_allocator
@@ -104,6 +108,8 @@ class EngineRuntime:
         self.namespace_digest = self.namespace.digest()
         self._weight_updates = 0
         self.plans = Plans()
+        self.credits_at: dict[str, CreditsAt] = {}
+        """By agent; of an engine with a layer window."""
         self.prefill_timing = PrefillTiming(
             scheduler, config.prefill_quota_s, lambda: self.deliveries.waits()
         )
@@ -121,11 +127,7 @@ class EngineRuntime:
             transfer_engine.register,
             transfer_engine.transfer_sync,
         )
-        self.links: AgentLinks | SilentLinks = SilentLinks()
-        if self.ranks.is_leader:
-            self.links = AgentLinks(
-                config.agents, self._registration(), self._on_message, self.jobs.agent_restarted
-            )
+        self.links = self._open_links()
         self.deliveries = Deliveries(
             board,
             self.jobs,
@@ -138,14 +140,25 @@ class EngineRuntime:
         self.persister = Persister(self)
         self.prefill_layers: PrefillLayers | None = None
         if self.ranks.is_leader:
-            ControlServer(config.control, self.ranks.post, self.hello)
+            ControlServer(config.controls[attention_group], self.ranks.post, self.hello)
             threading.Thread(target=self._watch, name="dualpath-watch", daemon=True).start()
         self._say_up()
+
+    def _open_links(self) -> AgentLinks | SilentLinks:
+        if not self.ranks.is_leader:
+            return SilentLinks()
+        return AgentLinks(
+            self.config.agents,
+            self._registration(),
+            self._on_message,
+            self.jobs.agent_restarted,
+            self._on_hello,
+        )
 
     def _say_up(self) -> None:
         log.info(
             "dualpath engine up name=%s role=%s rank=%d of=%d shards=%d namespace=%s",
-            *(self.config.name, self.config.role, self.ranks.rank, self.ranks.size),
+            *(self.name, self.config.role, self.ranks.rank, self.ranks.size),
             *(self.memory.layout.shards, self.namespace_digest.hex()[:16]),
         )
 
@@ -185,7 +198,7 @@ class EngineRuntime:
         digest = model_digest(Path(model_path)) if model_path else self.namespace.model_digest
         if version is None:
             # The same name at every rank of this engine, and at no other engine.
-            unnamed = f"unnamed-{self.config.name}-{self.incarnation}-{self._weight_updates}"
+            unnamed = f"unnamed-{self.name}-{self.incarnation}-{self._weight_updates}"
             version = "" if model_path else unnamed
         self._weight_updates += 1
         self.namespace = msgspec.structs.replace(
@@ -199,7 +212,7 @@ class EngineRuntime:
 
     def _registration(self) -> RegisterEngine:
         return RegisterEngine(
-            self.config.name,
+            self.name,
             self.incarnation,
             self.namespace,
             self.memory.layout.shards,
@@ -218,6 +231,12 @@ class EngineRuntime:
                 self.plans.drop(event.rid)
             case JobOver():
                 self.jobs.close(event.job, event.reason)
+            case CreditsAt():
+                self.credits_at[event.agent] = event
+
+    def _on_hello(self, hello: AgentHello) -> None:
+        if self.config.layer_window and hello.credit_address:
+            self.ranks.post(CreditsAt(hello.agent, hello.session_id, hello.credit_address))
 
     def _on_message(self, agent: str, message: Message) -> None:
         match message:
@@ -246,7 +265,7 @@ class EngineRuntime:
         chunked = [scheduler.chunked_req] if scheduler.chunked_req is not None else []
         is_prefill = self.config.role == "prefill"
         return EngineHello(
-            engine=self.config.name,
+            engine=self.name,
             role=self.config.role,
             incarnation=self.incarnation,
             namespace=self.namespace,

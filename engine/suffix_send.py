@@ -275,6 +275,11 @@ class SuffixSender:
                 self._conclude_failed(send)
         self.late_s_total += time.monotonic() - began_s
 
+    def refuse(self, room: int, reason: str) -> None:
+        """End a request whose KV is gone before it was sent."""
+        if not self._room_failed(room):
+            self._manager.conclude_failure(bootstrap_room=room, failure_reason=reason)
+
     def _conclude_failed(self, send: LayerSend) -> None:
         manager = self._manager
         with manager.session_lock:

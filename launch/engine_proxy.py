@@ -57,7 +57,10 @@ class EngineProxy:
     async def post(
         self, engine: EnginePeer, path: str, body: dict[str, Any]
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """POST without a total timeout: the caller limits the request as a whole."""
+        """POST a request to an engine, or to one of its attention groups, without a total
+        timeout: the caller limits the request as a whole."""
+        if engine.address.group is not None:
+            body = body | {"routed_dp_rank": engine.address.group}
         url = engine.address.http + path
         async with self._session.post(url, data=msgspec.json.encode(body), headers=_JSON) as answer:
             yield answer

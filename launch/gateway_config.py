@@ -10,7 +10,7 @@ VARIABLE = "DUALPATH_GATEWAY"
 
 
 class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where an engine is reached."""
+    """Where an engine is reached, or an attention group of one."""
 
     name: str
     role: str
@@ -22,6 +22,8 @@ class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     control: str
     """zmq endpoint, e.g. ``tcp://127.0.0.1:31012``."""
     bootstrap_host: str
+    group: int | None = None
+    """Which attention group of its engine it is; None: its engine has one."""
 
 
 class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,8 +1,6 @@
 """Every process of a cluster as plain data, made from the settings by pure functions.
 
-A *node* is one engine with its agent: ``p0`` and ``agent-p0``. Each process owns a block
-of ports, counted from ``--base-port``, so that a port seen in a log tells whose it is:
-``PORTS_PER_PROCESS``, and more with tensor parallel engines.
+A *node* is one engine with its agent: ``p0`` and ``agent-p0``.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -23,9 +20,26 @@ from engine.engine_config import EngineConfig
 from launch.config import ClusterConfig
 from launch.gateway_config import EngineAddress, GatewayConfig
 from launch.hardware import Hardware
+from launch.ports import (
+    BOOTSTRAP,
+    BOOTSTRAP_FLAG,
+    CONTROL,
+    HTTP,
+    RENDEZVOUS,
+    block_ports,
+    control,
+    meeting,
+    mooncake_env,
+)
 from launch.process_record import HealthCheck, ProcessRecord
 from launch.settings import BadConfig
-from launch.tensor_parallel import binding_env, check_window, ranks_of, staging_env
+from launch.tensor_parallel import (
+    check_window,
+    cpu_env,
+    group_names,
+    ranks_of,
+    staging_env,
+)
 from scheduler.options import LoadPolicy, SchedulerOptions
 from storage.owners import read_quotas
 from storage.remote_settings import RemoteSettings
@@ -34,21 +48,9 @@ from transfer.agent_config import AgentConfig
 from transfer.traffic.classes import BadMarks, rdma_env
 
 LOOPBACK = "127.0.0.1"
-PORTS_PER_PROCESS = 48
 PAGE_TOKENS = 64
 CPU_POOL_TOKENS = 65536
 
-# Offsets inside a process's block of ports.
-_CONTROL = 0
-_HTTP = 1
-_RENDEZVOUS = 2
-_BOOTSTRAP, _BOOTSTRAP_PORTS = 8, 8
-_MOONCAKE, _MOONCAKE_PORTS, _MOONCAKE_STARTS = 16, 8, 4
-"""Each rank's Mooncake takes two of so many ports, of others at each of so many starts. It needs
-a choice: those of a process that just ended cannot be bound for a minute."""
-
-_MIN_RPC_PORT, _MAX_RPC_PORT = "MC_MIN_RPC_PORT", "MC_MAX_RPC_PORT"
-_BOOTSTRAP_FLAG = "--disaggregation-bootstrap-port"
 _LINKER = {
     "linker": "PrefillLinker",
     "linker_module_path": "engine.prefill_linker",
@@ -76,30 +78,6 @@ def process_records(
     agents = [cluster.agent(node) for node in nodes]
     engines = [cluster.engine(node) for node in nodes]
     return [*agents, *engines, cluster.gateway()]
-
-
-def respawn(record: ProcessRecord, restart_count: int) -> ProcessRecord:
-    """The record for the start after ``restart_count`` deaths, with ports of its own.
-
-    Decode engines keep what they learnt from a prefill engine's bootstrap address, and would
-    wait for the ranks of the dead one. Mooncake keeps a peer's data port by its RPC port, and
-    a process that moved much data to it does not learn a new one: with the RPC port of the
-    dead one, all that it writes to the new one fails.
-    """
-    argv, env, ports = list(record.argv), dict(record.env), dict(record.ports)
-    if _MIN_RPC_PORT in env:
-        first = int(env[_MIN_RPC_PORT])
-        number = int(env[_MAX_RPC_PORT]) + 1 - first
-        env |= _mooncake_ports(first + restart_count % _MOONCAKE_STARTS * number, number)
-    if "bootstrap" in ports:
-        first = ports["http"] - _HTTP + _BOOTSTRAP
-        ports["bootstrap"] = first + restart_count % _BOOTSTRAP_PORTS
-        argv[argv.index(_BOOTSTRAP_FLAG) + 1] = str(ports["bootstrap"])
-    return replace(record, argv=tuple(argv), env=env, ports=ports)
-
-
-def _mooncake_ports(first: int, number: int) -> dict[str, str]:
-    return {_MIN_RPC_PORT: str(first), _MAX_RPC_PORT: str(first + number - 1)}
 
 
 def node_names(config: ClusterConfig) -> list[str]:
@@ -138,11 +116,11 @@ class _Cluster:
         self.hosts = hosts
         self.environ = environ
         self.ranks = {node: ranks_of(self._passed_flags(node)) for node in nodes}
-        check_window(config.layer_window, self.ranks.values())
-        more_ranks = max(self.ranks.values(), default=1) - 1
-        self.ports_per_process = PORTS_PER_PROCESS + more_ranks * _MOONCAKE_PORTS * _MOONCAKE_STARTS
+        if config.layer_window:
+            check_window(model, self._group_sizes("prefill"), self._group_sizes("decode"))
+        self.ports_per_process = max(map(block_ports, self.ranks.values()))
         self.agents = {
-            agent_name(node): self._endpoint(node, self._port(node, "agent", _CONTROL))
+            agent_name(node): self._endpoint(node, self._port(node, "agent", CONTROL))
             for node in nodes
         }
 
@@ -184,7 +162,7 @@ class _Cluster:
                 transfer.agent_config.VARIABLE: to_env(settings),
             },
             host=self.hosts[node],
-            ports={"control": self._port(node, "agent", _CONTROL)},
+            ports={"control": self._port(node, "agent", CONTROL)},
             ready=(alive,),
             alive=alive,
             cgroup=config.traffic_settings.cgroup,
@@ -195,7 +173,7 @@ class _Cluster:
         settings = EngineConfig(
             name=node,
             role=role,
-            control=self._control(node),
+            controls=self._controls(node),
             agent=agent_name(node),
             agents=self.agents,
             deliver_timeout_s=self.config.deliver_timeout_s,
@@ -204,23 +182,25 @@ class _Cluster:
             promise_planned_only=role == "decode" and bool(self.config.layer_window),
             poison_kv=self.config.poison_kv,
         )
-        offsets = {"control": _CONTROL, "http": _HTTP, "rendezvous": _RENDEZVOUS}
+        offsets = {"control": CONTROL, "http": HTTP, "rendezvous": RENDEZVOUS}
         if role == "prefill":
-            offsets["bootstrap"] = _BOOTSTRAP
+            offsets["bootstrap"] = BOOTSTRAP
         ports = {name: self._port(node, "engine", offset) for name, offset in offsets.items()}
-        alive = HealthCheck("zmq", self._control(node))
+        alive, *groups_alive = (HealthCheck("zmq", control) for control in settings.controls)
         return ProcessRecord(
             name=node,
             kind="engine",
             argv=(sys.executable, "-m", "sglang.launch_server", *self._engine_flags(node, ports)),
             env={
-                **self._mooncake_env("engine", self._port(node, "engine", 0), self.ranks[node]),
+                **self._mooncake_env(
+                    "engine", self._port(node, "engine", 0), self.ranks[node].total
+                ),
                 **self._engine_env(node),
                 engine.engine_config.VARIABLE: to_env(settings),
             },
             host=self.hosts[node],
             ports=ports,
-            ready=(HealthCheck("http", f"{self._http(node)}/model_info"), alive),
+            ready=(HealthCheck("http", f"{self._http(node)}/model_info"), alive, *groups_alive),
             alive=alive,
             after=tuple(self.agents),
         )
@@ -231,7 +211,7 @@ class _Cluster:
             host=config.host,
             port=config.port,
             agents=self.agents,
-            engines=[self._address(node) for node in self.nodes],
+            engines=[address for node in self.nodes for address in self._addresses(node)],
             model=str(self.model),
             served_model_name=served_model_name(config),
             path_policy=config.path_policy,
@@ -264,15 +244,24 @@ class _Cluster:
             alive=HealthCheck("http", health, any_status=True),
         )
 
-    def _address(self, node: str) -> EngineAddress:
-        return EngineAddress(
-            name=node,
-            role=_role(node),
-            agent=agent_name(node),
-            http=self._http(node),
-            control=self._control(node),
-            bootstrap_host=self.hosts[node],
-        )
+    def _addresses(self, node: str) -> list[EngineAddress]:
+        names = group_names(node, self.ranks[node])
+        return [
+            EngineAddress(
+                name=name,
+                role=_role(node),
+                agent=agent_name(node),
+                http=self._http(node),
+                control=control,
+                bootstrap_host=self.hosts[node],
+                group=group if len(names) > 1 else None,
+            )
+            for group, (name, control) in enumerate(zip(names, self._controls(node), strict=True))
+        ]
+
+    def _group_sizes(self, role: str) -> set[int]:
+        """Over how many ranks the engines of one role split KV heads."""
+        return {ranks.of_group for node, ranks in self.ranks.items() if _role(node) == role}
 
     def _quota_s(self) -> float | None:
         quota_ms = self.config.prefill_quota_ms
@@ -285,11 +274,14 @@ class _Cluster:
     def _endpoint(self, node: str, port: int) -> str:
         return f"tcp://{self.hosts[node]}:{port}"
 
-    def _control(self, node: str) -> str:
-        return self._endpoint(node, self._port(node, "engine", _CONTROL))
+    def _controls(self, node: str) -> list[str]:
+        """Of each attention group of the node's engine."""
+        ranks = self.ranks[node]
+        offsets = [control(ranks, group) for group in range(ranks.groups)]
+        return [self._endpoint(node, self._port(node, "engine", offset)) for offset in offsets]
 
     def _http(self, node: str) -> str:
-        return f"http://{self.hosts[node]}:{self._port(node, 'engine', _HTTP)}"
+        return f"http://{self.hosts[node]}:{self._port(node, 'engine', HTTP)}"
 
     def _python_env(self) -> dict[str, str]:
         env = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -299,7 +291,7 @@ class _Cluster:
 
     def _mooncake_env(self, kind: str, block_port: int, ranks: int) -> dict[str, str]:
         env = self._python_env() | {
-            **_mooncake_ports(block_port + _MOONCAKE, ranks * _MOONCAKE_PORTS),
+            **mooncake_env(block_port, ranks),
             # The defaults are 30 s: a hung peer would hold a forward for as long.
             "MC_TRANSFER_TIMEOUT": "15",
             "MC_TCP_PROGRESS_TIMEOUT_SEC": "5",
@@ -325,7 +317,11 @@ class _Cluster:
             "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
             # What P has cached and D lacks leaves with the rest, layer by layer.
             "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",
-            **staging_env(self.model, set(self.ranks.values()), self.hardware.device),
+            **staging_env(
+                self.model,
+                self._group_sizes("prefill") | self._group_sizes("decode"),
+                self.hardware.device,
+            ),
         }
         if self.hardware.device == "cpu":
             env |= {
@@ -334,7 +330,7 @@ class _Cluster:
                 "CUDA_VISIBLE_DEVICES": "",
                 # Several engines share a CPU; with more threads each they fight for it.
                 "OMP_NUM_THREADS": "1",
-                **binding_env(self.ranks[node]),
+                **cpu_env(self.ranks[node]),
             }
         return env
 
@@ -352,6 +348,9 @@ class _Cluster:
         }
         if config.rdma_devices:
             flags["--disaggregation-ib-device"] = config.rdma_devices
+        if self.ranks[node].groups > 1:
+            port = self._port(node, "engine", meeting(self.ranks[node]))
+            flags["--dist-init-addr"] = f"{self.hosts[node]}:{port}"
         tokens = config.max_total_tokens
         if self.hardware.device == "cpu":
             flags |= {"--device": "cpu", "--dtype": "float32"}
@@ -363,7 +362,7 @@ class _Cluster:
         switches = ["--sleep-on-idle", "--skip-server-warmup", "--enable-cache-report"]
         if _role(node) == "prefill":
             flags |= {
-                _BOOTSTRAP_FLAG: str(ports["bootstrap"]),
+                BOOTSTRAP_FLAG: str(ports["bootstrap"]),
                 "--unified-cache-external-linker-backend": "dynamic",
                 "--unified-cache-external-linker-config": json.dumps(_LINKER),
             }
@@ -382,8 +381,8 @@ class _Cluster:
         """Of a node's ranks: one after the other, as all nodes are on one machine."""
         if self.hardware.device == "cpu":
             return []
-        first = sum(self.ranks[other] for other in self.nodes[: self.nodes.index(node)])
-        return list(range(first, first + self.ranks[node]))
+        first = sum(self.ranks[other].total for other in self.nodes[: self.nodes.index(node)])
+        return list(range(first, first + self.ranks[node].total))
 
     def _passed_flags(self, node: str) -> list[str]:
         """The user's own flags for SGLang."""

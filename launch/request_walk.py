@@ -270,6 +270,8 @@ class RequestWalk:
             "bootstrap_port": prefill.known().bootstrap_port,
             "bootstrap_room": secrets.randbits(ROOM_BITS),
         }
+        if prefill.address.group is not None:
+            body["disagg_prefill_dp_rank"] = prefill.address.group
         now = time.monotonic()
         self._services.scheduler.submitted(plan.plan, now)
         self._posted = [prefill, decode]

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from launch.child import Child, end_sessions
 from launch.health import Prober
+from launch.ports import respawn
 from launch.process_record import ProcessRecord
-from launch.processes import respawn
 
 START_PROBE_PERIOD_S = 0.5
 PROBE_PERIOD_S = 5.0

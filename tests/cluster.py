@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from launch.models import resolve_model
-from launch.tensor_parallel import binding_env, ranks_of
+from launch.tensor_parallel import cpu_env, ranks_of
 
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 15
@@ -287,7 +287,7 @@ def plain_sglang(model: Path, folder: Path, *flags: str) -> Iterator[str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    environment |= binding_env(ranks_of(list(flags)))
+    environment |= cpu_env(ranks_of(list(flags)))
     folder.mkdir(parents=True, exist_ok=True)
     log = (folder / "plain.log").open("wb")
     process = subprocess.Popen(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -34,9 +35,14 @@ def build(folder: Path, tokenizer_of: Path) -> None:
         shutil.copy(tokenizer_of / name, folder)
 
 
-def reference(folder: Path, input_ids: list[int], new_tokens: int) -> list[int]:
+@cache
+def _loaded(folder: Path) -> DeepseekV2ForCausalLM:
+    return DeepseekV2ForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+
+
+def reference(folder: Path, input_ids: list[int], new_tokens: int = 16) -> list[int]:
     """Greedy tokens by transformers."""
-    model = DeepseekV2ForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    model = _loaded(folder)
     with torch.no_grad():
         tokens = model.generate(
             torch.tensor([input_ids]),

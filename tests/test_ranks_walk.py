@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ import pytest
 from launch.models import resolve_model
 from tests import mla_model
 from tests.cluster import Cluster, plain_tokens, prompt, running_cluster
+from tests.prefill_checks import PAGE, check_sampled_prompts
 
-PAGE = 64
 BLOCK_BYTES = 8192 * PAGE
+CHUNK = 1024
 LENGTHS = (64, 65, 3000)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -39,11 +41,12 @@ def plain(folder) -> Iterator[Callable[..., list[int]]]:
 
 
 @contextlib.contextmanager
-def cluster_of(folder, prefill_tp: int, decode_tp: int) -> Iterator[Cluster]:
+def cluster_of(folder, prefill_tp: int, decode_tp: int, *more: str) -> Iterator[Cluster]:
     """All clusters of this file have one store after another."""
     flags = ["--model", "tiny", "--poison-kv", "--load-policy", "always"]
     flags += ["--dram-bytes", str(200 * BLOCK_BYTES), "--ssd-dir", str(folder / "ssd")]
     flags += ["--prefill-args", f"--tp {prefill_tp}", "--decode-args", f"--tp {decode_tp}"]
+    flags += more
     with running_cluster(folder / f"p{prefill_tp}d{decode_tp}", *flags) as running:
         yield running
 
@@ -74,14 +77,19 @@ def check_turns(cluster, plain, seed: int) -> None:
     assert answer.cached_tokens == (len(first) + len(reply) - 1) // PAGE * PAGE
 
 
-def test_two_ranks_on_both_sides(folder, plain):
-    with cluster_of(folder, 2, 2) as cluster:
+def test_two_ranks_on_both_sides_with_a_layer_window(folder, plain):
+    """P has the KV of four layers, and a quota that cuts long contexts below its chunk size."""
+    window = ["--prefill-layer-window", "4", "--prefill-quota-ms", "60"]
+    window += ["--prefill-args", f"--tp 2 --chunked-prefill-size {CHUNK}"]
+    with cluster_of(folder, 2, 2, *window) as cluster:
         for length in LENGTHS:
             cold = cluster.generate(prompt(length, length))
             assert cold.output_ids == plain(prompt(length, length)), length
             assert cold.cached_tokens == 0
         cluster.wait_stored()
         check_hits(cluster, plain, "prefill", "decode")
+        check_sampled_prompts(cluster, plain, [prompt(3000, 3000)], examples=8)
+        assert cluster.metric_sum("engine_read_back_pages_total") > 0, "chunks of one prompt"
         check_turns(cluster, plain, seed=10)
         check_agents_that_die(cluster, plain)
 
@@ -118,25 +126,30 @@ def test_unlike_sizes_and_the_blocks_of_others(folder, plain, prefill_tp, decode
 
 
 def test_latent_kv_is_stored_once_and_delivered_whole_to_each_rank(folder, monkeypatch):
-    """MLA, with experts in the last layers, from one rank to two."""
+    """MLA, with experts in the last layers, from one rank with the KV of four of the six
+    layers to two ranks."""
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     model = folder / "mla"
     mla_model.build(model, tokenizer_of=resolve_model("tiny"))
     prompts = [prompt(length, length) for length in (65, 1500)]
-    expected = [mla_model.reference(model, ids, 16) for ids in prompts]
+    reference = functools.partial(mla_model.reference, model)
     flags = ["--model", str(model), "--poison-kv", "--load-policy", "always"]
     flags += ["--dram-bytes", str(200 * mla_model.BLOCK_BYTES), "--decode-args", "--tp 2"]
+    flags += ["--prefill-layer-window", "4", "--prefill-args", f"--chunked-prefill-size {CHUNK}"]
     with running_cluster(folder / "mla-cluster", *flags) as cluster:
-        assert [cluster.generate(ids).output_ids for ids in prompts] == expected
+        for ids in prompts:
+            assert cluster.generate(ids).output_ids == reference(ids)
         cluster.wait_stored()
         stored = sum((len(ids) + 15) // PAGE for ids in prompts) * mla_model.BLOCK_BYTES
         assert cluster.metric_sum("dualpath:agent_pulled_bytes_total") == stored
         for policy in ("prefill", "split"):
             cluster.set_policy(policy)
             cluster.flush_engines()
-            for ids, tokens in zip(prompts, expected, strict=True):
+            for ids in prompts:
                 answer = cluster.generate(ids)
-                assert answer.output_ids == tokens
+                assert answer.output_ids == reference(ids)
                 assert answer.cached_tokens == expected_hit(len(ids))
                 hit_bytes = expected_hit(len(ids)) // PAGE * mla_model.BLOCK_BYTES
                 assert answer.trace["delivered_bytes"] == {"p0": hit_bytes, "d0": 2 * hit_bytes}
+        check_sampled_prompts(cluster, reference, prompts[1:], examples=4)
+        assert cluster.metric_sum("engine_read_back_pages_total") > 0, "chunks of one prompt"

@@ -196,7 +196,7 @@ class Agent:
 
     def _greet(self, client: bytes) -> None:
         engine = self._engines.find(client)
-        credit_address = engine.credit.address if engine is not None else 0
+        credit_address = engine.ranks[0].credit.address if engine is not None else 0
         hello = AgentHello(
             self._config.name, self._incarnation, self._peer.session_id, credit_address
         )

@@ -49,7 +49,8 @@ class _Link:
 
 class AgentLinks:
     """``endpoints``: agent name -> zmq endpoint. ``on_incarnation(agent, incarnation)`` is
-    called when an agent shows a newer incarnation than before."""
+    called when an agent shows a newer incarnation than before, ``on_hello`` with a greeting
+    that is not the last one again."""
 
     def __init__(
         self,
@@ -57,12 +58,14 @@ class AgentLinks:
         hello: RegisterEngine,
         on_message: Callable[[str, Message], None],
         on_incarnation: Callable[[str, int], None] = lambda agent, incarnation: None,
+        on_hello: Callable[[AgentHello], None] = lambda hello: None,
     ) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self.malformed_total = 0
         self._hello = hello
         self._on_message = on_message
         self._on_incarnation = on_incarnation
+        self._on_hello = on_hello
         self._links = {name: _Link(context, endpoint) for name, endpoint in endpoints.items()}
         self._outbox: deque[tuple[str, Message]] = deque()
         self._closed = threading.Event()
@@ -92,16 +95,6 @@ class AgentLinks:
         """The newest incarnation seen, or None before the first answer or for a stranger."""
         link = self._links.get(agent)
         return link.incarnation if link is not None else None
-
-    @property
-    def agents(self) -> list[str]:
-        """All names."""
-        return list(self._links)
-
-    def hello(self, agent: str) -> AgentHello | None:
-        """The newest greeting, or None before the first."""
-        link = self._links.get(agent)
-        return link.hello if link is not None else None
 
     def alive(self, agent: str) -> bool:
         """Whether the agent has said anything in the last seconds."""
@@ -166,8 +159,10 @@ class AgentLinks:
         link.last_heard = time.monotonic()
         match message:
             case AgentHello():
-                link.hello = message
+                is_news, link.hello = message != link.hello, message
                 self._greeted(agent, link, message.incarnation)
+                if is_news:
+                    self._on_hello(message)
             case UnknownEngine():
                 self._transmit(agent, self._hello)
                 self._on_message(agent, message)

@@ -1,29 +1,28 @@
 """Credits: how far an agent may write into the KV memory of an engine that reuses it.
 
 A prefill engine with a layer window (:mod:`engine.layer_ring`) holds KV of a few layers and
-numbers the layers of all its forwards: *positions*. It writes one word one-sidedly into
-each agent's memory: every position before it may be written. So a writer learns that a
-buffer is free without a message, and the engine's forward never waits for one.
+numbers the layers of all its forwards: *positions*. Each of its ranks writes one word
+one-sidedly into each agent's memory: every position before it may be written. So a writer
+learns that a buffer is free without a message, and the engine's forward never waits for one.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import numpy as np
 
 WORDS = 4096
-_WORD_BYTES = 8
+WORD_BYTES = 8
 
 
 class CreditWord:
-    """The word of one incarnation of an engine."""
+    """The word of one rank of one incarnation of an engine."""
 
     def __init__(self, words: np.ndarray, index: int) -> None:
         self._words = words
         self._index = index
-        self.address = int(words.ctypes.data) + index * _WORD_BYTES
+        self.address = int(words.ctypes.data) + index * WORD_BYTES
 
     def allows(self, position: int) -> bool:
         """Whether a position may be written."""
@@ -39,11 +38,12 @@ class CreditBoard:
 
     def __init__(self, register: Callable[[int, int], None]) -> None:
         self._words = np.zeros(WORDS, np.uint64)
-        self._next = itertools.count()
+        self._next = 0
         register(int(self._words.ctypes.data), self._words.nbytes)
 
-    def take(self) -> CreditWord:
-        """A word that allows nothing yet."""
-        index = next(self._next) % WORDS
-        self._words[index] = 0
-        return CreditWord(self._words, index)
+    def take(self, ranks: int = 1) -> list[CreditWord]:
+        """A word for each rank, one after the other, that allow nothing yet."""
+        first = self._next if self._next + ranks <= WORDS else 0
+        self._next = first + ranks
+        self._words[first : first + ranks] = 0
+        return [CreditWord(self._words, index) for index in range(first, first + ranks)]

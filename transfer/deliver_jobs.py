@@ -144,7 +144,7 @@ class DeliverJobs:
             board_address=rank.board_address + message.board_slot * BOARD_WORD_BYTES,
             stop_reason=delivery.refused,
             layers_done=delivery.layers_done,
-            credit=delivery.engine.credit if message.first_position >= 0 else None,
+            credit=rank.credit if message.first_position >= 0 else None,
             first_position=message.first_position,
             others=[
                 self._other_shards(delivery, rank, shards)

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from storage.block import BlockLayout, label_of
-from transfer.credits import CreditBoard, CreditWord
+from transfer.credits import WORDS, CreditBoard, CreditWord
 from transfer.job_group import JobGroup
 from transfer.messages import JobEnded, PullEnded, RankMemory, RegisterEngine
 
@@ -34,6 +34,8 @@ class Rank(msgspec.Struct, frozen=True, eq=False):
     board_address: int
     shard: int
     """The part of each block that it holds."""
+    credit: CreditWord
+    """How far its layer window may be written, if it has one."""
 
     @property
     def host(self) -> str:
@@ -44,8 +46,10 @@ class Rank(msgspec.Struct, frozen=True, eq=False):
 class Engine:
     """One incarnation of an engine."""
 
-    def __init__(self, identity: bytes, message: RegisterEngine, credit: CreditWord) -> None:
-        self.credit = credit
+    def __init__(self, identity: bytes, message: RegisterEngine, credits: CreditBoard) -> None:
+        """Raises :class:`BadRegistration`."""
+        _layout(message)
+        self._credits = credits.take(len(message.ranks))
         self.name = message.engine
         self.incarnation = message.incarnation
         self.is_gone = False
@@ -59,10 +63,12 @@ class Engine:
 
     def update(self, identity: bytes, message: RegisterEngine) -> None:
         """The same process says it again: it has reconnected, or its weights have changed."""
+        if len(message.ranks) != len(self._credits):
+            raise BadRegistration(f"engine {message.engine}: other ranks than before")
         self.identity = identity
         self.layout = _layout(message)
         self.label = msgspec.structs.replace(label_of(message.namespace), layout=self.layout)
-        self.ranks = [_rank(message, index) for index in range(len(message.ranks))]
+        self.ranks = [_rank(message, index, word) for index, word in enumerate(self._credits)]
 
     def first_time(self, job: int) -> bool:
         """False if this job number was seen before."""
@@ -109,7 +115,7 @@ class Engines:
             self._by_identity.pop(known.identity, None)
         replaced = None
         if known is None or message.incarnation > known.incarnation:
-            known, replaced = Engine(identity, message, self._credits.take()), known
+            known, replaced = Engine(identity, message, self._credits), known
         else:
             known.update(identity, message)
         self._by_name[known.name] = self._by_identity[identity] = known
@@ -135,14 +141,14 @@ def _layout(message: RegisterEngine) -> BlockLayout:
     """Of the blocks that this engine's ranks hold together. Raises :class:`BadRegistration`."""
     layout, shards = message.namespace.layout, message.shards
     sizes = layout.component_bytes
-    if layout.shards != 1 or not message.ranks or not 1 <= shards <= len(message.ranks):
+    if layout.shards != 1 or not 1 <= shards <= len(message.ranks) <= WORDS:
         raise BadRegistration(f"engine {message.engine}: {shards} shards of {layout}")
     if not sizes or min(sizes) <= 0 or any(size % (shards * layout.page_tokens) for size in sizes):
         raise BadRegistration(f"engine {message.engine}: {sizes} bytes in {shards} shards")
     return msgspec.structs.replace(layout, shards=shards)
 
 
-def _rank(message: RegisterEngine, index: int) -> Rank:
+def _rank(message: RegisterEngine, index: int, credit: CreditWord) -> Rank:
     memory: RankMemory = message.ranks[index]
     layout = message.namespace.layout
     shape = (layout.num_layers, len(layout.component_bytes))
@@ -155,4 +161,4 @@ def _rank(message: RegisterEngine, index: int) -> Rank:
             f"engine {message.engine}: addresses of shape {addresses.shape} for a layout of {shape}"
         )
     shard = index * message.shards // len(message.ranks)
-    return Rank(memory.session_id, addresses, memory.board_address, shard)
+    return Rank(memory.session_id, addresses, memory.board_address, shard, credit)

@@ -45,7 +45,8 @@ class AgentHello(_Message):
     session_id: str
     """Mooncake session ("host:port") of this incarnation."""
     credit_address: int = 0
-    """Of the word in its memory with the credits of the engine that is greeted."""
+    """Of the words in its memory with the credits of the engine that is greeted: its first
+    rank's, then those of the others."""
 
 
 # ---- gateway -> agent -------------------------------------------------------------------

@@ -92,7 +92,9 @@ def scheduler(chunk_tokens: int | None = 8192) -> SimpleNamespace:
         device="cpu",
         chunked_prefill_size=chunk_tokens,
         model_config=SimpleNamespace(dtype="float32"),
-        server_args=SimpleNamespace(tp_size=1, kv_cache_dtype="auto", attention_backend="native"),
+        server_args=SimpleNamespace(
+            tp_size=1, attn_dp_size=1, kv_cache_dtype="auto", attention_backend="native"
+        ),
         token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
     )
 

@@ -31,7 +31,7 @@ def one_rank(rank: int, folder: Path, answers: multiprocessing.Queue) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     own = scheduler()
     own.server_args.tp_size = RANKS
-    own.attn_tp_cpu_group = torch.distributed.group.WORLD
+    own.attn_tp_cpu_group = own.tp_cpu_group = torch.distributed.group.WORLD
     if rank == 0:  # the other one has no profile
         samples = [
             ForwardSample([new], [context], 0.01, 1e-8 * new * (context + new / 2))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sglang.srt.disaggregation.base import KVPoll
 
+from engine import prefill_layers
 from engine.prefill_layers import PrefillForward
 from engine.suffix_send import SuffixSender
 
@@ -50,6 +51,9 @@ class FakeManager:
         self.code = 0
         self.writes = 0
         self.concluded, self.poisoned, self.acked = {}, [], []
+
+    def batch_transfer_async_write(self, *_):
+        return 0  # not taken: then the synchronous call is made
 
     def batch_transfer_sync_write(self, session, src, dst, lengths):
         self.writes += 1
@@ -216,3 +220,22 @@ def test_pages_that_no_forward_planned_are_left_to_sglang(manager, sender):
     req = request(sender, manager, 7, 8, [3, 4], [8, 9], extend_end=4)
     forward(sender, req)
     assert sender.claim(7, pages=2, is_last=True) is None
+
+
+@pytest.mark.parametrize("has_window", [True, False])
+def test_what_left_a_layer_window_unsent_ends_its_request(manager, sender, monkeypatch, has_window):
+    """Its buffers have other layers' KV by now: SGLang must not send them."""
+    layers = SimpleNamespace(suffix=sender, window=object() if has_window else None)
+    monkeypatch.setattr(prefill_layers, "_layers", lambda: layers)
+    req = request(sender, manager, 7, 8, [3, 4], [8, 9])
+    manager.decode_kv_args_table[SESSION].dst_kv_item_len = PAGE_BYTES // 2
+    forward(sender, req)
+    sent = []
+
+    def original(manager, room, kv_indices, *_, **__):
+        sent.append(kv_indices.tolist())
+
+    pages = np.array([3, 4])
+    prefill_layers.around_add_transfer(original, manager, 7, pages, slice(0, 2), True)
+    assert sent == ([] if has_window else [[3, 4]])
+    assert ("--tp" in manager.concluded.get(7, "")) == has_window

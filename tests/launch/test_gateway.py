@@ -304,3 +304,15 @@ async def test_engines_of_another_namespace_are_not_paired() -> None:
         second.hello_changes = {"namespace": other}
         await cluster.until(lambda: peers[second.name].hello.namespace == other)
         assert (await post(cluster, "/generate", GENERATE))[0] == 503
+
+
+async def test_requests_name_the_attention_groups_of_their_engines() -> None:
+    async with cluster_of() as cluster:
+        for name, group in (("p0", 3), ("d0", None)):
+            peer = cluster.services.plane.engines[name]
+            peer.address = msgspec.structs.replace(peer.address, group=group)
+        status, _, _ = await post(cluster, "/v1/chat/completions", CHAT)
+        assert status == 200
+        prefill, decode = cluster.prefills[0].bodies[0], cluster.decodes[0].bodies[0]
+        assert prefill["routed_dp_rank"] == prefill["disagg_prefill_dp_rank"] == 3
+        assert decode["disagg_prefill_dp_rank"] == 3 and "routed_dp_rank" not in decode

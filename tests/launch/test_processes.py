@@ -8,8 +8,9 @@ from engine.engine_config import EngineConfig
 from launch.config import ClusterConfig
 from launch.gateway_config import GatewayConfig
 from launch.hardware import Hardware, choose_transfer
+from launch.ports import respawn
 from launch.process_record import ProcessRecord
-from launch.processes import process_records, respawn
+from launch.processes import process_records
 from launch.settings import BadConfig
 from storage.settings import from_env
 from transfer.agent_config import AgentConfig
@@ -68,7 +69,7 @@ def test_every_process_is_told_the_same_addresses(monkeypatch):
         assert (engine.name, engine.role, engine.agent) == (address.name, address.role, agent.name)
         assert engine.agents == gateway.agents
         assert engine.agents[agent.name] == agent.control == records[agent.name].alive.target
-        assert engine.control == address.control == record.alive.target
+        assert engine.controls == [address.control] == [record.alive.target]
         assert address.http == f"http://127.0.0.1:{flag_value(record, '--port')}"
         assert flag_value(record, "--disaggregation-mode") == address.role
 
@@ -205,7 +206,53 @@ def test_engines_of_unlike_sizes_take_their_gpus_in_turn():
     assert first == ["0", "1", "2", "6"]
 
 
-def test_a_layer_window_is_refused_for_several_ranks():
-    config = ClusterConfig(prefill_layer_window="2", prefill_args="--tp 2")
-    with pytest.raises(BadConfig, match="one rank"):
-        process_records(config, MODEL, CPU)
+def test_a_layer_window_is_refused_where_ranks_have_no_peers(tmp_path):
+    def records_with(model, **flags):
+        return process_records(ClusterConfig(prefill_layer_window="2", **flags), model, CPU)
+
+    assert records_with(MODEL, engine_args="--tp 2")
+    for flags in ({"prefill_args": "--tp 2"}, {"decode_args": "--tp 2"}):
+        with pytest.raises(BadConfig, match="same --tp"):
+            records_with(MODEL, **flags)
+    (tmp_path / "config.json").write_text('{"kv_lora_rank": 64}')
+    assert records_with(tmp_path, decode_args="--tp 2")  # MLA: the one rank has all there is
+    with pytest.raises(BadConfig, match="same --tp"):
+        records_with(tmp_path, prefill_args="--tp 2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--pp-size 2", "--pp-size"),
+        ("--tp 2 --attn-cp-size 2", "--attn-cp-size"),
+        ("--dp-size=2", "more engines"),
+        ("--tp 2 --attn-dp-size 3", "divide"),
+        ("--attn-dp-size 2", "divide"),
+    ],
+)
+def test_other_kinds_of_parallel_engines_are_refused(flags, reason):
+    with pytest.raises(BadConfig, match=reason):
+        process_records(ClusterConfig(prefill_args=flags), MODEL, CPU)
+    assert process_records(ClusterConfig(prefill_args="--pp-size 1 --dp 1"), MODEL, CPU)
+
+
+@pytest.mark.parametrize("flags", ["--attn-dp-size 2", "--dp-size 2 --enable-dp-attention"])
+def test_each_attention_group_is_an_engine_to_the_gateway(monkeypatch, flags):
+    records = records_of(ClusterConfig(prefill_args=f"--tp 4 {flags}"))
+    gateway = settings_of(monkeypatch, records["gateway"], "DUALPATH_GATEWAY", GatewayConfig)
+    groups, decode = gateway.engines[:2], gateway.engines[2]
+    assert [(group.name, group.group) for group in groups] == [("p0.0", 0), ("p0.1", 1)]
+    assert (decode.name, decode.group) == ("d0", None)
+    assert groups[0].http == groups[1].http and groups[0].agent == groups[1].agent == "agent-p0"
+    engine = settings_of(monkeypatch, records["p0"], "DUALPATH_ENGINE", EngineConfig)
+    assert engine.name == "p0"
+    assert engine.controls == [group.control for group in groups]
+    assert {check.target for check in records["p0"].ready} > set(engine.controls)
+    # KV heads are split over the two ranks of a group, and at D over one.
+    assert records["d0"].env["SGLANG_DISAGG_STAGING_BUFFER"] == "1"
+    ports = [port for record in records.values() for port in record.ports.values()]
+    ports += [port for record in records.values() for port in mooncake_ports(record)]
+    ports.append(int(groups[1].control.rpartition(":")[2]))
+    first = int(flag_value(records["p0"], "--dist-init-addr").rpartition(":")[2])
+    ports += range(first, first + 14)
+    assert len(ports) == len(set(ports))

@@ -8,13 +8,13 @@ import time
 import pytest
 from test_delivery import World
 
-from transfer.credits import CreditBoard
+from transfer.credits import WORDS, CreditBoard
 from transfer.delivery import DeadlinePassed, JobCancelled
 
 
 @pytest.fixture
 def credit():
-    return CreditBoard(lambda address, length: None).take()
+    return CreditBoard(lambda address, length: None).take()[0]
 
 
 @pytest.fixture(params=[1, 2])
@@ -75,9 +75,22 @@ def test_a_blocked_job_ends_at_its_deadline(world, credit):
 
 def test_a_new_incarnation_of_an_engine_has_no_credit_of_the_old_one():
     board = CreditBoard(lambda address, length: None)
-    old = board.take()
+    (old,) = board.take()
     allow(old, 100)
-    new = board.take()
+    (new,) = board.take()
     assert not new.allows(0)
     allow(old, 200)  # a write of the dead engine that lands late
     assert not new.allows(0)
+
+
+def test_the_words_of_an_engines_ranks_are_neighbours():
+    board = CreditBoard(lambda address, length: None)
+    seen = set()
+    for _ in range(WORDS):
+        words = board.take(3)
+        addresses = [word.address for word in words]
+        assert addresses == [addresses[0], addresses[0] + 8, addresses[0] + 16]
+        seen.update(addresses)
+    assert max(seen) - min(seen) < 8 * WORDS
+    allow(words[1], 5)
+    assert [word.allows(4) for word in words] == [False, True, False]

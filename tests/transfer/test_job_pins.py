@@ -44,7 +44,7 @@ def world():
     addresses = np.zeros((LAYOUT.num_layers, 2), int).tolist()
     credits = CreditBoard(lambda address, length: None)
     hello = RegisterEngine("p0", 1, namespace(), 1, [RankMemory("h:1", addresses, 0)])
-    engine = Engine(b"id", hello, credits.take())
+    engine = Engine(b"id", hello, credits)
 
     def reply(engine, message) -> None:
         replies.append(message)
@@ -126,8 +126,8 @@ def test_pulled_blocks_know_their_parents_and_their_tenant(world):
 def test_pulls_stay_on_the_node_where_they_can(world, shards, read_from):
     addresses = np.zeros((LAYOUT.num_layers, 2), int).tolist()
     ranks = [RankMemory(session, addresses, 0) for session in ("away:1", "h:2")]
-    credit = CreditBoard(lambda address, length: None).take()
-    engine = Engine(b"id", RegisterEngine("d0", 1, namespace(), shards, ranks), credit)
+    credits = CreditBoard(lambda address, length: None)
+    engine = Engine(b"id", RegisterEngine("d0", 1, namespace(), shards, ranks), credits)
     world.pulls.start(engine, PullBlocks(1, [key_of(0)], [0], 10.0))
     assert {job.session_id for job in world.queue.jobs} == read_from
 

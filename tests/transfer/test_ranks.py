@@ -161,8 +161,13 @@ def test_registrations_that_split_no_heads_are_refused():
     def hello(shards: int, ranks: int) -> RegisterEngine:
         return RegisterEngine("e", 1, namespace(), shards, [RankMemory("s", addresses, 0)] * ranks)
 
-    credit = CreditBoard(lambda address, length: None).take()
-    assert [rank.shard for rank in Engine(b"", hello(2, 4), credit).ranks] == [0, 0, 1, 1]
+    credits = CreditBoard(lambda address, length: None)
+    engine = Engine(b"", hello(2, 4), credits)
+    assert [rank.shard for rank in engine.ranks] == [0, 0, 1, 1]
+    first = engine.ranks[0].credit.address
+    assert [rank.credit.address - first for rank in engine.ranks] == [0, 8, 16, 24]
+    with pytest.raises(BadRegistration):
+        engine.update(b"", hello(2, 2))
     for shards, ranks in ((0, 1), (2, 1), (1, 0), (3, 3)):
         with pytest.raises(BadRegistration):
-            Engine(b"", hello(shards, ranks), credit)
+            Engine(b"", hello(shards, ranks), credits)
