@@ -29,10 +29,10 @@ DESCRIPTORS_PER_BATCH = 1024
 """Mooncake's TCP transport refuses batches of 4,096 and more."""
 BYTES_PER_BATCH = 16 << 20
 """Bounds the time of a batch, on a slow link below MC_TRANSFER_TIMEOUT."""
-SLEEP_FROM_BYTES = 256 << 10
-"""Smaller batches are there sooner than a thread that sleeps."""
+SPIN_S = 0.0001
+"""A batch that is there by then is there sooner than a thread that sleeps."""
 POLL_MIN_S, POLL_MAX_S, POLL_SHARE = 0.00005, 0.001, 0.05
-"""Between two looks at a batch: a share of the time that it has taken so far."""
+"""Between two looks at a batch after that: a share of the time that it has taken so far."""
 RETRY_AFTER_S = 5.0
 LANDED_AFTER_S = float(os.environ["MC_TRANSFER_TIMEOUT"])
 """Bytes of a failed read may come in for about so long."""
@@ -226,13 +226,12 @@ def transfer_batch(
     """Run one batch to its end with Mooncake's ``engine``; 0 if all of it has succeeded.
 
     Mooncake's own synchronous calls watch a batch in a loop without a pause: on a slow link a
-    whole core is spent on waiting. Here the last range of a large batch is a batch of its own,
-    which can be asked for now and then; when it is there, the others are, or are about to be.
+    whole core is spent on waiting, and a few waiting threads of several processes keep a small
+    machine from moving the bytes at all. Here the last range is a batch of its own, which
+    can be asked for now and then; when it is there, the others are, or are about to be.
     """
     synchronous = getattr(engine, f"batch_transfer_sync_{operation}")
     ranges = local.tolist(), remote.tolist(), lengths.tolist()
-    if lengths.sum() < SLEEP_FROM_BYTES:
-        return int(synchronous(session_id, *ranges))
     submit = getattr(engine, f"batch_transfer_async_{operation}")
     others, last = [r[:-1] for r in ranges], [r[-1:] for r in ranges]
     batch = submit(session_id, *others) if len(lengths) > 1 else None
@@ -252,7 +251,8 @@ def _wait_asleep(engine: Any, batch: int) -> int:
         waited_s = time.monotonic() - began_s
         if waited_s > LANDED_AFTER_S:
             return -1
-        time.sleep(min(POLL_MAX_S, max(POLL_MIN_S, POLL_SHARE * waited_s)))
+        if waited_s > SPIN_S:
+            time.sleep(min(POLL_MAX_S, max(POLL_MIN_S, POLL_SHARE * waited_s)))
     return 0 if status == 1 else -1
 
 
