@@ -31,6 +31,7 @@ from transfer.traffic.host import CommandFailed, Host, Refused, run
 
 SITE = TrafficSettings(cgroup=f"dualpath-test-{os.getpid()}")
 DEVICE = "compute-0"
+NEIGHBOURS = ("10.78.0.7", "fd78::7")
 NEEDED = all(map(shutil.which, host.PROGRAMS)) and os.geteuid() == 0
 needs_root = pytest.mark.skipif(not NEEDED, reason="needs root, iproute2 and nftables")
 
@@ -58,8 +59,10 @@ def node() -> Iterator[Host]:
         for device in (DEVICE, "far", "lo"):
             run(("ip", "-n", name, "link", "set", "dev", device, "up"))
         run(("ip", "-n", name, "address", "add", "10.78.0.1/24", "dev", DEVICE))
-        neighbour = ("10.78.0.7", "lladdr", "02:00:00:00:00:07", "dev", DEVICE)
-        run(("ip", "-n", name, "neigh", "add", *neighbour))
+        run(("ip", "-n", name, "address", "add", "fd78::1/64", "dev", DEVICE, "nodad"))
+        for neighbour in NEIGHBOURS:
+            at = ("lladdr", "02:00:00:00:00:07", "dev", DEVICE)
+            run(("ip", "-n", name, "neigh", "add", neighbour, *at))
         yield Host(within())
     finally:
         run(("ip", "netns", "delete", name))
@@ -195,21 +198,24 @@ def test_the_printed_script_does_the_same(node):
 SENDER = """
 import os, socket, sys
 from transfer.traffic import cgroup
-name, dscp = sys.argv[1], int(sys.argv[2])
+name, dscp, to = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 with cgroup.entry(name) as entry:
     if entry is not None:
         cgroup.join(entry)
-sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-sender.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, dscp << 2)
+sender = socket.socket(socket.AF_INET6 if ":" in to else socket.AF_INET, socket.SOCK_DGRAM)
+if ":" in to:
+    sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, dscp << 2)
+else:
+    sender.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, dscp << 2)
 for _ in range(20):
-    sender.sendto(bytes(1000), ("10.78.0.7", 9))
+    sender.sendto(bytes(1000), (to, 9))
 """
 
 
-def packets_sent_low(group: str, dscp: int = 0) -> int:
+def packets_sent_low(to: str, group: str, dscp: int = 0) -> int:
     """How many of 20 packets of a process in this group are in the low class."""
     inside = within()
-    command = (*inside, sys.executable, "-c", SENDER, group, str(dscp))
+    command = (*inside, sys.executable, "-c", SENDER, group, str(dscp), to)
     before = _packets("d9a1:2", DEVICE)
     subprocess.run(command, check=True, timeout=20)
     return _packets("d9a1:2", DEVICE) - before
@@ -223,11 +229,12 @@ def _packets(name: str, device: str) -> int:
 
 
 @needs_root
-def test_only_senders_of_the_group_are_low_and_not_their_control_messages(node):
+@pytest.mark.parametrize("to", NEIGHBOURS)
+def test_only_senders_of_the_group_are_low_and_not_their_control_messages(node, to):
     node.apply(rules())
-    assert packets_sent_low(SITE.cgroup) == 20
-    assert packets_sent_low("") == 0
-    assert packets_sent_low(SITE.cgroup, CONTROL_DSCP) == 0
+    assert packets_sent_low(to, SITE.cgroup) == 20
+    assert packets_sent_low(to, "") == 0
+    assert packets_sent_low(to, SITE.cgroup, CONTROL_DSCP) == 0
 
 
 ARRIVALS = """
