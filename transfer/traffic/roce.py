@@ -2,7 +2,7 @@
 
 Both classes are lossless (priority flow control), each with a queue of its own; the queues
 share a port by weight. Everything else, TCP and so control messages, shares a third one that
-may drop. Commands are from the vendors' documents; no switch was at hand to try them.
+may drop. Commands are in the vendors' syntax; no switch was at hand to try them.
 """
 
 from __future__ import annotations
