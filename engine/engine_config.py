@@ -35,6 +35,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Layers of KV that the pool of a prefill engine holds; 0: all."""
     send_by_layer: bool = True
     """False: SGLang sends a request's new KV after the forward (benchmarks)."""
+    load_by_layer: bool = True
+    """False: a forward's first layer waits for the hits of all layers (benchmarks)."""
     promise_planned_only: bool = False
     """A decode engine promises P no prefix of its own that the plan lacks: a prefill engine
     with a layer window brings a prefix from nowhere else."""

@@ -48,8 +48,11 @@ class LayerGate:
     def wait_until(self, layer: int) -> None:
         """Block the forward until the layer is ready for every request of the batch, or
         its delivery has failed; each delivery has its own timeout."""
+        engine = runtime()
+        if not engine.config.load_by_layer:
+            layer = engine.memory.layout.num_layers - 1
         for delivery in self._of_index.get(self._consumer, ()):
-            runtime().deliveries.wait_layer(delivery, layer)
+            engine.deliveries.wait_layer(delivery, layer)
 
     def take(self, index: int) -> list[Delivery]:
         """The deliveries of a batch whose forward has run."""

@@ -1,9 +1,10 @@
 """Three prefill engines, one decode engine and their agents, each node in a namespace.
 
 ``all`` holds KV of every layer, for one request; ``window`` the same bytes for W layers,
-hence of L/W requests; ``after`` is ``all`` with SGLang's own send after the forward. A
-request goes to one of them because the others are drained. Contexts are in the DRAM of the
-decode node's agent, so every delivery to a prefill engine crosses the compute network.
+hence of L/W requests; ``whole`` is ``all`` without anything layer by layer: it has a
+request's hits brought before its forward, and its new KV sent after it. A request goes to one
+of them because the others are drained. Contexts are in the DRAM of the decode node's agent, so
+every delivery to a prefill engine crosses the compute network.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ NEW_TOKENS = 512
 CONTEXTS = 8
 ONE_REQUEST_TOKENS = (-(-(CONTEXT_TOKENS + NEW_TOKENS) // PAGE_TOKENS) + 4) * PAGE_TOKENS
 """The smallest pool in which a request fits."""
-ENGINES = {"all": "p0", "window": "p1", "after": "p2"}
+ENGINES = {"all": "p0", "window": "p1", "whole": "p2"}
 DECODE = "d0"
 PORT = 31900
 OUTPUT_TOKENS = 4
@@ -45,11 +46,11 @@ def make_records(network: Network, folder: Path) -> tuple[Any, list[ProcessRecor
         max_total_tokens=(CONTEXTS + 1) * (ONE_REQUEST_TOKENS + PAGE_TOKENS),
     )
     tokens = {"all": ONE_REQUEST_TOKENS, "window": ONE_REQUEST_TOKENS * LAYERS // WINDOW}
-    tokens["after"] = tokens["all"]
+    tokens["whole"] = tokens["all"]
     settings: dict[str, dict[str, Any]] = {
         "all": {},
         "window": {"layer_window": WINDOW},
-        "after": {"send_by_layer": False},
+        "whole": {"load_by_layer": False, "send_by_layer": False},
     }
     changes = {
         name: EngineChange(settings[arm], ("--max-total-tokens", str(tokens[arm])))

@@ -11,8 +11,12 @@ from typing import Any
 
 import msgspec
 
+from benchmarks.layer_window import cores
 from benchmarks.layer_window.arms import (
     CONTEXT_TOKENS,
+    CONTEXTS,
+    DECODE,
+    ENGINES,
     LAYERS,
     NEW_TOKENS,
     ONE_REQUEST_TOKENS,
@@ -21,16 +25,23 @@ from benchmarks.layer_window.arms import (
     Arms,
     Sample,
 )
+from benchmarks.testbed.iperf import compute_rates
 from benchmarks.testbed.network import OPEN_MBIT, Network
 
+ARMS = ("all", "window", "whole")
 PAIRS = 15
-"""Of single requests, to both arms in turn."""
+"""Of single requests, to all arms in turn."""
 ROUNDS, BATCH = 2, 16
 """Of the throughput race: requests at once, twice."""
+RACE_SINGLES = 3
+"""Requests alone on the race's link, to each arm."""
 SLOW_REQUESTS = 5
+IPERF_S = 2
 COLD_PAIRS, COLD_TOKENS = 5, 3000
 SAMPLE_S = 0.5
-STEPS = 2 * PAIRS + 2 * ROUNDS * BATCH + SLOW_REQUESTS + 2 * COLD_PAIRS + 12
+STEPS = (
+    CONTEXTS + len(ARMS) * (PAIRS + RACE_SINGLES + ROUNDS * BATCH) + SLOW_REQUESTS + 2 * COLD_PAIRS
+)
 
 
 class Wait(msgspec.Struct):
@@ -42,6 +53,17 @@ class Wait(msgspec.Struct):
     """Share of the forwards' time, the first W layers aside."""
 
 
+class Race(msgspec.Struct):
+    """One arm's forwards over all rounds of the race."""
+
+    forwards: float
+    forward_s: float
+    waited_s: float
+    """Of it, for KV."""
+    elapsed_s: float
+    """Of the rounds; what is not in forwards lies between them."""
+
+
 class Results(msgspec.Struct):
     """Everything; fields stay None until they are measured."""
 
@@ -50,11 +72,18 @@ class Results(msgspec.Struct):
     batch_ratio: float | None = None
     prefill_ratio: float | None = None
     first_s: dict[str, float] = {}
-    throughput_ratio: float | None = None
-    throughput_per_s: dict[str, list[float]] = {}
     race_mbit: float | None = None
+    race_first_s: dict[str, float] = {}
+    """Time to first token of a request alone on the race's link."""
+    throughput_ratio: float | None = None
+    whole_ratio: float | None = None
+    """Throughput of the window, of loading whole requests."""
+    throughput_per_s: dict[str, list[float]] = {}
+    race: dict[str, Race] = {}
     open_wait: Wait | None = None
     slow_mbit: float | None = None
+    slow_iperf_mbit: float | None = None
+    """Payload that iperf3 gets through that link."""
     slow_wait_s: float | None = None
     slow_excess_s: float | None = None
     """Of loading over computing: the wait that cannot be hidden."""
@@ -74,6 +103,10 @@ class Measurement:
     async def run(self, arms: Arms) -> None:
         """Everything."""
         await arms.store_contexts()
+        async with cores.apart():
+            await self._measure(arms)
+
+    async def _measure(self, arms: Arms) -> None:
         compute_s = await self._pairs(arms)
         load_bytes = CONTEXT_TOKENS * TOKEN_BYTES
         await self._race(arms, load_bytes * 8 / compute_s / 1e6)
@@ -82,51 +115,65 @@ class Measurement:
 
     async def _pairs(self, arms: Arms) -> float:
         """Single requests over open links; returns the seconds of a forward's computation."""
-        samples: dict[str, list[Sample]] = {"all": [], "window": []}
         before = await arms.counters("window")
-        for number in range(PAIRS):
-            prompt = arms.request(number)
-            order = ("all", "window") if number % 2 else ("window", "all")
-            for arm in order:
-                await arms.use(arm)
-                samples[arm].append(await arms.send(prompt))
+        samples = await self._singles(arms, PAIRS)
         counted = (await arms.counters("window")).since(before)
         pairs = list(zip(samples["window"], samples["all"], strict=True))
         results = self.results
         results.other_tokens = sum(a.output != b.output for a, b in pairs)
         results.prefill_ratio = statistics.median(a.first_s / b.first_s for a, b in pairs)
-        results.first_s = {
-            arm: statistics.median(s.first_s for s in taken) for arm, taken in samples.items()
-        }
+        results.first_s = _first_s(samples)
         results.open_wait = _wait(counted)
         own, other = await arms.counters("window"), await arms.counters("all")
         # The window's pool has L/W times the tokens; at equal tokens it would be this large.
         results.kv_bytes_ratio = own.kv_bytes / (LAYERS / WINDOW) / other.kv_bytes
         return (counted.forward_s - sum(counted.waited_s)) / counted.forwards
 
+    @staticmethod
+    async def _singles(arms: Arms, count: int) -> dict[str, list[Sample]]:
+        """So many requests to each arm, one at a time, the arms in turn."""
+        samples: dict[str, list[Sample]] = {arm: [] for arm in ARMS}
+        for number in range(count):
+            prompt = arms.request(number)
+            for arm in ARMS[:: -1 if number % 2 else 1]:
+                await arms.use(arm)
+                samples[arm].append(await arms.send(prompt))
+        return samples
+
     async def _race(self, arms: Arms, rate_mbit: float) -> None:
         """Many requests at once, on a link that loads one while one computes."""
         results = self.results
         results.race_mbit = rate_mbit
         self._network.set_compute_rate(rate_mbit)
+        results.race_first_s = _first_s(await self._singles(arms, RACE_SINGLES))
+        before = {arm: await arms.counters(arm) for arm in ARMS}
         prompts = [[arms.request(i) for i in range(BATCH)] for _ in range(ROUNDS)]
-        outputs: dict[str, list[tuple[int, ...]]] = {"all": [], "window": []}
+        outputs: dict[str, list[tuple[int, ...]]] = {arm: [] for arm in ARMS}
         for number, batch in enumerate(prompts):
-            for arm in ("all", "window") if number % 2 else ("window", "all"):
+            for arm in ARMS[:: -1 if number % 2 else 1]:
                 await arms.use(arm)
                 async with self._held_bytes(arms, arm):
                     samples, seconds = await arms.send_all(batch)
                 outputs[arm] += [sample.output for sample in samples]
                 results.throughput_per_s.setdefault(arm, []).append(BATCH / seconds)
-        rates = results.throughput_per_s
-        ratios = [w / a for w, a in zip(rates["window"], rates["all"], strict=True)]
-        results.throughput_ratio = statistics.median(ratios)
+        results.throughput_ratio = self._throughput_of("all")
+        results.whole_ratio = self._throughput_of("whole")
+        counters = {arm: await arms.counters(arm) for arm in ARMS}
+        for arm, counted in counters.items():
+            own = counted.since(before[arm])
+            elapsed_s = sum(BATCH / rate for rate in results.throughput_per_s[arm])
+            results.race[arm] = Race(own.forwards, own.forward_s, sum(own.waited_s), elapsed_s)
         assert results.other_tokens is not None
         results.other_tokens += sum(
             a != b for a, b in zip(outputs["window"], outputs["all"], strict=True)
         )
-        largest = [(await arms.counters(arm)).requests_max for arm in ("window", "all")]
-        results.batch_ratio = largest[0] / largest[1] / (LAYERS / WINDOW)
+        largest = counters["window"].requests_max / counters["all"].requests_max
+        results.batch_ratio = largest / (LAYERS / WINDOW)
+
+    def _throughput_of(self, base: str) -> float:
+        """The window's, of another arm's in the same round."""
+        rates = self.results.throughput_per_s
+        return statistics.median(w / b for w, b in zip(rates["window"], rates[base], strict=True))
 
     @contextlib.asynccontextmanager
     async def _held_bytes(self, arms: Arms, arm: str) -> AsyncIterator[None]:
@@ -151,9 +198,9 @@ class Measurement:
 
     async def _cold(self, arms: Arms) -> None:
         """Time to the first token of a prompt that nobody has, all of whose KV goes to D."""
-        first: dict[str, list[float]] = {"all": [], "after": []}
+        first: dict[str, list[float]] = {"all": [], "whole": []}
         for number in range(COLD_PAIRS):
-            for arm in ("all", "after") if number % 2 else ("after", "all"):
+            for arm in ("all", "whole") if number % 2 else ("whole", "all"):
                 await arms.use(arm)
                 first[arm].append((await arms.send(arms.prompt(COLD_TOKENS))).first_s)
         self.results.cold_first_s = {arm: statistics.median(s) for arm, s in first.items()}
@@ -163,6 +210,9 @@ class Measurement:
         results = self.results
         results.slow_mbit = load_bytes * 8 / (2 * compute_s) / 1e6
         self._network.set_compute_rate(results.slow_mbit)
+        nodes = [DECODE, ENGINES["window"]]
+        rate = (await asyncio.to_thread(compute_rates, self._network, nodes, IPERF_S))[nodes[1]]
+        results.slow_iperf_mbit = rate * 8 / 1e6
         await arms.use("window")
         before = await arms.counters("window")
         for number in range(SLOW_REQUESTS):
@@ -172,8 +222,12 @@ class Measurement:
         waited_s = sum(counted.waited_s) / counted.forwards
         computed_s = counted.forward_s / counted.forwards - waited_s
         results.slow_wait_s = waited_s
-        results.slow_excess_s = max(0.0, load_bytes * 8 / (results.slow_mbit * 1e6) - computed_s)
+        results.slow_excess_s = max(0.0, load_bytes / rate - computed_s)
         results.slow_wait = _wait(counted)
+
+
+def _first_s(samples: dict[str, list[Sample]]) -> dict[str, float]:
+    return {arm: statistics.median(s.first_s for s in taken) for arm, taken in samples.items()}
 
 
 def _wait(counted: Any) -> Wait:

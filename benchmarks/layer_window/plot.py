@@ -12,7 +12,11 @@ from matplotlib import pyplot  # noqa: E402
 from benchmarks.layer_window.arms import LAYERS, WINDOW  # noqa: E402
 from benchmarks.layer_window.measure import Results  # noqa: E402
 
-NAMES = {"all": "all layers", "window": f"{WINDOW} of {LAYERS} layers"}
+NAMES = {
+    "all": "all layers",
+    "window": f"{WINDOW} of {LAYERS} layers",
+    "whole": "all layers, loaded before the forward",
+}
 
 
 def draw(folder: Path, results: Results) -> None:
