@@ -27,7 +27,11 @@ TOKEN_BYTES = 8192
 """KV of the model ``tiny``, all layers, float32."""
 CONTEXT_TOKENS = 190 * PAGE_TOKENS
 NEW_TOKENS = 512
-CONTEXTS = 8
+CONTEXTS = 4
+STORED_TOKENS_MAX = CONTEXTS * CONTEXT_TOKENS + 160 * NEW_TOKENS
+"""Contexts, and what all requests add."""
+DECODED = 9
+"""Requests that fit into the decode engine."""
 ONE_REQUEST_TOKENS = (-(-(CONTEXT_TOKENS + NEW_TOKENS) // PAGE_TOKENS) + 4) * PAGE_TOKENS
 """The smallest pool in which a request fits."""
 ENGINES = {"all": "p0", "window": "p1", "whole": "p2"}
@@ -41,9 +45,9 @@ def make_records(network: Network, folder: Path) -> tuple[Any, list[ProcessRecor
     config = cluster_config(len(ENGINES), 1, PORT, folder, "", {})
     config = dataclasses.replace(
         config,
-        dram_bytes=(CONTEXTS + 4) * (CONTEXT_TOKENS + 4 * NEW_TOKENS) * TOKEN_BYTES,
+        dram_bytes=STORED_TOKENS_MAX * TOKEN_BYTES,
         path_policy="decode",
-        max_total_tokens=(CONTEXTS + 1) * (ONE_REQUEST_TOKENS + PAGE_TOKENS),
+        max_total_tokens=DECODED * (ONE_REQUEST_TOKENS + PAGE_TOKENS),
     )
     tokens = {"all": ONE_REQUEST_TOKENS, "window": ONE_REQUEST_TOKENS * LAYERS // WINDOW}
     tokens["whole"] = tokens["all"]

@@ -1,21 +1,19 @@
-"""Whose work runs on which core, so that moving bytes takes no time from the forwards.
+"""Whose work runs on which core, so that moving bytes takes little time from the forwards.
 
 On hardware a NIC moves KV while the device computes. Here both take CPU time. So the threads
-that run the prefill engines' forwards get a core for themselves, and everything else (agents,
-senders and receivers of bytes, the decode engine, gateway and this process) gets the others.
+that run the prefill engines' forwards get a core, and the other processes (agents, the decode
+engine, gateway and this one) the rest. The prefill engines' other threads, which receive, may
+run anywhere.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterable, Iterator
 
 import psutil
 
-PERIOD_S = 2.0
-"""Between two looks for threads that have been started since."""
 PREFILL_FLAGS = ("--disaggregation-mode", "prefill")
 SCHEDULER = "sglang::scheduler"
 
@@ -24,42 +22,31 @@ class CoresNotApart(Exception):
     """Forwards and transfers would share a core."""
 
 
-@contextlib.asynccontextmanager
-async def apart() -> AsyncIterator[None]:
-    """Keep the processes under this one so while the block runs."""
-    cores = sorted(os.sched_getaffinity(0))
+def keep_apart(launcher: psutil.Process, cores: list[int]) -> None:
+    """Of the launcher and all processes under it: the first core is the forwards'.
+
+    Threads that a process starts later run where the one that starts them does. Raises
+    :class:`CoresNotApart` if that is not possible.
+    """
     if len(cores) < 2:
         raise CoresNotApart("this benchmark needs two cores")
-    pin(psutil.Process(), cores)  # raises here what it can raise
-    task = asyncio.create_task(_keep(cores))
-    try:
-        yield
-    finally:
-        task.cancel()
-
-
-async def _keep(cores: list[int]) -> None:
-    while True:
-        await asyncio.sleep(PERIOD_S)
-        pin(psutil.Process(), cores)
-
-
-def pin(launcher: psutil.Process, cores: list[int]) -> None:
-    """Of the launcher and all processes under it: the first core is the forwards'. Raises
-    :class:`CoresNotApart` if there are no forwards."""
-    forwards = set(_forward_threads(launcher))
-    if not forwards:
+    schedulers = set(_prefill_schedulers(launcher))
+    if not schedulers:
         raise CoresNotApart(f"no process {SCHEDULER} of a prefill engine was found")
     for process in [launcher, *launcher.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
-            for thread in process.threads():
-                mask = cores[:1] if thread.id in forwards else cores[1:]
-                with contextlib.suppress(ProcessLookupError):
-                    os.sched_setaffinity(thread.id, mask)
+            mask = cores if process.pid in schedulers else cores[1:]
+            _set_affinity((thread.id for thread in process.threads()), mask)
+    _set_affinity(schedulers, cores[:1])  # SGLang runs forwards in the main thread
 
 
-def _forward_threads(launcher: psutil.Process) -> Iterator[int]:
-    """SGLang runs forwards in the main thread of its scheduler process."""
+def _set_affinity(threads: Iterable[int], mask: list[int]) -> None:
+    for thread in threads:
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(thread, mask)
+
+
+def _prefill_schedulers(launcher: psutil.Process) -> Iterator[int]:
     for engine in launcher.children():
         with contextlib.suppress(psutil.Error):
             argv = engine.cmdline()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import statistics
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
+import psutil
 
 from benchmarks.layer_window import cores
 from benchmarks.layer_window.arms import (
@@ -33,15 +35,15 @@ PAIRS = 15
 """Of single requests, to all arms in turn."""
 ROUNDS, BATCH = 2, 16
 """Of the throughput race: requests at once, twice."""
+WARM_UPS = 1
 RACE_SINGLES = 3
 """Requests alone on the race's link, to each arm."""
 SLOW_REQUESTS = 5
 IPERF_S = 2
 COLD_PAIRS, COLD_TOKENS = 5, 3000
 SAMPLE_S = 0.5
-STEPS = (
-    CONTEXTS + len(ARMS) * (PAIRS + RACE_SINGLES + ROUNDS * BATCH) + SLOW_REQUESTS + 2 * COLD_PAIRS
-)
+ALONE, COMPARED = WARM_UPS + PAIRS + RACE_SINGLES, PAIRS + ROUNDS * BATCH
+STEPS = CONTEXTS + len(ARMS) * (ALONE + ROUNDS * BATCH) + COMPARED + SLOW_REQUESTS + 2 * COLD_PAIRS
 
 
 class Wait(msgspec.Struct):
@@ -99,28 +101,29 @@ class Measurement:
     def __init__(self, network: Network, results: Results) -> None:
         self._network = network
         self.results = results
+        self._answers: list[tuple[list[int], tuple[int, ...]]] = []
+        """Prompts and what ``all`` has said."""
 
     async def run(self, arms: Arms) -> None:
         """Everything."""
         await arms.store_contexts()
-        async with cores.apart():
-            await self._measure(arms)
-
-    async def _measure(self, arms: Arms) -> None:
+        await self._singles(arms, WARM_UPS)
+        cores.keep_apart(psutil.Process(), sorted(os.sched_getaffinity(0)))
         compute_s = await self._pairs(arms)
         load_bytes = CONTEXT_TOKENS * TOKEN_BYTES
         await self._race(arms, load_bytes * 8 / compute_s / 1e6)
+        await self._compare(arms)
         await self._cold(arms)
         await self._slow(arms, load_bytes, compute_s)
 
     async def _pairs(self, arms: Arms) -> float:
         """Single requests over open links; returns the seconds of a forward's computation."""
         before = await arms.counters("window")
-        samples = await self._singles(arms, PAIRS)
+        samples, asked = await self._singles(arms, PAIRS)
         counted = (await arms.counters("window")).since(before)
         pairs = list(zip(samples["window"], samples["all"], strict=True))
         results = self.results
-        results.other_tokens = sum(a.output != b.output for a, b in pairs)
+        self._answers += zip(asked, (sample.output for sample in samples["all"]), strict=True)
         results.prefill_ratio = statistics.median(a.first_s / b.first_s for a, b in pairs)
         results.first_s = _first_s(samples)
         results.open_wait = _wait(counted)
@@ -130,31 +133,35 @@ class Measurement:
         return (counted.forward_s - sum(counted.waited_s)) / counted.forwards
 
     @staticmethod
-    async def _singles(arms: Arms, count: int) -> dict[str, list[Sample]]:
-        """So many requests to each arm, one at a time, the arms in turn."""
+    async def _singles(arms: Arms, count: int) -> tuple[dict[str, list[Sample]], list[list[int]]]:
+        """So many requests to each arm, one at a time, the arms in turn; also what ``all`` was
+        asked. Each has new tokens of its own: those of another arm would be stored by now."""
         samples: dict[str, list[Sample]] = {arm: [] for arm in ARMS}
+        asked = []
         for number in range(count):
-            prompt = arms.request(number)
             for arm in ARMS[:: -1 if number % 2 else 1]:
+                prompt = arms.request(number)
                 await arms.use(arm)
                 samples[arm].append(await arms.send(prompt))
-        return samples
+                if arm == "all":
+                    asked.append(prompt)
+        return samples, asked
 
     async def _race(self, arms: Arms, rate_mbit: float) -> None:
         """Many requests at once, on a link that loads one while one computes."""
         results = self.results
         results.race_mbit = rate_mbit
         self._network.set_compute_rate(rate_mbit)
-        results.race_first_s = _first_s(await self._singles(arms, RACE_SINGLES))
+        results.race_first_s = _first_s((await self._singles(arms, RACE_SINGLES))[0])
         before = {arm: await arms.counters(arm) for arm in ARMS}
-        prompts = [[arms.request(i) for i in range(BATCH)] for _ in range(ROUNDS)]
-        outputs: dict[str, list[tuple[int, ...]]] = {arm: [] for arm in ARMS}
-        for number, batch in enumerate(prompts):
+        for number in range(ROUNDS):
             for arm in ARMS[:: -1 if number % 2 else 1]:
+                batch = [arms.request(i) for i in range(BATCH)]
                 await arms.use(arm)
                 async with self._held_bytes(arms, arm):
                     samples, seconds = await arms.send_all(batch)
-                outputs[arm] += [sample.output for sample in samples]
+                if arm == "all":
+                    self._answers += zip(batch, (s.output for s in samples), strict=True)
                 results.throughput_per_s.setdefault(arm, []).append(BATCH / seconds)
         results.throughput_ratio = self._throughput_of("all")
         results.whole_ratio = self._throughput_of("whole")
@@ -163,10 +170,6 @@ class Measurement:
             own = counted.since(before[arm])
             elapsed_s = sum(BATCH / rate for rate in results.throughput_per_s[arm])
             results.race[arm] = Race(own.forwards, own.forward_s, sum(own.waited_s), elapsed_s)
-        assert results.other_tokens is not None
-        results.other_tokens += sum(
-            a != b for a, b in zip(outputs["window"], outputs["all"], strict=True)
-        )
         largest = counters["window"].requests_max / counters["all"].requests_max
         results.batch_ratio = largest / (LAYERS / WINDOW)
 
@@ -174,6 +177,17 @@ class Measurement:
         """The window's, of another arm's in the same round."""
         rates = self.results.throughput_per_s
         return statistics.median(w / b for w, b in zip(rates["window"], rates[base], strict=True))
+
+    async def _compare(self, arms: Arms) -> None:
+        """Ask the window what ``all`` was asked: it loads what ``all`` computed but for the last
+        block, and has to say the same."""
+        self._network.set_compute_rate(OPEN_MBIT)
+        await arms.use("window")
+        samples, _ = await arms.send_all([prompt for prompt, _ in self._answers])
+        self.results.other_tokens = sum(
+            sample.output != output
+            for sample, (_, output) in zip(samples, self._answers, strict=True)
+        )
 
     @contextlib.asynccontextmanager
     async def _held_bytes(self, arms: Arms, arm: str) -> AsyncIterator[None]:

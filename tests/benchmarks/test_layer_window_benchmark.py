@@ -48,7 +48,7 @@ def test_forwards_have_a_core_of_their_own(tmp_path):
         assert launcher.stdout is not None
         assert launcher.stdout.readline() == "ready\n"
         root = psutil.Process(launcher.pid)
-        cores.pin(root, [first, *others])
+        cores.keep_apart(root, [first, *others])
         (engine,) = root.children()
         (scheduler,) = engine.children()
         assert os.sched_getaffinity(scheduler.pid) == {first}
