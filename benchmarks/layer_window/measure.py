@@ -112,8 +112,8 @@ class Measurement:
         compute_s = await self._pairs(arms)
         load_bytes = CONTEXT_TOKENS * TOKEN_BYTES
         await self._race(arms, load_bytes * 8 / compute_s / 1e6)
-        await self._compare(arms)
         await self._cold(arms)
+        await self._compare(arms)
         await self._slow(arms, load_bytes, compute_s)
 
     async def _pairs(self, arms: Arms) -> float:
@@ -211,7 +211,8 @@ class Measurement:
             self.results.held_bytes[arm] = held
 
     async def _cold(self, arms: Arms) -> None:
-        """Time to the first token of a prompt that nobody has, all of whose KV goes to D."""
+        """Time to the first token of a prompt that nobody has, all of whose KV goes to D, on the
+        race's link."""
         first: dict[str, list[float]] = {"all": [], "whole": []}
         for number in range(COLD_PAIRS):
             for arm in ("all", "whole") if number % 2 else ("whole", "all"):
