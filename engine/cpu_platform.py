@@ -170,8 +170,10 @@ def _no_spinning_while_waiting() -> None:
     # Without (speed only): a scheduler that waits for a transfer or a peer, so is neither
     # idle nor busy, spins at 100 % of a core even with --sleep-on-idle; with many engines
     # on few cores the waiting ones starve the one that computes.
+    has_groups = os.environ.get(CPU_GROUPS_VARIABLE) == "1"  # which do not sleep on idle
+
     def after_on_idle(result: Any, scheduler: Any) -> None:
-        if not scheduler.is_fully_idle():
+        if has_groups or not scheduler.is_fully_idle():
             time.sleep(0.002)
 
     HookRegistry.register(

@@ -132,6 +132,7 @@ def _forward(scheduler: Any, chunks: list[Chunk]) -> None:
 
 def _meet_groups(batch: Any, runner: Any) -> None:
     """Attention groups tell each other the sizes of their batches; here they are alike."""
+    batch.extend_logprob_start_lens = list(batch.extend_lens)  # as of requests without any
     prepare_mlp_sync_batch_raw(
         batch,
         runner,

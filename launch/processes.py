@@ -359,7 +359,11 @@ class _Cluster:
             flags["--base-gpu-id"] = str(self._gpus(node)[0])
         if tokens:
             flags["--max-total-tokens"] = str(tokens)
-        switches = ["--sleep-on-idle", "--skip-server-warmup", "--enable-cache-report"]
+        switches = ["--skip-server-warmup", "--enable-cache-report"]
+        if self.ranks[node].groups == 1:  # else all groups wait for one that sleeps, a second
+            switches.append("--sleep-on-idle")
+        elif self.hardware.device == "cpu":  # which has no such operator
+            switches.append("--no-enable-tp-lm-head-all-to-all")
         if _role(node) == "prefill":
             flags |= {
                 BOOTSTRAP_FLAG: str(ports["bootstrap"]),

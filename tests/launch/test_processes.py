@@ -244,6 +244,8 @@ def test_each_attention_group_is_an_engine_to_the_gateway(monkeypatch, flags):
     assert [(group.name, group.group) for group in groups] == [("p0.0", 0), ("p0.1", 1)]
     assert (decode.name, decode.group) == ("d0", None)
     assert groups[0].http == groups[1].http and groups[0].agent == groups[1].agent == "agent-p0"
+    assert "--sleep-on-idle" in records["d0"].argv and "--sleep-on-idle" not in records["p0"].argv
+    assert "--no-enable-tp-lm-head-all-to-all" in records["p0"].argv
     engine = settings_of(monkeypatch, records["p0"], "DUALPATH_ENGINE", EngineConfig)
     assert engine.name == "p0"
     assert engine.controls == [group.control for group in groups]
