@@ -7,6 +7,7 @@ layer's attention its new KV leaves for the decode engines (:mod:`engine.suffix_
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from engine.layer_window import CreditWriter, LayerWindow, WindowForward
 from engine.runtime import EngineRuntime, runtime_if_up
 from engine.session_workers import SessionWorkers
 from engine.suffix_send import LayerSend, SendsDone, SuffixSender
+from transfer.pacing import MovedBytes, NicBook
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,12 @@ class PrefillForward:
             self.window.layer_left(layer)
 
 
+def _nics_of(suffix: SuffixSender) -> NicBook:
+    """For the metrics. The launcher names the protocol where it is not RDMA."""
+    is_rdma = os.environ.get("MOONCAKE_PROTOCOL", "rdma") == "rdma"
+    return NicBook(suffix.is_local, is_rdma)
+
+
 class PrefillLayers:
     """Builds the object that follows each forward. One per prefill engine."""
 
@@ -98,6 +106,7 @@ class PrefillLayers:
             scheduler.req_to_token_pool.req_to_token,
             engine.config.send_by_layer or engine.config.layer_window > 0,
         )
+        self.moved = MovedBytes(_nics_of(self.suffix), "engine")
         self.window = self._open_window(engine)
         self.current: PrefillForward | None = None
         self._is_cuda = str(pool.device).startswith("cuda")
@@ -155,7 +164,9 @@ class PrefillLayers:
             f'dualpath:engine_kv_wait_seconds_total{{layer="{layer}"}}': seconds
             for layer, seconds in enumerate(self._deliveries.waited_s)
         }
-        return waited | {
+        return {
+            **waited,
+            **self.moved.samples(self.suffix.moved_bytes()),
             "dualpath:engine_kv_bytes": int(kv_bytes),
             "dualpath:engine_forwards_total": self._forwards,
             "dualpath:engine_forward_requests_max": self._requests_max,

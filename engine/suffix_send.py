@@ -24,7 +24,7 @@ import numpy as np
 from sglang.srt.disaggregation.base import KVPoll
 
 from engine.kv_memory import page_runs
-from transfer.mooncake import Addresses, Operation, batches, transfer_batch
+from transfer.mooncake import Addresses, Operation, batches, host_of, transfer_batch
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class SuffixSender:
         self._rooms: dict[int, _Room] = {}
         self._lock = threading.Lock()
         self._in_flight: Counter[int] = Counter()
+        self._moved_bytes: Counter[tuple[str, str]] = Counter()
         self.sent_bytes_total = 0
         self.late_s_total = 0.0
         """Time between the end of forwards and the end of their sends."""
@@ -232,6 +233,17 @@ class SuffixSender:
             code = transfer_batch(engine, operation, session_id, *(r[part] for r in ranges))
             if code != 0:
                 raise ConnectionError(f"transfer failed with code {code}")
+        with self._lock:
+            self._moved_bytes[operation, host_of(session_id)] += int(ranges[2].sum())
+
+    def is_local(self, session_id: str) -> bool:
+        """Whether that decode engine has this one's address."""
+        return host_of(session_id) == str(self._manager.engine.hostname)
+
+    def moved_bytes(self) -> dict[tuple[str, str], int]:
+        """("write" or "read", the decode engines' address) -> bytes so far."""
+        with self._lock:
+            return dict(self._moved_bytes)
 
     def _ended(self, send: LayerSend) -> None:
         send.done.set()

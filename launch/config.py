@@ -113,7 +113,7 @@ class ClusterConfig:
     kv_pace: str = setting(
         "auto",
         "Rate at most with which each agent sends KV through a NIC, in bytes a second; on is what "
-        "other traffic leaves, auto is on where no traffic classes are in force (docs/traffic.md).",
+        "other traffic leaves, auto is on where no traffic classes are in force (docs/pacing.md).",
         _parse_pace,
         metavar="auto|on|off|RATE",
     )

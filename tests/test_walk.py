@@ -71,6 +71,8 @@ def test_cold_prompts_give_the_tokens_of_plain_sglang(cluster, plain):
         ids = prompt(length, seed=length)
         assert cluster.generate(ids).output_ids == plain(ids), length
     cluster.wait_stored()
+    sent = cluster.metric_sum("engine_moved_bytes_total")
+    assert sent == cluster.metric_sum("engine_suffix_sent_bytes_total") > 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,16 +156,10 @@ class Network:
             _limit("change", self.namespace(node), kind, rate_mbit)
             _limit("change", self.control, _port(kind, node), rate_mbit)
 
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> AbstractContextManager[None]:
         """This process (its main thread, and threads and children started from it) is in the
         control namespace."""
-        with open("/proc/self/ns/net") as home:
-            _enter(Path("/run/netns") / self.control)
-            try:
-                yield
-            finally:
-                _set_namespace(home.fileno())
+        return entered(self.control)
 
     # ---- what flows ---------------------------------------------------------------------
 
@@ -204,9 +199,15 @@ def _limit(verb: str, namespace: str, device: str, rate_mbit: float) -> None:
     _run("tc", "-n", namespace, "qdisc", verb, "dev", device, "root", *bucket, *latency)
 
 
-def _enter(namespace: Path) -> None:
-    with namespace.open() as file:
-        _set_namespace(file.fileno())
+@contextlib.contextmanager
+def entered(namespace: str) -> Iterator[None]:
+    """This thread, and threads and children started from it, are in the namespace."""
+    with open("/proc/thread-self/ns/net") as home, open(f"/run/netns/{namespace}") as there:
+        _set_namespace(there.fileno())
+        try:
+            yield
+        finally:
+            _set_namespace(home.fileno())
 
 
 def _set_namespace(descriptor: int) -> None:

@@ -20,8 +20,10 @@ from launch.models import resolve_model
 from launch.processes import process_records
 
 PORT, RENDEZVOUS_PORT, BASE_PORT = 30000, 29400, 31000
-START_S = 300.0
+START_S = 240.0
 PROMPT_TOKENS, TOKENS = 64, 64
+_OWN_SHARED_MEMORY = ("sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh")
+"""As on two hosts: ranks that see each other's shared memory look for each other on 127.0.0.1."""
 ARMS = (
     Arm("control", kv="storage", has_classes=True),
     Arm("classes", has_classes=True),
@@ -109,9 +111,12 @@ def _command(link: Link, rank: int, node: str) -> list[str]:
     ends = ("--host", link.address(node), "--port", str(PORT), "--disaggregation-transfer-backend")
     nodes = ("--nnodes", "2", "--node-rank", str(rank))
     rendezvous = f"{link.address(SENDER)}:{RENDEZVOUS_PORT}"
+    # SGLang's stand-in for a prefill engine does not go with it.
+    argv = [word for word in _record(link).argv if not word.endswith("enable-radix-cache")]
     return [
         *link.network.within(link.network.namespace(node)),
-        *("taskset", "-c", str(INFERENCE_CORE), *_record(link).argv),
+        *_OWN_SHARED_MEMORY,
+        *("taskset", "-c", str(INFERENCE_CORE), *argv),
         *(*ends, "fake", *nodes, "--dist-init-addr", rendezvous),
     ]
 

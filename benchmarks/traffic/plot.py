@@ -41,7 +41,7 @@ def _rates(axes: Axes, results: Results) -> None:
     axes.axvline(LINK_BYTES_PER_S / 1e6, color="black", lw=0.8)
     axes.invert_yaxis()
     axes.set(xlabel="MB/s over the link (line: its rate)", title="Who gets the link")
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=2)
 
 
 def _bars(axes: Axes, rounds: dict, field: str, title: str) -> None:

@@ -47,7 +47,7 @@ class FakeManager:
         self.session_lock = threading.Lock()
         self.session_failures, self.failed_sessions = defaultdict(int), set()
         self.failed_session_probes = {}
-        self.engine = SimpleNamespace(engine=self)
+        self.engine = SimpleNamespace(engine=self, hostname="p0")
         self.code = 0
         self.writes = 0
         self.concluded, self.poisoned, self.acked = {}, [], []
@@ -154,6 +154,7 @@ def test_what_the_decode_engine_has_is_not_sent(manager, sender):
     forward(sender, req)
     assert arrived(manager, [5, 6], [20, 21])
     assert sender.sent_bytes_total == 2 * 2 * LAYERS * PAGE_BYTES
+    assert sender.moved_bytes() == {("write", "d0"): sender.sent_bytes_total}
     for old, new in zip(before, manager.peer, strict=True):
         changed = (old != new).reshape(-1, PAGE_BYTES).any(axis=1)
         assert set(np.flatnonzero(changed)) <= {20, 21}

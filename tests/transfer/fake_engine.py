@@ -64,10 +64,11 @@ class FakeEngine:
         pages: int = 64,
         layout: BlockLayout = LAYOUT,
         ranks: int = 1,
+        host: str = "127.0.0.1",
     ) -> None:
         """``layout.shards`` is how many parts the ``ranks`` split a block into."""
         fields = [layout.page_tokens, layout.num_layers, layout.component_bytes, layout.shards]
-        config = json.dumps([name, agents, incarnation, pages, fields, ranks])
+        config = json.dumps([name, agents, incarnation, pages, fields, ranks, host])
         self.layout = layout
         self.process = subprocess.Popen(
             [sys.executable, __file__, config],
@@ -196,11 +197,11 @@ def main() -> None:
     from transfer.client import AgentLinks
     from transfer.mooncake import TransferPeer
 
-    name, agents, incarnation, pages, fields, ranks = json.loads(sys.argv[1])
+    name, agents, incarnation, pages, fields, ranks, host = json.loads(sys.argv[1])
     layout = BlockLayout(fields[0], fields[1], tuple(fields[2]), fields[3])
     shard = layout.shard
     pools = [_Pool(pages, shard) for _ in range(ranks)]
-    peer = TransferPeer("127.0.0.1", "tcp")
+    peer = TransferPeer(host, "tcp")
     memories = []
     for pool in pools:
         for array in [pool.board, *(buffer for layer in pool.buffers for buffer in layer)]:

@@ -14,6 +14,7 @@ from fake_engine import LAYOUT, content_of, key_of
 
 from storage.block import BlockLayout
 from transfer.messages import (
+    BOARD_WORD_BYTES,
     FAILED,
     Announcement,
     CancelJob,
@@ -76,6 +77,11 @@ def test_what_one_engine_computed_reaches_another(agent, gateway, start_engine):
     assert counters['dualpath:agent_deliveries_total{outcome="ok"}'] == 1
     assert counters['dualpath:agent_blocks{state="durable"}'] == 10
     assert counters['dualpath:agent_storage_write_bytes_total{tier="ssd"}'] == size
+    moved = (
+        'dualpath:agent_moved_bytes_total{{class="{}",operation="{}",nic="lo",peer="127.0.0.1"}}'
+    )
+    assert counters[moved.format("high", "read")] == size
+    assert counters[moved.format("low", "write")] == size + LAYERS * BOARD_WORD_BYTES
 
 
 def test_a_killed_agent_comes_back_and_reads_its_blocks_from_ssd(agent, gateway, start_engine):

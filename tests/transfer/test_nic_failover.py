@@ -13,8 +13,14 @@ import sys
 import time
 
 import pytest
+from agent_process import FakeGateway, running_agent
+from fake_engine import FakeEngine
+from test_agent import deliver, store
 
+from benchmarks.testbed.network import entered
 from benchmarks.traffic.hosts import Worker
+from storage.block import BlockLayout
+from transfer.messages import Subscribe
 from transfer.traffic import cgroup
 from transfer.traffic.classes import TrafficSettings
 from transfer.traffic.ethernet import LOW, make_rules
@@ -29,6 +35,7 @@ SETTINGS = TrafficSettings(cgroup=f"dualpath-test-{os.getpid()}")
 HOSTS = {"a": "10.99.0.1", "b": "10.99.0.2"}
 LINKS = ("link0", "link1")
 MBIT = 200.0
+LARGE = BlockLayout(4, 4, (4096, 1024))
 
 
 def run(*command: str) -> str:
@@ -115,3 +122,35 @@ def test_kv_goes_over_to_the_other_nic_and_stays_in_its_class(hosts):
     finally:
         kv.close()
         sink.close()
+
+
+def test_an_agent_holds_deliveries_over_a_link_to_its_rate(hosts, tmp_path):
+    blocks, rate = range(40), 400_000
+    control = f"tcp://{HOSTS['a']}:30100"
+    here = {"host": HOSTS["a"], "control": control, "pace": str(rate)}
+    with entered(namespace("a")), running_agent(tmp_path, **here):
+        gateway = FakeGateway(control)
+        gateway.send(Subscribe())
+        own = FakeEngine("d0", {"a0": control}, layout=LARGE, host=HOSTS["a"])
+        with entered(namespace("b")):
+            far = FakeEngine("p0", {"a0": control}, layout=LARGE, host=HOSTS["b"])
+        try:
+            for engine in (own, far):
+                engine.wait_alive("a0")
+            store(own, 1, blocks)
+            gateway.read(7, blocks)
+            for engine, least_s, most_s in ((own, 0.0, 0.5), (far, 0.8, 3.0)):
+                began = time.monotonic()
+                deliver(engine, 5, 7, blocks, blocks)
+                assert engine.wait_end(5).error == ""
+                assert least_s * size(blocks) / rate <= time.monotonic() - began < most_s
+            paced = 'dualpath:agent_pacer_bytes_total{nic="link0"}'
+            gateway.status(lambda s: s.counters.get(paced) == size(blocks))
+        finally:
+            gateway.close()
+            own.kill()
+            far.kill()
+
+
+def size(blocks: range) -> int:
+    return len(blocks) * LARGE.block_bytes
