@@ -129,7 +129,8 @@ class Bench:
             if arm.inference == "demand":
                 found = self._messages.ask("run", target=target, seconds=seconds - 0.1)
                 latencies = np.array(found["latencies_s"])
-                sample.message_p50_s, sample.message_p99_s = np.quantile(latencies, [0.5, 0.99])
+                quantiles = np.quantile(latencies, [0.5, 0.99])
+                sample.message_p50_s, sample.message_p99_s = quantiles.tolist()
                 sample.messages = len(latencies)
             sample.high_rate = self._stream.answer()["bytes_per_s"]
 

@@ -109,14 +109,18 @@ class KvMovement(Source):
         self._book = NicBook(self.peer.is_local, is_rdma=False)
         self._numbers = itertools.count(1)
         self._failures = 0
+        self._jobs: dict[int, TransferJob] = {}
+        self._pacing = Pacing("off", self._book, self._needed_rate)
+        # One for all arms: what it registers with Mooncake is never given back.
+        self._queue = TransferQueue(
+            *(self.peer, "kv", 4, 2 * JOBS, lambda call: call()),
+            lambda session_id: self._pacing.towards(session_id),
+        )
 
     def start(self, target: Target, pace: str, nic_bytes_per_s: float) -> dict[str, Any]:
         self._target, self._is_on = target, True
         self._pacing = Pacing(
             read_pace(pace), self._book, self._needed_rate, nic_bytes_per_s=nic_bytes_per_s
-        )
-        self._queue = TransferQueue(
-            self.peer, "kv", 4, 2 * JOBS, lambda call: call(), self._pacing.towards
         )
         for _ in range(JOBS):
             self._submit()
@@ -129,7 +133,11 @@ class KvMovement(Source):
 
     def stop(self) -> dict[str, Any]:
         self._is_on = False
-        self._queue.close(QUEUE_STOP_S)
+        for job in list(self._jobs.values()):
+            self._queue.cancel(job)
+        end = time.monotonic() + QUEUE_STOP_S
+        while len(self._queue) and time.monotonic() < end:
+            time.sleep(0.01)
         return pacer_samples(self._pacing.pacers())
 
     def _needed_rate(self, now: float, counts: Any) -> float:
@@ -145,12 +153,14 @@ class KvMovement(Source):
             self.address[0] + pages * PAGE_BYTES * LAYERS,
             pages,
             time.monotonic() + JOB_DEADLINE_S,
-            self._ended,
+            lambda error: self._ended(number, error),
             plan=number,
         )
+        self._jobs[number] = job
         self._queue.submit(job)
 
-    def _ended(self, error: Exception | None) -> None:
+    def _ended(self, number: int, error: Exception | None) -> None:
+        del self._jobs[number]
         if self._is_on:
             self._failures += error is not None
             self._submit()
