@@ -110,10 +110,11 @@ def test_kv_goes_over_to_the_other_nic_and_stays_in_its_class(hosts):
         assert kv.ask("count")["nic"] == "link0"
         assert low_bytes("link0") > 2_000_000 and low_bytes("link1") < 10_000
         run("ip", "-n", namespace("b"), "link", "set", "dev", "link0", "down")
-        before, sent = kv.ask("count")["bytes"], low_bytes("link0")
+        sent = low_bytes("link0")
+        wait_until(lambda: kv.ask("count")["nic"] == "link1")  # it looks once in a while
+        before = kv.ask("count")["bytes"]
         wait_until(lambda: kv.ask("count")["bytes"] > before + 4_000_000)
-        count = kv.ask("count")
-        assert count["nic"] == "link1" and count["failures"] == 0
+        assert kv.ask("count")["failures"] == 0
         assert low_bytes("link1") > 2_000_000
         assert low_bytes("link0") - sent < 2_000_000
         paced = kv.ask("stop")
