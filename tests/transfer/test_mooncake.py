@@ -35,8 +35,14 @@ def peer(clock):
     return TransferPeer("127.0.0.1", "tcp", retry_after_s=5.0, clock=clock)
 
 
+REGISTERED: list[np.ndarray] = []
+"""Kept until the end: Mooncake refuses memory that overlaps a region registered before, and a
+freed array's address comes back."""
+
+
 def registered(peer, nbytes: int) -> tuple[np.ndarray, int]:
     array = np.zeros(nbytes, np.uint8)
+    REGISTERED.append(array)
     peer.register(int(array.ctypes.data), nbytes)
     return array, int(array.ctypes.data)
 
