@@ -19,19 +19,21 @@ from rich.console import Console
 from tqdm import tqdm
 
 from benchmarks.goals import goals_table, write_report
+from benchmarks.own_cluster import ClusterFailed
 from benchmarks.testbed import machine
 from benchmarks.testbed.network import NetworkFailed, remove_leftovers
-from benchmarks.traffic import engines, measure, results
+from benchmarks.traffic import cluster, engines, measure, results
 from benchmarks.traffic.hosts import LINK_MBIT, WorkerFailed, built_link
 from benchmarks.traffic.results import Results
+from launch.supervisor import StartFailed
 from transfer.traffic import cgroup
 from transfer.traffic.host import PROGRAMS, CommandFailed, Refused
 
 FAILURES = (
     *(CommandFailed, NetworkFailed, Refused, WorkerFailed),
-    *(engines.EngineFailed, OSError),
+    *(engines.EngineFailed, ClusterFailed, StartFailed, OSError),
 )
-PARTS = ("link", "engine")
+PARTS = ("link", "engine", "cluster")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,10 +77,18 @@ def _troubles() -> list[str]:
 
 
 def _measure(part: str, arguments: argparse.Namespace, found: Results) -> None:
+    with tempfile.TemporaryDirectory(prefix=machine.scratch_prefix()) as scratch:
+        if part == "cluster":
+            with built_link((cluster.PREFILL, cluster.DECODE)) as link:
+                found.cluster = cluster.measure(link, Path(scratch), tqdm.write)
+        else:
+            _measure_arms(part, arguments, Path(scratch), found)
+
+
+def _measure_arms(part: str, arguments: argparse.Namespace, scratch: Path, found: Results) -> None:
     arms = measure.ARMS if part == "link" else engines.ARMS
     total = len(arms) * arguments.rounds
     with (
-        tempfile.TemporaryDirectory(prefix=machine.scratch_prefix()) as scratch,
         tqdm(total=total, unit="arm", desc=part) as bar,
         built_link() as link,
     ):
@@ -86,7 +96,7 @@ def _measure(part: str, arguments: argparse.Namespace, found: Results) -> None:
         if part == "link":
             measure.measure(link, arguments.rounds, arguments.seconds, step, found.link)
         else:
-            engines.measure(link, arguments.rounds, Path(scratch), step, found.engine)
+            engines.measure(link, arguments.rounds, scratch, step, found.engine)
 
 
 def _report(arguments: argparse.Namespace, found: Results) -> None:

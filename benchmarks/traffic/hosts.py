@@ -8,13 +8,13 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.testbed.network import Network, Rates
 from transfer.traffic import cgroup
-from transfer.traffic.classes import TrafficSettings
+from transfer.traffic.classes import TrafficClass, TrafficSettings
 from transfer.traffic.ethernet import make_rules
 from transfer.traffic.host import Host
 
@@ -39,8 +39,8 @@ class Link:
     """Two hosts with two links of one rate: ``compute``, whose queues tell the classes apart or
     do not, and ``storage``, for the control arm."""
 
-    def __init__(self) -> None:
-        self.network = Network([SENDER, RECEIVER], Rates(LINK_MBIT, LINK_MBIT))
+    def __init__(self, nodes: Sequence[str] = (SENDER, RECEIVER)) -> None:
+        self.network = Network(nodes, Rates(LINK_MBIT, LINK_MBIT))
         self._has_classes = False
 
     def build(self) -> None:
@@ -58,12 +58,20 @@ class Link:
         self._has_classes = on
         rules = make_rules(DEVICE, LINK_MBIT, SETTINGS)
         for node in self.network.nodes:
-            host = Host(("nsenter", f"--net=/run/netns/{self.network.namespace(node)}"))
+            host = self._host(node)
             if on:
                 host.apply(rules, replace=True)
             else:
                 host.remove(DEVICE)
                 self.network.limit_compute(node)
+
+    def sent_bytes(self) -> dict[str, int]:
+        """What all hosts have sent over their compute links in each class, headers and all."""
+        counts = [self._host(node).sent_bytes(DEVICE) for node in self.network.nodes]
+        return {of.value: sum(count[of] for count in counts) for of in TrafficClass}
+
+    def _host(self, node: str) -> Host:
+        return Host(("nsenter", f"--net=/run/netns/{self.network.namespace(node)}"))
 
     def address(self, node: str, on_storage: bool = False) -> str:
         if on_storage:
@@ -128,8 +136,8 @@ class Worker:
 
 
 @contextlib.contextmanager
-def built_link() -> Iterator[Link]:
-    link = Link()
+def built_link(nodes: Sequence[str] = (SENDER, RECEIVER)) -> Iterator[Link]:
+    link = Link(nodes)
     try:
         link.build()
         yield link

@@ -10,6 +10,7 @@ import msgspec
 from rich.table import Table
 
 from benchmarks.goals import Goal
+from benchmarks.traffic.cluster import ClusterSample
 from benchmarks.traffic.measure import Rounds, Sample
 
 Pair = Callable[[Sample, Sample], float]
@@ -20,6 +21,7 @@ class Results(msgspec.Struct):
 
     link: Rounds = {}
     engine: Rounds = {}
+    cluster: ClusterSample | None = None
 
 
 def _kept(sample: Sample, control: Sample) -> float:
@@ -69,6 +71,26 @@ def make_goals(results: Results) -> list[Goal]:
         Goal(f"{kept} with the pacer alone, of control", pacer, "", at_least=0.95),
         Goal(f"{kept} with the pacer alone {whole}, of control", pacer_flood, "", at_least=0.95),
         Goal("TPOT of a decode engine with classes, above control", slower, "%", at_most=5.0),
+        *_cluster_goals(results.cluster),
+    ]
+
+
+def _cluster_goals(sample: ClusterSample | None) -> list[Goal]:
+    """That each byte goes in its sender's class: fewer than were sent means that some went in
+    the other one; a tenth more, that others' bytes (or more than headers) were among them."""
+    low = high = others = None
+    if sample is not None:
+        low = sample.link_bytes["low"] / sample.moved_bytes["low"]
+        high = sample.link_bytes["high"] / sample.moved_bytes["high"]
+        others = sample.other_answers
+    sent = "bytes in a cluster's queue, of what"
+    return [
+        Goal(f"low-class {sent} agents have sent", low, "", at_least=1.0),
+        Goal(f"low-class {sent} agents have sent, at most", low, "", at_most=1.1),
+        Goal(f"high-class {sent} engines have sent", high, "", at_least=1.0),
+        Goal(
+            "answers to a cluster's hits other than to the same prompts cold", others, "", at_most=0
+        ),
     ]
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from transfer.router import Router
 from transfer.traffic import cgroup, host
-from transfer.traffic.classes import CONTROL_DSCP, TrafficSettings
+from transfer.traffic.classes import CONTROL_DSCP, TrafficClass, TrafficSettings
 from transfer.traffic.ethernet import (
     BadRules,
     EthernetRules,
@@ -233,6 +233,7 @@ def _packets(name: str, device: str) -> int:
 def test_only_senders_of_the_group_are_low_and_not_their_control_messages(node, to):
     node.apply(rules())
     assert packets_sent_low(to, SITE.cgroup) == 20
+    assert 20_000 <= node.sent_bytes(DEVICE)[TrafficClass.LOW] < 25_000
     assert packets_sent_low(to, "") == 0
     assert packets_sent_low(to, SITE.cgroup, CONTROL_DSCP) == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from transfer.traffic import cgroup
-from transfer.traffic.classes import TrafficSettings
+from transfer.traffic.classes import TrafficClass, TrafficSettings
 from transfer.traffic.ethernet import (
     HANDLE,
+    HIGH,
+    LOW,
     TABLE_PREFIX,
     Command,
     EthernetRules,
@@ -101,6 +104,12 @@ class Host:
     def has_marks(self, device: str) -> bool:
         """Whether nft marks what the low class sends through the device. Needs root."""
         return table_of(device) in self._tables()
+
+    def sent_bytes(self, device: str) -> dict[TrafficClass, int]:
+        """What has left the device in each class since :meth:`apply`, headers and all."""
+        text = self._run("tc", "-s", "class", "show", "dev", device)
+        counts = dict(re.findall(r"class htb (\S+) .*\n Sent (\d+) bytes", text))
+        return {TrafficClass.HIGH: int(counts[HIGH]), TrafficClass.LOW: int(counts[LOW])}
 
     def rate_mbit(self, device: str) -> float | None:
         """Of our classes on the device; None without them."""
