@@ -1,22 +1,32 @@
 """The README's table of flags is the one that the configuration prints."""
 
+import re
 from pathlib import Path
+
+import pytest
 
 from launch.config import ClusterConfig
 from launch.rollout.config import JobConfig
 from launch.settings import help_markdown
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_table_of_flags_is_current():
     assert help_markdown(ClusterConfig) in (ROOT / "README.md").read_text()
 
 
-def test_every_document_named_in_the_readme_exists():
-    text = (ROOT / "README.md").read_text()
-    for name in ("architecture", "sglang", "dependencies", "limits", "operations"):
-        assert f"docs/{name}.md" in text and (ROOT / "docs" / f"{name}.md").exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_some_page_leads_to_every_page():
+    text = "".join(page.read_text() for page in PAGES)
+    unnamed = [page.name for page in PAGES if f"{page.name})" not in text and page.parent != ROOT]
+    assert unnamed == []
 
 
 def test_the_rollout_flags_are_current():
