@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.config import ClusterConfig
+from launch.engine_command import served_model_name
 from launch.hardware import Hardware
 from launch.process_record import ProcessRecord
-from launch.processes import served_model_name
 from storage.sizes import format_size
 from transfer.traffic import cgroup
 

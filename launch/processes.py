@@ -1,13 +1,8 @@
-"""Every process of a cluster as plain data, made from the settings by pure functions.
-
-A *node* is one engine with its agent: ``p0`` and ``agent-p0``.
-"""
+"""Every process of a cluster as plain data, made from the settings by pure functions."""
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,44 +13,20 @@ import launch.gateway_config
 import transfer.agent_config
 from engine.engine_config import EngineConfig
 from launch.config import ClusterConfig
+from launch.engine_command import engine_env, engine_flags, served_model_name
 from launch.gateway_config import EngineAddress, GatewayConfig
 from launch.hardware import Hardware
-from launch.ports import (
-    BOOTSTRAP,
-    BOOTSTRAP_FLAG,
-    CONTROL,
-    HTTP,
-    RENDEZVOUS,
-    block_ports,
-    control,
-    meeting,
-    mooncake_env,
-)
+from launch.layout import LOOPBACK, Layout, agent_name, role_of
+from launch.ports import BOOTSTRAP, CONTROL, HTTP, RENDEZVOUS, mooncake_env
 from launch.process_record import HealthCheck, ProcessRecord
 from launch.settings import BadConfig
-from launch.tensor_parallel import (
-    check_window,
-    cpu_env,
-    group_names,
-    ranks_of,
-    staging_env,
-)
+from launch.tensor_parallel import group_names
 from scheduler.options import LoadPolicy, SchedulerOptions
 from storage.owners import read_quotas
 from storage.remote_settings import RemoteSettings
 from storage.settings import to_env
 from transfer.agent_config import AgentConfig
 from transfer.traffic.classes import BadMarks, rdma_env
-
-LOOPBACK = "127.0.0.1"
-PAGE_TOKENS = 64
-CPU_POOL_TOKENS = 65536
-
-_LINKER = {
-    "linker": "PrefillLinker",
-    "linker_module_path": "engine.prefill_linker",
-    "linker_extra_config": {},
-}
 
 
 def process_records(
@@ -72,69 +43,31 @@ def process_records(
     ``environ`` is what the processes will have besides, of which some is refused:
     :class:`BadConfig`.
     """
-    nodes = node_names(config)
-    where = {node: (hosts or {}).get(node, LOOPBACK) for node in nodes}
-    cluster = _Cluster(config, model, hardware, nodes, where, environ)
-    agents = [cluster.agent(node) for node in nodes]
-    engines = [cluster.engine(node) for node in nodes]
-    return [*agents, *engines, cluster.gateway()]
+    records = _Records(Layout(config, model, hardware, hosts), environ)
+    agents = [records.agent(node) for node in records.layout.nodes]
+    engines = [records.engine(node) for node in records.layout.nodes]
+    return [*agents, *engines, records.gateway()]
 
 
-def node_names(config: ClusterConfig) -> list[str]:
-    """``p0 .. d0 ..``: an engine's name is its node's."""
-    prefill = [f"p{i}" for i in range(config.prefill)]
-    return prefill + [f"d{i}" for i in range(config.decode)]
+class _Records:
+    """The records of one cluster."""
 
-
-def agent_name(node: str) -> str:
-    return f"agent-{node}"
-
-
-def served_model_name(config: ClusterConfig) -> str:
-    """``--served-model-name``, or the model's own name."""
-    if config.served_model_name:
-        return config.served_model_name
-    return {"default": "SmolLM2-135M-Instruct"}.get(config.model, Path(config.model).name)
-
-
-class _Cluster:
-    """What all the records of one cluster share."""
-
-    def __init__(
-        self,
-        config: ClusterConfig,
-        model: Path,
-        hardware: Hardware,
-        nodes: list[str],
-        hosts: Mapping[str, str],
-        environ: Mapping[str, str],
-    ) -> None:
-        self.config = config
-        self.model = model
-        self.hardware = hardware
-        self.nodes = nodes
-        self.hosts = hosts
-        self.environ = environ
-        self.ranks = {node: ranks_of(self._passed_flags(node)) for node in nodes}
-        if config.layer_window:
-            check_window(model, self._group_sizes("prefill"), self._group_sizes("decode"))
-        self.ports_per_process = max(map(block_ports, self.ranks.values()))
-        self.agents = {
-            agent_name(node): self._endpoint(node, self._port(node, "agent", CONTROL))
-            for node in nodes
-        }
+    def __init__(self, layout: Layout, environ: Mapping[str, str]) -> None:
+        self.layout = layout
+        self._config = layout.config
+        self._environ = environ
 
     def agent(self, node: str) -> ProcessRecord:
         name = agent_name(node)
-        config = self.config
+        config = self._config
         settings = AgentConfig(
             name=name,
-            control=self.agents[name],
-            host=self.hosts[node],
-            protocol=self.hardware.transfer,
+            control=self.layout.agents[name],
+            host=self.layout.hosts[node],
+            protocol=self.layout.hardware.transfer,
             rdma_devices=config.rdma_devices,
             cgroup=config.traffic_settings.cgroup,
-            gpus=self._gpus(node),
+            gpus=self.layout.gpus(node),
             pace=config.kv_pace,
             nic_bytes_per_s=config.nic_bytes_per_s,
             dram_bytes=config.dram_bytes,
@@ -152,67 +85,76 @@ class _Cluster:
                 hedge_after_s=config.remote_hedge_s,
             ),
         )
-        alive = HealthCheck("zmq", self.agents[name])
+        alive = HealthCheck("zmq", self.layout.agents[name])
         return ProcessRecord(
             name=name,
             kind="agent",
             argv=(sys.executable, "-m", "transfer.agent"),
             env={
-                **self._mooncake_env("agent", self._port(node, "agent", 0), ranks=1),
+                **self._mooncake_env("agent", self.layout.port(node, "agent", 0), ranks=1),
                 transfer.agent_config.VARIABLE: to_env(settings),
             },
-            host=self.hosts[node],
-            ports={"control": self._port(node, "agent", CONTROL)},
+            host=self.layout.hosts[node],
+            ports={"control": self.layout.port(node, "agent", CONTROL)},
             ready=(alive,),
             alive=alive,
             cgroup=config.traffic_settings.cgroup,
         )
 
     def engine(self, node: str) -> ProcessRecord:
-        role = _role(node)
+        role = role_of(node)
         settings = EngineConfig(
             name=node,
             role=role,
-            controls=self._controls(node),
+            controls=self.layout.controls(node),
             agent=agent_name(node),
-            agents=self.agents,
-            deliver_timeout_s=self.config.deliver_timeout_s,
+            agents=self.layout.agents,
+            deliver_timeout_s=self._config.deliver_timeout_s,
             prefill_quota_s=self._quota_s() if role == "prefill" else None,
-            layer_window=self.config.layer_window if role == "prefill" else 0,
-            promise_planned_only=role == "decode" and bool(self.config.layer_window),
-            poison_kv=self.config.poison_kv,
+            layer_window=self._config.layer_window if role == "prefill" else 0,
+            promise_planned_only=role == "decode" and bool(self._config.layer_window),
+            poison_kv=self._config.poison_kv,
         )
         offsets = {"control": CONTROL, "http": HTTP, "rendezvous": RENDEZVOUS}
         if role == "prefill":
             offsets["bootstrap"] = BOOTSTRAP
-        ports = {name: self._port(node, "engine", offset) for name, offset in offsets.items()}
+        ports = {name: self.layout.port(node, "engine", offset) for name, offset in offsets.items()}
         alive, *groups_alive = (HealthCheck("zmq", control) for control in settings.controls)
         return ProcessRecord(
             name=node,
             kind="engine",
-            argv=(sys.executable, "-m", "sglang.launch_server", *self._engine_flags(node, ports)),
+            argv=(
+                sys.executable,
+                "-m",
+                "sglang.launch_server",
+                *engine_flags(self.layout, node, ports),
+            ),
             env={
                 **self._mooncake_env(
-                    "engine", self._port(node, "engine", 0), self.ranks[node].total
+                    "engine", self.layout.port(node, "engine", 0), self.layout.ranks[node].total
                 ),
-                **self._engine_env(node),
+                **engine_env(self.layout, node),
                 engine.engine_config.VARIABLE: to_env(settings),
             },
-            host=self.hosts[node],
+            host=self.layout.hosts[node],
             ports=ports,
-            ready=(HealthCheck("http", f"{self._http(node)}/model_info"), alive, *groups_alive),
+            ready=(
+                HealthCheck("http", f"{self.layout.http(node)}/model_info"),
+                alive,
+                *groups_alive,
+            ),
             alive=alive,
-            after=tuple(self.agents),
+            after=tuple(self.layout.agents),
         )
 
     def gateway(self) -> ProcessRecord:
-        config = self.config
+        config = self._config
         settings = GatewayConfig(
             host=config.host,
             port=config.port,
-            agents=self.agents,
-            engines=[address for node in self.nodes for address in self._addresses(node)],
-            model=str(self.model),
+            agents=self.layout.agents,
+            engines=[address for node in self.layout.nodes for address in self._addresses(node)],
+            model=str(self.layout.model),
             served_model_name=served_model_name(config),
             path_policy=config.path_policy,
             scheduler=SchedulerOptions(
@@ -236,7 +178,7 @@ class _Cluster:
                 "CUDA_VISIBLE_DEVICES": "",
                 launch.gateway_config.VARIABLE: to_env(settings),
             }
-            | ({"SGLANG_PLATFORM": "dualpath_cpu"} if self.hardware.device == "cpu" else {}),
+            | ({"SGLANG_PLATFORM": "dualpath_cpu"} if self.layout.hardware.device == "cpu" else {}),
             host=config.host,
             ports={"http": config.port},
             ready=(HealthCheck("http", health),),
@@ -245,47 +187,29 @@ class _Cluster:
         )
 
     def _addresses(self, node: str) -> list[EngineAddress]:
-        names = group_names(node, self.ranks[node])
+        names = group_names(node, self.layout.ranks[node])
         return [
             EngineAddress(
                 name=name,
-                role=_role(node),
+                role=role_of(node),
                 agent=agent_name(node),
-                http=self._http(node),
+                http=self.layout.http(node),
                 control=control,
-                bootstrap_host=self.hosts[node],
+                bootstrap_host=self.layout.hosts[node],
                 group=group if len(names) > 1 else None,
             )
-            for group, (name, control) in enumerate(zip(names, self._controls(node), strict=True))
+            for group, (name, control) in enumerate(
+                zip(names, self.layout.controls(node), strict=True)
+            )
         ]
 
-    def _group_sizes(self, role: str) -> set[int]:
-        """Over how many ranks the engines of one role split KV heads."""
-        return {ranks.of_group for node, ranks in self.ranks.items() if _role(node) == role}
-
     def _quota_s(self) -> float | None:
-        quota_ms = self.config.prefill_quota_ms
+        quota_ms = self._config.prefill_quota_ms
         return None if quota_ms is None else quota_ms / 1000
-
-    def _port(self, node: str, kind: str, offset: int) -> int:
-        block = 2 * self.nodes.index(node) + (kind == "engine")
-        return self.config.first_port + block * self.ports_per_process + offset
-
-    def _endpoint(self, node: str, port: int) -> str:
-        return f"tcp://{self.hosts[node]}:{port}"
-
-    def _controls(self, node: str) -> list[str]:
-        """Of each attention group of the node's engine."""
-        ranks = self.ranks[node]
-        offsets = [control(ranks, group) for group in range(ranks.groups)]
-        return [self._endpoint(node, self._port(node, "engine", offset)) for offset in offsets]
-
-    def _http(self, node: str) -> str:
-        return f"http://{self.hosts[node]}:{self._port(node, 'engine', HTTP)}"
 
     def _python_env(self) -> dict[str, str]:
         env = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-        if self.model.is_absolute():
+        if self.layout.model.is_absolute():
             env["HF_HUB_OFFLINE"] = "1"
         return env
 
@@ -297,103 +221,9 @@ class _Cluster:
             "MC_TCP_PROGRESS_TIMEOUT_SEC": "5",
             "MC_TCP_STATUS_TIMEOUT_SEC": "5",
         }
-        if self.hardware.transfer == "tcp":
+        if self.layout.hardware.transfer == "tcp":
             return env | {"MC_FORCE_TCP": "1", "MOONCAKE_PROTOCOL": "tcp"}
         try:
-            return env | rdma_env(kind, self.config.traffic_settings, self.environ)
+            return env | rdma_env(kind, self._config.traffic_settings, self._environ)
         except BadMarks as error:
             raise BadConfig(f"{error}.") from error
-
-    def _engine_env(self, node: str) -> dict[str, str]:
-        env = {
-            "SGLANG_HOST_IP": self.hosts[node],
-            # Pages of an aborted request stay held until P can no longer write to them.
-            "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE": "1",
-            "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2",
-            # P sends nothing to a D that failed once until a probe finds it: by default after
-            # 30 s at first, minutes later on, for a D that was suspended for a moment.
-            "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "1",
-            "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "4",
-            "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
-            # What P has cached and D lacks leaves with the rest, layer by layer.
-            "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",
-            **staging_env(
-                self.model,
-                self._group_sizes("prefill") | self._group_sizes("decode"),
-                self.hardware.device,
-            ),
-        }
-        if self.hardware.device == "cpu":
-            env |= {
-                "SGLANG_PLATFORM": "dualpath_cpu",
-                "SGLANG_DISABLE_CUDNN_CHECK": "1",
-                "CUDA_VISIBLE_DEVICES": "",
-                # Several engines share a CPU; with more threads each they fight for it.
-                "OMP_NUM_THREADS": "1",
-                **cpu_env(self.ranks[node]),
-            }
-        return env
-
-    def _engine_flags(self, node: str, ports: Mapping[str, int]) -> list[str]:
-        config = self.config
-        flags = {
-            "--model-path": str(self.model),
-            "--served-model-name": served_model_name(config),
-            "--host": self.hosts[node],
-            "--port": str(ports["http"]),
-            "--nccl-port": str(ports["rendezvous"]),
-            "--page-size": str(PAGE_TOKENS),
-            "--disaggregation-mode": _role(node),
-            "--disaggregation-transfer-backend": "mooncake",
-        }
-        if config.rdma_devices:
-            flags["--disaggregation-ib-device"] = config.rdma_devices
-        if self.ranks[node].groups > 1:
-            port = self._port(node, "engine", meeting(self.ranks[node]))
-            flags["--dist-init-addr"] = f"{self.hosts[node]}:{port}"
-        tokens = config.max_total_tokens
-        if self.hardware.device == "cpu":
-            flags |= {"--device": "cpu", "--dtype": "float32"}
-            tokens = tokens or CPU_POOL_TOKENS
-        else:  # untested: no such machine was at hand
-            flags["--base-gpu-id"] = str(self._gpus(node)[0])
-        if tokens:
-            flags["--max-total-tokens"] = str(tokens)
-        switches = ["--skip-server-warmup", "--enable-cache-report"]
-        if self.ranks[node].groups == 1:  # else all groups wait for one that sleeps, a second
-            switches.append("--sleep-on-idle")
-        elif self.hardware.device == "cpu":  # which has no such operator
-            switches.append("--no-enable-tp-lm-head-all-to-all")
-        if _role(node) == "prefill":
-            flags |= {
-                BOOTSTRAP_FLAG: str(ports["bootstrap"]),
-                "--unified-cache-external-linker-backend": "dynamic",
-                "--unified-cache-external-linker-config": json.dumps(_LINKER),
-            }
-            switches.append("--enable-unified-cache-external-linker")
-        else:
-            # Without cpu_tensor D keeps a second host pool of its own.
-            flags["--disaggregation-decode-retraction-backup"] = "cpu_tensor"
-            switches.append("--disaggregation-decode-enable-radix-cache")
-        return [
-            *(word for pair in flags.items() for word in pair),
-            *switches,
-            *self._passed_flags(node),
-        ]
-
-    def _gpus(self, node: str) -> list[int]:
-        """Of a node's ranks: one after the other, as all nodes are on one machine."""
-        if self.hardware.device == "cpu":
-            return []
-        first = sum(self.ranks[other].total for other in self.nodes[: self.nodes.index(node)])
-        return list(range(first, first + self.ranks[node].total))
-
-    def _passed_flags(self, node: str) -> list[str]:
-        """The user's own flags for SGLang."""
-        config = self.config
-        role_args = config.prefill_args if _role(node) == "prefill" else config.decode_args
-        return [*shlex.split(config.engine_args), *shlex.split(role_args)]
-
-
-def _role(node: str) -> str:
-    return "prefill" if node.startswith("p") else "decode"

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.testbed.cluster import EngineChange, Gateway, cluster_config, records_on, total
 from benchmarks.testbed.network import Network
+from launch.layout import PAGE_TOKENS
 from launch.process_record import ProcessRecord
-from launch.processes import PAGE_TOKENS
 
 LAYERS, WINDOW = 8, 2
 TOKEN_BYTES = 8192

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from launch.processes import PAGE_TOKENS
+from launch.layout import PAGE_TOKENS
 from scheduler.directory import Directory, Run
 from scheduler.holder_sets import Holders
 from scheduler.options import SchedulerOptions

@@ -20,9 +20,10 @@ from benchmarks.testbed.network import Network
 from engine.engine_config import EngineConfig
 from launch.config import ClusterConfig
 from launch.hardware import Hardware
+from launch.layout import PAGE_TOKENS, node_names
 from launch.models import resolve_model
 from launch.process_record import ProcessRecord
-from launch.processes import PAGE_TOKENS, node_names, process_records
+from launch.processes import process_records
 from launch.trace import HEADER
 from storage.settings import to_env
 from transfer.agent_config import AgentConfig
