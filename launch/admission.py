@@ -10,13 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+import math
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from launch.fair_queue import Entry, FairQueue
 from launch.gateway_errors import TooManyRequests
+
+RETRY_AFTER_MAX_S = 60
+TURNS_KEPT = 64
+"""The pace of the queue is that of its last turns, at most so many."""
 
 
 def tenant_of(body: dict[str, Any], authorization: str | None) -> str:
@@ -64,11 +70,14 @@ class Admission:
     tenant that would then hold more than the displaced one, nor once it has had its turn.
     """
 
-    def __init__(self, parts_max: int) -> None:
+    def __init__(self, parts_max: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._parts_max = parts_max
+        self._clock = clock
         self._held: Counter[str] = Counter()
         self._queue: FairQueue[Waiter] = FairQueue()
         self._taken = False
+        self._turns_s: deque[float] = deque(maxlen=TURNS_KEPT)
+        """When the queue formed, and when its last turns ended."""
         self.admitted = 0
         """Parts that are in."""
         self.displaced_total = 0
@@ -82,6 +91,15 @@ class Admission:
     @property
     def tenants_queued(self) -> int:
         return self._queue.tenants
+
+    def retry_after_s(self) -> int:
+        """When to come again: half of the queue will have had its turn, at the pace of its
+        last turns. There is room by then, and work still waits."""
+        if not self.queued:  # a place is free as soon as any request ends
+            return 1
+        turns = max(1, len(self._turns_s) - 1)
+        turn_s = (self._clock() - self._turns_s[0]) / turns
+        return min(RETRY_AFTER_MAX_S, max(1, math.ceil(turn_s * self.queued / 2)))
 
     # ---- the bound --------------------------------------------------------------------
 
@@ -119,7 +137,8 @@ class Admission:
             others = (seat for seat in self._displaceable(held, least) if seat not in seats)
             if (found := next(others, None)) is None:
                 raise TooManyRequests(
-                    f"{self.admitted} requests are in flight; at most {self._parts_max}"
+                    f"{self.admitted} requests are in flight; at most {self._parts_max}",
+                    self.retry_after_s(),
                 )
             seats.append(found)
             held[found.tenant] -= found.parts
@@ -142,8 +161,8 @@ class Admission:
         for entry in seat.waiting:
             self._queue.remove(entry)
             if not entry.item.ready.done():
-                error = TooManyRequests("the queue is full, and this tenant holds most of it")
-                entry.item.ready.set_exception(error)
+                reason = "the queue is full, and this tenant holds most of it"
+                entry.item.ready.set_exception(TooManyRequests(reason, self.retry_after_s()))
         seat.waiting.clear()
         self._give_back(seat, seat.parts)
 
@@ -153,6 +172,9 @@ class Admission:
     async def turn(self, seat: Seat, cost_tokens: int, priority: int) -> AsyncIterator[None]:
         """Wait for the turn (see ``FairQueue``) and have it; raises ``TooManyRequests``."""
         waiter = Waiter(seat, asyncio.get_running_loop().create_future())
+        if not self.queued:
+            self._turns_s.clear()
+            self._turns_s.append(self._clock())
         entry = self._queue.push(seat.tenant, cost_tokens, priority, waiter)
         seat.waiting.add(entry)
         self._next_turn()
@@ -162,6 +184,7 @@ class Admission:
         finally:
             if _granted(waiter.ready):
                 self._taken = False
+                self._turns_s.append(self._clock())
                 self._next_turn()
             else:
                 self._queue.remove(entry)

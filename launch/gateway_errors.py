@@ -57,7 +57,10 @@ class TooManyRequests(GatewayError):
     status = 429
     kind = "rate_limit_error"
     outcome = "refused"
-    retry_after_s = 1
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Unavailable(GatewayError):
@@ -67,6 +70,7 @@ class Unavailable(GatewayError):
     kind = "service_unavailable_error"
     outcome = "unavailable"
     retry_after_s = 5
+    """As long as a silent engine is waited for; how long a restart takes is not known here."""
 
 
 class RequestTimeout(GatewayError):

@@ -90,6 +90,35 @@ async def test_a_full_queue_takes_a_light_tenant_and_turns_away_the_heaviest():
     assert not light.task.done()
 
 
+async def test_who_is_refused_is_told_when_half_of_the_queue_will_be_gone():
+    now_s = 100.0
+    admission = Admission(13, clock=lambda: now_s)
+
+    async def told() -> int:
+        with pytest.raises(TooManyRequests) as refusal:
+            admission.admit("a", 1)
+        return refusal.value.retry_after_s
+
+    parts = await parts_of(admission, "a", 13)
+    assert await told() == 1  # nothing is known of the pace
+    now_s += 4.0
+    assert await told() == 26  # one turn in 4 s or less, and 13 that wait
+    for part in parts[:3]:
+        await part.finish()
+        now_s += 0.5
+    parts += await parts_of(admission, "a", 3)
+    assert await told() == 12  # three turns in 5.5 s
+    now_s += 1000
+    assert await told() == 60
+    for part in parts:
+        await part.finish()
+    for _ in range(13):
+        seat = admission.admit("a", 1)
+        async with admission.turn(seat, 1, 0):
+            pass
+    assert await told() == 1  # all run: the pace of an earlier queue says nothing
+
+
 async def test_what_has_begun_is_not_displaced():
     admission = Admission(3)
     seats = [admission.admit("heavy", 1) for _ in range(3)]
