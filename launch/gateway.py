@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,13 +23,14 @@ from launch.admission import Seat
 from launch.control_plane import ControlPlane
 from launch.gateway_config import VARIABLE, GatewayConfig
 from launch.gateway_errors import BadRequest, GatewayError, NotFound, Unavailable
+from launch.orders import Orders
 from launch.request_parts import CHAT, COMPLETIONS, GENERATE, Part
 from launch.request_walk import RequestWalk
 from launch.serve_request import error_response, serve
 from launch.services import Services
 from scheduler.policies import UnknownPolicy
 from scheduler.scheduler import Scheduler
-from storage.settings import from_env
+from storage.settings import RUN_FOLDER, from_env
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +66,18 @@ class AbortRequest(msgspec.Struct, frozen=True):
     abort_all: bool = False
 
 
-def create_app(config: GatewayConfig) -> FastAPI:
-    """The whole gateway; it connects to its peers when the app starts."""
+def create_app(config: GatewayConfig, run_folder: Path | None = None) -> FastAPI:
+    """The whole gateway; it connects to its peers when the app starts.
+
+    ``run_folder``: where operators' orders outlast this process.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         first_plan = int(time.time() * 1000) * PLANS_PER_MS
         scheduler = Scheduler(config.path_policy, config.scheduler, first_plan)
-        services = Services(config, scheduler, ControlPlane(config, scheduler))
+        plane = ControlPlane(config, scheduler)
+        services = Services(config, scheduler, plane, Orders(scheduler, run_folder))
         app.state.services = services
         services.start()
         yield
@@ -213,7 +219,7 @@ def _admin_routes(app: FastAPI) -> None:
         asked = await _decode(request, PolicyChange)
         services = _services(request)
         try:
-            services.scheduler.set_policy(asked.path_policy)
+            services.orders.set_policy(asked.path_policy)
         except UnknownPolicy as error:
             raise BadRequest(str(error)) from error
         return _json({"path_policy": asked.path_policy})
@@ -224,7 +230,7 @@ def _admin_routes(app: FastAPI) -> None:
         asked = await _decode(request, DrainChange)
         services = _services(request)
         try:
-            services.scheduler.drain(asked.name, asked.on)
+            services.orders.drain(asked.name, asked.on)
         except KeyError as error:
             view = services.scheduler.cluster(time.monotonic())
             names = [known["name"] for known in (*view["engines"], *view["agents"])]
@@ -250,8 +256,9 @@ def main() -> None:
     level = os.environ.get(LOG_LEVEL, "info").upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     config = from_env(VARIABLE, GatewayConfig)
+    run_folder = os.environ.get(RUN_FOLDER)
     uvicorn.run(
-        create_app(config),
+        create_app(config, Path(run_folder) if run_folder else None),
         host=config.host,
         port=config.port,
         log_level="warning",

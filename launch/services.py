@@ -13,6 +13,7 @@ from launch.control_plane import ControlPlane
 from launch.engine_proxy import EngineProxy
 from launch.gateway_config import GatewayConfig
 from launch.gateway_metrics import GatewayMetrics
+from launch.orders import Orders
 from launch.prompt import vocabulary_tokens
 from launch.request_parts import Part
 from launch.trace import Trace
@@ -28,9 +29,12 @@ RECENT_KEPT = 32
 class Services:
     """Connections, scheduler, admission, metrics, and the walks under way."""
 
-    def __init__(self, config: GatewayConfig, scheduler: Scheduler, plane: ControlPlane) -> None:
+    def __init__(
+        self, config: GatewayConfig, scheduler: Scheduler, plane: ControlPlane, orders: Orders
+    ) -> None:
         self.config = config
         self.scheduler = scheduler
+        self.orders = orders
         self.plane = plane
         self.proxy = EngineProxy(plane, connections_max=4 * config.requests_max + 64)
         self.admission = Admission(config.requests_max)

@@ -15,6 +15,7 @@ from launch.child import Child, end_sessions
 from launch.health import Prober
 from launch.ports import respawn
 from launch.process_record import ProcessRecord
+from storage.settings import RUN_FOLDER
 
 START_PROBE_PERIOD_S = 0.5
 PROBE_PERIOD_S = 5.0
@@ -127,7 +128,7 @@ class Supervisor:
     def _spawn(self, record: ProcessRecord) -> Child:
         self._incarnation = max(self._incarnation + 1, int(time.time() * 1000))
         # SGLang leaves its sockets in the folder for temporary files.
-        env = {"TMPDIR": self._scratch}
+        env = {"TMPDIR": self._scratch, RUN_FOLDER: self._scratch}
         child = Child(record, self._logs[record.name], env, self._incarnation)
         self._children[record.name] = child
         return child

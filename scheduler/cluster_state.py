@@ -69,6 +69,8 @@ class Processes:
         self.incarnation: list[int] = []
         self.last_seen_s: Floats = np.empty(0)
         self.draining: Mask = np.empty(0, bool)
+        self.drain_when_seen: set[str] = set()
+        """Names not seen yet that are to get nothing."""
         self.promised: Floats = np.empty((0, kinds))
         self._promises: list[dict[int, tuple[Floats, float]]] = []
         """By row and plan: how much of each kind, and when the process got it."""
@@ -86,6 +88,7 @@ class Processes:
         if row == len(self.last_seen_s):
             self._grow(max(8, 2 * row))
         self.last_seen_s[row] = -np.inf
+        self.draining[row] = name in self.drain_when_seen
         return row
 
     def _grow(self, rows: int) -> None:

@@ -183,6 +183,11 @@ class Scheduler:
                 return
         raise KeyError(name)
 
+    def drain_when_seen(self, name: str) -> None:
+        """The same for an engine or an agent that has not reported yet."""
+        for processes in (self.state.engines, self.state.agents):
+            processes.drain_when_seen.add(name)
+
     def announce(
         self,
         agent: str,

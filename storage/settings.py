@@ -15,6 +15,9 @@ T = TypeVar("T", bound=msgspec.Struct)
 INCARNATION = "DUALPATH_INCARNATION"
 """Start time of the process in ms, set by the supervisor at every (re)start."""
 
+RUN_FOLDER = "DUALPATH_RUN_FOLDER"
+"""A folder that lasts as long as the cluster, set by the supervisor."""
+
 
 class BadSettings(Exception):
     """The variable is missing or does not hold the struct."""

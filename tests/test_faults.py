@@ -16,6 +16,7 @@ from tests.cluster import (
     GREEDY,
     Cluster,
     RequestFailed,
+    post,
     running_cluster,
 )
 from tests.test_walk import BLOCK_BYTES, expected_hit, prompt
@@ -170,10 +171,13 @@ def test_a_decode_engine_killed_after_the_first_token_gives_a_clear_error(cluste
 
 def test_a_killed_gateway_comes_back_and_the_cache_still_hits(cluster, plain):
     store(cluster, 11, plain)
+    post(f"{cluster.url}/admin/drain", {"name": "d1", "on": True})
     cluster.signal("launch.gateway", signal.SIGKILL)
     time.sleep(1)
     cluster.wait_healthy(60)
     all_back(cluster)
+    assert [e["name"] for e in cluster.state()["engines"] if e["draining"]] == ["d1"]
+    post(f"{cluster.url}/admin/drain", {"name": "d1", "on": False})
     answer = ask(cluster, 11)
     assert answer.output_ids == plain[11]
     assert answer.cached_tokens == expected_hit(3000)

@@ -1,0 +1,65 @@
+"""What operators ordered while the cluster runs, kept so that a restarted gateway obeys it too.
+
+In a file of the run folder, which the supervisor makes and removes with the cluster: a new
+cluster begins as its flags say.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from scheduler.scheduler import Scheduler
+
+
+class _Kept(msgspec.Struct, forbid_unknown_fields=True):
+    """The file, as JSON."""
+
+    path_policy: str | None = None
+    """None: the one of the flags."""
+    drained: set[str] = msgspec.field(default_factory=set)
+    """Engines and agents that get nothing new."""
+
+
+class Orders:
+    """Gives operators' orders to the scheduler, those before a restart included.
+
+    Without a ``run_folder`` they are kept in memory only.
+    """
+
+    def __init__(self, scheduler: Scheduler, run_folder: Path | None) -> None:
+        self._scheduler = scheduler
+        self._file = run_folder / "orders.json" if run_folder is not None else None
+        self._kept = self._read()
+        if self._kept.path_policy is not None:
+            scheduler.set_policy(self._kept.path_policy)
+        for name in self._kept.drained:
+            scheduler.drain_when_seen(name)
+
+    def set_policy(self, name: str) -> None:
+        """Another path policy from the next plan on; raises ``UnknownPolicy``."""
+        self._scheduler.set_policy(name)
+        self._kept.path_policy = name
+        self._write()
+
+    def drain(self, name: str, on: bool) -> None:
+        """Nothing new for an engine or an agent, or again; raises ``KeyError``."""
+        self._scheduler.drain(name, on)
+        if on:
+            self._kept.drained.add(name)
+        else:
+            self._kept.drained.discard(name)
+        self._write()
+
+    def _read(self) -> _Kept:
+        if self._file is None or not self._file.exists():
+            return _Kept()
+        return msgspec.json.decode(self._file.read_bytes(), type=_Kept)
+
+    def _write(self) -> None:
+        if self._file is None:
+            return
+        written = self._file.with_suffix(".new")
+        written.write_bytes(msgspec.json.encode(self._kept))
+        written.replace(self._file)
