@@ -12,17 +12,20 @@ update mix two versions and are stored under neither.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
+import torch
 
 from engine.block_keys import continue_chain, namespace_seed
+from engine.engine_config import EngineConfig
+from engine.jobs import Jobs
+from engine.rank_group import SilentLinks
 from storage.block import NO_PARENT, BlockKey, block_keys, tenant_digest
+from transfer.client import AgentLinks
 from transfer.messages import PullBlocks, PullEnded
-
-if TYPE_CHECKING:
-    from engine.runtime import EngineRuntime
 
 PULLS_OPEN_MAX = 64
 PULL_BLOCKS_MAX = 256
@@ -47,8 +50,23 @@ class Persister:
     """Tracks which blocks of which request have been offered. The agent knows what it
     already holds, so a block offered by several requests is pulled once."""
 
-    def __init__(self, engine: EngineRuntime) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        config: EngineConfig,
+        page_tokens: int,
+        req_to_token: torch.Tensor,
+        jobs: Jobs,
+        links: AgentLinks | SilentLinks,
+        namespace_digest: Callable[[], bytes],
+    ) -> None:
+        """``req_to_token``: SGLang's table, [requests, positions]. ``namespace_digest``: that
+        of the present weights."""
+        self._config = config
+        self._page_tokens = page_tokens
+        self._req_to_token = req_to_token
+        self._jobs = jobs
+        self._links = links
+        self._namespace_digest = namespace_digest
         self._progress: OrderedDict[str, _Progress] = OrderedDict()
         self._open_pulls: set[int] = set()
         self.offered_blocks_total = 0
@@ -58,12 +76,12 @@ class Persister:
     def begin(self, req: Any, stored_blocks: int) -> None:
         """The prompt's KV is in this engine; its first ``stored_blocks`` came from the store,
         the others are offered from now on."""
-        page = self._engine.memory.layout.page_tokens
+        page = self._page_tokens
         last_hash = namespace_seed(req.extra_key, req.cache_salt)
         stored = continue_chain(last_hash, req.origin_input_ids[: stored_blocks * page], page)
         salt = req.cache_salt or req.extra_key
         progress = _Progress(
-            *(self._engine.namespace_digest, len(stored), stored[-1] if stored else last_hash),
+            *(self._namespace_digest(), len(stored), stored[-1] if stored else last_hash),
             tenant_digest(salt) if salt else "",
         )
         self._progress[req.rid] = progress
@@ -74,10 +92,10 @@ class Persister:
     def advance(self, req: Any, tokens: int) -> None:
         """The KV of the request's first ``tokens`` tokens is complete: offer full blocks."""
         progress = self._progress.get(req.rid)
-        page = self._engine.memory.layout.page_tokens
+        page = self._page_tokens
         if progress is None:
             return
-        if progress.namespace_digest != self._engine.namespace_digest:
+        if progress.namespace_digest != self._namespace_digest():
             self.end(req)
             return
         while tokens // page > progress.blocks_done:
@@ -91,30 +109,28 @@ class Persister:
         self._progress.pop(req.rid, None)
 
     def _offer(self, req: Any, progress: _Progress, end: int) -> None:
-        start, page = progress.blocks_done, self._engine.memory.layout.page_tokens
+        start, page = progress.blocks_done, self._page_tokens
         tokens = islice(chain(req.origin_input_ids, req.output_ids), start * page, end * page)
         hashes = continue_chain(progress.last_hash, tokens, page)
-        table = self._engine.scheduler.req_to_token_pool.req_to_token
-        rows = table[req.kv.req_pool_idx, start * page : end * page : page]
+        rows = self._req_to_token[req.kv.req_pool_idx, start * page : end * page : page]
         keys = block_keys(progress.namespace_digest, hashes)
         parent = progress.last_key
         progress.blocks_done, progress.last_hash = end, hashes[-1]
         self._pull(keys, (rows // page).tolist(), parent, progress.tenant)
 
     def _pull(self, keys: list[BlockKey], pages: list[int], parent: BlockKey, tenant: str) -> None:
-        engine = self._engine
-        agent, timeout_s = engine.config.agent, engine.config.pull_timeout_s
+        agent, timeout_s = self._config.agent, self._config.pull_timeout_s
 
         def ended(reason: str) -> None:
             self._open_pulls.discard(job)
 
-        incarnation = engine.links.incarnation(agent) or 0
-        job = engine.jobs.open(agent, incarnation, pages, timeout_s, ended)
+        incarnation = self._links.incarnation(agent) or 0
+        job = self._jobs.open(agent, incarnation, pages, timeout_s, ended)
         self._open_pulls.add(job)
-        if engine.links.send(agent, PullBlocks(job, keys, pages, timeout_s, parent, tenant)):
+        if self._links.send(agent, PullBlocks(job, keys, pages, timeout_s, parent, tenant)):
             self.offered_blocks_total += len(keys)
         else:
-            engine.jobs.over(job, f"agent {agent} is not reachable")
+            self._jobs.over(job, f"agent {agent} is not reachable")
 
     def pull_ended(self, message: PullEnded) -> None:
         """Count what the agent now holds (link thread)."""

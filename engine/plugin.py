@@ -47,7 +47,7 @@ TOUCH_POINTS = (
         "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
         "._broadcast_reqs_across_ranks",
         "AROUND",
-        "engine.rank_group:around_broadcast",
+        "engine.rank_hooks:around_broadcast",
         "plans and ends of transfers take effect at all ranks at the same point",
     ),
     TouchPoint(

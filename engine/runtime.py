@@ -137,7 +137,7 @@ class EngineRuntime:
             urgent=config.role == "prefill",
             tell_failure=others.fail,
         )
-        self.persister = Persister(self)
+        self.persister = self._open_persister()
         self.prefill_layers: PrefillLayers | None = None
         if self.ranks.is_leader:
             ControlServer(config.controls[attention_group], self.ranks.post, self.hello)
@@ -153,6 +153,16 @@ class EngineRuntime:
             self._on_message,
             self.jobs.agent_restarted,
             self._on_hello,
+        )
+
+    def _open_persister(self) -> Persister:
+        return Persister(
+            self.config,
+            self.memory.layout.page_tokens,
+            self.scheduler.req_to_token_pool.req_to_token,
+            self.jobs,
+            self.links,
+            lambda: self.namespace_digest,
         )
 
     def _say_up(self) -> None:

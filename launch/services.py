@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from launch.admission import Admission
 from launch.control_plane import ControlPlane
@@ -19,11 +19,18 @@ from launch.request_parts import Part
 from launch.trace import Trace
 from scheduler.scheduler import Scheduler
 
-if TYPE_CHECKING:
-    from launch.request_walk import RequestWalk
-
 RECENT_KEPT = 32
 """Ended requests that ``/admin/cluster`` shows."""
+
+
+class Walk(Protocol):
+    """A part of a request that is under way."""
+
+    def cancel(self) -> None:
+        """The client is gone."""
+
+    async def abort(self) -> None:
+        """The client wants the answer to end."""
 
 
 class Services:
@@ -40,7 +47,7 @@ class Services:
         self.admission = Admission(config.requests_max)
         self.metrics = GatewayMetrics(plane, self.admission)
         self.vocabulary_tokens = vocabulary_tokens(config.model)
-        self.walks: dict[str, RequestWalk] = {}
+        self.walks: dict[str, Walk] = {}
         self._recent: deque[tuple[float, dict[str, Any]]] = deque(maxlen=RECENT_KEPT)
         self._background: set[asyncio.Task[None]] = set()
 
