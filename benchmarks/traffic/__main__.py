@@ -1,6 +1,6 @@
 """``python -m benchmarks.traffic --json OUT [--plot DIR]``: see docs/results_traffic.md.
 
-Needs root (network namespaces with rate-limited links) and takes about 12 minutes. Exit status:
+Needs root (network namespaces with rate-limited links) and takes about 15 minutes. Exit status:
 0 once everything was measured, 1 if a part failed, 2 where this machine cannot run it.
 """
 

@@ -44,7 +44,7 @@ def measure(link: Link, folder: Path, say: Callable[[str], None]) -> ClusterSamp
     ``ClusterFailed`` and ``StartFailed``."""
     link.set_classes(True)
     config = dataclasses.replace(
-        cluster_config(1, 1, PORT, folder, "", {}),
+        cluster_config(1, 1, PORT, folder, f"file://{folder}/remote", {}),
         path_policy="decode",
         traffic=json.dumps({"cgroup": SETTINGS.cgroup}),
     )
