@@ -171,11 +171,16 @@ def _sdpa_extend(
     return output
 
 
+def _has_groups() -> bool:
+    """Whether this engine has attention groups."""
+    return os.environ.get(CPU_GROUPS_VARIABLE) == "1"
+
+
 def _no_spinning_while_waiting() -> None:
     # Without (speed only): a scheduler that waits for a transfer or a peer, so is neither
     # idle nor busy, spins at 100 % of a core even with --sleep-on-idle; with many engines
     # on few cores the waiting ones starve the one that computes.
-    has_groups = os.environ.get(CPU_GROUPS_VARIABLE) == "1"  # which do not sleep on idle
+    has_groups = _has_groups()  # which do not sleep on idle
 
     def after_on_idle(result: Any, scheduler: Any) -> None:
         if has_groups or not scheduler.is_fully_idle():
@@ -195,7 +200,10 @@ def _children_are_forked() -> None:
 
 
 def _fork_from_now_on(result: Any, *args: Any) -> None:
-    # A thread does not survive a fork, but what it has locked stays so.
+    # A thread does not survive a fork, but what it has locked stays so. Schedulers of attention
+    # groups are started by a process that has threads.
+    if _has_groups():
+        return
     if len(os.listdir("/proc/self/task")) == 1:
         multiprocessing.set_start_method("fork", force=True)
     else:
@@ -227,7 +235,7 @@ def _staging_between_unlike_sizes() -> None:
 
 
 def _dp_attention() -> None:
-    if os.environ.get(CPU_GROUPS_VARIABLE) == "1":
+    if _has_groups():
         from engine import cpu_attention_groups
 
         cpu_attention_groups.register_fixes()
