@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.goals import Goal, goals_table, write_report
 from benchmarks.store_eviction import eviction_goals, measure_eviction
-from benchmarks.store_index import measure_index, measure_power_cut
+from benchmarks.store_index import measure_index, measure_lost_tables
 from benchmarks.store_load import HiCacheLoad, Memory, RawFile, TierLoad, busy_thread
 from benchmarks.store_remote import measure_remote, remote_goals
 from storage.io_threads import SWITCH_INTERVAL_S
@@ -49,7 +49,7 @@ def main() -> int:
         rates = measure_rates(Path(folder), arguments.rounds)
         figures = {"hit_rate_percent": measure_eviction()}
         figures |= measure_index(Path(folder) / "million")
-        figures |= measure_power_cut(Path(folder) / "cut")
+        figures |= measure_lost_tables(Path(folder) / "lost")
         figures["remote"] = measure_remote(Path(folder) / "remote", arguments.rounds)
     goals = goals_of(rates, figures)
     write_report(arguments.json, goals, {"bytes_per_s": rates, **figures})

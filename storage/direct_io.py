@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import threading
@@ -38,7 +39,7 @@ class Scratch(threading.local):
         The memory is valid until the thread's next call. Raises :class:`EndOfFile`.
         """
         parts, copied = self._parts(payload)
-        _transfer_fully(os.preadv, fd, [self.header, *parts], offset)
+        transfer_fully(os.preadv, fd, [self.header, *parts], offset)
         if copied.nbytes:
             payload[payload.nbytes - copied.nbytes :] = copied
         return self.header
@@ -51,7 +52,7 @@ class Scratch(threading.local):
             copied[:] = payload[payload.nbytes - copied.nbytes :]
             end = parts[-1]
             end[copied.nbytes :] = bytes(end.nbytes - copied.nbytes)
-        _transfer_fully(os.pwritev, fd, [self.header, *parts], offset)
+        transfer_fully(os.pwritev, fd, [self.header, *parts], offset)
 
     def _parts(self, payload: memoryview) -> tuple[list[memoryview], memoryview]:
         """Aligned memory for the payload, as far as possible its own; and the payload's end
@@ -73,6 +74,19 @@ class Scratch(threading.local):
         return self._bounce[:nbytes]
 
 
+def read_or_fill(fd: int, memory: memoryview, offset: int, filler: int) -> bool:
+    """Read from a file. Where it ends before, or the disk cannot read it, the memory gets the
+    byte ``filler``, and the answer is False; other errors are raised as OSError."""
+    try:
+        count = os.preadv(fd, [memory], offset)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        count = 0
+    memory[count:] = bytes([filler]) * (memory.nbytes - count)
+    return count == memory.nbytes
+
+
 def sync_folder(path: Path) -> None:
     """Files made in the folder or removed from it stay so after a power cut."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -85,8 +99,10 @@ def sync_folder(path: Path) -> None:
 Call = Callable[[int, Sequence[memoryview], int], int]
 
 
-def _transfer_fully(call: Call, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
-    """Repeat ``os.preadv`` or ``os.pwritev`` until all buffers are done."""
+def transfer_fully(call: Call, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+    """Repeat ``os.preadv`` or ``os.pwritev`` until all buffers are done.
+
+    Raises :class:`EndOfFile`."""
     rest = list(buffers)
     while rest:
         count = call(fd, rest, offset)

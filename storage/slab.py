@@ -6,18 +6,15 @@ import errno
 import mmap
 import os
 import re
-import struct
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from storage.block import KEY_BYTES
 from storage.block_format import (
     HEADER_BYTES,
     HEADER_FIELDS,
@@ -26,36 +23,27 @@ from storage.block_format import (
     encode_header,
     has_right_checksum,
 )
-from storage.direct_io import EndOfFile, Scratch, padded, sync_folder
+from storage.direct_io import PAGE_BYTES, EndOfFile, Scratch, padded, read_or_fill, sync_folder
+from storage.slab_table import (
+    ENTRY_BYTES,
+    FREE_ENTRY,
+    RECORD,
+    SlabTable,
+    encode_entry,
+    owner_number,
+    table_bytes_for,
+)
 from storage.tier import BlockCorrupt
 from storage.tier_operation import Operation
 
-RECORD = np.dtype(
-    [
-        ("key", f"V{KEY_BYTES}"),
-        ("parent", f"V{KEY_BYTES}"),
-        ("sequence", "<u8"),
-        ("payload_bytes", "<u8"),
-        ("owner", "<u8"),
-        ("written_ms", "<u8"),
-    ]
-)
-"""What the table beside a slab says of each slot. Sequence 0: the slot is free.
-``owner`` is :func:`owner_number`."""
-
-_RECORD = struct.Struct(f"<{KEY_BYTES}s{KEY_BYTES}sQQQQ")
 SEQUENTIAL_SLOT_BYTES_MAX = 32 << 10
 """Slots up to this size are read whole when headers are looked for: that takes a disk less
 time than single pages do."""
 HEADERS_AT_ONCE = 1024
 """Slots that a scan looks at together."""
-_NAME = re.compile(r"(\d{6,})-(\d+)\.slab")
+_NAME = re.compile(r"(\d{6,})-(\d+)x([1-9]\d*)\.slab")
+"""Number, bytes of a slot, slots."""
 _scratch = Scratch()
-
-
-def owner_number(raw: bytes) -> int:
-    """The number by which tables name an owner, from its bytes in a header; never 0."""
-    return xxhash.xxh3_64_intdigest(raw) or 1
 
 
 def slot_bytes_for(payload_bytes: int) -> int:
@@ -63,9 +51,9 @@ def slot_bytes_for(payload_bytes: int) -> int:
     return HEADER_BYTES + padded(payload_bytes)
 
 
-class _Files(NamedTuple):
-    data: int
-    table: int
+def slots_within(nbytes: int, slot_bytes: int) -> int:
+    """How many slots a slab of so many bytes has, its table included."""
+    return max(0, nbytes - PAGE_BYTES) // (slot_bytes + ENTRY_BYTES)
 
 
 class Written(NamedTuple):
@@ -77,10 +65,10 @@ class Written(NamedTuple):
 
 
 class Slab:
-    """``num_slots`` slots of ``slot_bytes``: a header page and a payload, padded to pages.
+    """A table, and ``num_slots`` slots of ``slot_bytes``: a header page and a payload, padded
+    to pages.
 
-    The headers are the truth. A table beside the slab repeats them for a quick start; it
-    goes through the page cache, so it survives the end of a process, not a power cut.
+    The headers are the truth; the table repeats what a start has to know of them.
 
     Slots are given out and taken back by the owner's thread. Everything else runs in I/O
     threads, may be called by several at once, and raises OSError. The file is made by the
@@ -111,9 +99,10 @@ class Slab:
         self._direct_flag = direct_flag
         self._is_read_only = is_read_only
         self._folder = folder
-        self._path = folder / f"{number:06d}-{slot_bytes}.slab"
-        self._table_path = self._path.with_suffix(".slots")
-        self._files: _Files | None = None
+        self._path = folder / f"{number:06d}-{slot_bytes}x{num_slots}.slab"
+        self._table = SlabTable(num_slots)
+        self._table_bytes = table_bytes_for(num_slots)
+        self._fd: int | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -123,16 +112,19 @@ class Slab:
         match = _NAME.fullmatch(path.name)
         if match is None:
             return None
-        slot_bytes = int(match[2])
+        number, slot_bytes, num_slots = map(int, match.groups())
         if slot_bytes <= HEADER_BYTES or slot_bytes % HEADER_BYTES:
             return None
-        num_slots = path.stat().st_size // slot_bytes
-        size = slot_bytes, num_slots
-        return cls(path.parent, int(match[1]), *size, direct_flag, is_read_only)
+        return cls(path.parent, number, slot_bytes, num_slots, direct_flag, is_read_only)
 
     @property
     def nbytes(self) -> int:
+        """Of its slots; a part of a hundredth or less comes to it for the table."""
         return self.num_slots * self.slot_bytes
+
+    def _at(self, slot: int) -> int:
+        """Where a slot begins in the file."""
+        return self._table_bytes + slot * self.slot_bytes
 
     @property
     def is_direct(self) -> bool:
@@ -153,7 +145,7 @@ class Slab:
         if payload.nbytes > self.payload_bytes_max:
             raise BlockCorrupt(f"a slot of {self.slot_bytes} bytes, expected {payload.nbytes}")
         try:
-            return _scratch.read(self._opened().data, slot * self.slot_bytes, payload)
+            return _scratch.read(self._opened(), self._at(slot), payload)
         except EndOfFile as error:
             raise BlockCorrupt(str(error)) from error
 
@@ -163,167 +155,125 @@ class Slab:
             *(operation.key, operation.buffer, operation.label),
             *(operation.sequence, operation.written_ms),
         )
-        _scratch.write(self._opened().data, slot * self.slot_bytes, header, operation.buffer)
+        _scratch.write(self._opened(), self._at(slot), header, operation.buffer)
+
+    def record(self, blocks: Iterable[tuple[Written, int]]) -> None:
+        """Note blocks that were written here, each with its owner's number, in the table."""
+        entries = {each.slot: encode_entry(each.slot, each.operation, n) for each, n in blocks}
+        self._table.update(self._opened(), entries)
 
     def sync(self) -> None:
-        """What was written so far survives a power cut."""
-        os.fdatasync(self._opened().data)
-
-    def record(self, slot: int, operation: Operation, owner: int) -> None:
-        """Note a durable block in the table."""
-        entry = _RECORD.pack(
-            *(operation.key, operation.label.parent, operation.sequence, operation.nbytes),
-            *(owner, operation.written_ms),
-        )
-        os.pwrite(self._opened().table, entry, slot * _RECORD.size)
+        """What was written and recorded so far survives a power cut."""
+        os.fdatasync(self._opened())
 
     def read_whole(self, slot: int, memory: memoryview) -> memoryview:
         """A slot's bytes, header and all, in page-aligned memory of at least that size."""
         part = memory[: self.slot_bytes]
-        count = os.preadv(self._opened().data, [part], slot * self.slot_bytes)
+        count = os.preadv(self._opened(), [part], self._at(slot))
         return part[:count]
+
+    def key_at(self, slot: int) -> bytes:
+        """Of the block that lies in a slot, as the table says; zeros if it names none."""
+        return self._table.read(self._opened())[0]["key"][slot].tobytes()
 
     def erase(self, slot: int) -> None:
         """Make the slot empty, so that no later start finds what it held."""
-        files = self._opened()
-        os.pwrite(files.table, bytes(RECORD.itemsize), slot * RECORD.itemsize)
-        _scratch.write(files.data, slot * self.slot_bytes, bytes(HEADER_BYTES), memoryview(b""))
+        self._table.update(self._opened(), {slot: FREE_ENTRY})
+        _scratch.write(self._opened(), self._at(slot), bytes(HEADER_BYTES), memoryview(b""))
 
     # ---- start and end --------------------------------------------------------------
 
-    def table(self) -> NDArray[np.void]:
-        """The table's records; shape (num_slots,). Zeros where the file ends early."""
-        raw = os.pread(self._opened().table, self.num_slots * RECORD.itemsize, 0)
-        records = np.zeros(self.num_slots, RECORD)
-        whole = np.frombuffer(raw[: len(raw) // RECORD.itemsize * RECORD.itemsize], RECORD)
-        records[: len(whole)] = whole
-        return records
+    def records(self, known_owners: Collection[int]) -> tuple[NDArray[np.void], set[bytes]]:
+        """What lies in each slot; shape (num_slots,). From the table; and from the header where
+        the table's entry is damaged, or names none of the owners. Such entries are written
+        anew, unless the slab is read only. With it, the bytes of owners that headers told.
 
-    def scan(self) -> tuple[NDArray[np.void], set[bytes]]:
-        """The records that the headers tell, written to the table as well unless the slab is
-        read only; shape (num_slots,). With it, the owners' bytes.
-
-        A slot with another format version or a damaged header, or that cannot be read,
-        counts as free.
+        A slot whose header is asked and has another format version, is damaged or cannot be
+        read counts as free.
         """
-        files = self._opened()
-        records = np.zeros(self.num_slots, RECORD)
+        records, is_asked = self._table.read(self._opened())
+        known = np.fromiter(known_owners, np.uint64, len(known_owners))
+        is_asked |= (records["sequence"] > 0) & ~np.isin(records["owner"], known)
         owners: set[bytes] = set()
-        for first, headers in self._headers(files.data):
-            fields = headers.view(HEADER_FIELDS)[:, 0]
-            is_block = (fields["magic"] == MAGIC) & (fields["version"] == VERSION)
-            for i in np.flatnonzero(is_block).tolist():
-                is_block[i] = has_right_checksum(memoryview(headers[i]))
-            blocks = fields[is_block]
-            found = np.zeros(len(blocks), RECORD)
-            for name in ("key", "parent", "sequence", "payload_bytes", "written_ms"):
-                found[name] = blocks[name]
-            raw = [each.tobytes() for each in blocks["owner"]]
-            numbers = {each: owner_number(each) for each in set(raw)}
-            found["owner"] = [numbers[each] for each in raw]
-            owners |= numbers.keys()
-            records[first : first + len(fields)][is_block] = found
+        if not is_asked.any():
+            return records, owners
+        for first in np.unique(np.flatnonzero(is_asked) // HEADERS_AT_ONCE * HEADERS_AT_ONCE):
+            found, raw = _records_of(self._headers(int(first)))
+            part = slice(first, first + len(found))
+            records[part][is_asked[part]] = found[is_asked[part]]
+            owners |= raw
         if not self._is_read_only:
-            os.pwrite(files.table, records.tobytes(), 0)
+            self._table.write(self._opened(), records)
         return records, owners
 
     def headers(self) -> Iterator[tuple[int, NDArray[np.void]]]:
         """(first slot, fields of headers, as they lie there), from the first slot to the last."""
-        for first, headers in self._headers(self._opened().data):
-            yield first, headers.view(HEADER_FIELDS)[:, 0]
+        for first in range(0, self.num_slots, HEADERS_AT_ONCE):
+            yield first, self._headers(first).view(HEADER_FIELDS)[:, 0]
 
-    def _headers(self, fd: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """(first slot, headers of shape (n, HEADER_BYTES)), from the first slot to the last."""
+    def _headers(self, first: int) -> NDArray[np.uint8]:
+        """Those of ``HEADERS_AT_ONCE`` slots, or less at the end; shape (n, HEADER_BYTES).
+        Zeros where the disk cannot read."""
+        fd, count = self._opened(), min(HEADERS_AT_ONCE, self.num_slots - first)
         whole = self.slot_bytes <= SEQUENTIAL_SLOT_BYTES_MAX
         step_bytes = self.slot_bytes if whole else HEADER_BYTES
-        memory = memoryview(mmap.mmap(-1, HEADERS_AT_ONCE * step_bytes))
-        for first in range(0, self.num_slots, HEADERS_AT_ONCE):
-            count = min(HEADERS_AT_ONCE, self.num_slots - first)
-            part = memory[: count * step_bytes]
-            if not (whole and _read_run(fd, part, first * self.slot_bytes)):
-                for i in range(count):
-                    page = part[i * step_bytes : i * step_bytes + HEADER_BYTES]
-                    _read_or_zero(fd, page, (first + i) * self.slot_bytes)
-            slots = np.frombuffer(part, np.uint8).reshape(count, step_bytes)
-            yield first, np.ascontiguousarray(slots[:, :HEADER_BYTES])
+        memory = memoryview(mmap.mmap(-1, count * step_bytes))
+        if not (whole and read_or_fill(fd, memory, self._at(first), 0)):
+            for i in range(count):
+                page = memory[i * step_bytes : i * step_bytes + HEADER_BYTES]
+                read_or_fill(fd, page, self._at(first + i), 0)
+        slots = np.frombuffer(memory, np.uint8).reshape(count, step_bytes)
+        return np.ascontiguousarray(slots[:, :HEADER_BYTES])
 
-    def _opened(self) -> _Files:
-        files = self._files
-        if files is None:
+    def _opened(self) -> int:
+        fd = self._fd
+        if fd is None:
             with self._lock:
                 if self.is_refused:
                     raise OSError(errno.ENOSPC, f"no room for {self._path}")
-                files = self._files = self._files or self._open()
-        return files
+                fd = self._fd = self._fd if self._fd is not None else self._open()
+        return fd
 
-    def _open(self) -> _Files:
-        """Open the files; make and preallocate them if they are not there yet."""
-        is_new = not self._path.exists()
+    def _open(self) -> int:
+        """Open the file; preallocate it if it is new, or if its maker was killed before that."""
         access = os.O_RDONLY if self._is_read_only else os.O_RDWR | os.O_CREAT
-        data = os.open(self._path, access | self._direct_flag, 0o644)
-        try:
-            table = os.open(self._table_path, access, 0o644)
-        except OSError:
-            os.close(data)
-            raise
-        files = _Files(data, table)
-        if is_new:
+        fd = os.open(self._path, access | self._direct_flag, 0o644)
+        if not self._is_read_only and os.fstat(fd).st_size < self._at(self.num_slots):
             try:
-                self._preallocate(files)
+                os.posix_fallocate(fd, 0, self._at(self.num_slots))
+                sync_folder(self._folder)
             except OSError:
                 self.is_refused = True
-                _close(files)
-                self._unlink()
+                os.close(fd)
+                self._path.unlink(missing_ok=True)
                 raise
-        return files
+        return fd
 
-    def _preallocate(self, files: _Files) -> None:
-        os.ftruncate(files.table, 0)
-        os.posix_fallocate(files.table, 0, self.num_slots * RECORD.itemsize)
-        os.posix_fallocate(files.data, 0, self.nbytes)
-        sync_folder(self._folder)
-
-    def close(self, sync_table: bool = False) -> None:
-        """No call may be running. ``sync_table``: the table survives a power cut from now on."""
-        if self._files is None:
-            return
-        files, self._files = self._files, None
-        try:
-            if sync_table:
-                os.fsync(files.table)
-        finally:
-            _close(files)
+    def close(self) -> None:
+        """No call may be running."""
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            os.close(fd)
 
     def delete(self) -> None:
-        """Close and remove the files. No call may be running."""
+        """Close and remove the file. No call may be running."""
         self.close()
-        self._unlink()
-
-    def _unlink(self) -> None:
         self._path.unlink(missing_ok=True)
-        self._table_path.unlink(missing_ok=True)
 
 
-def _close(files: _Files) -> None:
-    os.close(files.data)
-    os.close(files.table)
-
-
-def _read_run(fd: int, memory: memoryview, offset: int) -> bool:
-    """Fill the memory from the file; False if the disk cannot read all of it."""
-    try:
-        return os.preadv(fd, [memory], offset) == memory.nbytes
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        return False
-
-
-def _read_or_zero(fd: int, memory: memoryview, offset: int) -> None:
-    """Fill the memory from the file; with zeros if the disk cannot read that."""
-    try:
-        os.preadv(fd, [memory], offset)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        memory[:] = bytes(memory.nbytes)
+def _records_of(headers: NDArray[np.uint8]) -> tuple[NDArray[np.void], set[bytes]]:
+    """What headers tell, and the bytes of their owners."""
+    fields = headers.view(HEADER_FIELDS)[:, 0]
+    is_block = (fields["magic"] == MAGIC) & (fields["version"] == VERSION)
+    for i in np.flatnonzero(is_block).tolist():
+        is_block[i] = has_right_checksum(memoryview(headers[i]))
+    blocks = fields[is_block]
+    found = np.zeros(len(blocks), RECORD)
+    for name in ("key", "parent", "sequence", "payload_bytes", "written_ms"):
+        found[name] = blocks[name]
+    raw = [each.tobytes() for each in blocks["owner"]]
+    numbers = {each: owner_number(each) for each in set(raw)}
+    found["owner"] = [numbers[each] for each in raw]
+    records = np.zeros(len(fields), RECORD)
+    records[is_block] = found
+    return records, set(numbers)

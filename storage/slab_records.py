@@ -12,7 +12,7 @@ from storage.folder_notes import Drop
 from storage.owners import selected
 
 Records = NDArray[np.void]
-"""Of dtype :data:`storage.slab.RECORD`."""
+"""Of dtype :data:`storage.slab_table.RECORD`."""
 
 
 def keys_of(column: NDArray[np.void]) -> list[BlockKey]:

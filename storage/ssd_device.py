@@ -20,8 +20,9 @@ from storage.block_format import decode_owner, encode_owner
 from storage.folder_notes import FolderNotes
 from storage.io_threads import IoThreads
 from storage.queued_tier import CLOSE_TIMEOUT_S
-from storage.slab import Slab, Written, owner_number
+from storage.slab import Slab, Written, slots_within
 from storage.slab_records import apply_drops
+from storage.slab_table import owner_number
 from storage.ssd_folder import DirectoryUnusable, SsdFolder
 from storage.tier_operation import Operation
 
@@ -32,12 +33,12 @@ SLABS_PER_DEVICE = 16
 SYNC_THREADS = 8
 """Slabs that are synced at once."""
 SCAN_THREADS = 16
-"""Slabs whose headers are read at once, at a start after a power cut."""
+"""Slabs that are looked through at once, at a start."""
 ERRORS_MAX = 8
 """I/O errors in a row after which a disk is taken out."""
 FATAL_ERRORS = {errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN, errno.ESTALE}
 SPARE_PART = 0.01
-"""Of a disk's free space, for tables and the file system's own needs."""
+"""Of a disk's free space, for the file system's own needs."""
 
 
 class SsdDevice:
@@ -65,7 +66,6 @@ class SsdDevice:
         self._held_bytes = 0
         self._with_room: defaultdict[int, list[Slab]] = defaultdict(list)
         """Slabs with a free slot, by the size of their slots."""
-        self._is_restored = False
         self._errors = 0
         self._owner_numbers: dict[BlockOwner, int] = {}
         """Owners that the folder has noted, with their numbers in tables."""
@@ -94,10 +94,8 @@ class SsdDevice:
     def _find_slabs(self) -> None:
         for path in sorted(self.path.glob("*.slab")):
             slab = Slab.found(path, self._folder.direct_flag)
-            if slab is not None and slab.num_slots:
+            if slab is not None:
                 self.slabs[slab.number] = slab
-            elif slab is not None:  # its maker was killed before it was preallocated
-                slab.delete()
         self._count_held()
         if self.capacity_bytes < self._capacity_bytes:
             logger.warning(
@@ -108,8 +106,8 @@ class SsdDevice:
     def restore(self) -> dict[int, NDArray[np.void]]:
         """What an earlier process left: the records of each slab, without dropped blocks.
 
-        From the tables if they are right, else from the headers. Slabs beyond the capacity
-        go, those with the oldest blocks first. Raises :class:`DirectoryUnusable`, closed.
+        Slabs beyond the capacity go, those with the oldest blocks first. Raises
+        :class:`DirectoryUnusable`, closed.
         """
         try:
             records = self._read_records()
@@ -123,34 +121,24 @@ class SsdDevice:
             self.slabs.pop(number).delete()
             self._count_held()
         apply_drops(records.values(), self._folder.notes.drops(), self._owner_numbers)
-        self._is_restored = True
         return records
 
     def _read_records(self) -> dict[int, NDArray[np.void]]:
-        if self._folder.tables_are_right():
-            self._folder.mark(is_closed=False)
-            self._know(self._folder.notes.owners())
-            tables = {number: slab.table() for number, slab in self.slabs.items()}
-            named = [np.unique(t["owner"][t["sequence"] > 0]) for t in tables.values()]
-            if {int(n) for each in named for n in each} <= set(self._owner_numbers.values()):
-                return tables
+        self._know(self._folder.notes.owners())
+        known = set(self._owner_numbers.values())
         with ThreadPoolExecutor(SCAN_THREADS) as pool:
-            scanned = list(pool.map(Slab.scan, self.slabs.values()))
-        self._note_owners({decode_owner(raw) for _, owners in scanned for raw in owners})
-        self._folder.mark(is_closed=False)
-        return dict(zip(self.slabs, (records for records, _ in scanned), strict=True))
+            found = list(pool.map(lambda slab: slab.records(known), self.slabs.values()))
+        self._note_owners({decode_owner(raw) for _, owners in found for raw in owners})
+        return dict(zip(self.slabs, (records for records, _ in found), strict=True))
 
     def close(self) -> None:
-        """End the threads; if all of them end, the next start believes the tables."""
+        """End the threads."""
         threads = (self.readers, self.writers, self._syncers)
         if not all([each.close(CLOSE_TIMEOUT_S) for each in threads]):
             return  # a call hangs in the disk: its file must not be closed under it
-        is_right = self._is_restored and not self.is_failed
         try:
             for slab in self.slabs.values():
-                slab.close(sync_table=is_right)
-            if is_right:
-                self._folder.mark(is_closed=True)
+                slab.close()
         except OSError as error:
             logger.warning("SSD directory %s was not closed cleanly: %s", self.path, error)
         self._folder.unlock()
@@ -220,8 +208,11 @@ class SsdDevice:
     def _add_slab(self, slot_bytes: int) -> bool:
         if self._capacity_bytes - self._held_bytes < slot_bytes:
             return False  # as for every write into a full tier: the disk need not be asked
-        room_slots = (self.capacity_bytes - self._held_bytes) // slot_bytes
-        num_slots = min(room_slots, max(1, self._slab_bytes // slot_bytes))
+        num_slots = min(
+            (self._capacity_bytes - self._held_bytes) // slot_bytes,
+            max(1, self._slab_bytes // slot_bytes),
+            slots_within(self._free_bytes(), slot_bytes),
+        )
         if num_slots <= 0:
             return False
         slab = Slab(self.path, self._next_number, slot_bytes, num_slots, self._folder.direct_flag)
@@ -317,13 +308,12 @@ class SsdDevice:
             self._hand_back(operation)
 
     def _sync(self, slab: Slab, group: list[Written]) -> OSError | None:
-        """Make the blocks durable, and only then note them in the table."""
+        """Make the blocks durable, and with them what the table says of them."""
         try:
+            self._note_owners({written.operation.label.owner for written in group})
+            numbers = self._owner_numbers
+            slab.record((each, numbers[each.operation.label.owner]) for each in group)
             slab.sync()
-            owners = [written.operation.label.owner for written in group]
-            self._note_owners(set(owners))
-            for (operation, _, slot), owner in zip(group, owners, strict=True):
-                slab.record(slot, operation, self._owner_numbers[owner])
         except OSError as error:
             return error
         return None

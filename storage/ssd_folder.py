@@ -1,4 +1,4 @@
-"""The folder of one SSD device: its lock, and whether an earlier process's tables are right."""
+"""The folder of one SSD device: its lock, its format, and whether it has O_DIRECT."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from storage.folder_notes import FolderNotes
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
-"""Of slabs and tables; format 1 had a file for each block, 2 no owners and parents."""
-
+FORMAT = 4
+"""Of slabs; format 1 had a file for each block, 2 no owners and parents, 3 tables in files of
+their own."""
 
 LOCK_TIMEOUT_S = 0.1
 """For which a locked folder is tried; whoever only looks at a folder locks it for less."""
@@ -53,22 +53,12 @@ class FolderState(msgspec.Struct, frozen=True):
     """What the file ``state`` says."""
 
     format: int
-    boot_id: str
-    """Of the machine when the tables were last known to be right."""
-    is_closed: bool
-    """The tables were synced, and nothing was written since."""
-
-    @property
-    def tables_are_right(self) -> bool:
-        """Tables go through the page cache: they outlive a process, but not a power cut,
-        unless they were synced at the end."""
-        return self.is_closed or self.boot_id == _boot_id()
 
 
 def read_state(folder: Path) -> FolderState | None:
     """None if there is none. Raises :class:`DirectoryUnusable` for another format."""
-    if (folder / "blocks").exists():
-        raise DirectoryUnusable(folder, "it holds blocks of an older format, 1 (delete it)")
+    if (folder / "blocks").exists() or any(folder.glob("*.slots")):
+        raise DirectoryUnusable(folder, "it holds blocks of an older format (delete it)")
     try:
         state = msgspec.json.decode((folder / "state").read_bytes(), type=FolderState)
     except (FileNotFoundError, msgspec.DecodeError):
@@ -108,7 +98,8 @@ class SsdFolder:
         self._lock_file = open(path / "lock", "a+")
         try:
             self._lock()
-            self._state = read_state(path)
+            if read_state(path) is None:
+                self._note_format()
             self.direct_flag = self._probe_direct()
         except BaseException:
             self._lock_file.close()
@@ -154,22 +145,11 @@ class SsdFolder:
             probe.unlink(missing_ok=True)
         return os.O_DIRECT
 
-    # ---- can the tables be believed? ------------------------------------------------
-
-    def tables_are_right(self) -> bool:
-        return self._state is not None and self._state.tables_are_right
-
-    def mark(self, is_closed: bool) -> None:
-        """The tables are right, for as long as this machine stays up or, closed, for ever."""
-        self._state = FolderState(FORMAT, _boot_id(), is_closed)
+    def _note_format(self) -> None:
         temporary = self.path / "state.new"
         with open(temporary, "wb") as file:
-            file.write(msgspec.json.encode(self._state))
+            file.write(msgspec.json.encode(FolderState(FORMAT)))
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(self.path / "state")
         sync_folder(self.path)
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

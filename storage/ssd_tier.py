@@ -16,8 +16,9 @@ from storage.block import BlockKey
 from storage.block_format import verify
 from storage.folder_notes import Drop
 from storage.owners import Quota, Selector
-from storage.slab import RECORD, Slab, Written, slot_bytes_for
+from storage.slab import Slab, Written, slot_bytes_for
 from storage.slab_records import keys_of, latest
+from storage.slab_table import RECORD
 from storage.ssd_device import SsdDevice
 from storage.ssd_folder import DirectoryLocked, DirectoryUnusable
 from storage.threaded_tier import Executor, ThreadedTier

@@ -47,13 +47,10 @@ def _permissions(view: SsdView) -> Finding:
 def _format(view: SsdView) -> Findings:
     if view.state is None:
         found = "the file 'state' is missing or damaged"
-        advice = "a start reads all headers instead of the tables: slower, and nothing is lost"
+        advice = "the next start writes it anew, and nothing is lost; look at the disk"
         yield Finding("format", Verdict.DOUBTFUL, found, advice)
-    elif not view.state.tables_are_right:
-        found = f"format {view.state.format}; the machine went down while the store was open"
-        yield Finding("format", Verdict.GOOD, found + ": the next start reads all headers")
     else:
-        yield Finding("format", Verdict.GOOD, f"format {view.state.format}, tables are right")
+        yield Finding("format", Verdict.GOOD, f"format {view.state.format}")
 
 
 def _direct_io(view: SsdView) -> Finding:

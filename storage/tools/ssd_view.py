@@ -24,8 +24,9 @@ from storage.block_format import (
 )
 from storage.folder_notes import FolderNotes
 from storage.owners import Selector
-from storage.slab import Slab, owner_number
+from storage.slab import Slab
 from storage.slab_records import Records, apply_drops, keys_of, latest
+from storage.slab_table import owner_number
 from storage.ssd_folder import (
     DirectoryLocked,
     DirectoryUnusable,
@@ -67,7 +68,7 @@ class SsdView:
         for path in sorted(self.folder.glob("*.slab")):
             # direct: what is looked at must not push others' pages out of the page cache
             slab = Slab.found(path, _direct_flag(path), is_read_only=True)
-            if slab is not None and slab.num_slots:
+            if slab is not None:
                 yield slab
 
     @property
@@ -85,13 +86,8 @@ class SsdView:
             notes={
                 "format": str(self.state.format) if self.state else "state file missing",
                 "slabs": str(len(self.slabs)),
-                "index": "tables" if self._believes_tables else "headers",
             },
         )
-
-    @property
-    def _believes_tables(self) -> bool:
-        return self.state is not None and self.state.tables_are_right
 
     # ---- blocks -----------------------------------------------------------------------
 
@@ -100,11 +96,8 @@ class SsdView:
         owners = {owner_number(encode_owner(owner)): owner for owner in self.notes.owners()}
         tables: dict[int, Records] = {}
         for number, slab in self.slabs.items():
-            records = slab.table() if self._believes_tables else None
-            if records is None or not set(_used_owners(records)) <= owners.keys():
-                records, raw = slab.scan()
-                owners |= {owner_number(each): decode_owner(each) for each in raw}
-            tables[number] = records
+            tables[number], raw = slab.records(owners)
+            owners |= {owner_number(each): decode_owner(each) for each in raw}
         numbers = {owner: number for number, owner in owners.items()}
         apply_drops(tables.values(), self.notes.drops(), numbers)
         return tables, owners
@@ -158,7 +151,7 @@ class SsdView:
         try:
             is_other = decode_header(header).key != block.key
         except BlockCorrupt:
-            is_other = slab.table()["key"][slot].tobytes() != block.key
+            is_other = slab.key_at(slot) != block.key
         if is_other:
             raise BlockMissing("another block took its slot meanwhile")
 
@@ -230,10 +223,6 @@ def _label(owner: BlockOwner) -> BlockLabel:
         *(owner.namespace_digest, UNLABELLED.layout),
         *(owner.model_digest, owner.weight_version, owner.tenant),
     )
-
-
-def _used_owners(records: Records) -> list[int]:
-    return [int(n) for n in np.unique(records["owner"][records["sequence"] > 0])]
 
 
 def _direct_flag(path: Path) -> int:

@@ -49,11 +49,11 @@ def test_the_raw_file_is_read_and_written(tmp_path: Path) -> None:
 def test_the_index_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_index, "BLOCKS", 64 * 50)
     monkeypatch.setattr(store_index, "LOOKUPS", 100)
-    monkeypatch.setattr(store_index, "CUT_BLOCKS", 256)
+    monkeypatch.setattr(store_index, "LOST_BLOCKS", 256)
     figures = store_index.measure_index(tmp_path / "million")
-    figures |= store_index.measure_power_cut(tmp_path / "cut")
+    figures |= store_index.measure_lost_tables(tmp_path / "lost")
     assert 0 < figures["lookup_p50_ms"] <= figures["lookup_p99_ms"]
-    assert figures["restart_s"] > 0 and figures["restart_after_power_cut_blocks_per_s"] > 0
+    assert figures["restart_s"] > 0 and figures["restart_from_headers_blocks_per_s"] > 0
 
 
 def test_hit_rates_are_those_of_the_rules() -> None:

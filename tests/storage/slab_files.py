@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
 from storage.block import BlockKey
 from storage.block_format import HEADER_BYTES, decode_header
+from storage.slab_table import table_bytes_for
 from storage.tier import BlockCorrupt, BlockMissing
 
 
@@ -22,15 +21,29 @@ class Place(NamedTuple):
 def stored(folder: Path) -> Iterator[tuple[BlockKey, Place]]:
     """Every slot with a right header."""
     for path in sorted(folder.rglob("*.slab")):
-        slot_bytes = int(path.stem.split("-")[1])
+        slot_bytes = slot_bytes_of(path)
         with path.open("rb") as file:
-            for offset in range(0, path.stat().st_size, slot_bytes):
+            for offset in range(table_bytes_of(path), path.stat().st_size, slot_bytes):
                 file.seek(offset)
                 try:
                     header = decode_header(file.read(HEADER_BYTES))
                 except (BlockCorrupt, BlockMissing):
                     continue
                 yield header.key, Place(path, offset, slot_bytes)
+
+
+def _sizes(slab: Path) -> tuple[int, int]:
+    slot_bytes, num_slots = slab.stem.split("-")[1].split("x")
+    return int(slot_bytes), int(num_slots)
+
+
+def slot_bytes_of(slab: Path) -> int:
+    return _sizes(slab)[0]
+
+
+def table_bytes_of(slab: Path) -> int:
+    """The table's, with which the file begins."""
+    return table_bytes_for(_sizes(slab)[1])
 
 
 def place_of(folder: Path, key: BlockKey) -> Place:
@@ -57,10 +70,7 @@ def read_place(place: Place) -> bytes:
         return file.read(place.slot_bytes)
 
 
-def cut_power(folder: Path) -> None:
-    """As if the machine had gone down: what the page cache held of the tables is lost."""
-    for table in folder.glob("*.slots"):
-        table.write_bytes(bytes(table.stat().st_size))
-    state = msgspec.json.decode((folder / "state").read_bytes())
-    state |= {"boot_id": "of an earlier life", "is_closed": False}
-    (folder / "state").write_bytes(msgspec.json.encode(state))
+def lose_tables(folder: Path) -> None:
+    """Nothing in the tables is right any more: a start has only the headers."""
+    for slab in folder.glob("*.slab"):
+        overwrite(slab, 0, b"\xff" * table_bytes_of(slab))

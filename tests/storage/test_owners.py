@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from conftest import BLOCK_BYTES, finish, key_of, no_wake, payload_of, read, settle
-from slab_files import cut_power
+from slab_files import lose_tables
 
 from storage import ssd_tier
 from storage.block import UNLABELLED, BlockKey, BlockLabel, tenant_digest
@@ -114,8 +114,8 @@ def test_what_is_being_written_is_dropped_too(tmp_path: Path) -> None:
     tier.close()
 
 
-@pytest.mark.parametrize("power", ["kept", "cut"])
-def test_what_was_dropped_stays_away_after_a_restart(tmp_path: Path, power: str) -> None:
+@pytest.mark.parametrize("tables", ["right", "lost"])
+def test_what_was_dropped_stays_away_after_a_restart(tmp_path: Path, tables: str) -> None:
     tier = SsdTier(tmp_path, 40 * SLOT_BYTES, no_wake, threads=2)
     write_as(tier, label(ANN, "v1"), *range(4))
     write_as(tier, label(BOB, "v2"), *range(10, 14))
@@ -123,8 +123,8 @@ def test_what_was_dropped_stays_away_after_a_restart(tmp_path: Path, power: str)
     write_as(tier, label(ANN, "v1"), 20)
     assert held(tier) == {10, 11, 12, 13, 20}
     tier.close()
-    if power == "cut":
-        cut_power(tmp_path)
+    if tables == "lost":
+        lose_tables(tmp_path)
     tier = SsdTier(tmp_path, 40 * SLOT_BYTES, no_wake, threads=2)
     assert held(tier) == {10, 11, 12, 13, 20}
     assert {o.tenant: blocks for o, blocks, _ in tier.usage()} == {

@@ -16,16 +16,19 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import key_of, no_wake, payload_of, read, write
-from slab_files import cut_power, flip, overwrite
+from slab_files import flip, lose_tables, overwrite, table_bytes_of
 
+from storage import ssd_device
 from storage.block import BlockKey
-from storage.block_format import decode_header
+from storage.block_format import HEADER_BYTES, decode_header
 from storage.slab import slot_bytes_for
+from storage.slab_table import ENTRY_BYTES
 from storage.ssd_tier import DirectoryUnusable, SsdTier
 from storage.tier import BlockCorrupt, BlockIO, BlockMissing
 
 SLOT_BYTES = slot_bytes_for(len(payload_of(key_of(0))))
-PAGE_BYTES = 4096
+SECTOR_BYTES = 512
+"""What a disk writes as a whole; of more than that a part may arrive."""
 
 KILLS = 200
 KILL_FOLDERS = 4
@@ -83,7 +86,7 @@ def _check_all(tier: SsdTier) -> None:
 
 
 def test_what_was_acknowledged_survives_200_times_kill_9(tmp_path: Path) -> None:
-    """Half of the starts after a kill believe the tables, half have lost them."""
+    """Half of the starts after a kill have the tables, half have lost them."""
     chance = random.Random(11)
     checked = 0
     for number in range(KILL_FOLDERS):
@@ -91,7 +94,7 @@ def test_what_was_acknowledged_survives_200_times_kill_9(tmp_path: Path) -> None
         for round_number in range(KILLS // KILL_FOLDERS):
             acknowledged |= _killed_writer(folder, round_number * 10_000, chance)
             if chance.random() < 0.5:
-                cut_power(folder)
+                lose_tables(folder)
         tier = SsdTier(folder, 4096 * SLOT_BYTES, no_wake)
         lost = [key for key in acknowledged if not tier.contains([key])[0]]
         assert len(lost) <= max(0, len(acknowledged) - 4000), "lost though there was room"
@@ -152,27 +155,28 @@ def _after_power_cut(
     recorder: _Recorder, folder: Path, target: Path, cut: int, chance: random.Random
 ) -> None:
     """A folder as a power cut at ``cut`` may leave it: synced writes are there, of the others
-    any pages are, in any order."""
+    any sectors are, in any order, and some that were being written have neither what they had
+    nor what they were to have."""
     shutil.copytree(folder, target)
     for slab in target.glob("*.slab"):
         slab.write_bytes(bytes(slab.stat().st_size))
-    cut_power(target)
     before = [each for each in recorder.writes if each.started < cut]
     durable = [each for each in before if recorder.is_durable(each, cut)]
-    pages = [
+    for each in sorted(durable, key=lambda each: each.ended):
+        overwrite(target / Path(each.path).name, each.offset, each.data)
+    sectors = [
         (each, start)
         for each in before
         if each not in durable
-        for start in range(0, len(each.data), PAGE_BYTES)
+        for start in range(0, len(each.data), SECTOR_BYTES)
         if chance.random() < 0.6
     ]
-    chance.shuffle(pages)
-    whole = [(each, 0, len(each.data)) for each in sorted(durable, key=lambda e: e.ended)]
-    torn = [(each, start, start + PAGE_BYTES) for each, start in pages]
-    for page, start, end in whole + torn:
-        with (target / Path(page.path).name).open("r+b") as file:
-            file.seek(page.offset + start)
-            file.write(page.data[start:end])
+    chance.shuffle(sectors)
+    for each, start in sectors:
+        data = each.data[start : start + SECTOR_BYTES]
+        if chance.random() < 0.3:
+            data = chance.randbytes(SECTOR_BYTES)
+        overwrite(target / Path(each.path).name, each.offset + start, data)
 
 
 def _run_workload(recorder: _Recorder, tier: SsdTier) -> dict[BlockKey, list[int]]:
@@ -194,9 +198,11 @@ def test_any_power_cut_leaves_what_was_acknowledged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What this proves: the order of writes and syncs suffices if the disk keeps what
-    fdatasync promises, tears nothing smaller than a page, and may do all else."""
+    fdatasync promises, and spoils no sector but those that it is told to write; it may do all
+    else, also to entries of durable blocks in a table's page that is written anew."""
     with monkeypatch.context() as patched:
         recorder = _Recorder(patched)
+        patched.setattr(ssd_device, "SLABS_PER_DEVICE", 2)  # 20 blocks to a page of a table
         tier = SsdTier(tmp_path / "ssd", 40 * SLOT_BYTES, no_wake, threads=4)
         acknowledged = _run_workload(recorder, tier)
         tier.close()
@@ -226,7 +232,9 @@ def _must_be_there(
     """Acknowledged before the cut, and no other block was begun in the same slot since."""
     keys = []
     for written in recorder.writes:
-        key = decode_header(written.data[:PAGE_BYTES]).key
+        if written.offset < table_bytes_of(Path(written.path)):
+            continue
+        key = decode_header(written.data[:HEADER_BYTES]).key
         moments = [moment for moment in acknowledged[key] if moment > written.ended]
         is_overwritten = any(
             (other.path, other.offset) == (written.path, written.offset)
@@ -239,19 +247,23 @@ def _must_be_there(
 
 
 def _damage(folder: Path, chance: random.Random) -> None:
-    """A flipped bit, a piece cut off, or two equal pieces swapped, anywhere in the folder."""
-    kinds = ("*.slab", "*.slab", "*.slots", "owners", "state")
-    path = chance.choice(sorted(folder.glob(chance.choice(kinds))))
+    """A flipped bit, a piece cut off, or two equal pieces swapped, anywhere in the folder; of
+    slabs, half of the time in the table."""
+    path = chance.choice(
+        sorted(folder.glob(chance.choice(("*.slab", "*.slab", "owners", "state"))))
+    )
     size = path.stat().st_size
-    if not size:
+    if size < 2:
         return
     what = chance.random()
+    if path.suffix == ".slab" and chance.random() < 0.5:
+        size = min(size, table_bytes_of(path))
     if what < 0.8:
         flip(path, chance.randrange(size), 1 << chance.randrange(8))
     elif what < 0.82:
-        os.truncate(path, chance.randrange(size))
+        os.truncate(path, chance.randrange(path.stat().st_size))
     else:
-        piece = min(size // 2, chance.choice((96, PAGE_BYTES, SLOT_BYTES)))
+        piece = min(size // 2, chance.choice((ENTRY_BYTES, HEADER_BYTES, SLOT_BYTES)))
         first, second = (chance.randrange(size // piece) * piece for _ in range(2))
         data = path.read_bytes()
         overwrite(path, first, data[second : second + piece])
@@ -259,7 +271,7 @@ def _damage(folder: Path, chance: random.Random) -> None:
 
 
 def test_two_thousand_damages_deliver_nothing_wrong(tmp_path: Path) -> None:
-    """In slabs, tables, owners and the state; half of the starts believe the tables."""
+    """In slabs, tables, owners and the state; half of the starts have no right table."""
     chance, folder = random.Random(3), tmp_path / "ssd"
     keys = [key_of(i) for i in range(30)]
     missed = 0
@@ -270,7 +282,7 @@ def test_two_thousand_damages_deliver_nothing_wrong(tmp_path: Path) -> None:
         for _ in range(52):
             _damage(folder, chance)
         if round_number % 2:
-            (folder / "state").unlink()
+            lose_tables(folder)
         try:
             tier = SsdTier(folder, 40 * SLOT_BYTES, no_wake, threads=2)
         except DirectoryUnusable:  # the state says another format: refused, not misread

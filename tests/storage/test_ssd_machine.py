@@ -12,7 +12,7 @@ from conftest import finish, key_of, no_wake, payload_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
-from slab_files import cut_power, flip, stored
+from slab_files import flip, lose_tables, stored
 
 from storage.block import NO_PARENT, UNLABELLED, BlockKey, BlockLabel, tenant_digest
 from storage.owners import Quota, Selector
@@ -88,16 +88,16 @@ class SsdMachine(RuleBasedStateMachine):
         self.tier.close()
         self.tier = self._open()
 
-    @rule(power=st.booleans())
-    def crash(self, power: bool) -> None:
+    @rule(loses_tables=st.booleans())
+    def crash(self, loses_tables: bool) -> None:
         """The folder as it is this moment, while the tier has it open."""
         copy = self.root / str(int(self.folder.name) + 1)
         shutil.copytree(self.folder, copy)
         self.tier.close()
         shutil.rmtree(self.folder)
         self.folder = copy
-        if not power:
-            cut_power(copy)
+        if loses_tables:
+            lose_tables(copy)
         self.tier = self._open()
 
     @precondition(lambda self: self.kept)

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import BLOCK_BYTES, finish, key_of, no_wake, payload_of, read, settle, write
-from slab_files import cut_power, flip, overwrite, place_of, read_place, stored
+from slab_files import flip, lose_tables, overwrite, place_of, read_place, stored
 
 from storage.block import BlockKey, BlockLabel, BlockLayout
 from storage.block_format import HEADER_BYTES, decode_header
+from storage.direct_io import PAGE_BYTES
 from storage.slab import slot_bytes_for
+from storage.slab_table import table_bytes_for
 from storage.ssd_tier import DirectoryLocked, DirectoryUnusable, SsdTier
 from storage.tier import BlockCorrupt, BlockIO, BlockMissing, HoldingChange, TierFull
 
@@ -149,7 +151,8 @@ def test_files_never_exceed_the_capacity(open_ssd: OpenSsd, directory: Path) -> 
         assert tier.stats().used_bytes <= 5 * SLOT_BYTES
     assert {key for key, _ in stored(directory)} == set(tier.keys())
     sizes = [path.stat().st_blocks * 512 for path in directory.glob("*.slab")]
-    assert sum(sizes) == tier.stats().used_bytes == 5 * SLOT_BYTES
+    tables_bytes = len(sizes) * PAGE_BYTES
+    assert sum(sizes) - tables_bytes == tier.stats().used_bytes == 5 * SLOT_BYTES
 
 
 def test_slots_of_another_size_make_way(open_ssd: OpenSsd, directory: Path) -> None:
@@ -238,25 +241,30 @@ def test_blocks_are_acknowledged_in_groups_once_synced(
 ) -> None:
     """No power can be cut here; the order of the calls is what would survive it."""
     tier, gate, calls = open_ssd(blocks=6400), threading.Event(), list[str]()
-    for name in ("pwritev", "fdatasync", "pwrite"):
-        real = getattr(os, name)
+    real_write, real_sync = os.pwritev, os.fdatasync
 
-        def noted(*arguments: Any, name: str = name, real: Callable[..., Any] = real) -> Any:
-            calls.append(name)
-            assert name != "fdatasync" or gate.wait(10)
-            return real(*arguments)
+    def write_noted(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        calls.append("table" if offset < table_bytes_for(400) else "block")
+        return real_write(fd, buffers, offset)
 
-        monkeypatch.setattr(os, name, noted)
+    def sync_noted(fd: int) -> None:
+        calls.append("sync")
+        assert gate.wait(10)
+        real_sync(fd)
+
+    monkeypatch.setattr(os, "pwritev", write_noted)
+    monkeypatch.setattr(os, "fdatasync", sync_noted)
     keys = [key_of(i) for i in range(20)]
     tier.submit_writes([BlockIO(key, memoryview(payload_of(key))) for key in keys])
-    while calls.count("pwritev") < 20:
+    while calls.count("block") < 20:
         time.sleep(0.001)
     assert tier.poll() == [] and tier.take_changes() == [], "volatile"
     gate.set()
     finish(tier, 20)
     assert [change.held for change in tier.take_changes()] == [True] * 20, "durable"
-    assert 1 <= calls.count("fdatasync") <= 3
-    assert calls.index("pwrite") > calls.index("fdatasync"), "the table tells what is durable"
+    assert 1 <= calls.count("sync") <= 3
+    without_blocks = [call for call in calls if call != "block"]
+    assert without_blocks == ["table", "sync"] * calls.count("sync"), "one sync for both"
 
 
 def test_a_failed_sync_acknowledges_nothing(
@@ -274,16 +282,16 @@ def test_a_failed_sync_acknowledges_nothing(
     assert write(tier, key)[key].error is None
 
 
-@pytest.mark.parametrize("end", ["closed", "power cut"])
+@pytest.mark.parametrize("tables", ["right", "lost"])
 def test_a_restart_finds_blocks_and_keeps_the_bounds(
-    open_ssd: OpenSsd, directory: Path, end: str
+    open_ssd: OpenSsd, directory: Path, tables: str
 ) -> None:
     tier = open_ssd(blocks=16)
     for i in range(6):
         write(tier, key_of(i))
     tier.close()
-    if end == "power cut":
-        cut_power(directory)
+    if tables == "lost":
+        lose_tables(directory)
     again = open_ssd(blocks=4)
     assert again.contains([key_of(i) for i in range(6)]) == [False, False, True, True, True, True]
     assert again.stats().used_bytes == 4 * SLOT_BYTES
@@ -297,14 +305,14 @@ def test_a_restart_finds_blocks_and_keeps_the_bounds(
 def test_of_two_slots_with_a_block_the_later_one_counts(open_ssd: OpenSsd, directory: Path) -> None:
     tier, key = open_ssd(blocks=640), key_of(1)
     write(tier, key, key_of(2))
-    path, _, slot_bytes = place_of(directory, key)
+    path, first, slot_bytes = place_of(directory, key)
     _damage(directory, key, "payload bit")
     earlier = read_place(place_of(directory, key))
     assert isinstance(read(tier, key)[0].error, BlockCorrupt)
     write(tier, key)
     tier.close()
-    overwrite(path, 4 * slot_bytes, earlier)
-    cut_power(directory)
+    overwrite(path, first + 4 * slot_bytes, earlier)
+    lose_tables(directory)
     again = open_ssd(blocks=640)
     assert sorted(again.keys()) == sorted([key, key_of(2)])
     assert again.stats().used_bytes == 2 * slot_bytes
@@ -330,11 +338,14 @@ def test_an_unusable_directory_is_named(tmp_path: Path) -> None:
         SsdTier("/proc/no-such-place", SLOT_BYTES, no_wake)
 
 
-def test_an_older_format_is_refused(open_ssd: OpenSsd, directory: Path) -> None:
-    (directory / "blocks" / "00").mkdir(parents=True)
+@pytest.mark.parametrize("left", ["blocks", "000000-16384.slots"])
+def test_an_older_format_is_refused(open_ssd: OpenSsd, directory: Path, left: str) -> None:
+    """Also where the file that says so is gone."""
+    directory.mkdir()
+    (directory / left).mkdir()
     with pytest.raises(DirectoryUnusable, match="older format"):
         open_ssd()
-    assert (directory / "blocks" / "00").exists()
+    assert (directory / left).exists()
 
 
 def test_aligned_memory_is_read_and_written_in_place(
@@ -357,4 +368,5 @@ def test_aligned_memory_is_read_and_written_in_place(
     tier.submit_reads([BlockIO(key, buffer)])
     assert finish(tier, 1)[key].error is None and buffer == payload_of(key)
     address = np.frombuffer(buffer, np.uint8).ctypes.data
-    assert [parts[1] for parts in seen] == [address, address]
+    of_blocks = [parts for parts in seen if len(parts) > 1]  # others: pages of the table
+    assert [parts[1] for parts in of_blocks] == [address, address]
