@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -84,10 +85,10 @@ def get(url: str, timeout_s: float = 10) -> tuple[int, str]:
         return error.code, error.read().decode(errors="replace")
 
 
-def free_port_block(size: int) -> int:
+def free_port_block(size: int, lowest: int = 17500) -> int:
     """First of ``size`` consecutive ports that are free now."""
     # Below the ports of outgoing connections, where Mooncake refuses a fixed range.
-    for first in range(17500 + os.getpid() % 20 * size, 32000, size):
+    for first in range(lowest + os.getpid() % 20 * size, 32000, size):
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(first, first + size):
@@ -216,19 +217,23 @@ class Cluster:
             time.sleep(0.1)
 
     def wait_stored(self) -> None:
-        """Until every block offered by the engines is with the agents and durable."""
+        """Until every block offered by the engines is with the agents and durable, and the
+        directory knows: by reports that each process made later."""
+        time.sleep(0.1)  # the end of a request is offered after its answer has left
+        self._wait_reported("engines", "dualpath:engine_open_jobs")
+        self._wait_reported("agents", "dualpath:agent_persisting_blocks")
+        time.sleep(0.1)  # an announcement may leave a little after such a report
 
-        def settled() -> bool:
-            metrics = self.metrics()
+    def _wait_reported(self, kind: str, none_of: str) -> None:
+        """Until every living one has said since that it has none of something."""
+        begun = time.monotonic()
 
-            def total(part: str) -> float:
-                return sum(value for name, value in metrics.items() if part in name)
+        def reported() -> bool:
+            looked = time.monotonic()
+            oldest_s = max(p["last_seen_s"] for p in self.state()[kind] if p["alive"])
+            return looked - oldest_s > begun and self.metric_sum(none_of) == 0
 
-            return total("dualpath:engine_open_jobs") == 0 and total('state="volatile"') == 0
-
-        time.sleep(0.5)
-        self.wait_until(settled, 30, "stored")
-        time.sleep(1.2)  # one more status round: the directory has what the agents announced
+        self.wait_until(reported, 30, f"no {none_of}")
 
     def log(self) -> str:
         """Ends of all log files, for a failed test."""
@@ -272,9 +277,10 @@ def running_cluster(folder: Path, *flags: str, wait: bool = True) -> Iterator[Cl
 
 
 @contextlib.contextmanager
-def plain_sglang(model: Path, folder: Path, *flags: str) -> Iterator[str]:
-    """One ordinary SGLang server, the reference for token identity; yields its URL."""
-    port = free_port_block(50)
+def plain_sglang(model: Path, folder: Path, *flags: str) -> Iterator[Callable[[], str]]:
+    """One ordinary SGLang server, the reference for token identity; yields, at once, what
+    waits until it serves and returns its URL."""
+    port = free_port_block(50, lowest=12000)  # apart from those of a cluster that starts too
     argv = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
     argv += ["--device", "cpu", "--dtype", "float32", "--page-size", "64"]
     argv += ["--max-total-tokens", "32768", "--host", "127.0.0.1", "--port", str(port)]
@@ -294,15 +300,19 @@ def plain_sglang(model: Path, folder: Path, *flags: str) -> Iterator[str]:
         argv, stdout=log, stderr=log, env=environment, start_new_session=True
     )
     url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
+    deadline = time.monotonic() + START_TIMEOUT_S
+
+    @functools.cache
+    def served() -> str:
         while True:
             with contextlib.suppress(OSError):
                 if get(f"{url}/model_info")[0] == 200:
-                    break
+                    return url
             assert process.poll() is None and time.monotonic() < deadline, "plain SGLang died"
             time.sleep(0.3)
-        yield url
+
+    try:
+        yield served
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(10)
@@ -312,16 +322,17 @@ def plain_sglang(model: Path, folder: Path, *flags: str) -> Iterator[str]:
 @contextlib.contextmanager
 def plain_tokens(folder: Path, *flags: str) -> Iterator[Callable[..., list[int]]]:
     """``generate(input_ids, **sampling)``: tokens of ordinary SGLang with the model ``tiny``,
-    greedy unless told otherwise, and remembered."""
+    greedy unless told otherwise, and remembered. It may still be starting: a cluster can be
+    started meanwhile."""
     known: dict[str, list[int]] = {}
-    with plain_sglang(resolve_model("tiny"), folder, *flags) as url:
+    with plain_sglang(resolve_model("tiny"), folder, *flags) as served:
 
         def generate(input_ids: list[int], **params: Any) -> list[int]:
             sampling = {**GREEDY, **params}
             name = repr((input_ids, sorted(sampling.items())))
             if name not in known:
                 body = {"input_ids": input_ids, "sampling_params": sampling}
-                known[name] = post(f"{url}/generate", body).body["output_ids"]
+                known[name] = post(f"{served()}/generate", body).body["output_ids"]
             return known[name]
 
         yield generate

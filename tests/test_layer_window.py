@@ -39,7 +39,7 @@ def plain(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster(tmp_path_factory, plain):
     flags = ["--model", "tiny", "--poison-kv", "--load-policy", "always", "--dram-bytes", "400MiB"]
     flags += ["--prefill-layer-window", str(WINDOW)]
     flags += ["--prefill-args", f"--chunked-prefill-size {CHUNK}", "--deliver-timeout-s", "8"]

@@ -46,7 +46,7 @@ def plain(folder):
 
 
 @pytest.fixture(scope="module")
-def cluster(folder):
+def cluster(folder, plain):
     remote = (folder / "remote").as_uri()
     # Two decode engines, so that there is a third node for n-way reads.
     flags = ["--model", "tiny", "--decode", "2", "--poison-kv", "--dram-bytes", str(DRAM_BYTES)]
@@ -110,11 +110,14 @@ def test_sampling_gives_the_same_tokens_where_sglang_repeats_them(cluster, plain
     # backend; sampling among one candidate goes through the same sampler and repeats.
     ids = prompt(700, seed=3)
     sampled = {"temperature": 1.0, "top_k": 1, "sampling_seed": 11}
+    assert cluster.generate(ids, sampling_params=sampled).output_ids == plain(ids, **sampled)
+    cluster.wait_stored()
     for policy in POLICIES:
         cluster.set_policy(policy)
         cluster.flush_engines()
-        assert cluster.generate(ids, sampling_params=sampled).output_ids == plain(ids, **sampled)
-        cluster.wait_stored()
+        answer = cluster.generate(ids, sampling_params=sampled)
+        assert answer.output_ids == plain(ids, **sampled)
+        assert answer.cached_tokens == expected_hit(len(ids))
 
 
 # ---- 1 and 2: from SSD after a restart, from remote after SSD is gone; the trace ---------
@@ -303,9 +306,9 @@ def other_model(folder):
 @pytest.fixture(scope="module")
 def other_tokens(other_model, folder):
     """What plain SGLang answers with the other weights."""
-    with plain_sglang(other_model, folder) as url:
+    with plain_sglang(other_model, folder) as served:
         body = {"input_ids": OTHER_PROMPT, "sampling_params": GREEDY}
-        return post(f"{url}/generate", body).body["output_ids"]
+        return post(f"{served()}/generate", body).body["output_ids"]
 
 
 OTHER_PROMPT = prompt(1000, seed=8)
