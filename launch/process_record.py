@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transfer.traffic.classes import CLASS_OF_KIND, TrafficClass
 
@@ -36,8 +36,6 @@ class ProcessRecord:
     """All must pass before the process counts as started."""
     alive: HealthCheck
     """Must keep passing from then on."""
-    after: tuple[str, ...] = field(default=())
-    """Processes that must be ready before this one is started."""
     cgroup: str = ""
     """Control group (v2) to start in, where it exists."""
 

@@ -144,7 +144,6 @@ class _Records:
                 *groups_alive,
             ),
             alive=alive,
-            after=tuple(self.layout.agents),
         )
 
     def gateway(self) -> ProcessRecord:

@@ -110,8 +110,6 @@ class Supervisor:
 
     async def _keep_running(self, record: ProcessRecord) -> None:
         """The life of one process over all its restarts."""
-        for name in record.after:
-            await self._ready[name].wait()
         restarts, delay_s = 0, BACKOFF_FIRST_S
         while True:
             child = self._spawn(respawn(record, restarts))

@@ -37,7 +37,6 @@ def test_each_engine_gets_an_agent_and_there_is_one_gateway():
     records = records_of(ClusterConfig(prefill=2, decode=3))
     engines = ["p0", "p1", "d0", "d1", "d2"]
     assert list(records) == [*(f"agent-{name}" for name in engines), *engines, "gateway"]
-    assert set(records["d2"].after) == {f"agent-{name}" for name in engines}
 
 
 @pytest.mark.parametrize("engine_args", ["", "--tp 8"])
