@@ -163,16 +163,28 @@ class Supervisor:
         self._reporter.serving()
 
     async def _end_all(self) -> None:
-        sessions = [child.session for child in self._children.values()]
-        ending = asyncio.create_task(end_sessions(sessions, STOP_GRACE_S))
+        ending = asyncio.create_task(self._end_in_turn())
         while not ending.done():
             if self._hurry:
                 ending.cancel()
-                await end_sessions(sessions, grace_s=0)
+                await end_sessions(self._sessions("gateway", "agent", "engine"), grace_s=0)
                 break
             await asyncio.sleep(0.05)
         for child in self._children.values():
             await child.exited_within(1.0)
+
+    async def _end_in_turn(self) -> None:
+        """The gateway first, whose open streams need the others. An engine has nothing to
+        save, and SGLang takes more than its grace to end: it is killed."""
+        await end_sessions(self._sessions("gateway"), STOP_GRACE_S)
+        await asyncio.gather(
+            end_sessions(self._sessions("agent"), STOP_GRACE_S),
+            end_sessions(self._sessions("engine"), grace_s=0),
+        )
+
+    def _sessions(self, *kinds: str) -> list[int]:
+        children = self._children.values()
+        return [child.session for child in children if child.record.kind in kinds]
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -69,13 +69,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def stand_in(name: str, mode: str = "normal", note: Path | None = None) -> ProcessRecord:
+def stand_in(
+    name: str, mode: str = "normal", note: Path | None = None, kind: str = "agent"
+) -> ProcessRecord:
     """``note``: where a stubborn one writes the name of the shared memory that it made."""
     port = free_port()
     check = HealthCheck("http", f"http://127.0.0.1:{port}/")
     return ProcessRecord(
         name=name,
-        kind="agent",
+        kind=kind,
         argv=(sys.executable, "-S", "-c", STAND_IN, str(port), mode, str(note)),
         env={},
         host="127.0.0.1",
@@ -148,6 +150,17 @@ async def test_processes_start_side_by_side_and_a_signal_ends_all_of_them(quick,
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", record.ports["http"]))
+
+
+async def test_engines_serve_until_the_gateway_has_ended(quick, tmp_path):
+    gateway = stand_in("gateway", "stubborn", tmp_path / "note", kind="gateway")
+    engine = stand_in("p0", kind="engine")
+    async with Cluster([gateway, engine], tmp_path):
+        pid, _ = await asyncio.to_thread(ask, engine)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.5)  # the gateway, which ignores it, has 1 s
+        assert (await asyncio.to_thread(ask, engine))[0] == pid
+    assert session_members([pid]) == []
 
 
 async def test_a_start_that_fails_half_way_leaves_nothing_and_names_the_culprit(quick, tmp_path):
