@@ -58,7 +58,6 @@ def register_fixes() -> None:
     _attention_of_new_tokens_only()
     _no_spinning_while_waiting()
     _children_are_forked()
-    _served_model_alone()
     _mla_on_torch_native()
     _staging_between_unlike_sizes()
     _dp_attention()
@@ -209,11 +208,6 @@ def _fork_from_now_on(result: Any, *args: Any) -> None:
         multiprocessing.set_start_method("fork", force=True)
     else:
         log.warning("threads have started: SGLang's processes are spawned, which takes longer")
-
-
-def _served_model_alone() -> None:
-    # Without (speed only): SGLang imports all of its models to serve one of them, 1.5 s.
-    os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", "engine.served_model")
 
 
 def _mla_on_torch_native() -> None:
