@@ -90,10 +90,9 @@ class Slab:
         self.free = list(range(num_slots - 1, -1, -1))
         """Slots without a block, the next one last."""
         self.unsynced: deque[Written] = deque()
-        self.is_sync_due = False
-        """A thread will look at ``unsynced``."""
-        self.sync_lock = threading.Lock()
-        """Held by the thread that syncs, so that the others' blocks make one group."""
+        self.sync_turn = threading.Lock()
+        """Taken for a thread that will look at ``unsynced``, so that what is written until
+        then makes one group."""
         self.is_refused = False
         """There was no room to make it; every write fails."""
         self._direct_flag = direct_flag

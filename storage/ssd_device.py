@@ -285,19 +285,18 @@ class SsdDevice:
         """Sync the block together with all that are written to its slab until then."""
         slab = written.slab
         slab.unsynced.append(written)
-        if not slab.is_sync_due:
-            slab.is_sync_due = True
+        if slab.sync_turn.acquire(blocking=False):
             self._syncers.submit(lambda: self._sync_slab(slab))
 
     def _sync_slab(self, slab: Slab) -> None:
-        """Slabs are synced side by side: a disk makes one flush of many."""
-        slab.is_sync_due = False  # before looking: what comes later asks again
-        while slab.unsynced and slab.sync_lock.acquire(blocking=False):
-            try:
-                group = [slab.unsynced.popleft() for _ in range(len(slab.unsynced))]
+        """With the slab's turn. Slabs are synced side by side: a disk makes one flush of many."""
+        while True:
+            while group := [slab.unsynced.popleft() for _ in range(len(slab.unsynced))]:
                 self._sync_group(slab, group)
-            finally:
-                slab.sync_lock.release()
+            slab.sync_turn.release()
+            # what came before the release left its sync to this thread
+            if not slab.unsynced or not slab.sync_turn.acquire(blocking=False):
+                return
 
     def _sync_group(self, slab: Slab, group: list[Written]) -> None:
         error = self._sync(slab, group)
