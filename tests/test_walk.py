@@ -27,7 +27,8 @@ BLOCK_BYTES = 8192 * PAGE
 VOCABULARY = range(300, 2000)
 POLICIES = ("prefill", "decode", "round-robin", "shorter-queue", "split", "n-way")
 LENGTHS = (63, 64, 65, 127, 128, 129, 4000)
-# Fewer DRAM slots an agent than two 4000-token prompts need (62 blocks each).
+# Fewer DRAM slots an agent than two prompts of so many tokens need (51 blocks each).
+LARGE_PROMPT = 3300
 DRAM_BYTES = 100 * BLOCK_BYTES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -177,7 +178,7 @@ def test_32_conversations_over_few_prefixes_read_each_block_once(cluster, plain)
     before = cluster.metric_sum("dualpath:agent_storage_read_bytes_total")
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(cluster.generate, turns))
-    assert [a.output_ids for a in answers] == [plain(turn) for turn in turns]
+        assert [a.output_ids for a in answers] == list(pool.map(plain, turns))
     cluster.wait_stored()
     read = cluster.metric_sum("dualpath:agent_storage_read_bytes_total") - before
     assert read <= 4 * 5 * BLOCK_BYTES
@@ -185,7 +186,7 @@ def test_32_conversations_over_few_prefixes_read_each_block_once(cluster, plain)
 
 
 def test_less_dram_than_two_requests_need_only_slows_them(cluster, plain):
-    prompts = [prompt(4000, seed=300 + i) for i in range(4)]
+    prompts = [prompt(LARGE_PROMPT, seed=300 + i) for i in range(4)]
     for ids in prompts:
         cluster.generate(ids)
         cluster.wait_stored()
