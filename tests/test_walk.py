@@ -51,6 +51,8 @@ def cluster(folder, plain):
     remote = (folder / "remote").as_uri()
     # Two decode engines, so that there is a third node for n-way reads.
     flags = ["--model", "tiny", "--decode", "2", "--poison-kv", "--dram-bytes", str(DRAM_BYTES)]
+    # A small pool is poisoned sooner: with each flush.
+    flags += ["--max-total-tokens", "20480"]
     # A quota that cuts the longest prompts.
     flags += ["--load-policy", "always", "--remote", remote, "--prefill-quota-ms", "300"]
     with running_cluster(folder / "cluster", *flags) as running:
