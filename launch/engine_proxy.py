@@ -105,16 +105,21 @@ class EngineProxy:
 
     async def flush(self) -> dict[str, str]:
         """Flush every engine's cache; engine name -> reason for those that did not."""
-        failures = {}
-        for engine in self._plane.engines.values():
-            try:
-                status, _, answer = await self._call(engine, "POST", "/flush_cache", None)
-            except (aiohttp.ClientError, TimeoutError) as error:
-                failures[engine.name] = repr(error)
-                continue
-            if status != 200:
-                failures[engine.name] = answer.decode(errors="replace").strip()
-        return failures
+        engines = self._plane.engines.values()
+        reasons = await asyncio.gather(*map(self._flush_one, engines))
+        return {
+            engine.name: reason
+            for engine, reason in zip(engines, reasons, strict=True)
+            if reason is not None
+        }
+
+    async def _flush_one(self, engine: EnginePeer) -> str | None:
+        """Why it did not, or None."""
+        try:
+            status, _, answer = await self._call(engine, "POST", "/flush_cache", None)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return repr(error)
+        return None if status == 200 else answer.decode(errors="replace").strip()
 
     async def _call(
         self,

@@ -45,6 +45,7 @@ def cluster_of(folder, prefill_tp: int, decode_tp: int, *more: str) -> Iterator[
     """All clusters of this file have one store after another."""
     flags = ["--model", "tiny", "--poison-kv", "--load-policy", "always"]
     flags += ["--dram-bytes", str(200 * BLOCK_BYTES), "--ssd-dir", str(folder / "ssd")]
+    flags += ["--max-total-tokens", "20480"]  # a small pool is poisoned sooner
     flags += ["--prefill-args", f"--tp {prefill_tp}", "--decode-args", f"--tp {decode_tp}"]
     flags += more
     with running_cluster(folder / f"p{prefill_tp}d{decode_tp}", *flags) as running:
