@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 from storage.block import BlockKey
 from storage.block_format import HEADER_BYTES, decode_header
@@ -74,3 +78,18 @@ def lose_tables(folder: Path) -> None:
     """Nothing in the tables is right any more: a start has only the headers."""
     for slab in folder.glob("*.slab"):
         overwrite(slab, 0, b"\xff" * table_bytes_of(slab))
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, folder: Path) -> threading.Event:
+    """What is read, written and synced in the folder's slabs waits for the event, up to 10 s."""
+    gate = threading.Event()
+    for name in ("preadv", "pwritev", "fdatasync"):
+        real = getattr(os, name)
+
+        def waiting(fd: int, *arguments: object, real: Callable[..., int] = real) -> int:
+            if os.readlink(f"/proc/self/fd/{fd}").startswith(str(folder)):
+                gate.wait(10)
+            return real(fd, *arguments)
+
+        monkeypatch.setattr(os, name, waiting)
+    return gate

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import finish, key_of, no_wake, payload_of, read, settle, write
-from slab_files import lose_tables, stored
+from slab_files import lose_tables, slow_down, stored
 
 from storage import ssd_tier
 from storage.slab import slot_bytes_for
@@ -114,6 +114,29 @@ def test_errors_now_and_then_do_not_take_a_disk_out(
             assert read(tier, bad)[0].error is not None
         assert read(tier, good)[0].error is None
     assert tier.stats().failed_devices == 0
+
+
+def test_a_slow_disk_delays_its_own_blocks_alone(
+    open_ssd: Callable[..., SsdTier], folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it has more of them than threads, and for writes as for reads."""
+    tier = open_ssd()
+    keys, new = [key_of(i) for i in range(60)], [key_of(i) for i in range(100, 160)]
+    write(tier, *keys)
+    slow = {key for key, _ in stored(folders[1])}
+    gate = slow_down(monkeypatch, folders[1])
+    buffers = {key: bytearray(payload_of(key)) for key in keys + new}
+    blocks = [BlockIO(key, memoryview(buffer)) for key, buffer in buffers.items()]
+    tier.submit_reads(blocks[:60])
+    tier.submit_writes(blocks[60:])
+    quick = finish(tier, 80)
+    assert all(completion.error is None for completion in quick.values())
+    assert not slow & quick.keys()
+    gate.set()
+    late = finish(tier, 40)
+    assert all(completion.error is None for completion in late.values()) and slow < late.keys()
+    assert tier.stats().failed_devices == 0
+    assert all(buffer == payload_of(key) for key, buffer in buffers.items())
 
 
 def test_the_tier_starts_without_a_dead_disk(

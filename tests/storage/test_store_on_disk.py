@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pack_files
+import pytest
 from conftest import QUICK, key_of, payload_of
-from slab_files import flip, place_of, stored
+from slab_files import flip, place_of, slow_down, stored
 
 from storage.block import BlockKey
 from storage.block_format import HEADER_BYTES
@@ -91,6 +92,31 @@ def test_blocks_come_from_ssd_then_remote_then_ssd_again(tmp_path: Path) -> None
         node.run_until(1, HoldingChanged)
     assert node.read(2, KEYS[6:14]).read_bytes == {TierName.REMOTE: 8 * NBYTES}
     assert node.read(3, KEYS[:6]).read_bytes == {TierName.SSD: 6 * NBYTES}
+    node.store.close()
+
+
+def test_a_slow_ssd_costs_deadlines_while_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fill(tmp_path)
+    shutil.rmtree(tmp_path / "ssd")
+    node = Node(tmp_path)
+    node.read(1, KEYS[:3])
+    while node.store.stats().persisting_blocks:
+        node.run_until(1, HoldingChanged)
+    node.store.close()
+    node = Node(tmp_path)  # with three blocks on SSD
+    with monkeypatch.context() as patched:
+        gate = slow_down(patched, tmp_path / "ssd")
+        start = time.monotonic()
+        node.store.admit(1, KEYS[:3], start + 2, start)
+        assert node.read(2, KEYS[6:9]).read_bytes == {TierName.REMOTE: 3 * NBYTES}
+        (late,) = node.run_until(1, ShareSettled)
+        assert isinstance(late, ShareSettled) and late.plan == 1
+        assert late.in_dram == [False] * 3 and 1.9 < time.monotonic() - start < 8
+        node.store.release(1)
+        gate.set()
+    assert node.read(3, KEYS[:3]).in_dram == [True] * 3
     node.store.close()
 
 
