@@ -65,7 +65,8 @@ def check_remote(config: ClusterConfig) -> None:
     """The remote tier's URL and options make a filesystem."""
     if not config.remote:
         return
-    from storage.object_store import RemoteUnusable, open_store
+    from storage.object_store import RemoteUnusable
+    from storage.open_store import open_store
 
     try:
         open_store(config.remote, config.remote_options, REMOTE_TIMEOUT_S)

@@ -24,8 +24,9 @@ from storage.tools.copy import copy
 from storage.tools.doctor import Expectations, doctor
 from storage.tools.finding import Verdict
 from storage.tools.look import ls, stats
+from storage.tools.stores import open_target, open_view
 from storage.tools.verify import verify
-from storage.tools.view import StoreUnusable, StoreView, open_target, open_view
+from storage.tools.view import StoreUnusable, StoreView
 
 OPTIONS_HELP = "of a remote URL, as launch.cluster's --remote-options"
 

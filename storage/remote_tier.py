@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from storage.block import UNLABELLED, BlockKey, BlockLabel
-from storage.object_store import RemoteUnusable, StoredObject, open_store
+from storage.object_store import RemoteUnusable, StoredObject
+from storage.open_store import open_store
 from storage.owners import Selector
 from storage.pack import Pack
 from storage.pack_book import PackBook

@@ -12,7 +12,8 @@ import numpy as np
 
 from storage.block import BlockKey
 from storage.block_format import HEADER_BYTES, BlockHeader, verify
-from storage.object_store import RemoteUnusable, StoredObject, open_store
+from storage.object_store import RemoteUnusable, StoredObject
+from storage.open_store import open_store
 from storage.owners import Selector
 from storage.pack import Pack
 from storage.pack_catalog import (

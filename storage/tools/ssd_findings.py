@@ -4,36 +4,45 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
 
 from storage.block_format import MAGIC, VERSION
+from storage.folder_notes import FolderNotes
 from storage.sizes import format_size
+from storage.slab import Slab
+from storage.ssd_folder import FolderState
 from storage.tools.finding import Finding, Findings, Verdict
-from storage.tools.ssd_view import SsdView
 
 HEADERS_MAX = 20_000
 """Slots that are looked into for other versions and damaged headers."""
 
 
-def ssd_findings(view: SsdView) -> Findings:
+def ssd_findings(
+    folder: Path,
+    state: FolderState | None,
+    slabs: Collection[Slab],
+    notes: FolderNotes,
+    process: str | None,
+) -> Findings:
     """Permissions, owner, format, O_DIRECT, headers, what the tier counts, open requests."""
-    yield _permissions(view)
-    process = view.used_by
+    yield _permissions(folder)
     yield Finding(
         "process", Verdict.GOOD, f"in use by process {process}" if process else "no owner"
     )
-    yield from _format(view)
-    yield _direct_io(view)
-    yield from _headers(view)
-    yield from _counters(view)
-    if view.used_by is None and (requests := view.notes.requests()):
+    yield _format(state)
+    yield _direct_io(slabs)
+    yield _headers(slabs)
+    yield from _counters(notes)
+    if process is None and (requests := notes.requests()):
         found = f"{len(requests)} drops are asked for, and no process owns the folder"
         yield Finding("drops", Verdict.GOOD, found + ": the next one does them")
 
 
-def _permissions(view: SsdView) -> Finding:
+def _permissions(folder: Path) -> Finding:
     modes = {"read": os.R_OK, "write": os.W_OK, "enter": os.X_OK}
-    lacking = [name for name, mode in modes.items() if not os.access(view.folder, mode)]
-    if os.statvfs(view.folder).f_flag & os.ST_RDONLY:
+    lacking = [name for name, mode in modes.items() if not os.access(folder, mode)]
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
         found = "the file system is read-only"
         return Finding("permissions", Verdict.BAD, found, "remount it; look at the kernel's log")
     if lacking:
@@ -44,25 +53,24 @@ def _permissions(view: SsdView) -> Finding:
     return Finding("permissions", Verdict.GOOD, "this user may read and write")
 
 
-def _format(view: SsdView) -> Findings:
-    if view.state is None:
-        found = "the file 'state' is missing or damaged"
-        advice = "the next start writes it anew, and nothing is lost; look at the disk"
-        yield Finding("format", Verdict.DOUBTFUL, found, advice)
-    else:
-        yield Finding("format", Verdict.GOOD, f"format {view.state.format}")
+def _format(state: FolderState | None) -> Finding:
+    if state is not None:
+        return Finding("format", Verdict.GOOD, f"format {state.format}")
+    found = "the file 'state' is missing or damaged"
+    advice = "the next start writes it anew, and nothing is lost; look at the disk"
+    return Finding("format", Verdict.DOUBTFUL, found, advice)
 
 
-def _direct_io(view: SsdView) -> Finding:
-    if all(slab.is_direct for slab in view.slabs.values()):
+def _direct_io(slabs: Collection[Slab]) -> Finding:
+    if all(slab.is_direct for slab in slabs):
         return Finding("direct I/O", Verdict.GOOD, "the file system has O_DIRECT")
     advice = "reads and writes go through the page cache: use ext4 or XFS on the disk itself"
     return Finding("direct I/O", Verdict.DOUBTFUL, "the file system has no O_DIRECT", advice)
 
 
-def _headers(view: SsdView) -> Findings:
+def _headers(slabs: Collection[Slab]) -> Finding:
     seen = other = 0
-    for slab in view.slabs.values():
+    for slab in slabs:
         for _, fields in slab.headers():
             is_block = fields["magic"] == MAGIC
             other += int((is_block & (fields["version"] != VERSION)).sum())
@@ -71,18 +79,16 @@ def _headers(view: SsdView) -> Findings:
                 break
         if seen >= HEADERS_MAX:
             break
-    if other:
-        found = f"{other} of {seen} slots have blocks of another format version"
-        advice = "this program cannot read them, and overwrites them; `gc` gives their room back"
-        yield Finding("versions", Verdict.DOUBTFUL, found, advice)
-    else:
-        yield Finding(
-            "versions", Verdict.GOOD, f"format {VERSION} in all of {seen} slots looked at"
-        )
+    if not other:
+        found = f"format {VERSION} in all of {seen} slots looked at"
+        return Finding("versions", Verdict.GOOD, found)
+    found = f"{other} of {seen} slots have blocks of another format version"
+    advice = "this program cannot read them, and overwrites them; `gc` gives their room back"
+    return Finding("versions", Verdict.DOUBTFUL, found, advice)
 
 
-def _counters(view: SsdView) -> Findings:
-    counters = view.notes.counters()
+def _counters(notes: FolderNotes) -> Findings:
+    counters = notes.counters()
     if counters is None:
         yield Finding("counters", Verdict.GOOD, "no tier has noted any yet")
         return

@@ -37,6 +37,7 @@ from storage.ssd_tier import SsdTier
 from storage.tier import BlockCorrupt, BlockMissing
 from storage.tools.collect import LiveSlots, collect_folder
 from storage.tools.finding import Findings
+from storage.tools.ssd_findings import ssd_findings
 from storage.tools.view import StoredBlock, StoreSummary, StoreUnusable
 
 DROP_TIMEOUT_S = 10.0
@@ -174,9 +175,7 @@ class SsdView:
         return open_ssd_tier(self.folder, capacity_bytes or self.slab_bytes)
 
     def findings(self) -> Findings:
-        from storage.tools.ssd_findings import ssd_findings  # it looks at this class
-
-        return ssd_findings(self)
+        return ssd_findings(self.folder, self.state, self.slabs.values(), self.notes, self.used_by)
 
     def counters(self) -> dict[str, Any] | None:
         noted = self.notes.counters()

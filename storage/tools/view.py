@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -87,34 +86,3 @@ class StoreView(Protocol):
 
     def close(self) -> None:
         """Release files and connections."""
-
-
-def open_view(url: str, options: dict[str, object]) -> StoreView:
-    """The store in a folder or at a URL; raises :class:`StoreUnusable`."""
-    if _is_remote(url):
-        from storage.tools.remote_view import RemoteView
-
-        return RemoteView(url, options)
-    from storage.tools.ssd_view import SsdView
-
-    return SsdView(Path(url.removeprefix("ssd://")))
-
-
-def _is_remote(url: str) -> bool:
-    return "://" in url and not url.startswith("ssd://")
-
-
-def open_target(url: str, options: dict[str, object], capacity_bytes: int) -> Tier:
-    """A tier to write to, made if it is not there; raises :class:`StoreUnusable`."""
-    if _is_remote(url):
-        from storage.tools.remote_view import open_remote_tier
-
-        return open_remote_tier(url, options)
-    from storage.tools.ssd_view import open_ssd_tier
-
-    folder = Path(url.removeprefix("ssd://"))
-    if any(folder.glob("*.slab")):
-        return open_view(url, options).open_tier(capacity_bytes)
-    if not capacity_bytes:
-        raise StoreUnusable(f"{folder} is new: say with --capacity how large it may become")
-    return open_ssd_tier(folder, capacity_bytes)

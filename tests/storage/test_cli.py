@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from conftest import BLOCK_BYTES, Run, key_of, no_wake, payload_of, read
+from owned_blocks import ANN, BOB, fill, held, label
 from slab_files import flip, lose_tables, overwrite, place_of
-from test_owners import ANN, BOB, held, label, write_as
 
 from storage.block import tenant_digest
 from storage.cli import main
@@ -29,11 +29,7 @@ def open_tier(folder: Path) -> SsdTier:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four blocks of Ann's, three of Bob's."""
-    tier = open_tier(tmp_path / "ssd")
-    write_as(tier, label(ANN, "v1"), *range(4))
-    write_as(tier, label(BOB, "v2"), *range(10, 13))
-    tier.close()
+    fill(open_tier(tmp_path / "ssd"))
     return tmp_path / "ssd"
 
 

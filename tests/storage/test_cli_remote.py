@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 from conftest import QUICK, Run, key_of, no_wake, payload_of, read, settle
+from owned_blocks import BOB, fill, label, write_as
 from pack_files import flip, packs_in, places_in
-from test_owners import ANN, BOB, label, write_as
 
 from storage.remote_tier import RemoteTier
 
@@ -20,11 +20,7 @@ def open_tier(folder: Path) -> RemoteTier:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four blocks of Ann's, three of Bob's."""
-    tier = open_tier(tmp_path / "remote")
-    write_as(tier, label(ANN, "v1"), *range(4))
-    write_as(tier, label(BOB, "v2"), *range(10, 13))
-    tier.close()
+    fill(open_tier(tmp_path / "remote"))
     return tmp_path / "remote"
 
 

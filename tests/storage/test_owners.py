@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import msgspec
 import pytest
 from conftest import BLOCK_BYTES, finish, key_of, no_wake, payload_of, read, settle
+from owned_blocks import ANN, BOB, held, label, write_as
 from slab_files import lose_tables
 
 from storage import ssd_tier
-from storage.block import UNLABELLED, BlockKey, BlockLabel, tenant_digest
+from storage.block import tenant_digest
 from storage.block_format import HEADER_BYTES
 from storage.folder_notes import FolderNotes
 from storage.memory_tier import MemoryTier
@@ -21,31 +21,6 @@ from storage.ssd_tier import SsdTier
 from storage.tier import BlockIO, BlockMissing, EvictionCause, Tier, TierFull, TierName
 
 SLOT_BYTES = slot_bytes_for(BLOCK_BYTES)
-ANN, BOB = "ann's salt", "bob's salt"
-
-
-def label(tenant: str = "", version: str = "v1") -> BlockLabel:
-    return msgspec.structs.replace(
-        UNLABELLED,
-        namespace_digest=version.encode().ljust(32, b"\0"),
-        weight_version=version,
-        tenant=tenant_digest(tenant) if tenant else "",
-    )
-
-
-def write_as(tier: Tier, of: BlockLabel, *numbers: int) -> list[BlockKey]:
-    """Returns the keys that were stored."""
-    blocks = [BlockIO(key_of(i), memoryview(payload_of(key_of(i))), of) for i in numbers]
-    stored = []
-    for block in blocks:
-        tier.submit_writes([block])
-        if finish(tier, 1)[block.key].error is None:
-            stored.append(block.key)
-    return stored
-
-
-def held(tier: Tier) -> set[int]:
-    return {i for i in range(200) if tier.contains([key_of(i)])[0]}
 
 
 def reclaimed(tier: Tier) -> None:

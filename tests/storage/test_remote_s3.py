@@ -20,7 +20,8 @@ from conftest import QUICK, finish, key_of, no_wake, payload_of, read, write
 from benchmarks.radosgw import RadosGateway
 from benchmarks.s3_proxy import Fault, FaultyProxy, Verdict
 from storage import s3_store
-from storage.object_store import FsspecStore, open_store
+from storage.fsspec_store import FsspecStore
+from storage.open_store import open_store
 from storage.remote_tier import RemoteTier, RemoteUnusable
 from storage.s3_store import PART_BYTES, S3Settings, S3Store
 from storage.tier import BlockCorrupt, BlockIO, BlockMissing
