@@ -55,7 +55,7 @@ def _permissions(folder: Path) -> Finding:
 
 def _format(state: FolderState | None) -> Finding:
     if state is not None:
-        return Finding("format", Verdict.GOOD, f"format {state.format}")
+        return Finding("format", Verdict.GOOD, f"folder format {state.format}")
     found = "the file 'state' is missing or damaged"
     advice = "the next start writes it anew, and nothing is lost; look at the disk"
     return Finding("format", Verdict.DOUBTFUL, found, advice)
@@ -80,7 +80,7 @@ def _headers(slabs: Collection[Slab]) -> Finding:
         if seen >= HEADERS_MAX:
             break
     if not other:
-        found = f"format {VERSION} in all of {seen} slots looked at"
+        found = f"block format {VERSION} in all of {seen} slots looked at"
         return Finding("versions", Verdict.GOOD, found)
     found = f"{other} of {seen} slots have blocks of another format version"
     advice = "this program cannot read them, and overwrites them; `gc` gives their room back"
