@@ -197,6 +197,14 @@ TOUCH_POINTS = (
         "prefill",
     ),
     TouchPoint(
+        "sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin"
+        ".process_disagg_prefill_inflight_queue",
+        "AROUND",
+        "engine.leaving:around_inflight",
+        "a batch is not formed of what the one before has left over",
+        "prefill",
+    ),
+    TouchPoint(
         "sglang.srt.layers.radix_attention.RadixAttention.forward",
         "AROUND",
         "engine.prefill_layers:around_attention",

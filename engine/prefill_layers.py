@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
@@ -20,6 +19,7 @@ import torch
 
 from engine.layer_ring import LayerRing
 from engine.layer_window import CreditWriter, LayerWindow, WindowForward
+from engine.leaving import LeavingRequests
 from engine.runtime import EngineRuntime, runtime_if_up
 from engine.session_workers import SessionWorkers
 from engine.suffix_send import LayerSend, SendsDone, SuffixSender
@@ -108,14 +108,11 @@ class PrefillLayers:
         )
         self.moved = MovedBytes(_nics_of(self.suffix), "engine")
         self.window = self._open_window(engine)
+        self.leaving = LeavingRequests(scheduler)
         self.current: PrefillForward | None = None
         self._is_cuda = str(pool.device).startswith("cuda")
         self._pool = pool
         self._deliveries = engine.deliveries
-        self._forwards = 0
-        self._requests_max = 0
-        self._forward_s = 0.0
-        self._began_s = 0.0
 
     def _open_window(self, engine: EngineRuntime) -> LayerWindow | None:
         if not 0 < engine.config.layer_window < self.num_layers:
@@ -143,9 +140,6 @@ class PrefillLayers:
 
     def begin(self, batch: Any) -> None:
         """A batch's forward starts."""
-        self._began_s = time.monotonic()
-        self._forwards += 1
-        self._requests_max = max(self._requests_max, len(batch.reqs))
         sends = self.suffix.plan(batch.reqs)
         window = self.window.begin(batch.reqs) if self.window is not None else None
         self.current = PrefillForward(self, sends, window)
@@ -155,7 +149,6 @@ class PrefillLayers:
         if self.current is not None:
             self.current.finish()
             self.current = None
-            self._forward_s += time.monotonic() - self._began_s
 
     def counters(self) -> dict[str, float]:
         """For the metrics."""
@@ -168,9 +161,6 @@ class PrefillLayers:
             **waited,
             **self.moved.samples(self.suffix.moved_bytes()),
             "dualpath:engine_kv_bytes": int(kv_bytes),
-            "dualpath:engine_forwards_total": self._forwards,
-            "dualpath:engine_forward_requests_max": self._requests_max,
-            "dualpath:engine_forward_seconds_total": self._forward_s,
             "dualpath:engine_suffix_sent_bytes_total": self.suffix.sent_bytes_total,
             "dualpath:engine_suffix_late_seconds_total": self.suffix.late_s_total,
             "dualpath:engine_read_back_pages_total": (

@@ -21,11 +21,13 @@ from typing import Any
 import msgspec
 import sglang
 import torch
+from sglang.srt.arg_groups.model_override_base import resolved_view
 from sglang.srt.layers.dp_attention import set_is_extend_in_batch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.scheduler_components.dp_attn import prepare_mlp_sync_batch_raw
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.runtime_context import get_parallel
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.common import require_mlp_tp_gather
 
@@ -46,7 +48,7 @@ _decoder = msgspec.json.Decoder(list[ForwardSample])
 
 def profile_path(scheduler: Any, model_digest: str) -> Path:
     """The file of this device and model; a profile depends on nothing else."""
-    args = scheduler.server_args
+    args = resolved_view(scheduler.server_args)
     on_cuda = scheduler.device == "cuda"
     subject = {
         "device": torch.cuda.get_device_name() if on_cuda else _processor(),
@@ -120,7 +122,7 @@ def _forward(scheduler: Any, chunks: list[Chunk]) -> None:
             batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
             batch.prefill_input_ids_cpu = None
         runner = scheduler.tp_worker.model_runner
-        if scheduler.server_args.attn_dp_size > 1:
+        if get_parallel().attn_dp_size > 1:
             _meet_groups(batch, runner)
         forward_batch = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
         set_is_extend_in_batch(True)

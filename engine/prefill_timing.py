@@ -42,6 +42,9 @@ class PrefillTiming:
         self._all_groups = scheduler.tp_cpu_group if ranks_pack else None
         self.forward, self.attention = CostFit(), CostFit()
         self.quota: QuotaChunking | None = None
+        self._forwards = 0
+        self._requests_max = 0
+        self._forward_s = 0.0
         self.clock = ForwardClock(scheduler.device, waits, self._slowest, self._note)
 
     def start_quota(self, model_digest: str, page_tokens: int) -> None:
@@ -70,10 +73,15 @@ class PrefillTiming:
         log.info("prefill batches get quota_s=%g, reckoned by %s", self._quota_s, attention)
 
     def counters(self) -> dict[str, float]:
-        """For the gateway's metrics; none without a quota."""
+        """For the gateway's metrics. What forwards wait for KV is not in their seconds."""
+        forwards = {
+            "dualpath:engine_forwards_total": self._forwards,
+            "dualpath:engine_forward_requests_max": self._requests_max,
+            "dualpath:engine_forward_seconds_total": self._forward_s,
+        }
         if self.quota is None:
-            return {}
-        return {
+            return forwards
+        return forwards | {
             "dualpath:engine_quota_batches_total": self.quota.batches_total,
             "dualpath:engine_quota_exceeded_total": self.quota.over_quota_total,
             "dualpath:engine_attention_seconds_total": self.quota.attention_s_total,
@@ -94,6 +102,9 @@ class PrefillTiming:
         return samples
 
     def _note(self, sample: ForwardSample) -> None:
+        self._forwards += 1
+        self._requests_max = max(self._requests_max, len(sample.new_tokens))
+        self._forward_s += sample.forward_s
         self.forward.note(sample.new_tokens, sample.context_tokens, sample.forward_s)
         if sample.attention_s:
             self.attention.note(sample.new_tokens, sample.context_tokens, sample.attention_s)

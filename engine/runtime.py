@@ -86,10 +86,12 @@ class EngineRuntime:
     """Owns the board, the holds, the links to agents and the control port."""
 
     def __init__(self, config: EngineConfig, scheduler: Any) -> None:
+        from sglang.srt.arg_groups.model_override_base import resolved_view
         from sglang.srt.distributed.parallel_state import get_mooncake_transfer_engine
         from sglang.srt.runtime_context import get_parallel
 
-        args = scheduler.server_args
+        # As given, --dp-size may still be an older name for --attn-dp-size.
+        args = resolved_view(scheduler.server_args)
         if max(args.pp_size, args.dp_size, args.attn_cp_size) > 1:
             raise NotImplementedError("DualPath knows --tp and --attn-dp-size: take others out")
         attention_group = get_parallel().attn_dp_rank
@@ -303,10 +305,11 @@ class EngineRuntime:
         return int(self.scheduler.server_args.disaggregation_bootstrap_port)
 
     def _counters(self) -> dict[str, float]:
-        layers = self.prefill_layers.counters() if self.prefill_layers is not None else {}
+        prefill: dict[str, float] = {}
+        if self.prefill_layers is not None:
+            prefill = self.prefill_layers.counters() | self.prefill_timing.counters()
         return {
-            **layers,
-            **self.prefill_timing.counters(),
+            **prefill,
             "dualpath:engine_deliveries_total": self.deliveries.started_total,
             "dualpath:engine_deliveries_failed_total": self.deliveries.failed_total,
             "dualpath:engine_open_jobs": len(self.jobs),

@@ -104,8 +104,9 @@ class EngineProxy:
         raise RequestFailed(f"{path} failed on every engine ({'; '.join(reasons)})")
 
     async def flush(self) -> dict[str, str]:
-        """Flush every engine's cache; engine name -> reason for those that did not."""
-        engines = self._plane.engines.values()
+        """Flush every engine's cache; engine name -> reason for those that did not. The attention
+        groups of an engine flush together."""
+        engines = [e for e in self._plane.engines.values() if not e.address.group]
         reasons = await asyncio.gather(*map(self._flush_one, engines))
         return {
             engine.name: reason

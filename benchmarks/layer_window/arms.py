@@ -57,7 +57,12 @@ def make_records(network: Network, folder: Path) -> tuple[Any, list[ProcessRecor
         "whole": {"load_by_layer": False, "send_by_layer": False},
     }
     changes = {
-        name: EngineChange(settings[arm], ("--max-total-tokens", str(tokens[arm])))
+        name: EngineChange(
+            settings[arm],
+            # On a CPU a forward ends before the next batch is formed, so there is nothing to
+            # overlap; the schedule for it would only keep each batch's pages for a forward more.
+            ("--max-total-tokens", str(tokens[arm]), "--disable-overlap-schedule"),
+        )
         for arm, name in ENGINES.items()
     }
     changes[DECODE] = EngineChange({"promise_planned_only": True})
@@ -76,17 +81,23 @@ class Counters(NamedTuple):
     """What one prefill engine has counted."""
 
     forwards: float
-    forward_s: float
+    compute_s: float
+    """Of the forwards, without what they waited for KV."""
     waited_s: tuple[float, ...]
     """By layer."""
     requests_max: float
     kv_bytes: float
 
+    @property
+    def forward_s(self) -> float:
+        """Of the forwards, with what they waited."""
+        return self.compute_s + sum(self.waited_s)
+
     def since(self, before: Counters) -> Counters:
         waited = tuple(a - b for a, b in zip(self.waited_s, before.waited_s, strict=True))
         return Counters(
             self.forwards - before.forwards,
-            self.forward_s - before.forward_s,
+            self.compute_s - before.compute_s,
             waited,
             self.requests_max,
             self.kv_bytes,

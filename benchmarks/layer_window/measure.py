@@ -60,8 +60,8 @@ class Race(msgspec.Struct):
 
     forwards: float
     forward_s: float
-    waited_s: float
-    """Of it, for KV."""
+    waited_s: tuple[float, ...]
+    """Of it, for KV, by layer."""
     elapsed_s: float
     """Of the rounds; what is not in forwards lies between them."""
 
@@ -130,7 +130,7 @@ class Measurement:
         own, other = await arms.counters("window"), await arms.counters("all")
         # The window's pool has L/W times the tokens; at equal tokens it would be this large.
         results.kv_bytes_ratio = own.kv_bytes / (LAYERS / WINDOW) / other.kv_bytes
-        return (counted.forward_s - sum(counted.waited_s)) / counted.forwards
+        return counted.compute_s / counted.forwards
 
     @staticmethod
     async def _singles(arms: Arms, count: int) -> tuple[dict[str, list[Sample]], list[list[int]]]:
@@ -169,7 +169,7 @@ class Measurement:
         for arm, counted in counters.items():
             own = counted.since(before[arm])
             elapsed_s = sum(BATCH / rate for rate in results.throughput_per_s[arm])
-            results.race[arm] = Race(own.forwards, own.forward_s, sum(own.waited_s), elapsed_s)
+            results.race[arm] = Race(own.forwards, own.forward_s, own.waited_s, elapsed_s)
         largest = counters["window"].requests_max / counters["all"].requests_max
         results.batch_ratio = largest / (LAYERS / WINDOW)
 
@@ -235,7 +235,7 @@ class Measurement:
         counted = (await arms.counters("window")).since(before)
         self._network.set_compute_rate(OPEN_MBIT)
         waited_s = sum(counted.waited_s) / counted.forwards
-        computed_s = counted.forward_s / counted.forwards - waited_s
+        computed_s = counted.compute_s / counted.forwards
         results.slow_wait_s = waited_s
         results.slow_excess_s = max(0.0, load_bytes / rate - computed_s)
         results.slow_wait = _wait(counted)

@@ -143,4 +143,15 @@ def test_an_engine_that_cannot_pack_says_what_to_change(profile):
 def test_without_a_quota_nothing_is_profiled(profile):
     timing = PrefillTiming(scheduler(), None)
     timing.start_quota("a model", PAGE)
-    assert timing.quota is None and timing.counters() == {}
+    assert timing.quota is None
+    assert not [name for name in timing.counters() if "quota" in name]
+
+
+def test_forwards_are_counted_by_the_same_clock_that_the_costs_are_fitted_to():
+    timing = PrefillTiming(scheduler(), None)
+    timing.clock.forward(lambda: busy(0.02), forward_batch())
+    timing.clock.forward(lambda: busy(0.02), forward_batch(new=(5,), context=(0,)))
+    counted = timing.counters()
+    assert counted["dualpath:engine_forwards_total"] == 2
+    assert counted["dualpath:engine_forward_requests_max"] == 2
+    assert counted["dualpath:engine_forward_seconds_total"] >= 0.04
