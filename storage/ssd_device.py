@@ -306,13 +306,13 @@ class SsdDevice:
             operation.seconds = now - (operation.started_s or now)
             self._hand_back(operation)
 
-    def _sync(self, slab: Slab, group: list[Written]) -> OSError | None:
+    def _sync(self, slab: Slab, group: list[Written]) -> Exception | None:
         """Make the blocks durable, and with them what the table says of them."""
         try:
             self._note_owners({written.operation.label.owner for written in group})
             numbers = self._owner_numbers
             slab.record((each, numbers[each.operation.label.owner]) for each in group)
             slab.sync()
-        except OSError as error:
+        except Exception as error:  # it ends this group, and not the slab's turn to sync
             return error
         return None
