@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+_WATCHDOG_MS = 1000
+
 
 def register_fixes() -> None:
     """Let a CPU have attention groups."""
@@ -38,6 +40,22 @@ def register_fixes() -> None:
         _rotate_if_any,
         HookType.AROUND,
     )
+    # Without (speed only): the process that hands requests to the groups looks for them without
+    # a pause and takes a core: on two cores, those of P and D leave hardly any to the groups.
+    HookRegistry.register(
+        "sglang.srt.managers.data_parallel_controller.DataParallelController.event_loop",
+        _hand_out_requests,
+        HookType.REPLACE,
+    )
+
+
+def _hand_out_requests(controller: Any) -> None:
+    from sglang.srt.managers.io_struct import sock_recv
+
+    while True:
+        controller.soft_watchdog.feed()
+        if controller.recv_from_tokenizer.poll(_WATCHDOG_MS):
+            controller._request_dispatcher(sock_recv(controller.recv_from_tokenizer))
 
 
 def _reduce_scatter(group: Any, output: torch.Tensor, input: torch.Tensor) -> None:

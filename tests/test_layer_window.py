@@ -19,7 +19,7 @@ from tests.cluster import GREEDY, plain_tokens, prompt, running_cluster
 from tests.prefill_checks import PAGE, check_sampled_prompts
 
 WINDOW = 2
-"""The least. tests/test_ranks_walk.py has 4, with a quota, with ranks, and where it does not
+"""The least. tests/test_ranks_walk.py has 3 and 4, with ranks, with a quota, and where they do not
 divide the number of layers."""
 CHUNK = 512
 BASE_TOKENS = 3000

@@ -9,6 +9,7 @@ import functools
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ from tests.prefill_checks import PAGE, check_sampled_prompts
 BLOCK_BYTES = 8192 * PAGE
 CHUNK = 1024
 LENGTHS = (64, 65, 3000)
+DECODED = 48
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -79,8 +81,9 @@ def check_turns(cluster, plain, seed: int) -> None:
 
 
 def test_two_ranks_on_both_sides_with_a_layer_window(folder, plain):
-    """P has the KV of four layers, and a quota that cuts long contexts below its chunk size."""
-    window = ["--prefill-layer-window", "4", "--prefill-quota-ms", "60"]
+    """P has the KV of three of the eight layers, and a quota that cuts long contexts below its
+    chunk size."""
+    window = ["--prefill-layer-window", "3", "--prefill-quota-ms", "60"]
     window += ["--prefill-args", f"--tp 2 --chunked-prefill-size {CHUNK}"]
     with cluster_of(folder, 2, 2, *window) as cluster:
         for length in LENGTHS:
@@ -126,18 +129,29 @@ def test_unlike_sizes_and_the_blocks_of_others(folder, plain, prefill_tp, decode
         assert time.monotonic() - started < 20  # token by token it takes a minute
 
 
-def test_latent_kv_is_stored_once_and_delivered_whole_to_each_rank(folder, monkeypatch):
-    """MLA, with experts in the last layers, from one rank with the KV of four of the six
-    layers to two ranks."""
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
-    model = folder / "mla"
-    mla_model.build(model, tokenizer_of=resolve_model("tiny"))
-    prompts = [prompt(length, length) for length in (65, 1500)]
-    reference = functools.partial(mla_model.reference, model)
+@pytest.fixture(scope="module")
+def mla(folder) -> Path:
+    """A model with latent KV, and with experts in the last layers."""
+    mla_model.build(folder / "mla", tokenizer_of=resolve_model("tiny"))
+    return folder / "mla"
+
+
+@contextlib.contextmanager
+def mla_cluster(folder: Path, model: Path, *more: str) -> Iterator[Cluster]:
     flags = ["--model", str(model), "--poison-kv", "--load-policy", "always"]
-    flags += ["--dram-bytes", str(200 * mla_model.BLOCK_BYTES), "--decode-args", "--tp 2"]
-    flags += ["--prefill-layer-window", "4", "--prefill-args", f"--chunked-prefill-size {CHUNK}"]
-    with running_cluster(folder / "mla-cluster", *flags) as cluster:
+    flags += ["--dram-bytes", str(200 * mla_model.BLOCK_BYTES), *more]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_COMPILE_DISABLE", "1")
+        with running_cluster(folder, *flags) as cluster:
+            yield cluster
+
+
+def test_latent_kv_is_stored_once_and_delivered_whole_to_each_rank(folder, mla):
+    """From one rank, with the KV of all layers, to two ranks."""
+    prompts = [prompt(length, length) for length in (65, 1500)]
+    reference = functools.partial(mla_model.reference, mla)
+    flags = ["--decode-args", "--tp 2", "--prefill-args", f"--chunked-prefill-size {CHUNK}"]
+    with mla_cluster(folder / "mla-ranks", mla, *flags) as cluster:
         for ids in prompts:
             assert cluster.generate(ids).output_ids == reference(ids)
         cluster.wait_stored()
@@ -153,4 +167,34 @@ def test_latent_kv_is_stored_once_and_delivered_whole_to_each_rank(folder, monke
                 hit_bytes = expected_hit(len(ids)) // PAGE * mla_model.BLOCK_BYTES
                 assert answer.trace["delivered_bytes"] == {"p0": hit_bytes, "d0": 2 * hit_bytes}
         check_sampled_prompts(cluster, reference, prompts[1:], examples=4)
-        assert cluster.metric_sum("engine_read_back_pages_total") > 0, "chunks of one prompt"
+
+
+def test_attention_groups_at_work_together(folder, mla):
+    """Each group of an engine is an engine: both of P compute in one forward, with a window of
+    four of six layers and a quota, and both of D decode in one."""
+    lengths = (65, 700, 1500, 1100)
+    prompts = [prompt(length, length) for length in lengths]
+    expected = [mla_model.reference(mla, ids, new_tokens=DECODED) for ids in prompts]
+    flags = ["--prefill-args", f"--tp 2 --attn-dp-size 2 --chunked-prefill-size {CHUNK}"]
+    flags += ["--decode-args", "--enable-dp-attention --tp 2 --dp 2"]  # the older name
+    flags += ["--prefill-layer-window", "4", "--prefill-quota-ms", "60"]
+    with mla_cluster(folder / "mla-groups", mla, *flags) as cluster:
+        engines = {"p0.0", "p0.1", "d0.0", "d0.1"}
+        incarnations = cluster.incarnations("engines")
+        assert incarnations.keys() == engines
+        for cached in ([0] * 4, [expected_hit(length) for length in lengths]):
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                ask = functools.partial(
+                    cluster.generate, sampling_params={"max_new_tokens": DECODED}
+                )
+                answers = list(pool.map(ask, prompts))
+            assert [answer.output_ids for answer in answers] == expected
+            assert [answer.cached_tokens for answer in answers] == cached
+            chosen = [answer.trace[role] for answer in answers for role in ("prefill", "decode")]
+            assert set(chosen) == engines
+            cluster.wait_stored()
+            cluster.flush_engines()
+        for group in ("p0.0", "p0.1"):
+            for count in ("engine_quota_batches_total", "engine_read_back_pages_total"):
+                assert cluster.metric_sum(f'{count}{{engine="{group}"') > 0
+        assert cluster.incarnations("engines") == incarnations
