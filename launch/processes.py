@@ -126,7 +126,7 @@ class _Records:
             argv=(
                 sys.executable,
                 "-m",
-                "sglang.launch_server",
+                "engine.serve",
                 *engine_flags(self.layout, node, ports),
             ),
             env={
