@@ -51,14 +51,3 @@ class LeavingRequests:
         wanted = sum(len(req.origin_input_ids) for req in scheduler.waiting_queue)
         free = scheduler.token_to_kv_pool_allocator.available_size()
         return bool(wanted > free + scheduler.tree_cache.evictable_size())
-
-
-def around_inflight(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> list[Any]:
-    """AROUND ``process_disagg_prefill_inflight_queue``, the last thing before SGLang forms the
-    next batch."""
-    from engine.runtime import runtime_if_up
-
-    engine = runtime_if_up()
-    if engine is None or engine.prefill_layers is None:
-        return original(scheduler, *args, **kwargs)
-    return engine.prefill_layers.leaving.wait(lambda: original(scheduler, *args, **kwargs))

@@ -164,35 +164,35 @@ TOUCH_POINTS = (
     TouchPoint(
         _POOLS + "MLATokenToKVPool.set_mla_kv_buffer",
         "BEFORE",
-        "engine.prefill_layers:before_latent_write",
+        "engine.prefill_layer_hooks:before_latent_write",
         "layer window: a latent is written only when its buffer is free",
         "prefill",
     ),
     TouchPoint(
         "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue.add",
         "BEFORE",
-        "engine.prefill_layers:before_add_request",
+        "engine.prefill_layer_hooks:before_add_request",
         "layer window: nothing stays in the pool, so nothing enters the radix tree",
         "prefill",
     ),
     TouchPoint(
         _TREE + "finish_external_linker_loads",
         "AFTER",
-        "engine.prefill_layers:after_finish_loads",
+        "engine.prefill_layer_hooks:after_finish_loads",
         "layer window: requests whose prefix did not come are dropped, on all ranks alike",
         "prefill",
     ),
     TouchPoint(
         _SCHEDULER + "run_batch",
         "BEFORE",
-        "engine.prefill_layers:before_run_batch",
+        "engine.prefill_layer_hooks:before_run_batch",
         "a forward begins: plan what leaves for which decode engine after each layer",
         "prefill",
     ),
     TouchPoint(
         _SCHEDULER + "run_batch",
         "AFTER",
-        "engine.prefill_layers:after_run_batch",
+        "engine.prefill_layer_hooks:after_run_batch",
         "the forward has been launched",
         "prefill",
     ),
@@ -200,28 +200,28 @@ TOUCH_POINTS = (
         "sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin"
         ".process_disagg_prefill_inflight_queue",
         "AROUND",
-        "engine.leaving:around_inflight",
+        "engine.prefill_layer_hooks:around_inflight",
         "a batch is not formed of what the one before has left over",
         "prefill",
     ),
     TouchPoint(
         "sglang.srt.layers.radix_attention.RadixAttention.forward",
         "AROUND",
-        "engine.prefill_layers:around_attention",
+        "engine.prefill_layer_hooks:around_attention",
         "a layer's attention has run: its new KV can leave",
         "prefill",
     ),
     TouchPoint(
         _MOONCAKE + "add_transfer_request",
         "AROUND",
-        "engine.prefill_layers:around_add_transfer",
+        "engine.prefill_layer_hooks:around_add_transfer",
         "SGLang's send of a chunk waits for the layers that left by themselves",
         "prefill",
     ),
     TouchPoint(
         _MOONCAKE + "_maybe_ack_drained_abort",
         "AROUND",
-        "engine.prefill_layers:around_drained_abort",
+        "engine.prefill_layer_hooks:around_drained_abort",
         "a decode engine keeps an aborted request's pages while layers are on their way",
         "prefill",
     ),
@@ -351,9 +351,6 @@ def after_init_disaggregation(result: Any, scheduler: Any) -> None:
     if engine.config.role == "prefill":
         from sglang.srt.mem_cache.utils import get_hash_str
 
-        from engine.prefill_layers import PrefillLayers
-
         get_hash_str([0])  # compiled at first use: 5 s that some request would wait for
-        engine.prefill_layers = PrefillLayers(engine)
     if engine.config.poison_kv:
         poison(engine)

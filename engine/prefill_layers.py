@@ -6,26 +6,25 @@ layer's attention its new KV leaves for the decode engines (:mod:`engine.suffix_
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable
 from functools import partial
-from http import HTTPStatus
 from typing import Any
 
 import numpy as np
 import torch
 
+from engine.deliveries import Deliveries
+from engine.engine_config import EngineConfig
+from engine.kv_memory import KvMemory
 from engine.layer_ring import LayerRing
 from engine.layer_window import CreditWriter, LayerWindow, WindowForward
 from engine.leaving import LeavingRequests
-from engine.runtime import EngineRuntime, runtime_if_up
+from engine.rank_group import CreditsAt
 from engine.session_workers import SessionWorkers
-from engine.suffix_send import LayerSend, SendsDone, SuffixSender
+from engine.suffix_send import LayerSend, SuffixSender
 from transfer.pacing import MovedBytes, NicBook
-
-log = logging.getLogger(__name__)
 
 
 class PrefillForward:
@@ -93,50 +92,49 @@ def _nics_of(suffix: SuffixSender) -> NicBook:
 class PrefillLayers:
     """Builds the object that follows each forward. One per prefill engine."""
 
-    def __init__(self, engine: EngineRuntime) -> None:
-        scheduler = engine.scheduler
+    def __init__(
+        self,
+        config: EngineConfig,
+        scheduler: Any,
+        memory: KvMemory,
+        deliveries: Deliveries,
+        rank: int,
+        credits_at: dict[str, CreditsAt],
+    ) -> None:
+        """``credits_at``: filled in as agents say it, by agent."""
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-        self.num_layers = engine.memory.layout.num_layers
-        self.one_call_a_layer = len(engine.memory.layout.component_bytes) == 2
+        self.num_layers = memory.layout.num_layers
+        self.one_call_a_layer = len(memory.layout.component_bytes) == 2
         self.workers = SessionWorkers("dualpath-suffix")
         self.suffix = SuffixSender(
             scheduler.disagg_prefill_bootstrap_queue.kv_manager,
-            engine.memory.layout.page_tokens,
+            memory.layout.page_tokens,
             self.num_layers,
             scheduler.req_to_token_pool.req_to_token,
-            engine.config.send_by_layer or engine.config.layer_window > 0,
+            config.send_by_layer or config.layer_window > 0,
         )
         self.moved = MovedBytes(_nics_of(self.suffix), "engine")
-        self.window = self._open_window(engine)
+        self._deliveries = deliveries
+        self.window: LayerWindow | None = None
+        if 0 < config.layer_window < self.num_layers:
+            ring = LayerRing(self.num_layers, config.layer_window)
+            credits = self._credits(ring, list(config.agents), rank, credits_at)
+            rows = scheduler.req_to_token_pool.req_to_token
+            self.window = LayerWindow(
+                ring, memory, rows, self.suffix, deliveries, credits, self.workers
+            )
         self.leaving = LeavingRequests(scheduler)
         self.current: PrefillForward | None = None
         self._is_cuda = str(pool.device).startswith("cuda")
         self._pool = pool
-        self._deliveries = engine.deliveries
 
-    def _open_window(self, engine: EngineRuntime) -> LayerWindow | None:
-        if not 0 < engine.config.layer_window < self.num_layers:
-            return None
+    def _credits(
+        self, ring: LayerRing, agents: list[str], rank: int, credits_at: dict[str, CreditsAt]
+    ) -> CreditWriter:
         from sglang.srt.distributed.parallel_state import get_mooncake_transfer_engine
 
-        ring = LayerRing(self.num_layers, engine.config.layer_window)
-        transfer_engine = get_mooncake_transfer_engine()
-        return LayerWindow(
-            ring,
-            engine.memory,
-            engine.scheduler.req_to_token_pool.req_to_token,
-            self.suffix,
-            engine.deliveries,
-            CreditWriter(
-                ring,
-                engine.ranks.rank,
-                list(engine.config.agents),
-                engine.credits_at,
-                transfer_engine,
-                self.workers,
-            ),
-            self.workers,
-        )
+        engine = get_mooncake_transfer_engine()
+        return CreditWriter(ring, rank, agents, credits_at, engine, self.workers)
 
     def begin(self, batch: Any) -> None:
         """A batch's forward starts."""
@@ -179,117 +177,3 @@ class PrefillLayers:
 
 def _already() -> None:
     """A CPU has done its work when the call returns."""
-
-
-def _layers() -> PrefillLayers | None:
-    engine = runtime_if_up()
-    return engine.prefill_layers if engine is not None else None
-
-
-# ---- hooks ------------------------------------------------------------------------------
-
-
-def before_run_batch(scheduler: Any, batch: Any, *_: Any, **__: Any) -> None:
-    """BEFORE ``Scheduler.run_batch``."""
-    layers = _layers()
-    if layers is not None and batch.forward_mode.is_extend():
-        layers.begin(batch)
-
-
-def after_run_batch(result: Any, scheduler: Any, *_: Any, **__: Any) -> None:
-    """AFTER ``Scheduler.run_batch``."""
-    layers = _layers()
-    if layers is not None:
-        layers.end()
-
-
-def before_latent_write(pool: Any, layer: Any, *_: Any, **__: Any) -> None:
-    """BEFORE ``MLATokenToKVPool.set_mla_kv_buffer``, which some of MLA's routes on CUDA call
-    ahead of the attention. (Untested there.)"""
-    layers = _layers()
-    if layers is not None and layers.current is not None:
-        layers.current.before_attention(layer.layer_id)
-
-
-def around_attention(original: Any, attention: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND ``RadixAttention.forward``."""
-    layers = _layers()
-    forward = layers.current if layers is not None else None
-    if forward is None:
-        return original(attention, *args, **kwargs)
-    forward.before_attention(attention.layer_id)
-    result = original(attention, *args, **kwargs)
-    forward.after_attention(attention.layer_id)
-    return result
-
-
-def before_add_request(queue: Any, req: Any, *_: Any, **__: Any) -> None:
-    """BEFORE ``PrefillBootstrapQueue.add``."""
-    layers = _layers()
-    if layers is not None and layers.window is not None:
-        req.skip_radix_cache_insert = True
-
-
-def after_finish_loads(failed: list[Any], tree: Any, reqs: list[Any]) -> list[Any]:
-    """AFTER ``UnifiedRadixCache.finish_external_linker_loads``, at the end of a forward: drop
-    the requests whose prefix did not come. Ranks agree."""
-    layers = _layers()
-    forward = layers.current if layers is not None else None
-    if forward is None or forward.window is None:
-        return failed
-    from sglang.srt.managers.schedule_batch import FINISH_ABORT
-
-    reasons = forward.window.failed()
-    whole = torch.tensor([req.rid not in reasons for req in reqs], dtype=torch.int)
-    tree._all_reduce_attn_groups(whole, torch.distributed.ReduceOp.MIN)
-    lost = [req for req, is_whole in zip(reqs, whole.tolist(), strict=True) if not is_whole]
-    for req in lost:
-        log.warning("prefix lost rid=%s reason=%r", req.rid, reasons.get(req.rid, "other rank"))
-        req.discard_output_reason = FINISH_ABORT(
-            "External KV cache load failed", HTTPStatus.SERVICE_UNAVAILABLE
-        )
-    forward.window.abandon()
-    return failed + lost
-
-
-def around_add_transfer(
-    original: Any,
-    manager: Any,
-    room: int,
-    kv_indices: Any,
-    index_slice: slice,
-    is_last_chunk: bool,
-    *args: Any,
-    wait_event: Any = None,
-    **kwargs: Any,
-) -> Any:
-    """AROUND ``MooncakeKVManager.add_transfer_request``: a chunk whose layers went out by
-    themselves has no pages left to send; its message to the decode engine waits for them.
-    With a layer window others have nothing to send any more, so they fail."""
-    layers = _layers()
-    suffix = layers.suffix if layers is not None else None
-    sends = suffix.claim(room, index_slice.stop, is_last_chunk) if suffix is not None else None
-    if suffix is not None and sends is not None:
-        kv_indices = kv_indices[:0]
-        wait_event = SendsDone(partial(suffix.settle, room, sends))
-    elif layers is not None and layers.window is not None and len(kv_indices):
-        layers.suffix.refuse(room, "its KV could not leave layer by layer (unlike --tp?)")
-        return None
-    return original(
-        manager,
-        room,
-        kv_indices,
-        index_slice,
-        is_last_chunk,
-        *args,
-        wait_event=wait_event,
-        **kwargs,
-    )
-
-
-def around_drained_abort(original: Any, manager: Any, room: int) -> None:
-    """AROUND ``MooncakeKVManager._maybe_ack_drained_abort``: not while our writes are in
-    flight; the last of them asks again."""
-    layers = _layers()
-    if layers is None or not layers.suffix.is_in_flight(room):
-        original(manager, room)

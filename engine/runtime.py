@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -23,10 +23,12 @@ from engine.deliveries import Deliveries
 from engine.engine_config import EngineConfig
 from engine.jobs import Jobs
 from engine.kv_memory import KvMemory
+from engine.layer_window import LayerWindow
 from engine.model_digest import model_digest
 from engine.page_holds import PageHolds
 from engine.persist import Persister
 from engine.plans import Plans
+from engine.prefill_layers import PrefillLayers
 from engine.prefill_timing import PrefillTiming
 from engine.rank_group import CreditsAt, Event, JobOver, RankGroup, SilentLinks
 from storage.block import BlockKey, Namespace, block_keys
@@ -44,10 +46,6 @@ from transfer.messages import (
     RegisterEngine,
     UnknownEngine,
 )
-
-if TYPE_CHECKING:
-    from engine.layer_window import LayerWindow
-    from engine.prefill_layers import PrefillLayers
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +138,7 @@ class EngineRuntime:
             tell_failure=others.fail,
         )
         self.persister = self._open_persister()
-        self.prefill_layers: PrefillLayers | None = None
+        self.prefill_layers = self._open_prefill_layers()
         if self.ranks.is_leader:
             ControlServer(config.controls[attention_group], self.ranks.post, self.hello)
             threading.Thread(target=self._watch, name="dualpath-watch", daemon=True).start()
@@ -155,6 +153,18 @@ class EngineRuntime:
             self._on_message,
             self.jobs.agent_restarted,
             self._on_hello,
+        )
+
+    def _open_prefill_layers(self) -> PrefillLayers | None:
+        if self.config.role != "prefill":
+            return None
+        return PrefillLayers(
+            self.config,
+            self.scheduler,
+            self.memory,
+            self.deliveries,
+            self.ranks.rank,
+            self.credits_at,
         )
 
     def _open_persister(self) -> Persister:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sglang.srt.disaggregation.base import KVPoll
 
-from engine import prefill_layers
+from engine import prefill_layer_hooks
 from engine.prefill_layers import PrefillForward
 from engine.suffix_send import SuffixSender
 
@@ -227,7 +227,7 @@ def test_pages_that_no_forward_planned_are_left_to_sglang(manager, sender):
 def test_what_left_a_layer_window_unsent_ends_its_request(manager, sender, monkeypatch, has_window):
     """Its buffers have other layers' KV by now: SGLang must not send them."""
     layers = SimpleNamespace(suffix=sender, window=object() if has_window else None)
-    monkeypatch.setattr(prefill_layers, "_layers", lambda: layers)
+    monkeypatch.setattr(prefill_layer_hooks, "_layers", lambda: layers)
     req = request(sender, manager, 7, 8, [3, 4], [8, 9])
     manager.decode_kv_args_table[SESSION].dst_kv_item_len = PAGE_BYTES // 2
     forward(sender, req)
@@ -237,6 +237,6 @@ def test_what_left_a_layer_window_unsent_ends_its_request(manager, sender, monke
         sent.append(kv_indices.tolist())
 
     pages = np.array([3, 4])
-    prefill_layers.around_add_transfer(original, manager, 7, pages, slice(0, 2), True)
+    prefill_layer_hooks.around_add_transfer(original, manager, 7, pages, slice(0, 2), True)
     assert sent == ([] if has_window else [[3, 4]])
     assert ("--tp" in manager.concluded.get(7, "")) == has_window
