@@ -32,6 +32,7 @@ MODEL = "tiny"
 BLOCK_BYTES = PAGE_TOKENS * 8 * 2 * 2 * 64 * 4
 """KV of the model's block: a page, 8 layers, K and V, 2 heads of 64 in float32."""
 START_TIMEOUT_S = 240.0
+JOIN_TIMEOUT_S = 30.0
 STORED_TIMEOUT_S = 90.0
 STATUS_S = 0.6
 """Agents report five times a second: after so long the gateway has heard their last count."""
@@ -64,6 +65,16 @@ class Gateway:
         """What the scheduler sees: ``/admin/cluster``."""
         async with self._http.get("/admin/cluster") as response:
             return msgspec.json.decode(await response.read())
+
+    async def wait_joined(self, engines: set[str]) -> None:
+        """Until the gateway knows all of these: it is ready when it has heard of some."""
+
+        async def known() -> set[str]:
+            return {e["name"] for e in (await self.cluster())["engines"] if e["alive"]}
+
+        async with asyncio.timeout(JOIN_TIMEOUT_S):
+            while not engines <= await known():
+                await asyncio.sleep(0.1)
 
     async def drain(self, name: str, on: bool) -> None:
         """An engine gets no new requests while it is drained."""
@@ -199,7 +210,9 @@ async def in_cluster(
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
         url = f"http://{config.host}:{config.port}"
         async with aiohttp.ClientSession(url, timeout=timeout, read_bufsize=1 << 22) as http:
-            return await work(Gateway(http, supervised))
+            gateway = Gateway(http, supervised)
+            await gateway.wait_joined({r.name for r in records if r.kind == "engine"})
+            return await work(gateway)
 
     return await while_running(
         records, config.log_folder, config.start_timeout_s, supervised, at_the_gateway
