@@ -126,7 +126,7 @@ class _Records:
             argv=(
                 sys.executable,
                 "-m",
-                "engine.serve",
+                "sglang.launch_server",
                 *engine_flags(self.layout, node, ports),
             ),
             env={

@@ -187,7 +187,7 @@ class Cluster:
         """SGLang's own HTTP port of one engine."""
         for pid in self.pids(name):
             argv = psutil.Process(pid).cmdline()
-            if "engine.serve" in argv:
+            if "sglang.launch_server" in argv:
                 return f"http://127.0.0.1:{argv[argv.index('--port') + 1]}"
         raise AssertionError(f"{name} does not run")
 
