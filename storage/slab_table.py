@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
@@ -42,6 +43,8 @@ _ENTRY = np.dtype(
 )
 _RECORD = struct.Struct(f"<{KEY_BYTES}s{KEY_BYTES}sQQQQ")
 _CHECKSUM = struct.Struct(f"<Q{ENTRY_BYTES - RECORD.itemsize - 8}x")
+SECTOR_BYTES = 512
+"""The least that most disks write; an entry never lies in two."""
 _UNREADABLE = 0xFF
 """Takes the place of bytes that the disk does not give; no entry is right with it."""
 
@@ -98,7 +101,8 @@ def _checksums(entries: NDArray[np.void], slots: NDArray[np.int64]) -> NDArray[n
 
 
 class SlabTable:
-    """Reads and writes the table in the slab's file, in whole pages, as O_DIRECT wants it.
+    """Reads and writes the table in the slab's file: reads pages, and writes sectors, or pages
+    where the disk takes nothing less, as O_DIRECT wants it.
 
     An entry is written before the sync that makes its block durable, and so becomes durable
     with it. Whatever becomes of the other entries of its page when the power goes shows in
@@ -108,6 +112,7 @@ class SlabTable:
     def __init__(self, num_slots: int) -> None:
         self._num_slots = num_slots
         self._page = memoryview(mmap.mmap(-1, PAGE_BYTES))
+        self._unit_bytes = SECTOR_BYTES
         self._held: int | None = None
         """The page of the table that ``_page`` has: neighbours are often written in turn."""
         self._lock = threading.Lock()
@@ -141,8 +146,21 @@ class SlabTable:
                     at = slot % ENTRIES_PER_PAGE * ENTRY_BYTES
                     self._page[at : at + ENTRY_BYTES] = entries[slot]
                 self._held = None  # unless the write succeeds
-                transfer_fully(os.pwritev, fd, [self._page], page * PAGE_BYTES)
+                first, last = min(slots) % ENTRIES_PER_PAGE, max(slots) % ENTRIES_PER_PAGE
+                self._write_part(fd, page, first * ENTRY_BYTES, (last + 1) * ENTRY_BYTES)
                 self._held = page
+
+    def _write_part(self, fd: int, page: int, start: int, end: int) -> None:
+        """Bytes ``start`` to ``end`` of the page, and as little as possible around them."""
+        unit = self._unit_bytes
+        start, end = start // unit * unit, -(-end // unit) * unit
+        try:
+            transfer_fully(os.pwritev, fd, [self._page[start:end]], page * PAGE_BYTES + start)
+        except OSError as error:
+            if error.errno != errno.EINVAL or unit == PAGE_BYTES:
+                raise
+            self._unit_bytes = PAGE_BYTES
+            self._write_part(fd, page, start, end)
 
     def _hold(self, fd: int, page: int) -> None:
         if self._held != page:

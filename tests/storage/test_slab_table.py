@@ -17,7 +17,14 @@ from slab_files import flip, overwrite, table_bytes_of
 from storage.block import KEY_BYTES
 from storage.direct_io import PAGE_BYTES
 from storage.slab import Slab, slot_bytes_for
-from storage.slab_table import ENTRIES_PER_PAGE, ENTRY_BYTES, RECORD, decode_table, encode_table
+from storage.slab_table import (
+    ENTRIES_PER_PAGE,
+    ENTRY_BYTES,
+    RECORD,
+    decode_table,
+    encode_table,
+    table_bytes_for,
+)
 from storage.ssd_tier import SsdTier
 
 SLOT_BYTES = slot_bytes_for(len(payload_of(key_of(0))))
@@ -131,4 +138,24 @@ def test_a_page_of_the_table_that_cannot_be_read_costs_no_block(
     with monkeypatch.context() as patched:
         patched.setattr(os, "preadv", bad_page)
         _look(slab)
+    _look(slab)
+
+
+def test_a_disk_that_takes_whole_pages_only_gets_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, refused, table_bytes = os.pwritev, [], table_bytes_for(BLOCKS)
+
+    def pages_only(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if offset % PAGE_BYTES or sum(memoryview(each).nbytes for each in buffers) % PAGE_BYTES:
+            refused.append(offset < table_bytes)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "pwritev", pages_only)
+    tier = SsdTier(tmp_path, 16 * BLOCKS * SLOT_BYTES, no_wake, threads=2)
+    assert all(completion.error is None for completion in write(tier, *KEYS).values())
+    tier.close()
+    assert refused and all(refused), "entries alone are tried in less than a page"
+    (slab,) = tmp_path.glob("*.slab")
     _look(slab)
