@@ -47,8 +47,12 @@ def cluster(folder):
     flags += ["--max-total-tokens", str(POOL_TOKENS), "--dram-bytes", str(120 * BLOCK_BYTES)]
     flags += ["--read-timeout-s", "6", "--deliver-timeout-s", "6", "--load-policy", "always"]
     flags += ["--remote", (folder / "remote").as_uri()]
-    with running_cluster(folder / "cluster", *flags) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        # SGLang's 30 s: how long a decode engine keeps pages from which a prefill engine that
+        # was killed does not say that it writes no more. A suspended one goes on sooner.
+        patch.setenv("SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT", "12")
+        with running_cluster(folder / "cluster", *flags) as running:
+            yield running
 
 
 def ask(cluster: Cluster, seed: int):
