@@ -130,7 +130,7 @@ def _alone(record: ProcessRecord, name: str) -> ProcessRecord:
     else:
         del env[variable]
     alive = HealthCheck("http", ready.target)
-    return dataclasses.replace(record, name=name, env=env, ready=(ready,), alive=alive, after=())
+    return dataclasses.replace(record, name=name, env=env, ready=(ready,), alive=alive)
 
 
 class Client:
