@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.quota import estimate
 from benchmarks.quota.__main__ import goals
-from benchmarks.quota.engines import Client, Engine, Group
+from benchmarks.quota.engines import Client, Engine, Group, groups
 from benchmarks.quota.estimate import GPU, Estimated
 from benchmarks.quota.measure import Batch, Measured, Round, throughput_ratios
 from benchmarks.quota.workload import chunks_of, scaled
@@ -67,3 +67,10 @@ def test_every_goal_is_there_though_nothing_was_measured():
     rows = goals(Estimated(2, 1, 1, 1.0, 1.0, 1.0, 0.3), None, [])
     assert len({row.name for row in rows}) == NAMES
     assert [row.holds for row in rows] == [True, True] + [False] * (NAMES - 2)
+
+
+def test_engines_of_both_arms_are_the_launcher_s_without_agents(tmp_path):
+    arms, decode = groups(30000, tmp_path, quota_ms=200.0, fixed_tokens=896, tokens_max=8192)
+    names = [engine.record.name for arm in arms for engine in arm.engines]
+    assert names == ["quota-0", "quota-1", "fixed-0", "fixed-1"]
+    assert decode.record.name == "decode"
