@@ -9,6 +9,7 @@ that, and so on: with room for four requests, forwards of one and of three by tu
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 POLL_S = 0.001
@@ -27,10 +28,10 @@ class LeavingRequests:
         self._scheduler = scheduler
         self._given_up: set[str] = set()
 
-    def wait(self, poll: Any) -> list[Any]:
+    def wait(self, poll: Callable[[], list[Any]]) -> list[Any]:
         """``poll()`` returns requests that have left, whose pages it has freed. Returns all
         that left meanwhile."""
-        left: list[Any] = poll()
+        left = poll()
         for _ in range(POLLS_MAX):
             if not self._leaving() or not self._lacks_memory():
                 break

@@ -103,7 +103,7 @@ class Job(msgspec.Struct):
 
 async def store_contexts(gateway: Gateway, prompts: Sequence[list[int]], salt: str) -> None:
     """Have the cluster compute and store these prompts' KV; returns when it is durable."""
-    await asyncio.gather(*(_ask(gateway, prompt, 1, salt) for prompt in prompts))
+    await asyncio.gather(*(ask(gateway, prompt, 1, salt) for prompt in prompts))
     await gateway.wait_stored()
 
 
@@ -122,7 +122,7 @@ async def _run_agent(gateway: Gateway, work: Trajectories, agent: int, salt: str
     turns = []
     for number in range(work.shape.turns):
         prompt, sent_s = work.prompt(agent, number), time.monotonic()
-        output, trace = await _ask(gateway, prompt, work.shape.generate_tokens, salt)
+        output, trace = await ask(gateway, prompt, work.shape.generate_tokens, salt)
         if number == len(work.answers[agent]):
             work.answers[agent].append(output)
         read_bytes = sum(part["read_bytes"].get("remote", 0) for part in trace["readers"].values())
@@ -144,14 +144,15 @@ async def _run_agent(gateway: Gateway, work: Trajectories, agent: int, salt: str
 
 async def deliver_once(gateway: Gateway, prompt: list[int], salt: str) -> float:
     """Seconds from the plan of one request, alone, to the last byte of its hit in both engines."""
-    _, trace = await _ask(gateway, prompt, 1, salt)
+    _, trace = await ask(gateway, prompt, 1, salt)
     timings_s: dict[str, float] = trace["timings_s"]
     return timings_s["read"] + timings_s["deliver"]
 
 
-async def _ask(
+async def ask(
     gateway: Gateway, prompt: list[int], new_tokens: int, salt: str
 ) -> tuple[list[int], dict[str, Any]]:
+    """Tokens and trace of one greedy answer; raises ``ClusterFailed``."""
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
     body = {"input_ids": prompt, "sampling_params": sampling, "cache_salt": salt}
     answer, trace = await gateway.generate(body)

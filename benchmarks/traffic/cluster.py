@@ -11,13 +11,12 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from benchmarks.own_cluster import ClusterFailed
 from benchmarks.testbed.cluster import Gateway, cluster_config, in_cluster, records_on
-from benchmarks.testbed.workload import AgentShape, Trajectories
+from benchmarks.testbed.workload import AgentShape, Trajectories, ask
 from benchmarks.traffic.hosts import DEVICE, SETTINGS, Link
 from transfer.traffic.classes import TrafficClass
 
@@ -25,6 +24,7 @@ PREFILL, DECODE = "p0", "d0"
 PORT = 32300
 REQUESTS = 6
 OUTPUT_TOKENS = 13
+SALT = "traffic"
 
 
 class ClusterSample(msgspec.Struct):
@@ -62,25 +62,19 @@ async def _ask(link: Link, gateway: Gateway) -> ClusterSample:
     prompts = Trajectories(REQUESTS, AgentShape()).contexts
     before = link.sent_bytes(), moved_bytes(await gateway.metrics())
     for ids in prompts:
-        body = _body(ids)
-        cold, _ = await gateway.generate(body)
+        cold, _ = await ask(gateway, ids, OUTPUT_TOKENS, SALT)
         await gateway.wait_stored()
-        hit, trace = await gateway.generate(body)
+        hit, trace = await ask(gateway, ids, OUTPUT_TOKENS, SALT)
         if not trace["delivered_bytes"]:
             raise ClusterFailed("the prompt was no hit when asked for again")
         sample.requests += 2
-        sample.other_answers += cold["output_ids"] != hit["output_ids"]
+        sample.other_answers += cold != hit
     after = link.sent_bytes(), moved_bytes(await gateway.wait_stored())
     sample.link_bytes, sample.moved_bytes = (
         {name: now[name] - then[name] for name in now}
         for then, now in zip(before, after, strict=True)
     )
     return sample
-
-
-def _body(ids: list[int]) -> dict[str, Any]:
-    sampling = {"temperature": 0, "max_new_tokens": OUTPUT_TOKENS, "ignore_eos": True}
-    return {"input_ids": ids, "sampling_params": sampling}
 
 
 def moved_bytes(metrics: dict[str, float]) -> dict[str, int]:
