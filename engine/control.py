@@ -16,6 +16,7 @@ from transfer.messages import (
     Message,
     Ping,
     PlanAccepted,
+    PlanRefused,
     decode,
     encode,
 )
@@ -26,16 +27,19 @@ _QUEUE_MAX = 1000
 
 
 class ControlServer:
-    """A ROUTER socket served by one thread of its own. ``on_plan`` is called there."""
+    """A ROUTER socket served by one thread of its own. ``on_plan`` is called there, with plans
+    for the present ``namespace_digest``; others are refused."""
 
     def __init__(
         self,
         endpoint: str,
         on_plan: Callable[[EnginePlan | EndPlan], None],
         hello: Callable[[], EngineHello],
+        namespace_digest: Callable[[], bytes],
     ) -> None:
         self._on_plan = on_plan
         self._hello = hello
+        self._namespace_digest = namespace_digest
         self.malformed_total = 0
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -48,8 +52,7 @@ class ControlServer:
         while True:
             sender, *frames = self._socket.recv_multipart()
             try:
-                answer = self._answer(decode(frames[-1] if frames else b""))
-                if answer is not None:
+                for answer in self._answers(decode(frames[-1] if frames else b"")):
                     self._socket.send_multipart([sender, encode(answer)])
             except MalformedMessage as error:
                 self.malformed_total += 1
@@ -58,13 +61,15 @@ class ControlServer:
                 # Without this thread the engine would count as dead, whatever it serves.
                 log.exception("control message not answered")
 
-    def _answer(self, message: Message) -> Message | None:
+    def _answers(self, message: Message) -> list[Message]:
         match message:
             case Ping():
-                return self._hello()
+                return [self._hello()]
             case EnginePlan():
+                if message.namespace_digest != self._namespace_digest():
+                    return [self._hello(), PlanRefused(message.plan)]
                 self._on_plan(message)
-                return PlanAccepted(message.plan)
+                return [PlanAccepted(message.plan)]
             case EndPlan():
                 self._on_plan(message)
-        return None
+        return []

@@ -178,8 +178,7 @@ def around_commit(original: Any, queue: Any, decode_req: Any) -> Any:
     result = original(queue, decode_req)
     engine, req = runtime(), decode_req.req
     if req.finished_reason is None:  # SGLang found the metadata sound
-        plan = engine.plans.get(req.rid)
-        engine.persister.begin(req, len(plan.keys) if plan is not None else 0)
+        engine.persister.begin(req, engine.plans.get(req.rid))
     _release(req.rid)
     return result
 

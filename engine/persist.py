@@ -6,7 +6,8 @@ go on as if nothing happened. With no free DRAM slot the agent skips a block; wi
 pulls open the engine offers it later. The prefill engine persists nothing.
 
 A request keeps the namespace (weights) that it began with; blocks that fill after a weight
-update mix two versions and are stored under neither.
+update mix two versions and are stored under neither. Nor are those of a request that was
+planned under other weights than this engine's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from engine.block_keys import continue_chain, namespace_seed
 from engine.engine_config import EngineConfig
 from engine.jobs import Jobs
+from engine.plans import HeldPlan
 from engine.rank_group import SilentLinks
 from storage.block import NO_PARENT, BlockKey, block_keys, tenant_digest
 from transfer.client import AgentLinks
@@ -73,15 +75,20 @@ class Persister:
         self.stored_blocks_total = 0
         self.deferred_offers_total = 0
 
-    def begin(self, req: Any, stored_blocks: int) -> None:
-        """The prompt's KV is in this engine; its first ``stored_blocks`` came from the store,
+    def begin(self, req: Any, plan: HeldPlan | None) -> None:
+        """The prompt's KV is in this engine; the blocks that the plan names are in the store,
         the others are offered from now on."""
-        page = self._page_tokens
+        page, namespace_digest = self._page_tokens, self._namespace_digest()
+        if plan is not None and plan.namespace_digest != namespace_digest:
+            return  # the prefill engine has computed with other weights
+        keys = plan.keys if plan is not None else []
         last_hash = namespace_seed(req.extra_key, req.cache_salt)
-        stored = continue_chain(last_hash, req.origin_input_ids[: stored_blocks * page], page)
+        stored = continue_chain(last_hash, req.origin_input_ids[: len(keys) * page], page)
+        if block_keys(namespace_digest, stored) != keys:
+            stored = []  # a plan of another prompt
         salt = req.cache_salt or req.extra_key
         progress = _Progress(
-            *(self._namespace_digest(), len(stored), stored[-1] if stored else last_hash),
+            *(namespace_digest, len(stored), stored[-1] if stored else last_hash),
             tenant_digest(salt) if salt else "",
         )
         self._progress[req.rid] = progress

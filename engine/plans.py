@@ -20,6 +20,7 @@ class HeldPlan(msgspec.Struct, frozen=True):
 
     plan: int
     rid: str
+    namespace_digest: bytes
     keys: list[BlockKey]
     agents: list[str]
     reader: list[int]
@@ -42,6 +43,7 @@ class Plans:
         held = HeldPlan(
             message.plan,
             message.rid,
+            message.namespace_digest,
             message.keys,
             message.agents,
             message.reader,

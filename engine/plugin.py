@@ -172,7 +172,7 @@ TOUCH_POINTS = (
         "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue.add",
         "BEFORE",
         "engine.prefill_layer_hooks:before_add_request",
-        "layer window: nothing stays in the pool, so nothing enters the radix tree",
+        "refuse what was planned under other weights; layer window: nothing enters the radix tree",
         "prefill",
     ),
     TouchPoint(

@@ -56,10 +56,23 @@ def around_attention(original: Any, attention: Any, *args: Any, **kwargs: Any) -
 
 
 def before_add_request(queue: Any, req: Any, *_: Any, **__: Any) -> None:
-    """BEFORE ``PrefillBootstrapQueue.add``."""
+    """BEFORE ``PrefillBootstrapQueue.add``, which drops a request that is to be aborted."""
+    _refuse_other_weights(req)
     layers = _layers()
     if layers is not None and layers.window is not None:
         req.skip_radix_cache_insert = True
+
+
+def _refuse_other_weights(req: Any) -> None:
+    """Abort a request whose plan was accepted before the last weight update: its decode engine
+    would take this engine's KV for that of the older weights. The gateway plans it again."""
+    engine = runtime_if_up()
+    if engine is None:
+        return
+    plan = engine.plans.get(req.rid)
+    if plan is not None and plan.namespace_digest != engine.namespace_digest:
+        reason = "the weights were updated after this request was planned"
+        req.set_finish_with_abort(reason, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError")
 
 
 def after_finish_loads(failed: list[Any], tree: Any, reqs: list[Any]) -> list[Any]:

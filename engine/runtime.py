@@ -140,9 +140,12 @@ class EngineRuntime:
         self.persister = self._open_persister()
         self.prefill_layers = self._open_prefill_layers()
         if self.ranks.is_leader:
-            ControlServer(config.controls[attention_group], self.ranks.post, self.hello)
-            threading.Thread(target=self._watch, name="dualpath-watch", daemon=True).start()
+            self._listen(config.controls[attention_group])
         self._say_up()
+
+    def _listen(self, endpoint: str) -> None:
+        ControlServer(endpoint, self.ranks.post, self.hello, lambda: self.namespace_digest)
+        threading.Thread(target=self._watch, name="dualpath-watch", daemon=True).start()
 
     def _open_links(self) -> AgentLinks | SilentLinks:
         if not self.ranks.is_leader:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 import zmq.asyncio
 
 from launch.gateway_config import GatewayConfig
+from launch.gateway_errors import AttemptFailed
 from launch.peers import AgentPeer, EnginePeer, Peer, PeerUnreachable
 from scheduler.plan import Plan
 from scheduler.scheduler import Scheduler
@@ -31,6 +32,7 @@ from transfer.messages import (
     EnginePlan,
     Ping,
     PlanAccepted,
+    PlanRefused,
     ReadShare,
     ReleasePlan,
     ShareRead,
@@ -58,7 +60,7 @@ class ControlPlane:
         self.agents = {n: AgentPeer(n, e, self._context) for n, e in config.agents.items()}
         self.engines = {a.name: EnginePeer(a, self._context) for a in config.engines}
         self._shares: dict[tuple[int, str], asyncio.Future[ShareRead | None]] = {}
-        self._accepts: dict[tuple[int, str], asyncio.Future[None]] = {}
+        self._accepts: dict[tuple[int, str], asyncio.Future[bool]] = {}
         self.on_delivered: dict[int, Callable[[Delivered], None]] = {}
         """By plan: who wants to hear of its deliveries."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -224,10 +226,10 @@ class ControlPlane:
             match message:
                 case EngineHello():
                     self._engine_hello(engine, message)
-                case PlanAccepted():
+                case PlanAccepted() | PlanRefused():
                     future = self._accepts.get((message.plan, engine.name))
                     if future is not None and not future.done():
-                        future.set_result(None)
+                        future.set_result(isinstance(message, PlanAccepted))
                 case _:
                     engine.malformed_total += 1
 
@@ -280,9 +282,11 @@ class ControlPlane:
             if reader == agent and not future.done():
                 future.set_result(None)
 
-    async def place(self, plan: Plan) -> list[str]:
-        """Hand the plan to both engines; returns those that did not accept it in time."""
-        message = EnginePlan(plan.plan, plan.rid, plan.keys, plan.agents, plan.reader, HOLD_S)
+    async def place(self, plan: Plan, namespace_digest: bytes) -> None:
+        """Hand the plan to both engines. Raises :class:`AttemptFailed` if one refuses it, or
+        does not accept it in time."""
+        brought = plan.keys, plan.agents, plan.reader
+        message = EnginePlan(plan.plan, plan.rid, namespace_digest, *brought, HOLD_S)
         futures = {}
         for name in (plan.prefill, plan.decode):
             future = asyncio.get_running_loop().create_future()
@@ -293,7 +297,12 @@ class ControlPlane:
         finally:
             for name in futures:
                 del self._accepts[plan.plan, name]
-        return [name for name, future in futures.items() if not future.done()]
+        silent = [name for name, future in futures.items() if not future.done()]
+        if silent:
+            raise AttemptFailed(f"{' and '.join(silent)} took no plan", frozenset(silent))
+        refused = [name for name, future in futures.items() if not future.result()]
+        if refused:
+            raise AttemptFailed(f"{' and '.join(refused)} had other weights than planned for")
 
     def release(self, plan: int, agents: Iterable[str]) -> None:
         """The readers need not keep the plan's blocks any longer."""

@@ -65,6 +65,7 @@ class RequestWalk:
         self._tried: frozenset[str] = frozenset()
         """Engines of the failed attempt. Its error does not tell which one was at fault."""
         self._page_tokens = 0
+        self._namespace_digest = b""
         self.task = asyncio.create_task(self._run())
 
     def cancel(self) -> None:
@@ -198,6 +199,7 @@ class RequestWalk:
             if namespace is None:
                 raise Unavailable("; ".join(plane.troubles()) or "no engine is ready")
             self._page_tokens = namespace.layout.page_tokens
+            self._namespace_digest = namespace.digest()
             request = PlanRequest(
                 rid=self._rid,
                 prompt_tokens=len(self.part.token_ids or ()),
@@ -256,9 +258,7 @@ class RequestWalk:
 
     async def _hand_over(self, plan: Plan) -> None:
         begun_s = time.monotonic()
-        refused = await self._services.plane.place(plan)
-        if refused:
-            raise AttemptFailed(f"{' and '.join(refused)} took no plan", frozenset(refused))
+        await self._services.plane.place(plan, self._namespace_digest)
         self.trace.clock("plan", begun_s)
 
     async def _compute(self, plan: Plan, block: Interruptible, exchange: Exchange) -> None:

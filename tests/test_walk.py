@@ -323,7 +323,7 @@ def test_a_weight_update_makes_older_blocks_unreachable(cluster, plain, other_mo
     for engine in ("p0", "d0", "d1"):
         url = f"{cluster.engine_url(engine)}/update_weights_from_disk"
         assert post(url, {"model_path": str(other_model)}).body["success"]
-    cluster.wait_healthy(20)
+    cluster.wait_healthy(20)  # soon true, also while the gateway knows the earlier weights only
     answer = cluster.generate(OTHER_PROMPT)
     assert answer.output_ids == other_tokens
     assert answer.cached_tokens == 0

@@ -240,6 +240,8 @@ class EnginePlan(_Message):
 
     plan: int
     rid: str
+    namespace_digest: bytes
+    """Of the weights and the layout that both engines must have."""
     keys: list[BlockKey]
     agents: list[str]
     reader: list[int]
@@ -298,6 +300,12 @@ class PlanAccepted(_Message):
     plan: int
 
 
+class PlanRefused(_Message):
+    """The engine is of another namespace by now: its ``EngineHello`` has just been sent."""
+
+    plan: int
+
+
 Message = (
     Ping
     | AgentHello
@@ -319,6 +327,7 @@ Message = (
     | EndPlan
     | EngineHello
     | PlanAccepted
+    | PlanRefused
 )
 
 _encoder = msgspec.msgpack.Encoder()

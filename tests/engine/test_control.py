@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import msgspec
 import pytest
 import zmq
 
+from engine import prefill_layer_hooks
 from engine.control import ControlServer
 from engine.plans import Plans
 from storage.block import BlockLayout, Namespace
-from transfer.messages import EndPlan, EngineHello, EnginePlan, Ping, PlanAccepted, decode, encode
+from transfer.messages import (
+    EndPlan,
+    EngineHello,
+    EnginePlan,
+    Ping,
+    PlanAccepted,
+    PlanRefused,
+    decode,
+    encode,
+)
 
 NAMESPACE = Namespace("model", "1", "float32", BlockLayout(64, 1, (8,)))
 HELLO = EngineHello("p0", "prefill", 1, NAMESPACE, 8998, "", 0, 0, 0, 100, None, {})
@@ -37,11 +50,11 @@ def test_an_answer_that_fails_does_not_end_the_thread(client, tmp_path, caplog):
     def on_plan(message: EnginePlan | EndPlan) -> None:
         plans.put(message) if isinstance(message, EnginePlan) else plans.drop(message.rid)
 
-    server = ControlServer(endpoint, on_plan, hello)
+    server = ControlServer(endpoint, on_plan, hello, NAMESPACE.digest)
     client.connect(endpoint)
     client.send(encode(Ping()))
     client.send(b"rubbish")
-    client.send(encode(EnginePlan(7, "rid", [], [], [], 60.0)))
+    client.send(encode(EnginePlan(7, "rid", NAMESPACE.digest(), [], [], [], 60.0)))
     client.send(encode(Ping()))
     assert decode(client.recv()) == PlanAccepted(7)
     assert decode(client.recv()) == HELLO
@@ -49,6 +62,30 @@ def test_an_answer_that_fails_does_not_end_the_thread(client, tmp_path, caplog):
     assert "a bug in the report" in caplog.text
     assert plans.get("rid") is not None
     client.send(encode(EndPlan(7, "rid")))
-    client.send(encode(EnginePlan(8, "other", [], [], [], 60.0)))
+    client.send(encode(EnginePlan(8, "other", NAMESPACE.digest(), [], [], [], 60.0)))
     assert decode(client.recv()) == PlanAccepted(8)
     assert plans.get("rid") is None
+
+
+def test_a_plan_for_other_weights_is_refused_and_the_present_ones_are_told(client, tmp_path):
+    endpoint = f"ipc://{tmp_path}/control"
+    plans = Plans()
+    ControlServer(endpoint, plans.put, lambda: HELLO, NAMESPACE.digest)
+    client.connect(endpoint)
+    client.send(encode(EnginePlan(7, "rid", b"earlier weights", [], [], [], 60.0)))
+    assert decode(client.recv()) == HELLO
+    assert decode(client.recv()) == PlanRefused(7)
+    assert plans.get("rid") is None
+
+
+@pytest.mark.parametrize(("weights", "aborted"), [("1", 0), ("2", 1)])
+def test_a_request_that_arrives_after_a_weight_update_is_aborted(weights, aborted, monkeypatch):
+    plans, aborts = Plans(), []
+    plans.put(EnginePlan(7, "rid", NAMESPACE.digest(), [], [], [], 60.0))
+    present = msgspec.structs.replace(NAMESPACE, weight_version=weights).digest()
+    engine = SimpleNamespace(plans=plans, namespace_digest=present, prefill_layers=None)
+    monkeypatch.setattr(prefill_layer_hooks, "runtime_if_up", lambda: engine)
+    for rid in ("rid", "without a plan"):
+        req = SimpleNamespace(rid=rid, set_finish_with_abort=lambda *reason: aborts.append(reason))
+        prefill_layer_hooks.before_add_request(None, req)
+    assert len(aborts) == aborted

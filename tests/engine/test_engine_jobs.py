@@ -116,7 +116,7 @@ def test_the_board_is_bounded():
 
 
 def _plan(number, rid, deadline_s=10.0):
-    return EnginePlan(number, rid, [b"k" * 32], ["agent-d0"], [0], deadline_s)
+    return EnginePlan(number, rid, b"n" * 32, [b"k" * 32], ["agent-d0"], [0], deadline_s)
 
 
 def test_plans_are_bounded_and_expire():

@@ -154,6 +154,8 @@ class StubEngine(ControlStub):
             case m.Ping():
                 return [self.hello()]
             case m.EnginePlan():
+                if message.namespace_digest != self.hello().namespace.digest():
+                    return [self.hello(), m.PlanRefused(message.plan)]
                 return [m.PlanAccepted(message.plan)]
         return []
 

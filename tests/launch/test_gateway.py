@@ -21,6 +21,7 @@ from gateway_client import (
 from gateway_stubs import NAMESPACE, PREFILL_LOGPROBS, WORDS
 from gateway_stubs import running_cluster as cluster_of
 
+from launch import control_plane
 from transfer import messages as m
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
@@ -304,6 +305,20 @@ async def test_engines_of_another_namespace_are_not_paired() -> None:
         second.hello_changes = {"namespace": other}
         await cluster.until(lambda: peers[second.name].hello.namespace == other)
         assert (await post(cluster, "/generate", GENERATE))[0] == 503
+
+
+async def test_a_request_planned_for_weights_that_were_just_updated_is_planned_again(monkeypatch):
+    async with cluster_of() as cluster:
+        assert (await post(cluster, "/generate", GENERATE))[0] == 200
+        monkeypatch.setattr(control_plane, "PING_S", 60.0)  # nobody tells the gateway
+        updated = msgspec.structs.replace(NAMESPACE, weight_version="2")
+        for engine in cluster.engines:
+            engine.hello_changes = {"namespace": updated}
+        status, _, trace = await post(cluster, "/generate", GENERATE)
+        assert (status, trace["attempts"]) == (200, 2)
+        for engine in cluster.engines:
+            assert engine.got(m.EnginePlan)[-1].namespace_digest == updated.digest()
+            assert len(engine.bodies) == 2  # no request reached an engine of other weights
 
 
 async def test_requests_name_the_attention_groups_of_their_engines() -> None:
