@@ -84,7 +84,8 @@ class Rank:
 
     def start(self, pages: list[int], agents: list[str]):
         reader = [i % len(agents) for i in range(len(pages))]
-        plan = HeldPlan(1, "r", [bytes([p]) * 32 for p in pages], agents, reader, 1e9)
+        keys = [bytes([p]) * 32 for p in pages]
+        plan = HeldPlan(1, "r", b"n" * 32, keys, agents, reader, 1e9)
         return self.deliveries.start(plan, 0, pages)
 
 
