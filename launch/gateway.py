@@ -77,7 +77,8 @@ def create_app(config: GatewayConfig, run_folder: Path | None = None) -> FastAPI
         first_plan = int(time.time() * 1000) * PLANS_PER_MS
         scheduler = Scheduler(config.path_policy, config.scheduler, first_plan)
         plane = ControlPlane(config, scheduler)
-        services = Services(config, scheduler, plane, Orders(scheduler, run_folder))
+        orders = Orders(scheduler, [peer.name for peer in plane.peers()], run_folder)
+        services = Services(config, scheduler, plane, orders)
         app.state.services = services
         services.start()
         yield
@@ -232,9 +233,8 @@ def _admin_routes(app: FastAPI) -> None:
         try:
             services.orders.drain(asked.name, asked.on)
         except KeyError as error:
-            view = services.scheduler.cluster(time.monotonic())
-            names = [known["name"] for known in (*view["engines"], *view["agents"])]
-            raise NotFound(f"no engine or agent {asked.name!r}: {', '.join(names)}") from error
+            names = ", ".join(services.orders.names)
+            raise NotFound(f"no engine or agent {asked.name!r}: there are {names}") from error
         log.info("drain name=%s on=%s", asked.name, asked.on)
         services.plane.changed.set()
         return _json({"name": asked.name, "draining": asked.on})

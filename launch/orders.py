@@ -6,6 +6,7 @@ cluster begins as its flags say.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -25,17 +26,21 @@ class _Kept(msgspec.Struct, forbid_unknown_fields=True):
 class Orders:
     """Gives operators' orders to the scheduler, those before a restart included.
 
-    Without a ``run_folder`` they are kept in memory only.
+    ``names`` are all engines and agents of the configuration: they can be told before they
+    have reported, as after a restart. Without a ``run_folder`` orders are kept in memory only.
     """
 
-    def __init__(self, scheduler: Scheduler, run_folder: Path | None) -> None:
+    def __init__(
+        self, scheduler: Scheduler, names: Collection[str], run_folder: Path | None
+    ) -> None:
+        self.names = names
         self._scheduler = scheduler
         self._file = run_folder / "orders.json" if run_folder is not None else None
         self._kept = self._read()
         if self._kept.path_policy is not None:
             scheduler.set_policy(self._kept.path_policy)
         for name in self._kept.drained:
-            scheduler.drain_when_seen(name)
+            scheduler.drain(name, True)
 
     def set_policy(self, name: str) -> None:
         """Another path policy from the next plan on; raises ``UnknownPolicy``."""
@@ -45,6 +50,8 @@ class Orders:
 
     def drain(self, name: str, on: bool) -> None:
         """Nothing new for an engine or an agent, or again; raises ``KeyError``."""
+        if name not in self.names:
+            raise KeyError(name)
         self._scheduler.drain(name, on)
         if on:
             self._kept.drained.add(name)

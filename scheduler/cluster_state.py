@@ -69,8 +69,8 @@ class Processes:
         self.incarnation: list[int] = []
         self.last_seen_s: Floats = np.empty(0)
         self.draining: Mask = np.empty(0, bool)
-        self.drain_when_seen: set[str] = set()
-        """Names not seen yet that are to get nothing."""
+        self.drained: set[str] = set()
+        """Names that are to get nothing new, also those not seen yet."""
         self.promised: Floats = np.empty((0, kinds))
         self._promises: list[dict[int, tuple[Floats, float]]] = []
         """By row and plan: how much of each kind, and when the process got it."""
@@ -88,8 +88,17 @@ class Processes:
         if row == len(self.last_seen_s):
             self._grow(max(8, 2 * row))
         self.last_seen_s[row] = -np.inf
-        self.draining[row] = name in self.drain_when_seen
+        self.draining[row] = name in self.drained
         return row
+
+    def drain(self, name: str, on: bool) -> None:
+        """Give the process nothing new, or again; also one that has not been seen yet."""
+        if on:
+            self.drained.add(name)
+        else:
+            self.drained.discard(name)
+        if name in self.row_of:
+            self.draining[self.row_of[name]] = on
 
     def _grow(self, rows: int) -> None:
         for column in self._columns:

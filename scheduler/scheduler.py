@@ -174,19 +174,10 @@ class Scheduler:
             self.directory.forget(name, agents.incarnation[agents.row_of[name]])
 
     def drain(self, name: str, on: bool) -> None:
-        """Give an engine or an agent nothing new, or again; raises ``KeyError``."""
+        """Give an engine or an agent nothing new, or again; also before it has reported."""
         for processes in (self.state.engines, self.state.agents):
-            row = processes.row_of.get(name)
-            if row is not None:
-                processes.draining[row] = on
-                self.state.changed()
-                return
-        raise KeyError(name)
-
-    def drain_when_seen(self, name: str) -> None:
-        """The same for an engine or an agent that has not reported yet."""
-        for processes in (self.state.engines, self.state.agents):
-            processes.drain_when_seen.add(name)
+            processes.drain(name, on)
+        self.state.changed()
 
     def announce(
         self,

@@ -8,6 +8,8 @@ from launch.orders import Orders
 from scheduler.policies import UnknownPolicy
 from scheduler.scheduler import Scheduler
 
+NAMES = ("d0", "d1", "agent-d0")
+
 
 def seen(scheduler: Scheduler) -> set[str]:
     """Report two engines of one agent; those that may get requests."""
@@ -40,28 +42,40 @@ def seen(scheduler: Scheduler) -> set[str]:
 
 def test_a_restarted_gateway_obeys_the_orders_that_still_stand(tmp_path):
     first = Scheduler("prefill")
-    orders = Orders(first, tmp_path)
+    orders = Orders(first, NAMES, tmp_path)
     assert seen(first) == {"d0", "d1", "agent-d0"}
     orders.set_policy("split")
     for name, on in (("d0", True), ("d1", True), ("agent-d0", True), ("d1", False)):
         orders.drain(name, on)
     second = Scheduler("prefill")
-    again = Orders(second, tmp_path)
+    again = Orders(second, NAMES, tmp_path)
     assert second.policy == "split"
     assert seen(second) == {"d1"}
     again.drain("d0", False)
     assert seen(second) == {"d0", "d1"}
     third = Scheduler("prefill")
-    Orders(third, tmp_path)
+    Orders(third, NAMES, tmp_path)
+    assert seen(third) == {"d0", "d1"}
+
+
+def test_an_engine_is_taken_back_before_it_reports_to_a_restarted_gateway(tmp_path):
+    Orders(Scheduler("prefill"), NAMES, tmp_path).drain("d0", True)
+    restarted = Scheduler("prefill")
+    orders = Orders(restarted, NAMES, tmp_path)
+    orders.drain("d0", False)
+    orders.drain("agent-d0", True)
+    assert seen(restarted) == {"d0", "d1"}
+    third = Scheduler("prefill")
+    Orders(third, NAMES, tmp_path)
     assert seen(third) == {"d0", "d1"}
 
 
 def test_an_order_that_cannot_be_followed_is_not_kept(tmp_path):
-    orders = Orders(Scheduler("prefill"), tmp_path)
+    orders = Orders(Scheduler("prefill"), NAMES, tmp_path)
     with pytest.raises(UnknownPolicy):
         orders.set_policy("none")
     with pytest.raises(KeyError):
         orders.drain("d7", True)
     again = Scheduler("prefill")
-    Orders(again, tmp_path)
+    Orders(again, NAMES, tmp_path)
     assert again.policy == "prefill" and seen(again) == {"d0", "d1", "agent-d0"}
