@@ -147,10 +147,14 @@ class Cluster:
         before = {agent["name"]: agent["incarnation"] for agent in self.state()["agents"]}
         for name in before:
             self.signal(name, signal.SIGKILL)
+        self.wait_restarted(before)
+
+    def wait_restarted(self, agents: dict[str, int]) -> None:
+        """Until agents that were killed, with these incarnations, are back and of use."""
 
         def back() -> bool:
             now = self.incarnations("agents")
-            return all(now.get(name, 0) > before[name] for name in before)
+            return all(now.get(name, 0) > before for name, before in agents.items())
 
         self.wait_until(back, 30, "agents restarted")
         time.sleep(2)  # engines register with the new agents, which announce what they hold
@@ -204,6 +208,26 @@ class Cluster:
         """Until ``/health`` is 200."""
         self.wait_until(lambda: get(f"{self.url}/health")[0] == 200, timeout_s, "health")
 
+    def wait_complete(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Until the gateway has heard from every agent and engine of the layout: ``/health`` is
+        200 when it knows one prefill and one decode engine."""
+
+        def complete() -> bool:
+            up = [value for name, value in self.metrics().items() if "peer_up{" in name]
+            known = self.incarnations("agents").keys() | self.incarnations("engines").keys()
+            return 0 < len(up) == sum(up) == len(known)
+
+        self.wait_until(complete, timeout_s, "every agent and engine is known")
+
+    def wait_unharmed(self, engines: dict[str, int]) -> None:
+        """Until the gateway hears from all these incarnations of engines: on a busy machine one
+        can be late with a sign of life. One that had to be started anew never comes."""
+
+        def unharmed() -> bool:
+            return self.incarnations("engines") == engines
+
+        self.wait_until(unharmed, 20, f"the engines are still {engines}")
+
     def wait_until(self, holds: Any, timeout_s: float, what: str) -> None:
         deadline = time.monotonic() + timeout_s
         while True:
@@ -252,8 +276,9 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(folder: Path, *flags: str, wait: bool = True) -> Iterator[Cluster]:
-    """Start a cluster on free ports with its store and logs under ``folder``."""
+def running_cluster(folder: Path, *flags: str) -> Iterator[Cluster]:
+    """A cluster on free ports with its store and logs under ``folder``; all of it is known to
+    the gateway."""
     port = free_port_block(500)
     log_dir = folder / "logs"
     argv = [sys.executable, "-m", "launch.cluster", "--port", str(port)]
@@ -265,8 +290,7 @@ def running_cluster(folder: Path, *flags: str, wait: bool = True) -> Iterator[Cl
         process = subprocess.Popen([*argv, *flags], stdout=output, stderr=output)
     cluster = Cluster(process, f"http://127.0.0.1:{port}", log_dir, list(flags))
     try:
-        if wait:
-            cluster.wait_healthy()
+        cluster.wait_complete()
         yield cluster
     finally:
         try:

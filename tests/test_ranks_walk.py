@@ -101,7 +101,7 @@ def test_two_ranks_on_both_sides_with_a_layer_window(folder, plain):
 def check_agents_that_die(cluster, plain) -> None:
     """kill -9 of both agents while they deliver: each answer is right, and no page leaks
     (SGLang's own check is on and would end the engine)."""
-    engines = cluster.incarnations("engines")
+    engines, agents = cluster.incarnations("engines"), cluster.incarnations("agents")
     turns = [prompt(3000, 3000) + prompt(20, 50 + i) for i in range(6)]
     cluster.flush_engines()
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
@@ -110,11 +110,10 @@ def check_agents_that_die(cluster, plain) -> None:
         for agent in ("agent-p0", "agent-d0"):
             cluster.signal(agent, signal.SIGKILL)
         assert [a.result().output_ids for a in answers] == [plain(turn) for turn in turns]
-    cluster.wait_until(lambda: len(cluster.incarnations("agents")) == 2, 30, "agents are back")
-    time.sleep(2)
+    cluster.wait_restarted(agents)
     cluster.flush_engines()
     assert cluster.generate(turns[0]).output_ids == plain(turns[0])
-    assert cluster.incarnations("engines") == engines
+    cluster.wait_unharmed(engines)
 
 
 @pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(2, 1), (1, 2)])
@@ -197,4 +196,4 @@ def test_attention_groups_at_work_together(folder, mla):
         for group in ("p0.0", "p0.1"):
             for count in ("engine_quota_batches_total", "engine_read_back_pages_total"):
                 assert cluster.metric_sum(f'{count}{{engine="{group}"') > 0
-        assert cluster.incarnations("engines") == incarnations
+        cluster.wait_unharmed(incarnations)

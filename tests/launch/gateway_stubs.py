@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
-import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
 import uvicorn
-import zmq
-import zmq.asyncio
 from aiohttp import ClientSession, web
+from control_stub import ControlStub, free_port
 
 from launch.gateway import create_app
 from launch.gateway_config import EngineAddress, GatewayConfig
@@ -31,59 +28,6 @@ PAGE_TOKENS = 4
 WORDS = ["one ", "two ", "three"]
 NAMESPACE = Namespace("model", "1", "float32", BlockLayout(PAGE_TOKENS, 2, (8, 8)))
 PREFILL_LOGPROBS = [[-0.5, 7, None]]
-_incarnations = itertools.count(1)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class ControlStub:
-    """A ROUTER that answers through ``answers(message)``, a list of messages."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.incarnation = next(_incarnations)
-        self.endpoint = f"tcp://127.0.0.1:{free_port()}"
-        self.silent = False
-        self.received: list[Any] = []
-        self.client: bytes = b""
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(self.endpoint)
-        self._task = asyncio.create_task(self._serve())
-
-    async def _serve(self) -> None:
-        while True:
-            self.client, frame = await self._socket.recv_multipart()
-            if self.silent:
-                continue
-            message = m.decode(frame)
-            if not isinstance(message, m.Ping):
-                self.received.append(message)
-            for answer in self.answers(message):
-                await self.push(answer)
-
-    async def push(self, message: Any) -> None:
-        await self._socket.send_multipart([self.client, m.encode(message)])
-
-    async def push_raw(self, frame: bytes) -> None:
-        await self._socket.send_multipart([self.client, frame])
-
-    def answers(self, message: Any) -> list[Any]:
-        raise NotImplementedError
-
-    def got(self, kind: type[Any]) -> list[Any]:
-        return [message for message in self.received if isinstance(message, kind)]
-
-    async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        self._socket.close(0)
-        self._context.destroy(0)
 
 
 class StubAgent(ControlStub):
@@ -123,11 +67,6 @@ class StubAgent(ControlStub):
         news = m.Announcement(self.incarnation, self.sequence, snapshot, changes)
         self.sequence += 1
         return news
-
-    async def announce(self, keys: list[BlockKey]) -> None:
-        self.held += keys
-        await self.push(self.announcement(keys, snapshot=False))
-        await asyncio.sleep(0.05)
 
 
 class StubEngine(ControlStub):
@@ -307,7 +246,7 @@ class StubCluster:
     """A gateway in front of stubs: P engines on node ``node-p``, D engines on ``node-d``."""
 
     def __init__(
-        self, prefills: int, decodes: int, heartbeat_timeout_s: float = 2.0, **config: Any
+        self, prefills: int, decodes: int, heartbeat_timeout_s: float = 5.0, **config: Any
     ) -> None:
         rooms: dict[int, asyncio.Event] = {}
         self.agents = {name: StubAgent(name) for name in ("node-p", "node-d")}
@@ -372,6 +311,16 @@ class StubCluster:
             and len(known.engines.names) == len(self.engines)
             and all(agent.synced for agent in plane.agents.values())
             and len(known.agents.names) == len(self.agents)
+        )
+
+    async def announce(self, agent: str, keys: list[BlockKey]) -> None:
+        """Have an agent hold these blocks, and the gateway know."""
+        stub, directory = self.agents[agent], self.services.scheduler.directory
+        stub.held += keys
+        await stub.push(stub.announcement(keys, snapshot=False))
+        holders = frozenset([agent])
+        await self.until(
+            lambda: sum(run.blocks for run in directory.lookup(keys, holders)) == len(keys)
         )
 
     async def until(self, condition: Any, timeout_s: float = 10.0) -> None:

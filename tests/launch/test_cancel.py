@@ -72,7 +72,7 @@ PLACES = [_tokenizing, _queued, _planning, _reading, _handed_over, _running, _st
 async def test_a_request_is_cancelled_wherever_it_is(place, way, monkeypatch) -> None:
     monkeypatch.setattr(request_walk, "ABORT_GRACE_S", 0.2)
     async with cluster_of(path_policy="prefill", heartbeat_timeout_s=10) as cluster:
-        await cluster.agents["node-p"].announce(keys_of(PROMPT))
+        await cluster.announce("node-p", keys_of(PROMPT))
         cluster.others = []
         there = await place(cluster)
         body = {**CHAT, "rid": "mine", "stream": place is _streaming}

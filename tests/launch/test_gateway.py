@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
 async def test_hits_travel_and_the_trace_says_so() -> None:
     async with cluster_of(path_policy="decode") as cluster:
         agent = cluster.agents["node-d"]
-        await agent.announce(keys_of(PROMPT)[:2])
+        await cluster.announce(agent.name, keys_of(PROMPT)[:2])
         status, answer, trace = await post(cluster, "/v1/chat/completions", CHAT)
         assert status == 200
         assert answer["choices"][0]["message"]["content"] == TEXT
@@ -58,7 +58,7 @@ async def test_hits_travel_and_the_trace_says_so() -> None:
 
 async def test_tenants_with_other_salts_miss() -> None:
     async with cluster_of() as cluster:
-        await cluster.agents["node-p"].announce(keys_of(PROMPT, cache_salt="a"))
+        await cluster.announce("node-p", keys_of(PROMPT, cache_salt="a"))
         for salt, hit_blocks in (("a", 3), ("b", 0), ("", 0)):
             body = {"prompt": PROMPT, "cache_salt": salt}
             _, _, trace = await post(cluster, "/v1/completions", body)
@@ -120,7 +120,7 @@ async def test_a_failed_attempt_is_repeated_without_the_cache(
     side: str, fault: str, stream: bool
 ) -> None:
     async with cluster_of(prefills=2, decodes=2) as cluster:
-        await cluster.agents["node-p"].announce(keys_of(PROMPT))
+        await cluster.announce("node-p", keys_of(PROMPT))
         failing = cluster.prefills if side == "prefill" else cluster.decodes
         failing[0].faults = [fault]
         body = {**CHAT, "stream": stream}
@@ -136,12 +136,12 @@ async def test_a_failed_attempt_is_repeated_without_the_cache(
         for engine in cluster.engines:
             if any(b["rid"] == first for b in engine.bodies):
                 await cluster.until(lambda engine=engine: first in engine.aborted)
-        assert cluster.agents["node-p"].got(m.ReleasePlan)
+        await cluster.until(lambda: cluster.agents["node-p"].got(m.ReleasePlan))
         assert await metric(cluster, "dualpath:retries_total") == 1
 
 
 async def test_an_engine_that_falls_silent_is_left_for_a_spare_one() -> None:
-    async with cluster_of(prefills=2, heartbeat_timeout_s=1.5) as cluster:
+    async with cluster_of(prefills=2, heartbeat_timeout_s=3.0) as cluster:
         cluster.prefills[0].faults = ["hang"]
         request = asyncio.create_task(post(cluster, "/generate", GENERATE))
         await cluster.until(lambda: cluster.prefills[0].bodies)
@@ -152,7 +152,7 @@ async def test_an_engine_that_falls_silent_is_left_for_a_spare_one() -> None:
 
 
 async def test_without_a_spare_engine_the_error_is_clear_and_soon() -> None:
-    async with cluster_of(heartbeat_timeout_s=1.5) as cluster:
+    async with cluster_of(heartbeat_timeout_s=3.0) as cluster:
         cluster.decodes[0].faults = ["hang"]
         request = asyncio.create_task(post(cluster, "/generate", GENERATE))
         await cluster.until(lambda: cluster.decodes[0].bodies)
@@ -215,7 +215,7 @@ async def test_the_bound_on_requests_in_flight() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_is_aborted_everywhere(stream: bool) -> None:
     async with cluster_of() as cluster:
-        await cluster.agents["node-p"].announce(keys_of(PROMPT))
+        await cluster.announce("node-p", keys_of(PROMPT))
         cluster.decodes[0].word_delay_s = 30
         if not stream:
             cluster.decodes[0].faults = ["hang"]
@@ -245,7 +245,7 @@ async def test_abort_request_reaches_the_engines() -> None:
 async def test_blocks_that_do_not_come_are_recomputed() -> None:
     async with cluster_of(read_timeout_s=0.3, path_policy="prefill") as cluster:
         agent = cluster.agents["node-p"]
-        await agent.announce(keys_of(PROMPT))
+        await cluster.announce(agent.name, keys_of(PROMPT))
         agent.lost = {keys_of(PROMPT)[1]}
         _, _, trace = await post(cluster, "/generate", GENERATE)
         assert (trace["hit_blocks"], trace["attempts"]) == (1, 1)
@@ -253,13 +253,13 @@ async def test_blocks_that_do_not_come_are_recomputed() -> None:
         _, _, trace = await post(cluster, "/generate", GENERATE)
         assert (trace["hit_blocks"], trace["attempts"]) == (0, 1)
         assert cluster.prefills[0].got(m.EnginePlan)[-1].keys == []
-        assert agent.got(m.ReleasePlan)
+        await cluster.until(lambda: agent.got(m.ReleasePlan))
 
 
 async def test_a_reader_that_restarts_is_not_waited_for() -> None:
     async with cluster_of(path_policy="prefill") as cluster:
         agent = cluster.agents["node-p"]
-        await agent.announce(keys_of(PROMPT))
+        await cluster.announce(agent.name, keys_of(PROMPT))
         agent.slow = True
         request = asyncio.create_task(post(cluster, "/generate", GENERATE))
         await cluster.until(lambda: agent.got(m.ReadShare))

@@ -58,7 +58,7 @@ async def drain(cluster: StubCluster, name: str, on: bool) -> None:
 
 async def test_a_drained_engine_and_agent_get_nothing_new() -> None:
     async with cluster_of(decodes=2, path_policy="n-way") as cluster:
-        await cluster.agents["node-p"].announce(keys_of(PROMPT))
+        await cluster.announce("node-p", keys_of(PROMPT))
         cluster.decodes[0].word_delay_s = 0.3
         body = {**CHAT, "stream": True}
         running = asyncio.create_task(post(cluster, "/v1/chat/completions", body))
@@ -91,7 +91,7 @@ async def test_a_drain_of_nobody_lists_who_there_is() -> None:
 
 async def test_a_plan_is_explained_by_number_and_by_request() -> None:
     async with cluster_of(path_policy="n-way") as cluster:
-        await cluster.agents["node-p"].announce(keys_of(PROMPT))
+        await cluster.announce("node-p", keys_of(PROMPT))
         _, _, trace = await post(cluster, "/generate", {**GENERATE, "rid": "mine"})
         views = []
         for name in ("mine", trace["plan"]):

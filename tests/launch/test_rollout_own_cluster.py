@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import rollout_stub
-from gateway_stubs import free_port
+from control_stub import free_port
 from rollout_jobs import keys, samples, text_rows, wait_until, write_jsonl
 
 JOB = """

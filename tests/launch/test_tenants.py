@@ -89,7 +89,7 @@ async def test_the_key_tells_tenants_apart_that_say_nothing_else() -> None:
 async def test_the_error_of_estimates_is_a_metric() -> None:
     async with cluster_of(path_policy="prefill") as cluster:
         agent = cluster.agents["node-p"]
-        await agent.announce(keys_of(PROMPT))
+        await cluster.announce(agent.name, keys_of(PROMPT))
         cost = PrefillCost(base_s=0.5, token_s=0.01, pair_s=0.0)
         cluster.prefills[0].hello_changes = {"prefill_cost": cost}
         known = cluster.services.scheduler.state.engines

@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 
 import pytest
+from control_stub import free_port
 from gateway_client import GENERATE, post
-from gateway_stubs import free_port
 from gateway_stubs import running_cluster as cluster_of
 from rich.console import Console
 
