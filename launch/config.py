@@ -24,11 +24,15 @@ from launch.settings import (
     setting,
 )
 from scheduler.policies import POLICY_NAMES, UnknownPolicy, read_policy
+from storage import ssd_folder
 from storage.owners import parse_quotas
 from storage.sizes import parse_size
 from storage.write_behind import PROMOTION_POLICIES, WRITE_POLICIES
 from transfer.pacer import read_pace
 from transfer.traffic.classes import TrafficSettings, read_settings
+
+DEFAULT_STORE = f"store-{ssd_folder.FORMAT}"
+"""A new format begins in a folder of its own: an update does not stop at the old blocks."""
 
 
 def _parse_quota(value: str | float | bool) -> float | None:
@@ -128,8 +132,8 @@ class ClusterConfig:
     )
     ssd_dir: str = setting(
         "",
-        "Folder of the SSD tier, or one a disk, separated by commas; empty means dualpath/store "
-        "in the user's cache.",
+        "Folder of the SSD tier, or one a disk, separated by commas; empty means "
+        f"dualpath/{DEFAULT_STORE} in the user's cache.",
         metavar="DIRS",
     )
     ssd_bytes: int = setting(
@@ -295,7 +299,18 @@ class ClusterConfig:
     @property
     def ssd_folders(self) -> list[Path]:
         folders = [Path(folder).expanduser() for folder in self.ssd_dir.split(",") if folder]
-        return folders or [cache_folder() / "store"]
+        return folders or [cache_folder() / DEFAULT_STORE]
+
+    def ssd_folders_of(self, agent: str) -> list[Path]:
+        """One a disk; none without an SSD tier."""
+        return [folder / agent for folder in self.ssd_folders] if self.ssd_bytes else []
+
+    @property
+    def unused_stores(self) -> list[Path]:
+        """Default SSD folders of other versions."""
+        if self.ssd_dir or not self.ssd_bytes:
+            return []
+        return sorted(set(cache_folder().glob("store*")) - set(self.ssd_folders))
 
     @property
     def log_folder(self) -> Path:

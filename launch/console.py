@@ -20,6 +20,7 @@ from transfer.traffic import cgroup
 
 _LEVELS = ("debug", "info", "warning", "error", "none")
 _NEW_ENTRY = re.compile(r"\[?\d{4}-\d\d-\d\d|[A-Z]+:|\[")
+_UNUSED = "holds blocks of another version: delete it, unless that version is still used"
 _TAIL_PERIOD_S = 0.3
 _TAIL_BYTES_MAX = 256 << 10
 """Read of one log in one period; what a process writes beyond it is in its file only."""
@@ -44,6 +45,7 @@ def make_summary(
         ("transfer", f"{hardware.transfer}: {hardware.reason}"),
         ("traffic", _traffic(config, hardware)),
         ("tiers", _tiers(config)),
+        *(("unused", f"{folder} {_UNUSED}") for folder in config.unused_stores),
         ("policy", f"{config.path_policy} reads hit blocks"),
         ("logs", str(config.log_folder)),
     ):

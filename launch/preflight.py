@@ -16,6 +16,7 @@ from launch.config import ClusterConfig
 from launch.process_record import ProcessRecord
 from launch.settings import BadConfig
 from storage.sizes import format_size
+from storage.ssd_folder import OtherFormat, read_state
 
 _LOCK = ".cluster.lock"
 REMOTE_TIMEOUT_S = 20.0
@@ -29,7 +30,11 @@ def check(config: ClusterConfig, records: Sequence[ProcessRecord]) -> list[IO[st
             check_port(record, purpose, port)
     _check_writable(config.log_folder, "--log-dir")
     check_remote(config)
-    return [_lock_store(folder) for folder in config.ssd_folders if config.ssd_bytes]
+    stores = config.ssd_folders if config.ssd_bytes else []
+    for folder in stores:
+        _check_writable(folder, "--ssd-dir")
+    check_formats(config, [record.name for record in records if record.kind == "agent"])
+    return [_lock_store(folder) for folder in stores]
 
 
 def check_port(record: ProcessRecord, purpose: str, port: int) -> None:
@@ -71,7 +76,24 @@ def check_remote(config: ClusterConfig) -> None:
     try:
         open_store(config.remote, config.remote_options, REMOTE_TIMEOUT_S)
     except RemoteUnusable as error:
-        raise BadConfig(f"--remote: {error}; check the URL and --remote-options.") from error
+        raise BadConfig(f"--remote (--remote-options): {error}.") from error
+
+
+def check_formats(config: ClusterConfig, agents: Sequence[str]) -> None:
+    """This version wrote the SSD folders of these agents."""
+    refusals = []
+    for agent in agents:
+        for folder in config.ssd_folders_of(agent):
+            try:
+                read_state(folder)
+            except OtherFormat as error:
+                refusals.append(error)
+            except OSError as error:
+                raise BadConfig(f"--ssd-dir: {folder}: {error.strerror}.") from error
+    if refusals:
+        others = ", ".join(str(refusal.directory) for refusal in refusals[1:])
+        more = f" The same holds for {others}." if others else ""
+        raise BadConfig(f"--ssd-dir: {refusals[0]}.{more}") from refusals[0]
 
 
 def _check_writable(folder: Path, option: str) -> None:
@@ -87,7 +109,6 @@ def _check_writable(folder: Path, option: str) -> None:
 
 def _lock_store(folder: Path) -> IO[str]:
     """Two clusters with the same agents' folders would overwrite each other's blocks."""
-    _check_writable(folder, "--ssd-dir")
     lock = (folder / _LOCK).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -71,7 +71,7 @@ class _Records:
             pace=config.kv_pace,
             nic_bytes_per_s=config.nic_bytes_per_s,
             dram_bytes=config.dram_bytes,
-            ssd_dirs=[str(folder / name) for folder in config.ssd_folders if config.ssd_bytes],
+            ssd_dirs=[str(folder) for folder in config.ssd_folders_of(name)],
             ssd_bytes=config.ssd_bytes,
             ssd_min_free_bytes=config.ssd_min_free_bytes,
             ssd_quotas=read_quotas(config.ssd_quotas),

@@ -12,10 +12,12 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 class RemoteUnusable(Exception):
-    """The remote URL cannot be used."""
+    """The remote URL cannot be used; ``advice`` says what to do."""
 
-    def __init__(self, url: str, reason: str) -> None:
-        super().__init__(f"cannot keep blocks at {url}: {reason}")
+    def __init__(
+        self, url: str, reason: str, advice: str = "check the URL and the options for it"
+    ) -> None:
+        super().__init__(f"cannot keep blocks at {url}: {reason}; {advice}")
         self.url = url
         self.reason = reason
 

@@ -23,7 +23,7 @@ def open_store(
     """The store at a URL, once it has been seen to work: unless ``read_only``, by writing to it.
     Raises :class:`RemoteUnusable`."""
     if "://" not in url:
-        raise RemoteUnusable(url, "it is no URL; for a folder, write file:///path/to/folder")
+        raise RemoteUnusable(url, "it is no URL", "for a folder, write file:///path/to/folder")
     opened = open_s3(url, options, timeout_s) or FsspecStore.open(url, options)
     probe = _look_for_format if read_only else _probe
     _in_time(url, timeout_s, lambda: probe(url, opened))
@@ -37,7 +37,11 @@ def _look_for_format(url: str, store: ObjectStore) -> None:
     except FileNotFoundError as error:
         raise RemoteUnusable(url, f"it holds no store (no object {FORMAT_NAME!r})") from error
     if found != FORMAT:
-        raise RemoteUnusable(url, f"it holds the format {found!r}, this program {FORMAT!r}")
+        raise RemoteUnusable(
+            url,
+            f"another version wrote it (format {found!r}; this program writes {FORMAT!r})",
+            "choose another URL, or delete all below this one when nothing uses it any more",
+        )
 
 
 def _probe(url: str, store: ObjectStore) -> None:
@@ -58,7 +62,8 @@ def _probe(url: str, store: ObjectStore) -> None:
         raise RemoteUnusable(
             url,
             f"the folder {OLD_FOLDER!r} below it has the layout of an earlier version, an object "
-            "a block: delete it, or choose another URL",
+            "a block",
+            "delete that folder, or choose another URL",
         )
 
 

@@ -38,15 +38,28 @@ class DirectoryLocked(Exception):
 
 
 class DirectoryUnusable(Exception):
-    """Blocks cannot be kept in the directory."""
+    """Blocks cannot be kept in the directory; ``advice`` says what to do."""
 
-    def __init__(self, directory: Path, reason: str) -> None:
-        super().__init__(
-            f"cannot keep blocks in SSD directory {directory}: {reason}; "
-            "choose a directory on a local disk that this user may write to"
-        )
+    def __init__(
+        self,
+        directory: Path,
+        reason: str,
+        advice: str = "choose a directory on a local disk that this user may write to",
+    ) -> None:
+        super().__init__(f"cannot keep blocks in SSD directory {directory}: {reason}; {advice}")
         self.directory = directory
         self.reason = reason
+
+
+class OtherFormat(DirectoryUnusable):
+    """Another version of this program wrote the directory."""
+
+    def __init__(self, directory: Path, found: str, age: str) -> None:
+        super().__init__(
+            directory,
+            f"it was written by {age} version (format {found}; this program writes {FORMAT})",
+            "delete it, or give another directory: its blocks are a cache and are recomputed",
+        )
 
 
 class FolderState(msgspec.Struct, frozen=True):
@@ -56,17 +69,18 @@ class FolderState(msgspec.Struct, frozen=True):
 
 
 def read_state(folder: Path) -> FolderState | None:
-    """None if there is none. Raises :class:`DirectoryUnusable` for another format."""
-    if (folder / "blocks").exists() or any(folder.glob("*.slots")):
-        raise DirectoryUnusable(folder, "it holds blocks of an older format (delete it)")
+    """None if there is none. Raises :class:`OtherFormat`."""
+    if (folder / "blocks").exists():
+        raise OtherFormat(folder, "1", "an older")
+    if any(folder.glob("*.slots")):
+        raise OtherFormat(folder, "2 or 3", "an older")
     try:
         state = msgspec.json.decode((folder / "state").read_bytes(), type=FolderState)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
     if state.format != FORMAT:
-        raise DirectoryUnusable(
-            folder, f"it has format {state.format}, this program has {FORMAT} (delete it)"
-        )
+        age = "an older" if state.format < FORMAT else "a newer"
+        raise OtherFormat(folder, str(state.format), age)
     return state
 
 

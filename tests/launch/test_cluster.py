@@ -11,6 +11,7 @@ from launch.console import LogFollower, make_summary
 from launch.hardware import Hardware
 from launch.processes import process_records
 from launch.settings import BadConfig
+from storage.ssd_folder import FORMAT
 
 
 @pytest.fixture
@@ -70,6 +71,29 @@ def test_an_ssd_folder_of_a_running_cluster(refused, tmp_path):
     (lock,) = preflight.check(config, [])
     with lock:
         assert "another cluster" in refused("--ssd-dir", str(tmp_path))
+
+
+def test_ssd_folders_of_another_version_are_named_with_what_to_do(refused, tmp_path):
+    for agent, left in (("agent-p0", "000000-16384.slots"), ("agent-d0", "blocks")):
+        (tmp_path / agent / left).mkdir(parents=True)
+    sentence = refused("--ssd-dir", str(tmp_path))
+    assert "older version" in sentence and f"this program writes {FORMAT}" in sentence
+    assert "delete it" in sentence and "local disk" not in sentence
+    assert all(str(tmp_path / agent) in sentence for agent in ("agent-p0", "agent-d0"))
+
+
+def test_a_new_version_starts_beside_the_default_store_of_an_old_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    old = tmp_path / "dualpath" / "store"
+    (old / "agent-p0" / "blocks").mkdir(parents=True)
+    config = ClusterConfig(dram_bytes=1 << 20)
+    hardware = Hardware("cpu", "tcp", "the kernel lists no RDMA device.")
+    records = process_records(config, Path("/models/tiny"), hardware)
+    preflight.check_formats(config, [record.name for record in records])
+    (tmp_path / "dualpath" / f"store-{FORMAT}").mkdir()  # as a start makes it
+    table = make_summary(config, hardware, Path("/models/tiny"), records)
+    (unused,) = [text for text in table.columns[2].cells if "another version" in str(text)]
+    assert f"{old} " in str(unused) and (old / "agent-p0" / "blocks").exists()
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket", "file:///proc/no/such"])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from launch.config import ClusterConfig, load_config, make_parser
 from launch.settings import BadConfig, fields_of, flag, help_markdown
 from storage.sizes import format_size, parse_size
+from storage.ssd_folder import FORMAT
 
 
 def test_defaults_serve_on_localhost():
@@ -114,5 +115,5 @@ def test_help_and_the_table_of_flags_name_every_setting():
 
 def test_folders_follow_the_user_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert ClusterConfig().ssd_folders == [tmp_path / "dualpath" / "store"]
+    assert ClusterConfig().ssd_folders == [tmp_path / "dualpath" / f"store-{FORMAT}"]
     assert ClusterConfig(port=4000).log_folder == tmp_path / "dualpath" / "logs" / "4000"

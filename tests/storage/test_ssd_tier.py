@@ -22,6 +22,7 @@ from storage.block_format import HEADER_BYTES, decode_header
 from storage.direct_io import PAGE_BYTES
 from storage.slab import slot_bytes_for
 from storage.slab_table import table_bytes_for
+from storage.ssd_folder import FORMAT
 from storage.ssd_tier import DirectoryLocked, DirectoryUnusable, SsdTier
 from storage.tier import BlockCorrupt, BlockIO, BlockMissing, HoldingChange, TierFull
 
@@ -343,9 +344,16 @@ def test_an_older_format_is_refused(open_ssd: OpenSsd, directory: Path, left: st
     """Also where the file that says so is gone."""
     directory.mkdir()
     (directory / left).mkdir()
-    with pytest.raises(DirectoryUnusable, match="older format"):
+    with pytest.raises(DirectoryUnusable, match="older version .* delete it"):
         open_ssd()
     assert (directory / left).exists()
+
+
+def test_a_newer_format_is_refused(open_ssd: OpenSsd, directory: Path) -> None:
+    open_ssd().close()
+    (directory / "state").write_text(f'{{"format": {FORMAT + 1}}}')
+    with pytest.raises(DirectoryUnusable, match=rf"newer version \(format {FORMAT + 1};"):
+        open_ssd()
 
 
 def test_aligned_memory_is_read_and_written_in_place(
