@@ -244,20 +244,22 @@ class Cluster:
         """Until every block offered by the engines is with the agents and durable, and the
         directory knows: by reports that each process made later."""
         time.sleep(0.1)  # the end of a request is offered after its answer has left
-        self._wait_reported("engines", "dualpath:engine_open_jobs")
-        self._wait_reported("agents", "dualpath:agent_persisting_blocks")
+        self.wait_reported("engines", none_of="dualpath:engine_open_jobs")
+        self.wait_reported("agents", none_of="dualpath:agent_persisting_blocks")
         time.sleep(0.1)  # an announcement may leave a little after such a report
 
-    def _wait_reported(self, kind: str, none_of: str) -> None:
-        """Until every living one has said since that it has none of something."""
+    def wait_reported(self, kind: str, none_of: str = "") -> None:
+        """Until every living one has reported since, and that it has none of something."""
         begun = time.monotonic()
 
         def reported() -> bool:
             looked = time.monotonic()
             oldest_s = max(p["last_seen_s"] for p in self.state()[kind] if p["alive"])
-            return looked - oldest_s > begun and self.metric_sum(none_of) == 0
+            if looked - oldest_s <= begun:
+                return False
+            return not none_of or self.metric_sum(none_of) == 0
 
-        self.wait_until(reported, 30, f"no {none_of}")
+        self.wait_until(reported, 30, f"{kind} report {none_of and 'no ' + none_of}")
 
     def log(self) -> str:
         """Ends of all log files, for a failed test."""

@@ -81,7 +81,7 @@ def test_later_chunks_read_earlier_ones_from_the_decode_engine(cluster, plain):
     before = cluster.metric_sum("engine_read_back_pages_total")
     ids = BASES[0][:1024] + prompt(1500, seed=50)
     assert cluster.generate(ids).output_ids == plain(ids)
-    time.sleep(1.2)
+    cluster.wait_reported("engines")
     # Chunks of 512: 1024 hit, 512 + 512 + 476 new ones; the second re-reads 8 pages, the
     # third 16.
     assert cluster.metric_sum("engine_read_back_pages_total") - before == 24

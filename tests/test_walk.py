@@ -215,14 +215,13 @@ def test_damaged_blocks_are_recomputed_and_counted(cluster, plain, folder, damag
         _damage_all(base, damage)
     for agent in AGENTS:
         cluster.signal(agent, signal.SIGCONT)
-    before = _damaged(cluster)
     cluster.restart_agents()
     cluster.flush_engines()
     answer = cluster.generate(ids)
     assert answer.output_ids == plain(ids)
     assert answer.cached_tokens < expected_hit(len(ids))
     if damage != "delete":
-        cluster.wait_until(lambda: _damaged(cluster) > before - before, 10, "damage counted")
+        cluster.wait_until(lambda: _damaged(cluster) > 0, 10, "damage counted")
     again = cluster.generate(ids)
     assert again.output_ids == plain(ids)
 

@@ -287,7 +287,9 @@ async def test_malformed_messages_are_counted_and_dropped() -> None:
         await cluster.agents["node-d"].push_raw(b"DP0rubbish")
         await cluster.decodes[0].push_raw(b"DP1\xff")
         name = "dualpath:malformed_messages_total"
-        await cluster.until(lambda: cluster.services.plane.engines["d0"].malformed_total == 1)
+        plane = cluster.services.plane
+        peers = [plane.engines["d0"], plane.agents["node-d"]]
+        await cluster.until(lambda: [peer.malformed_total for peer in peers] == [1, 1])
         assert await metric(cluster, f'{name}{{agent="node-d"}}') == 1
         assert (await post(cluster, "/generate", GENERATE))[0] == 200
 
