@@ -253,13 +253,19 @@ class Cluster:
         begun = time.monotonic()
 
         def reported() -> bool:
-            looked = time.monotonic()
-            oldest_s = max(p["last_seen_s"] for p in self.state()[kind] if p["alive"])
-            if looked - oldest_s <= begun:
+            living = self.incarnations(kind).keys()
+            heard = self.heard_since(begun, kind)
+            if not heard or heard != living:
                 return False
             return not none_of or self.metric_sum(none_of) == 0
 
         self.wait_until(reported, 30, f"{kind} report {none_of and 'no ' + none_of}")
+
+    def heard_since(self, begun_s: float, kind: str) -> set[str]:
+        """Living agents or engines that have reported after a monotonic time."""
+        looked_s = time.monotonic()
+        living = [p for p in self.state()[kind] if p["alive"]]
+        return {p["name"] for p in living if looked_s - p["last_seen_s"] > begun_s}
 
     def log(self) -> str:
         """Ends of all log files, for a failed test."""

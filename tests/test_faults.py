@@ -68,11 +68,13 @@ def store(cluster: Cluster, seed: int, plain: dict[int, list[int]]) -> None:
 
 
 def all_back(cluster: Cluster, timeout_s: float = 120) -> None:
-    """Every agent and engine is known and alive again, and nothing leaked."""
+    """Every agent and engine is alive, which one that was just killed cannot have said since,
+    and nothing leaked."""
+    begun = time.monotonic()
     cluster.wait_until(
         lambda: (
-            set(cluster.incarnations("engines")) == set(ENGINES)
-            and set(cluster.incarnations("agents")) == set(AGENTS)
+            cluster.heard_since(begun, "engines") == set(ENGINES)
+            and cluster.heard_since(begun, "agents") == set(AGENTS)
         ),
         timeout_s,
         "all processes back",
