@@ -38,6 +38,13 @@ _POOL_STATS = (
 
 TOUCH_POINTS = (
     TouchPoint(
+        "sglang.srt.distributed.device_communicators.mooncake_transfer_engine"
+        ".init_mooncake_transfer_engine",
+        "BEFORE",
+        "engine.rank_ports:before_mooncake",
+        "each rank's Mooncake takes ports that no other one takes",
+    ),
+    TouchPoint(
         _SCHEDULER + "init_disaggregation",
         "AFTER",
         "engine.plugin:after_init_disaggregation",

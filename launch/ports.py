@@ -41,7 +41,8 @@ def meeting(ranks: EngineRanks) -> int:
 
 
 def mooncake_env(block_port: int, ranks: int) -> dict[str, str]:
-    """For a process whose block begins at ``block_port``."""
+    """For a process whose block begins at ``block_port``; :mod:`engine.rank_ports` shares the
+    ports out among its ranks."""
     return _mooncake_ports(block_port + _MOONCAKE, ranks * _MOONCAKE_PORTS)
 
 
