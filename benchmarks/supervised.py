@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from launch.process_record import ProcessRecord
-from launch.supervisor import Supervisor
+from launch.cluster.process_record import ProcessRecord
+from launch.cluster.supervisor import Supervisor
 
 _Result = TypeVar("_Result")
 

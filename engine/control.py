@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import zmq
 
-from transfer.messages import (
+from common.messages import (
     EndPlan,
     EngineHello,
     EnginePlan,

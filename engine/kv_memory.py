@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from storage.block import BlockLayout
+from common.block import BlockLayout
 from transfer.mooncake import Addresses
 from transfer.ranges import merge_adjacent
 

@@ -8,8 +8,8 @@ from collections import OrderedDict
 
 import msgspec
 
-from storage.block import BlockKey
-from transfer.messages import EnginePlan
+from common.block import BlockKey
+from common.messages import EnginePlan
 
 PLANS_MAX = 4096
 

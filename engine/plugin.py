@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-from storage.settings import from_env
+from common.process_settings import from_env
 
 
 class TouchPoint(NamedTuple):
@@ -41,7 +41,7 @@ TOUCH_POINTS = (
         "sglang.srt.distributed.device_communicators.mooncake_transfer_engine"
         ".init_mooncake_transfer_engine",
         "BEFORE",
-        "engine.rank_ports:before_mooncake",
+        "engine.sglang.rank_ports:before_mooncake",
         "each rank's Mooncake takes ports that no other one takes",
     ),
     TouchPoint(
@@ -54,152 +54,152 @@ TOUCH_POINTS = (
         "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
         "._broadcast_reqs_across_ranks",
         "AROUND",
-        "engine.rank_hooks:around_broadcast",
+        "engine.sglang.rank_hooks:around_broadcast",
         "plans and ends of transfers take effect at all ranks at the same point",
     ),
     TouchPoint(
         _ALLOCATOR + "_release_page_ids",
         "AROUND",
-        "engine.pool_hooks:around_release",
+        "engine.sglang.pool_hooks:around_release",
         "pages under a transfer are not given out again",
     ),
     TouchPoint(
         _ALLOCATOR + "available_size",
         "BEFORE",
-        "engine.pool_hooks:before_available_size",
+        "engine.sglang.pool_hooks:before_available_size",
         "return pages whose transfers have ended, in the scheduler's own thread",
     ),
     TouchPoint(
         _ALLOCATOR + "clear",
         "AFTER",
-        "engine.pool_hooks:after_clear",
+        "engine.sglang.pool_hooks:after_clear",
         "a flush frees every page: keep those under a transfer out",
     ),
     TouchPoint(
         _POOL_STATS + "session_held_tokens",
         "AFTER",
-        "engine.pool_hooks:after_session_held",
+        "engine.sglang.pool_hooks:after_session_held",
         "pages kept back stay accounted for in SGLang's leak check",
     ),
     TouchPoint(
         _SCHEDULER + "flush_cache",
         "AFTER",
-        "engine.pool_hooks:after_flush",
+        "engine.sglang.pool_hooks:after_flush",
         "tests: poison the freed pages, so that a delivery that never happened is seen",
     ),
     TouchPoint(
         _TREE + "on_release",
         "AFTER",
-        "engine.pool_hooks:after_request_release",
+        "engine.sglang.pool_hooks:after_request_release",
         "benchmarks: forget prefixes that no request needs, so that every hit is delivered",
     ),
     TouchPoint(
         _WEIGHTS + "update_weights_from_disk",
         "AFTER",
-        "engine.pool_hooks:after_update_from_disk",
+        "engine.sglang.pool_hooks:after_update_from_disk",
         "new weights, new namespace: older blocks become unreachable",
     ),
     TouchPoint(
         _WEIGHTS + "record_weight_version_after_update",
         "AFTER",
-        "engine.pool_hooks:after_weight_version",
+        "engine.sglang.pool_hooks:after_weight_version",
         "the same for updates from tensors, collectives and IPC",
     ),
     TouchPoint(
         "sglang.srt.model_executor.model_runner.ModelRunner.forward",
         "AROUND",
-        "engine.prefill_hooks:around_forward",
+        "engine.sglang.prefill_hooks:around_forward",
         "time each prefill forward: for quota chunking, and the choice between load and recompute",
         "prefill",
     ),
     TouchPoint(
         "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.forward",
         "AROUND",
-        "engine.prefill_hooks:around_attention",
+        "engine.sglang.prefill_hooks:around_attention",
         "time the attention in it, which the quota is about",
         "prefill",
     ),
     TouchPoint(
         _SCHEDULER + "get_prefill_adder_class",
         "AFTER",
-        "engine.prefill_hooks:after_adder_class",
+        "engine.sglang.prefill_hooks:after_adder_class",
         "pack each prefill batch to the quota",
         "prefill",
     ),
     TouchPoint(
         _POOLS + "MHATokenToKVPool._create_buffers_normal",
         "AROUND",
-        "engine.layer_ring:around_create_buffers",
+        "engine.prefill.layer_ring:around_create_buffers",
         "layer window: buffers for W layers, each shared by several",
         "prefill",
     ),
     TouchPoint(
         _POOLS + "MLATokenToKVPool._create_buffers",
         "AROUND",
-        "engine.layer_ring:around_create_buffers",
+        "engine.prefill.layer_ring:around_create_buffers",
         "the same for MLA",
         "prefill",
     ),
     TouchPoint(
         _POOLS + "MHATokenToKVPool.get_kv_size_bytes",
         "AFTER",
-        "engine.layer_ring:after_kv_size",
+        "engine.prefill.layer_ring:after_kv_size",
         "layer window: shared buffers are counted once",
         "prefill",
     ),
     TouchPoint(
         _POOLS + "MLATokenToKVPool.get_kv_size_bytes",
         "AFTER",
-        "engine.layer_ring:after_kv_size",
+        "engine.prefill.layer_ring:after_kv_size",
         "the same for MLA",
         "prefill",
     ),
     TouchPoint(
         "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
         "AFTER",
-        "engine.layer_ring:after_cell_size",
+        "engine.prefill.layer_ring:after_cell_size",
         "layer window: a token takes W/L of the memory, so the pool has L/W times the tokens",
         "prefill",
     ),
     TouchPoint(
         "sglang.srt.models.utils.enable_fused_set_kv_buffer",
         "AROUND",
-        "engine.layer_ring:around_fused_write",
+        "engine.prefill.layer_ring:around_fused_write",
         "layer window: no kernel writes KV before its buffer is known to be free",
         "prefill",
     ),
     TouchPoint(
         _POOLS + "MLATokenToKVPool.set_mla_kv_buffer",
         "BEFORE",
-        "engine.prefill_layer_hooks:before_latent_write",
+        "engine.sglang.prefill_layer_hooks:before_latent_write",
         "layer window: a latent is written only when its buffer is free",
         "prefill",
     ),
     TouchPoint(
         "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue.add",
         "BEFORE",
-        "engine.prefill_layer_hooks:before_add_request",
+        "engine.sglang.prefill_layer_hooks:before_add_request",
         "refuse what was planned under other weights; layer window: nothing enters the radix tree",
         "prefill",
     ),
     TouchPoint(
         _TREE + "finish_external_linker_loads",
         "AFTER",
-        "engine.prefill_layer_hooks:after_finish_loads",
+        "engine.sglang.prefill_layer_hooks:after_finish_loads",
         "layer window: requests whose prefix did not come are dropped, on all ranks alike",
         "prefill",
     ),
     TouchPoint(
         _SCHEDULER + "run_batch",
         "BEFORE",
-        "engine.prefill_layer_hooks:before_run_batch",
+        "engine.sglang.prefill_layer_hooks:before_run_batch",
         "a forward begins: plan what leaves for which decode engine after each layer",
         "prefill",
     ),
     TouchPoint(
         _SCHEDULER + "run_batch",
         "AFTER",
-        "engine.prefill_layer_hooks:after_run_batch",
+        "engine.sglang.prefill_layer_hooks:after_run_batch",
         "the forward has been launched",
         "prefill",
     ),
@@ -207,112 +207,112 @@ TOUCH_POINTS = (
         "sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin"
         ".process_disagg_prefill_inflight_queue",
         "AROUND",
-        "engine.prefill_layer_hooks:around_inflight",
+        "engine.sglang.prefill_layer_hooks:around_inflight",
         "a batch is not formed of what the one before has left over",
         "prefill",
     ),
     TouchPoint(
         "sglang.srt.layers.radix_attention.RadixAttention.forward",
         "AROUND",
-        "engine.prefill_layer_hooks:around_attention",
+        "engine.sglang.prefill_layer_hooks:around_attention",
         "a layer's attention has run: its new KV can leave",
         "prefill",
     ),
     TouchPoint(
         _MOONCAKE + "add_transfer_request",
         "AROUND",
-        "engine.prefill_layer_hooks:around_add_transfer",
+        "engine.sglang.prefill_layer_hooks:around_add_transfer",
         "SGLang's send of a chunk waits for the layers that left by themselves",
         "prefill",
     ),
     TouchPoint(
         _MOONCAKE + "_maybe_ack_drained_abort",
         "AROUND",
-        "engine.prefill_layer_hooks:around_drained_abort",
+        "engine.sglang.prefill_layer_hooks:around_drained_abort",
         "a decode engine keeps an aborted request's pages while layers are on their way",
         "prefill",
     ),
     TouchPoint(
         _LINKER + "finish_loads",
         "AROUND",
-        "engine.prefill_linker:only_failed_requests",
+        "engine.sglang.prefill_linker:only_failed_requests",
         "a failed delivery drops its own request, not its batch-mates",
         "prefill",
     ),
     TouchPoint(
         _DECODE + "DecodePreallocQueue._match_prefix_and_lock",
         "AROUND",
-        "engine.decode_restore:around_match",
+        "engine.sglang.decode_restore:around_match",
         "layer window: promise P only a prefix that agents can bring to it as well",
         "decode",
     ),
     TouchPoint(
         _MIXIN + "_build_decode_prefix_match",
         "AFTER",
-        "engine.decode_restore:after_prefix_match",
+        "engine.sglang.decode_restore:after_prefix_match",
         "promise P the plan's blocks as decode_prefix_len",
         "decode",
     ),
     TouchPoint(
         _DECODE + "DecodePreallocQueue._pre_alloc",
         "AROUND",
-        "engine.decode_restore:around_pre_alloc",
+        "engine.sglang.decode_restore:around_pre_alloc",
         "allocate pages for the promised prefix",
         "decode",
     ),
     TouchPoint(
         _DECODE + "DecodePreallocQueue._allocatable_token_budgets",
         "AFTER",
-        "engine.decode_restore:less_unevictable",
+        "engine.sglang.decode_restore:less_unevictable",
         "pages under a transfer cannot be evicted for a new request",
         "decode",
     ),
     TouchPoint(
         _DECODE + "DecodeTransferQueue.extend",
         "BEFORE",
-        "engine.decode_restore:before_transfer_extend",
+        "engine.sglang.decode_restore:before_transfer_extend",
         "start the delivery of the prefix",
         "decode",
     ),
     TouchPoint(
         "sglang.srt.disaggregation.common.staging_handler.DecodeStagingHandler._scatter_region",
         "AROUND",
-        "engine.decode_restore:around_scatter",
+        "engine.sglang.decode_restore:around_scatter",
         "what P sends begins after the promised prefix, also through a staging buffer",
         "decode",
     ),
     TouchPoint(
         _DECODE + "DecodeTransferQueue._pollers",
         "AROUND",
-        "engine.decode_restore:gated_pollers",
+        "engine.sglang.decode_restore:gated_pollers",
         "a request decodes only when its prefix is whole; a failed one fails alone",
         "decode",
     ),
     TouchPoint(
         _DECODE + "DecodeTransferQueue._commit_transfer_to_req",
         "AROUND",
-        "engine.decode_restore:around_commit",
+        "engine.sglang.decode_restore:around_commit",
         "restored pages are the request's own; release the plan; begin persisting",
         "decode",
     ),
     TouchPoint(
         _DECODE + "DecodeTransferQueue._release_request",
         "BEFORE",
-        "engine.decode_restore:before_release",
+        "engine.sglang.decode_restore:before_release",
         "cancel the delivery of a failed or aborted request",
         "decode",
     ),
     TouchPoint(
         _SCHEDULER + "process_batch_result",
         "AFTER",
-        "engine.persist_hooks:after_batch_result",
+        "engine.sglang.persist_hooks:after_batch_result",
         "offer blocks as soon as they are full",
         "decode",
     ),
     TouchPoint(
         _TREE + "checkpoint",
         "BEFORE",
-        "engine.persist_hooks:before_checkpoint",
+        "engine.sglang.persist_hooks:before_checkpoint",
         "offer the last blocks while the request still has its pages",
         "decode",
     ),
@@ -321,8 +321,8 @@ TOUCH_POINTS = (
 
 def register() -> None:
     """Entry point of group ``sglang.srt.plugins``; runs in every SGLang process."""
-    from engine import cpu_platform
-    from engine.engine_config import VARIABLE, EngineConfig
+    from engine.config import VARIABLE, EngineConfig
+    from engine.sglang.cpu import platform as cpu_platform
 
     if cpu_platform.is_active():
         cpu_platform.register_fixes()
@@ -350,9 +350,9 @@ def _lazily(hook: str) -> Any:
 
 def after_init_disaggregation(result: Any, scheduler: Any) -> None:
     """Start the runtime once SGLang's P/D side exists (scheduler process only)."""
-    from engine.engine_config import VARIABLE, EngineConfig
-    from engine.pool_hooks import poison
+    from engine.config import VARIABLE, EngineConfig
     from engine.runtime import start_runtime
+    from engine.sglang.pool_hooks import poison
 
     engine = start_runtime(from_env(VARIABLE, EngineConfig), scheduler)
     if engine.config.role == "prefill":

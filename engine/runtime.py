@@ -16,25 +16,8 @@ from typing import Any
 
 import msgspec
 
-from engine.block_keys import page_hashes
-from engine.completion_board import CompletionBoard, OtherBoards
-from engine.control import ControlServer
-from engine.deliveries import Deliveries
-from engine.engine_config import EngineConfig
-from engine.jobs import Jobs
-from engine.kv_memory import KvMemory
-from engine.layer_window import LayerWindow
-from engine.model_digest import model_digest
-from engine.page_holds import PageHolds
-from engine.persist import Persister
-from engine.plans import Plans
-from engine.prefill_layers import PrefillLayers
-from engine.prefill_timing import PrefillTiming
-from engine.rank_group import CreditsAt, Event, JobOver, RankGroup, SilentLinks
-from storage.block import BlockKey, Namespace, block_keys
-from storage.settings import incarnation
-from transfer.client import AgentLinks
-from transfer.messages import (
+from common.block import BlockKey, Namespace, block_keys
+from common.messages import (
     AgentHello,
     EndPlan,
     EngineHello,
@@ -46,6 +29,23 @@ from transfer.messages import (
     RegisterEngine,
     UnknownEngine,
 )
+from common.page_hashes import page_hashes
+from common.process_settings import incarnation
+from engine.config import EngineConfig
+from engine.control import ControlServer
+from engine.decode.persist import Persister
+from engine.kv_memory import KvMemory
+from engine.model_digest import model_digest
+from engine.plans import Plans
+from engine.prefill.layer_window import LayerWindow
+from engine.prefill.layers import PrefillLayers
+from engine.prefill.timing import PrefillTiming
+from engine.ranks.group import CreditsAt, Event, JobOver, RankGroup, SilentLinks
+from engine.transfers.completion_board import CompletionBoard, OtherBoards
+from engine.transfers.deliveries import Deliveries
+from engine.transfers.jobs import Jobs
+from engine.transfers.page_holds import PageHolds
+from transfer.client import AgentLinks
 
 log = logging.getLogger(__name__)
 

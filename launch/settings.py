@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from storage.sizes import format_size, parse_size
+from common.sizes import format_size, parse_size
 
 Config = TypeVar("Config")
 

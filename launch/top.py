@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from storage.sizes import format_size
+from common.sizes import format_size
 
 FETCH_TIMEOUT_S = 5.0
 BAR_CELLS = 10

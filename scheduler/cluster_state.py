@@ -16,9 +16,9 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from common.block import TierName
+from common.prefill_cost import TERMS, request_terms
 from scheduler.options import SchedulerOptions
-from scheduler.prefill_cost import TERMS, request_terms
-from storage.tier import TierName
 
 PREFILL = "prefill"
 DECODE = "decode"
@@ -177,7 +177,7 @@ class Engines(Processes):
         self.last_chosen: Floats = np.empty(0)
         """Number of the decision that last chose it: ties go to the one that waited longest."""
         self.prefill_cost: Floats = np.empty((0, len(TERMS)))
-        """Fitted coefficients of a prefill forward (scheduler/prefill_cost.py); 0: unknown."""
+        """Fitted coefficients of a prefill forward (common/prefill_cost.py); 0: unknown."""
         self._columns += ["is_prefill", "agent_row", "group", "sequences", "pending_tokens"]
         self._columns += ["context_tokens", "free_tokens", "last_chosen"]
         self._columns += ["prefill_cost"]

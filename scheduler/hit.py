@@ -5,11 +5,11 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
+from common.block import TierName
 from scheduler.cluster_state import DEVICE_OF, READING, ClusterState, Device, Floats, Rows
-from scheduler.directory import Run
-from scheduler.holder_sets import Holders
+from scheduler.directory.directory import Run
+from scheduler.directory.holder_sets import Holders
 from scheduler.plan import Range
-from storage.tier import TierName
 
 DELIVERIES = 2
 """Of each block: into the prefill engine and into the decode engine."""

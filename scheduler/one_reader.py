@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from scheduler.cluster_state import ClusterState
-from scheduler.directory import Run
+from scheduler.directory.directory import Run
+from scheduler.directory.holder_sets import Holders
 from scheduler.hit import Hit, expected_tier
-from scheduler.holder_sets import Holders
 from scheduler.plan import Range
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from storage.block import BlockKey
-from storage.tier import TierName
+from common.block import BlockKey, TierName
 
 
 class NoEngine(Exception):

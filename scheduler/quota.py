@@ -5,7 +5,7 @@ until the quota is spent, and the last one's chunk is found by bisection, so tha
 a data-parallel attention group finish their batches together. There is no leader here: each
 rank packs its own queue to the same quota.
 
-Pure: the engine packs with it (``engine/quota_chunking.py``), and so can a simulator.
+Pure: the engine packs with it (``engine/prefill/quota_chunking.py``), and so can a simulator.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import bisect
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from scheduler.prefill_cost import ForwardCost, coefficients, request_terms
+from common.prefill_cost import ForwardCost, coefficients, request_terms
 
 
 class Chunk(NamedTuple):

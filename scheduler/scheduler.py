@@ -13,6 +13,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from common.block import TierName
+from common.prefill_cost import ForwardCost, coefficients
 from scheduler import cluster_view
 from scheduler.cluster_state import (
     DECODE,
@@ -23,15 +25,13 @@ from scheduler.cluster_state import (
     Engines,
 )
 from scheduler.decision import Decisions
-from scheduler.directory import Change, Directory
+from scheduler.directory.directory import Change, Directory
 from scheduler.hit import Hit, Work
 from scheduler.load_policy import LoadEstimate, worth_loading
 from scheduler.options import SchedulerOptions
 from scheduler.placement import choose_decode, choose_prefill, in_turn
 from scheduler.plan import Plan, PlanRequest, Range
 from scheduler.policies import read_policy
-from scheduler.prefill_cost import ForwardCost, coefficients
-from storage.tier import TierName
 
 
 class _Open(msgspec.Struct):

@@ -14,9 +14,9 @@ import heapq
 import numpy as np
 
 from scheduler.cluster_state import ClusterState, Device, Floats, Rows
-from scheduler.directory import Run
+from scheduler.directory.directory import Run
+from scheduler.directory.holder_sets import Holders
 from scheduler.hit import DELIVERIES, Hit, expected_tier, last_byte_s
-from scheduler.holder_sets import Holders
 from scheduler.one_reader import from_side, in_dram
 from scheduler.plan import Range
 

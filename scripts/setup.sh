@@ -68,8 +68,8 @@ install_packages() {
         say "SGLang and Mooncake for CUDA, with their own pins ..."
         logged "${pip[@]}" -e '.[cuda,s3,test]'
     fi
-    # See engine/torchvision_stub.py.
-    echo 'import engine.torchvision_stub' \
+    # See engine/cpu/torchvision_stub.py.
+    echo 'import engine.cpu.torchvision_stub' \
         >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_dualpath.pth"
     logged .venv/bin/python -c 'import mooncake.engine, sglang'
 }

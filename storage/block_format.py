@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-from storage.block import (
+from common.block import (
     KEY_BYTES,
     MODEL_DIGEST_CHARS_MAX,
     TENANT_CHARS,
@@ -20,7 +20,7 @@ from storage.block import (
     BlockLayout,
     BlockOwner,
 )
-from storage.tier import BlockCorrupt, BlockMissing
+from storage.tiers.contract import BlockCorrupt, BlockMissing
 
 HEADER_BYTES = 4096
 MAGIC = b"DUALPATH"

@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from storage.owners import BadSelector, Selector
-from storage.sizes import parse_size
+from common.sizes import parse_size
+from storage.index.owners import BadSelector, Selector
 from storage.tools import report
 from storage.tools.bench import bench
 from storage.tools.copy import copy

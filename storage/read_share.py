@@ -6,8 +6,7 @@ import heapq
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 
-from storage.block import BlockKey
-from storage.tier import TierName
+from common.block import BlockKey, TierName
 
 
 class Fill:

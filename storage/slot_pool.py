@@ -1,7 +1,7 @@
 """DRAM slots for blocks in registered memory: who is in which slot, and who needs it.
 
 No I/O. A slot is free, being filled, or resident. Slots that are being filled or pinned
-stay; the other resident ones are evictable, in the order of :mod:`storage.index`.
+stay; the other resident ones are evictable, in the order of :mod:`storage.index.index`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.block import UNLABELLED, BlockKey, BlockLabel
-from storage.index import BlockIndex
-from storage.owners import OwnerBook, Selector
+from common.block import UNLABELLED, BlockKey, BlockLabel
+from storage.index.index import BlockIndex
+from storage.index.owners import OwnerBook, Selector
 
 SLOT_ALIGNMENT_BYTES = 4096
 

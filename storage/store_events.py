@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
-from storage.block import BlockKey
-from storage.holdings import Holdings
+from common.block import BlockKey, TierName
+from storage.index.holdings import Holdings
 from storage.read_share import ShareBook
 from storage.slot_pool import SlotPool
-from storage.tier import TierName, TierStats
+from storage.tiers.contract import TierStats
 
 
 class ShareSettled(msgspec.Struct, frozen=True):

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.block import UNLABELLED, BlockKey, BlockLabel
-from storage.holdings import Holdings
-from storage.owners import Selector
-from storage.rate import RateMeter
+from common.block import UNLABELLED, BlockKey, BlockLabel, TierName
+from common.rate import RateMeter
+from storage.index.holdings import Holdings
+from storage.index.owners import Selector
 from storage.read_share import Fill, ReadShare, ShareBook
 from storage.slot_pool import SlotPool
 from storage.store_events import HoldingChanged, ShareSettled, StoreEvent, StoreStats
-from storage.tier import BlockIO, Completion, Tier, TierName
+from storage.tiers.contract import BlockIO, Completion, Tier
 from storage.write_behind import WriteBehind
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from storage.block import BlockKey
-from storage.holdings import Holdings
+from common.block import BlockKey, TierName
+from storage.index.holdings import Holdings
 from storage.slot_pool import SlotPool
-from storage.tier import BlockIO, Tier, TierName
+from storage.tiers.contract import BlockIO, Tier
 
 _OWNER = -1
 """Pins blocks in the slot pool until their writes have ended."""

@@ -21,8 +21,8 @@ from typing import Any
 
 import psutil
 
-from launch.models import resolve_model
-from launch.tensor_parallel import cpu_env, ranks_of
+from launch.cluster.tensor_parallel import cpu_env, ranks_of
+from launch.models.resolve import resolve_model
 
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 15

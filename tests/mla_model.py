@@ -1,7 +1,7 @@
 """A small DeepSeek-V2 with random weights: latent KV (MLA), and experts in the last layers.
 
 Built with transformers, which is also the reference: greedy tokens of :func:`reference`. The
-gains are those of :mod:`launch.tiny_model`: output depends on tokens far back.
+gains are those of :mod:`launch.models.tiny_model`: output depends on tokens far back.
 """
 
 from __future__ import annotations

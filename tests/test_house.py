@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("storage", "transfer", "scheduler", "engine", "launch")
 MAY_IMPORT = {
-    "storage": set(),
-    "transfer": {"storage"},
-    "scheduler": {"storage"},
-    "engine": {"storage", "transfer", "scheduler"},
-    "launch": {"storage", "transfer", "scheduler", "engine"},
+    "common": set(),
+    "storage": {"common"},
+    "transfer": {"common", "storage"},
+    "scheduler": {"common"},
+    "engine": {"common", "storage", "transfer", "scheduler"},
+    "launch": {"common", "storage", "transfer", "scheduler", "engine"},
 }
+PACKAGES = tuple(MAY_IMPORT)
 FILE_LINES_MAX = 400
 FUNCTION_LINES_MAX = 60
 # Exceptions, with the size that they have. A number here may only go down.
@@ -60,7 +61,7 @@ def imports_of(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_point_down(package):
     forbidden = set(PACKAGES) - MAY_IMPORT[package] - {package}
-    if package in ("storage", "scheduler"):
+    if package in ("common", "storage", "scheduler"):
         forbidden |= {"sglang", "mooncake", "torch"}
     found = {
         f"{name_of(path)} imports {name}"

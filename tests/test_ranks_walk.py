@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launch.models import resolve_model
+from launch.models.resolve import resolve_model
 from tests import mla_model
 from tests.cluster import Cluster, plain_tokens, prompt, running_cluster
 from tests.prefill_checks import PAGE, check_sampled_prompts

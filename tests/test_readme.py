@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import ClusterConfig
+from launch.cluster.config import ClusterConfig
 from launch.rollout.config import JobConfig
 from launch.settings import help_markdown
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import random
 import signal
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "launch"))
-
-from rollout_jobs import (
+from launch.rollout.env import Done, Reply, Say
+from tests.cluster import prompt, running_cluster
+from tests.launch.rollout.jobs import (
     keys,
     run,
     samples,
@@ -22,9 +21,6 @@ from rollout_jobs import (
     what_was_sampled,
     write_jsonl,
 )
-
-from launch.rollout.env import Done, Reply, Say
-from tests.cluster import prompt, running_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

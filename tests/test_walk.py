@@ -11,7 +11,7 @@ import signal
 
 import pytest
 
-from launch.models import resolve_model
+from launch.models.resolve import resolve_model
 from tests.cluster import (
     GREEDY,
     RequestFailed,

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import zmq
 
-from transfer.messages import (
+from common.messages import (
     AgentHello,
     MalformedMessage,
     Message,

@@ -1,6 +1,6 @@
 """Credits: how far an agent may write into the KV memory of an engine that reuses it.
 
-A prefill engine with a layer window (:mod:`engine.layer_ring`) holds KV of a few layers and
+A prefill engine with a layer window (:mod:`engine.prefill.layer_ring`) holds KV of a few layers and
 numbers the layers of all its forwards: *positions*. Each of its ranks writes one word
 one-sidedly into each agent's memory: every position before it may be written. So a writer
 learns that a buffer is free without a message, and the engine's forward never waits for one.

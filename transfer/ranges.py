@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.block import BlockLayout
+from common.block import BlockLayout
 
 Addresses = NDArray[np.int64]
 

@@ -26,7 +26,7 @@ from benchmarks.testbed import machine
 from benchmarks.testbed.cluster import Gateway, in_cluster
 from benchmarks.testbed.iperf import IperfFailed
 from benchmarks.testbed.network import OPEN_MBIT, Network, NetworkFailed, Rates
-from launch.supervisor import StartFailed
+from launch.cluster.supervisor import StartFailed
 
 FAILURES = (ClusterFailed, CoresNotApart, IperfFailed, NetworkFailed, StartFailed, TimeoutError)
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.testbed.cluster import EngineChange, Gateway, cluster_config, records_on, total
 from benchmarks.testbed.network import Network
-from launch.layout import PAGE_TOKENS
-from launch.process_record import ProcessRecord
+from launch.cluster.layout import PAGE_TOKENS
+from launch.cluster.process_record import ProcessRecord
 
 LAYERS, WINDOW = 8, 2
 TOKEN_BYTES = 8192

@@ -24,7 +24,7 @@ from benchmarks.quota import estimate, measure
 from benchmarks.quota.estimate import Estimated
 from benchmarks.quota.measure import Measured, Round
 from benchmarks.quota.workload import trace_chunks
-from launch.supervisor import StartFailed
+from launch.cluster.supervisor import StartFailed
 
 GROUP_SIZES = (2, 4, 8)
 ROUNDS = 7

@@ -16,17 +16,17 @@ import aiohttp
 import msgspec
 import psutil
 
-import engine.engine_config
+import engine.config
 from benchmarks.own_cluster import ClusterFailed
 from benchmarks.supervised import Supervised
-from engine.engine_config import EngineConfig
-from launch.config import ClusterConfig
-from launch.hardware import Hardware
-from launch.models import resolve_model
-from launch.process_record import HealthCheck, ProcessRecord
-from launch.processes import process_records
+from common.process_settings import to_env
+from engine.config import EngineConfig
+from launch.cluster.config import ClusterConfig
+from launch.cluster.hardware import Hardware
+from launch.cluster.process_record import HealthCheck, ProcessRecord
+from launch.cluster.processes import process_records
+from launch.models.resolve import resolve_model
 from scheduler.quota import Chunk
-from storage.settings import to_env
 
 RANKS = 2
 POOL_TOKENS = 131_072
@@ -123,7 +123,7 @@ def groups(
 def _alone(record: ProcessRecord, name: str) -> ProcessRecord:
     """The engine without agents; the decode engine is SGLang's own."""
     env, ready = dict(record.env), record.ready[0]
-    variable = engine.engine_config.VARIABLE
+    variable = engine.config.VARIABLE
     if "bootstrap" in record.ports:
         settings = msgspec.json.decode(env[variable], type=EngineConfig)
         env[variable] = to_env(msgspec.structs.replace(settings, name=name, agents={}))

@@ -15,9 +15,9 @@ import msgspec
 import numpy as np
 
 from benchmarks.trace import PAGE_TOKENS
-from scheduler.prefill_cost import ForwardCost
+from common.messages import PrefillCost
+from common.prefill_cost import ForwardCost
 from scheduler.quota import Chunk, QuotaBatch, pack
-from transfer.messages import PrefillCost
 
 GPU = PrefillCost(base_s=0.001, token_s=0.0, pair_s=5.2e-9, context_s=1.3e-7)
 """Attention of a 32B model of 64 layers with 40 heads and 8 KV heads of 128 in 16 bit, at 250

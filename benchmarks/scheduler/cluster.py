@@ -6,15 +6,14 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from launch.layout import PAGE_TOKENS
-from scheduler.directory import Directory, Run
-from scheduler.holder_sets import Holders
+from common.block import KEY_BYTES, BlockKey, TierName
+from common.messages import PrefillCost
+from launch.cluster.layout import PAGE_TOKENS
+from scheduler.directory.directory import Directory, Run
+from scheduler.directory.holder_sets import Holders
 from scheduler.options import SchedulerOptions
 from scheduler.plan import PlanRequest, Range
 from scheduler.scheduler import Scheduler
-from storage.block import KEY_BYTES, BlockKey
-from storage.tier import TierName
-from transfer.messages import PrefillCost
 
 
 class Hardware(msgspec.Struct, frozen=True):

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.scheduler.cluster import PAGE_TOKENS, Cluster, Hardware, RemoteStore, some_keys
+from common.block import BlockKey
+from common.rate import RateMeter
 from scheduler.options import SchedulerOptions
 from scheduler.plan import NoEngine, Plan, PlanRequest
-from storage.block import BlockKey
-from storage.rate import RateMeter
 
 REPORT_PERIOD_S = 1.0
 SAMPLE_PERIOD_S = 0.5

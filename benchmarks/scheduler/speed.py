@@ -14,11 +14,10 @@ import msgspec
 import numpy as np
 
 from benchmarks.scheduler.cluster import Cluster, RemoteStore, some_keys
-from scheduler.directory import Directory
+from common.block import KEY_BYTES, BlockKey, TierName
+from common.messages import Holding
+from scheduler.directory.directory import Directory
 from scheduler.plan import Plan
-from storage.block import KEY_BYTES, BlockKey
-from storage.tier import TierName
-from transfer.messages import Holding
 
 PROMPT_TOKENS = 64 * 1024
 NEW_TOKENS = 176

@@ -26,7 +26,7 @@ from benchmarks.testbed.iperf import IperfFailed
 from benchmarks.testbed.network import Network, NetworkFailed, Rates, remove_leftovers
 from benchmarks.testbed.offline import AGENTS_PER_PREFILL, Plan, Race
 from benchmarks.testbed.results import ARMS, Shape, ShapeResult
-from launch.supervisor import StartFailed
+from launch.cluster.supervisor import StartFailed
 
 SHAPES = {shape.name: shape for shape in (Shape(1, 1), Shape(1, 2), Shape(2, 2))}
 STORE_BYTES = 2 << 30

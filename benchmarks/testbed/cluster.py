@@ -12,21 +12,21 @@ from typing import Any, NamedTuple, TypeVar
 import aiohttp
 import msgspec
 
-import engine.engine_config
-import transfer.agent_config
+import engine.config
+import transfer.agent.config
 from benchmarks.own_cluster import ClusterFailed
 from benchmarks.supervised import Supervised, while_running
 from benchmarks.testbed.network import Network
-from engine.engine_config import EngineConfig
-from launch.config import ClusterConfig
-from launch.hardware import Hardware
-from launch.layout import PAGE_TOKENS, node_names
-from launch.models import resolve_model
-from launch.process_record import ProcessRecord
-from launch.processes import process_records
-from launch.trace import HEADER
-from storage.settings import to_env
-from transfer.agent_config import AgentConfig
+from common.process_settings import to_env
+from engine.config import EngineConfig
+from launch.cluster.config import ClusterConfig
+from launch.cluster.hardware import Hardware
+from launch.cluster.layout import PAGE_TOKENS, node_names
+from launch.cluster.process_record import ProcessRecord
+from launch.cluster.processes import process_records
+from launch.gateway.request.trace import HEADER
+from launch.models.resolve import resolve_model
+from transfer.agent.config import AgentConfig
 
 MODEL = "tiny"
 BLOCK_BYTES = PAGE_TOKENS * 8 * 2 * 2 * 64 * 4
@@ -168,9 +168,9 @@ def _moved(
         return record
     env = dict(record.env)
     if record.kind == "agent":
-        _change(env, transfer.agent_config.VARIABLE, AgentConfig, dram_keep=dram_keep)
+        _change(env, transfer.agent.config.VARIABLE, AgentConfig, dram_keep=dram_keep)
     else:
-        _change(env, engine.engine_config.VARIABLE, EngineConfig, keep_prefixes=False)
+        _change(env, engine.config.VARIABLE, EngineConfig, keep_prefixes=False)
     argv = (*network.within(network.namespace(node)), *record.argv)
     return dataclasses.replace(record, argv=argv, env=env)
 
@@ -178,7 +178,7 @@ def _moved(
 def _changed(record: ProcessRecord, change: EngineChange) -> ProcessRecord:
     env = dict(record.env)
     if change.settings:
-        _change(env, engine.engine_config.VARIABLE, EngineConfig, **change.settings)
+        _change(env, engine.config.VARIABLE, EngineConfig, **change.settings)
     return dataclasses.replace(record, argv=(*record.argv, *change.flags), env=env)
 
 

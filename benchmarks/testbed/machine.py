@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import radosgw
 from benchmarks.testbed.network import PREFIX, Network, NetworkFailed, Rates
-from launch.preflight import available_memory_bytes
+from launch.cluster.preflight import available_memory_bytes
 
 ENGINE_BYTES = 2_300_000_000
 """Resident memory of a SGLang engine with the model ``tiny`` and of its agent, measured."""

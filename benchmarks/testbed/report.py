@@ -14,7 +14,7 @@ from benchmarks.testbed.results import ORACLE, Run, ShapeResult
 WINDOW_S = 0.5
 """Of the picture's mean rates."""
 TIMINGS = ("queue", "slots", "read", "plan", "deliver", "prefill", "first_byte", "total")
-"""Of the gateway's trace (launch/trace.py); the oracle has no delivery."""
+"""Of the gateway's trace (launch/gateway/request/trace.py); the oracle has no delivery."""
 
 
 def arms_table(results: Sequence[ShapeResult]) -> Table:

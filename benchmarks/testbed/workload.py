@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.testbed.cluster import BLOCK_BYTES, Gateway
-from launch.layout import PAGE_TOKENS
+from launch.cluster.layout import PAGE_TOKENS
 
 TOKEN_FIRST, TOKEN_LAST = 300, 2000
 """Ordinary words of any vocabulary, with no special token among them."""

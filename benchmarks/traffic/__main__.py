@@ -25,7 +25,7 @@ from benchmarks.testbed.network import NetworkFailed, remove_leftovers
 from benchmarks.traffic import cluster, engines, measure, results
 from benchmarks.traffic.hosts import LINK_MBIT, WorkerFailed, built_link
 from benchmarks.traffic.results import Results
-from launch.supervisor import StartFailed
+from launch.cluster.supervisor import StartFailed
 from transfer.traffic import cgroup
 from transfer.traffic.host import PROGRAMS, CommandFailed, Refused
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from benchmarks.traffic.hosts import DEVICE, RECEIVER, SENDER, Link
 from benchmarks.traffic.measure import INFERENCE_CORE, SETTLE_S, Arm, Bench, Rounds, Sample
-from engine.engine_config import VARIABLE
-from launch.config import ClusterConfig
-from launch.hardware import Hardware
-from launch.models import resolve_model
-from launch.processes import process_records
+from engine.config import VARIABLE
+from launch.cluster.config import ClusterConfig
+from launch.cluster.hardware import Hardware
+from launch.cluster.processes import process_records
+from launch.models.resolve import resolve_model
 
 PORT, RENDEZVOUS_PORT, BASE_PORT = 30000, 29400, 31000
 START_S = 240.0

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from storage.block import BlockLayout
-from transfer.delivery import TransferJob, TransferQueue
+from common.block import BlockLayout
+from transfer.agent.delivery import TransferJob, TransferQueue
 from transfer.mooncake import TransferPeer
-from transfer.pacer import read_pace
-from transfer.pacing import NicBook, Pacing, pacer_samples
+from transfer.pacing.nic_pacing import NicBook, Pacing, pacer_samples
+from transfer.pacing.pacer import read_pace
 
 SINK_BYTES = 64 << 20
 STREAM_BYTES = 256 << 10

@@ -1,0 +1,1 @@
+"""Rollout jobs: prompts in, samples for reinforcement learning out."""

@@ -25,10 +25,10 @@ from launch.rollout.config import RolloutConfig, help_markdown, load_config
 from launch.rollout.console import SHOW_S, Bar, summary_table
 from launch.rollout.dry_run import dry_run
 from launch.rollout.errors import DiskFull, JobStopped, RequestFailed
-from launch.rollout.input_files import BadInput
+from launch.rollout.input.files import BadInput
 from launch.rollout.job import Job, errors_path, until_done
-from launch.rollout.job_folder import JobFolder
-from launch.rollout.output import Output
+from launch.rollout.output.job_folder import JobFolder
+from launch.rollout.output.shards import Output
 from launch.rollout.own_cluster import own_cluster
 from launch.settings import BadConfig
 

@@ -15,8 +15,8 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from launch.gateway.request.trace import HEADER
 from launch.rollout.errors import EndpointGone, RequestFailed
-from launch.trace import HEADER
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.sizes import parse_size
 from launch import settings
-from launch.config import ClusterConfig
+from launch.cluster.config import ClusterConfig
 from launch.rollout.env import BadEnv, load_env
 from launch.settings import check_choices, fields_of, flag, parse_switch, require, setting
-from storage.sizes import parse_size
 
 AUTO = "auto"
 

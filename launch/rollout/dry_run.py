@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from launch.models import resolve_model
+from launch.models.resolve import resolve_model
 from launch.rollout.client import Client
 from launch.rollout.config import RolloutConfig
-from launch.rollout.input_files import input_files
-from launch.rollout.prompt_table import PromptTable, build_table
-from launch.rollout.rows import BadRow, Row
-from launch.rollout.schema import TAKEN_NAMES
+from launch.rollout.input.files import input_files
+from launch.rollout.input.prompt_table import PromptTable, build_table
+from launch.rollout.input.rows import BadRow, Row
+from launch.rollout.output.schema import TAKEN_NAMES
 from launch.rollout.token_ids import TokenIds
 
 COUNTED_ROWS_MAX = 1000

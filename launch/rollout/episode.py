@@ -14,8 +14,8 @@ from launch.rollout.client import Client, Generation
 from launch.rollout.config import RolloutConfig
 from launch.rollout.env import Done, Env, Reply, Say
 from launch.rollout.errors import RequestFailed
-from launch.rollout.rows import SAMPLING_COLUMNS, Row
-from launch.rollout.schema import Sample, Turn
+from launch.rollout.input.rows import SAMPLING_COLUMNS, Row
+from launch.rollout.output.schema import Sample, Turn
 from launch.rollout.slots import Slots
 from launch.rollout.token_ids import CannotFollow, TokenIds, said_messages
 

@@ -17,9 +17,9 @@ from launch.rollout.config import RolloutConfig
 from launch.rollout.env import load_env
 from launch.rollout.episode import Episode, Parts, request_params, sampling_of
 from launch.rollout.errors import DiskFull, JobStopped, RequestFailed
-from launch.rollout.output import Output
-from launch.rollout.prompt_table import PromptTable
-from launch.rollout.schema import Sample
+from launch.rollout.input.prompt_table import PromptTable
+from launch.rollout.output.schema import Sample
+from launch.rollout.output.shards import Output
 from launch.rollout.slots import Slots
 from launch.rollout.token_ids import TokenIds
 from launch.rollout.work import Draw, Group, Prime, Work, groups, row_order

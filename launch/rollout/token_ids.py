@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from launch.rollout.env import Say
-from launch.rollout.rows import Row
+from launch.rollout.input.rows import Row
 
 
 class CannotFollow(Exception):

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from launch.rollout.config import RolloutConfig
 from launch.rollout.episode import Prompt
 from launch.rollout.errors import RequestFailed
-from launch.rollout.prompt_table import PromptTable
-from launch.rollout.rows import BadRow
+from launch.rollout.input.prompt_table import PromptTable
+from launch.rollout.input.rows import BadRow
 from launch.rollout.token_ids import TokenIds
 
 SHARED_TOKENS_MIN = 65

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from storage.block_format import MAGIC, VERSION
-from storage.slab import Slab
-from storage.ssd_folder import SsdFolder
+from storage.ssd.folder import SsdFolder
+from storage.ssd.slab import Slab
 
 LiveSlots = dict[int, set[int]]
 """Slots with blocks that a start would find, by slab."""

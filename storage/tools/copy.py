@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from storage.block import BlockKey, BlockLabel
-from storage.owners import Selector
-from storage.tier import BlockCorrupt, BlockIO, BlockMissing, Tier
+from common.block import BlockKey, BlockLabel
+from storage.index.owners import Selector
+from storage.tiers.contract import BlockCorrupt, BlockIO, BlockMissing, Tier
 from storage.tools.look import chosen
 from storage.tools.progress import in_threads, progress_bar
 from storage.tools.view import StoredBlock, StoreUnusable, StoreView

@@ -8,10 +8,10 @@ from collections import Counter
 
 import msgspec
 
-from storage.block import NO_PARENT
-from storage.owners import Selector
-from storage.sizes import format_size
-from storage.tier import BlockCorrupt, BlockMissing
+from common.block import NO_PARENT
+from common.sizes import format_size
+from storage.index.owners import Selector
+from storage.tiers.contract import BlockCorrupt, BlockMissing
 from storage.tools.finding import Finding, Findings, Verdict
 from storage.tools.progress import in_threads
 from storage.tools.view import StoredBlock, StoreSummary, StoreView

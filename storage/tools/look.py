@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from storage.block import NO_PARENT, BlockOwner
-from storage.owners import Selector
+from common.block import NO_PARENT, BlockOwner
+from storage.index.owners import Selector
 from storage.tools.view import StoredBlock, StoreView
 
 AGES_S = {"under an hour": 3600, "under a day": 86400, "under a week": 7 * 86400}

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from storage.block import BlockKey
+from common.block import BlockKey
+from common.sizes import format_size
 from storage.block_format import HEADER_BYTES, BlockHeader, verify
-from storage.object_store import RemoteUnusable, StoredObject
-from storage.open_store import open_store
-from storage.owners import Selector
-from storage.pack import Pack
-from storage.pack_catalog import (
+from storage.index.owners import Selector
+from storage.remote.objects.calls import RemoteCalls
+from storage.remote.objects.object_store import RemoteUnusable, StoredObject
+from storage.remote.objects.open_store import open_store
+from storage.remote.packs.catalog import (
     Drop,
     DropFound,
     News,
@@ -26,22 +27,21 @@ from storage.pack_catalog import (
     Refreshed,
     dropped_before_ms,
 )
-from storage.pack_format import PackClock, now_ms
-from storage.pack_upkeep import (
+from storage.remote.packs.format import PackClock, now_ms
+from storage.remote.packs.pack import Pack
+from storage.remote.packs.upkeep import (
     LiveRows,
     PackUpkeep,
     latest_manifest_ms,
     plan_upkeep,
     write_drop,
 )
-from storage.remote_calls import RemoteCalls
-from storage.remote_settings import RemoteSettings
-from storage.remote_tier import RemoteTier
-from storage.sizes import format_size
-from storage.tier import BlockMissing
+from storage.remote.settings import RemoteSettings
+from storage.remote.tier import RemoteTier
+from storage.remote.upload_pacer import UploadPacer
+from storage.tiers.contract import BlockMissing
 from storage.tools.finding import Finding, Findings, Verdict
 from storage.tools.view import StoredBlock, StoreSummary, StoreUnusable
-from storage.upload_pacer import UploadPacer
 
 LOOK_S_MAX = 600.0
 UPKEEP_S_MAX = 3600.0

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from storage.sizes import format_size
+from common.sizes import format_size
 from storage.tools.finding import Finding, Verdict
 
 DIGEST_CHARS = 12

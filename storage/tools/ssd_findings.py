@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
+from common.sizes import format_size
 from storage.block_format import MAGIC, VERSION
-from storage.folder_notes import FolderNotes
-from storage.sizes import format_size
-from storage.slab import Slab
-from storage.ssd_folder import FolderState
+from storage.ssd.folder import FolderState
+from storage.ssd.notes import FolderNotes
+from storage.ssd.slab import Slab
 from storage.tools.finding import Finding, Findings, Verdict
 
 HEADERS_MAX = 20_000

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from storage.block import UNLABELLED, BlockLabel, BlockOwner
+from common.block import UNLABELLED, BlockLabel, BlockOwner
 from storage.block_format import (
     HEADER_BYTES,
     BlockHeader,
@@ -22,19 +22,19 @@ from storage.block_format import (
     encode_owner,
     verify,
 )
-from storage.folder_notes import FolderNotes
-from storage.owners import Selector
-from storage.slab import Slab
-from storage.slab_records import Records, apply_drops, keys_of, latest
-from storage.slab_table import owner_number
-from storage.ssd_folder import (
+from storage.index.owners import Selector
+from storage.ssd.folder import (
     DirectoryLocked,
     DirectoryUnusable,
     owner_process,
     read_state,
 )
-from storage.ssd_tier import SsdTier
-from storage.tier import BlockCorrupt, BlockMissing
+from storage.ssd.notes import FolderNotes
+from storage.ssd.slab import Slab
+from storage.ssd.slab_records import Records, apply_drops, keys_of, latest
+from storage.ssd.slab_table import owner_number
+from storage.ssd.tier import SsdTier
+from storage.tiers.contract import BlockCorrupt, BlockMissing
 from storage.tools.collect import LiveSlots, collect_folder
 from storage.tools.finding import Findings
 from storage.tools.ssd_findings import ssd_findings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from storage.tier import Tier
+from storage.tiers.contract import Tier
 from storage.tools.remote_view import RemoteView, open_remote_tier
 from storage.tools.ssd_view import SsdView, open_ssd_tier
 from storage.tools.view import StoreUnusable, StoreView

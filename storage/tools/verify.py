@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from storage.block import BlockKey
-from storage.owners import Selector
-from storage.tier import BlockCorrupt, BlockMissing
+from common.block import BlockKey
+from storage.index.owners import Selector
+from storage.tiers.contract import BlockCorrupt, BlockMissing
 from storage.tools.look import chosen
 from storage.tools.progress import in_threads, progress_bar
 from storage.tools.view import StoredBlock, StoreUnusable, StoreView

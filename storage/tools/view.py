@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import msgspec
 
-from storage.block import BlockKey, BlockLabel
+from common.block import BlockKey, BlockLabel
 from storage.block_format import BlockHeader
-from storage.owners import Selector
-from storage.tier import Tier
+from storage.index.owners import Selector
+from storage.tiers.contract import Tier
 from storage.tools.finding import Findings
 
 

@@ -15,8 +15,8 @@ import pytest
 from aiohttp import web
 
 from benchmarks import own_cluster as own_cluster_module
-from benchmarks import replay as replay_module
 from benchmarks.own_cluster import ClusterFailed, free_port, own_cluster
+from benchmarks.replay import __main__ as replay_module
 from benchmarks.trace import PAGE_TOKENS, SeenBlocks
 
 

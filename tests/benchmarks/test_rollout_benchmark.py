@@ -1,4 +1,4 @@
-from benchmarks.rollout import PROMPTS, allowed_tokens, goals
+from benchmarks.rollout.__main__ import PROMPTS, allowed_tokens, goals
 
 
 def test_every_goal_is_there_also_unmeasured():

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import replay, store_eviction, store_index, store_load
-from benchmarks.store import goals_of
-from benchmarks.store_load import DEPTH, LoadFailed, Memory, RawFile, TierLoad, busy_thread
+from benchmarks.replay import __main__ as replay
+from benchmarks.store import eviction as store_eviction
+from benchmarks.store import index as store_index
+from benchmarks.store import load as store_load
+from benchmarks.store.__main__ import goals_of
+from benchmarks.store.load import DEPTH, LoadFailed, Memory, RawFile, TierLoad, busy_thread
 
 BLOCK_BYTES = 16 << 10
 

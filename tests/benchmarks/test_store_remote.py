@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import store_remote
 from benchmarks.radosgw import missing_programs
-from benchmarks.store_remote import measure_remote, remote_goals
+from benchmarks.store import remote as store_remote
+from benchmarks.store.remote import measure_remote, remote_goals
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.replay import DEFAULT_TRACE
+from benchmarks.replay.__main__ import DEFAULT_TRACE
 from benchmarks.trace import (
     BadTrace,
     PromptMaker,

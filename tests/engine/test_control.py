@@ -8,11 +8,8 @@ import msgspec
 import pytest
 import zmq
 
-from engine import prefill_layer_hooks
-from engine.control import ControlServer
-from engine.plans import Plans
-from storage.block import BlockLayout, Namespace
-from transfer.messages import (
+from common.block import BlockLayout, Namespace
+from common.messages import (
     EndPlan,
     EngineHello,
     EnginePlan,
@@ -22,6 +19,9 @@ from transfer.messages import (
     decode,
     encode,
 )
+from engine.control import ControlServer
+from engine.plans import Plans
+from engine.sglang import prefill_layer_hooks
 
 NAMESPACE = Namespace("model", "1", "float32", BlockLayout(64, 1, (8,)))
 HELLO = EngineHello("p0", "prefill", 1, NAMESPACE, 8998, "", 0, 0, 0, 100, None, {})

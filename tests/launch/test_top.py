@@ -9,12 +9,12 @@ import re
 from pathlib import Path
 
 import pytest
-from control_stub import free_port
-from gateway_client import GENERATE, post
-from gateway_stubs import running_cluster as cluster_of
 from rich.console import Console
 
 from launch.top import main, render
+from tests.launch.gateway.client import GENERATE, post
+from tests.launch.gateway.control_stub import free_port
+from tests.launch.gateway.stubs import running_cluster as cluster_of
 
 VIEWS = json.loads((Path(__file__).parent / "cluster_views.json").read_text())
 """Busy with three clients; 2 s later, d1 drained."""

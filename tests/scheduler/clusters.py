@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from common.block import BlockKey, TierName
+from common.messages import Holding
 from scheduler.cluster_state import ClusterState
 from scheduler.options import SchedulerOptions
 from scheduler.plan import PlanRequest
 from scheduler.scheduler import Scheduler
-from storage.block import BlockKey
-from storage.tier import TierName
-from transfer.messages import Holding
 
 PAGE_TOKENS = 64
 BLOCK_BYTES = 1000

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.directory import Run
+from scheduler.directory.directory import Run
+from scheduler.directory.holder_sets import Holders
 from scheduler.hit import Hit, last_byte_s
-from scheduler.holder_sets import Holders
 from scheduler.options import SchedulerOptions
 from scheduler.policies import read_policy
 from tests.scheduler.clusters import BLOCK_BYTES, state_of

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.cluster_state import ClusterState
-from scheduler.directory import Run
+from scheduler.directory.directory import Run
+from scheduler.directory.holder_sets import Holders
 from scheduler.hit import Hit, last_byte_s
-from scheduler.holder_sets import Holders
 from scheduler.options import SchedulerOptions
 from scheduler.policies import POLICY_NAMES, UnknownPolicy, read_policy
 from scheduler.scheduler import Scheduler

@@ -7,18 +7,17 @@ from collections import deque
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.block import BlockKey, TierName
+from common.messages import Holding, PrefillCost
 from scheduler.plan import NoEngine, Plan
 from scheduler.policies import POLICY_NAMES
 from scheduler.scheduler import Scheduler
-from storage.block import BlockKey
 from storage.block_format import encode_header
-from storage.memory_tier import MemoryTier
 from storage.slot_pool import SlotPool
 from storage.store_events import ShareSettled
-from storage.tier import TierName
 from storage.tiered_store import TieredStore
+from storage.tiers.memory_tier import MemoryTier
 from tests.scheduler.clusters import cluster, report_agent, report_engine, request
-from transfer.messages import Holding, PrefillCost
 
 # ---- the global queue ---------------------------------------------------------------------
 

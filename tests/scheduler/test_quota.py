@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.prefill_cost import batch_terms, coefficients
+from common.messages import PrefillCost
+from common.prefill_cost import batch_terms, coefficients
 from scheduler.quota import Chunk, QuotaBatch, pack
-from transfer.messages import PrefillCost
 
 PAGE = 64
 

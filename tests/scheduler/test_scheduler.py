@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 
+from common.block import BlockKey, TierName
+from common.messages import Holding, PrefillCost
 from scheduler.options import SchedulerOptions
 from scheduler.plan import NoEngine
 from scheduler.scheduler import Scheduler, UnknownPlan
-from storage.block import BlockKey
-from storage.tier import TierName
 from tests.scheduler.clusters import (
     BLOCK_BYTES,
     PAGE_TOKENS,
@@ -22,7 +22,6 @@ from tests.scheduler.clusters import (
     report_engine,
     request,
 )
-from transfer.messages import Holding, PrefillCost
 
 
 def loads(scheduler: Scheduler, now: float = 0.0) -> list[tuple]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.block import TierName
 from scheduler.policies import POLICY_NAMES
 from scheduler.scheduler import Scheduler
-from storage.tier import TierName
 from tests.scheduler.clusters import cluster, hold, keys_of, report_agent, report_engine, request
 
 actions = st.lists(

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from benchmarks.radosgw import RadosGateway, missing_programs
-from storage.block import BlockKey
+from common.block import BlockKey, TierName
 from storage.cli import main as cli_main
-from storage.memory_tier import MemoryTier
-from storage.remote_tier import RemoteSettings, RemoteTier
-from storage.ssd_tier import SsdTier
-from storage.tier import BlockIO, Completion, Tier, TierName
+from storage.remote.tier import RemoteSettings, RemoteTier
+from storage.ssd.tier import SsdTier
+from storage.tiers.contract import BlockIO, Completion, Tier
+from storage.tiers.memory_tier import MemoryTier
 
 BLOCK_BYTES = 10_000
 QUICK = RemoteSettings(threads=2, linger_s=0.02, timeout_s=10)

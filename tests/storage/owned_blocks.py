@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import msgspec
-from conftest import finish, key_of, payload_of
 
-from storage.block import UNLABELLED, BlockKey, BlockLabel, tenant_digest
-from storage.tier import BlockIO, Tier
+from common.block import UNLABELLED, BlockKey, BlockLabel, tenant_digest
+from storage.tiers.contract import BlockIO, Tier
+from tests.storage.conftest import finish, key_of, payload_of
 
 ANN, BOB = "ann's salt", "bob's salt"
 

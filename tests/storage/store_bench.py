@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from conftest import key_of, no_wake, payload_of
-
-from storage.block import BlockKey
+from common.block import BlockKey, TierName
 from storage.block_format import HEADER_BYTES, encode_header
-from storage.faulty_tier import FaultyTier
-from storage.memory_tier import MemoryTier
 from storage.slot_pool import SlotPool
 from storage.store_events import ShareSettled
-from storage.tier import BlockIO, TierName
 from storage.tiered_store import TieredStore
+from storage.tiers.contract import BlockIO
+from storage.tiers.faulty_tier import FaultyTier
+from storage.tiers.memory_tier import MemoryTier
+from tests.storage.conftest import key_of, no_wake, payload_of
 
 NBYTES = 5000
 DRAM, SSD, REMOTE = TierName.DRAM, TierName.SSD, TierName.REMOTE

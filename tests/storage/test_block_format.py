@@ -11,7 +11,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.block import BlockKey, BlockLabel, BlockLayout
+from common.block import BlockKey, BlockLabel, BlockLayout
 from storage.block_format import (
     COMPONENTS_MAX,
     HEADER_BYTES,
@@ -21,7 +21,7 @@ from storage.block_format import (
     encode_owner,
     verify,
 )
-from storage.tier import BlockCorrupt
+from storage.tiers.contract import BlockCorrupt
 
 KEY = BlockKey(bytes(range(32)))
 PAYLOAD = b"kv" * 3000

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BLOCK_BYTES, Run, key_of, no_wake, payload_of, read
-from owned_blocks import ANN, BOB, fill, held, label
-from slab_files import flip, lose_tables, overwrite, place_of
 
-from storage.block import tenant_digest
+from common.block import tenant_digest
 from storage.cli import main
-from storage.slab import slot_bytes_for
-from storage.ssd_tier import SsdTier
+from storage.ssd.slab import slot_bytes_for
+from storage.ssd.tier import SsdTier
 from storage.tools import verify as verify_tool
+from tests.storage.conftest import BLOCK_BYTES, Run, key_of, no_wake, payload_of, read
+from tests.storage.owned_blocks import ANN, BOB, fill, held, label
+from tests.storage.ssd.slab_files import flip, lose_tables, overwrite, place_of
 
 SLOT_BYTES = slot_bytes_for(BLOCK_BYTES)
 CAPACITY_BYTES = 128 * SLOT_BYTES

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from conftest import QUICK, Run, key_of, no_wake, payload_of, read, settle
-from owned_blocks import BOB, fill, label, write_as
-from pack_files import flip, packs_in, places_in
 
-from storage.remote_tier import RemoteTier
+from storage.remote.tier import RemoteTier
+from tests.storage.conftest import QUICK, Run, key_of, no_wake, payload_of, read, settle
+from tests.storage.owned_blocks import BOB, fill, label, write_as
+from tests.storage.remote.pack_files import flip, packs_in, places_in
 
 
 def open_tier(folder: Path) -> RemoteTier:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import key_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from storage.slot_pool import NoSlot, SlotPool
+from tests.storage.conftest import key_of
 
 SLOTS = 4
 KEYS = [key_of(i) for i in range(7)]

@@ -8,19 +8,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import pack_files
 import pytest
-from conftest import QUICK, key_of, payload_of
-from slab_files import flip, place_of, slow_down, stored
 
-from storage.block import BlockKey
+from common.block import BlockKey, TierName
 from storage.block_format import HEADER_BYTES
-from storage.remote_tier import RemoteTier
+from storage.remote.tier import RemoteTier
 from storage.slot_pool import SlotPool
-from storage.ssd_tier import SsdTier
+from storage.ssd.tier import SsdTier
 from storage.store_events import HoldingChanged, ShareSettled, StoreEvent
-from storage.tier import TierName
 from storage.tiered_store import TieredStore
+from tests.storage.conftest import QUICK, key_of, payload_of
+from tests.storage.remote import pack_files
+from tests.storage.ssd.slab_files import flip, place_of, slow_down, stored
 
 NBYTES, SLOTS = 20_000, 8
 KEYS = [key_of(i) for i in range(24)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from conftest import key_of, payload_of
-from store_bench import DRAM, NBYTES, REMOTE, SSD, A, B, Bench, C, D, E, F
 
-from storage.block import UNLABELLED
-from storage.owners import Selector
+from common.block import UNLABELLED
+from storage.index.owners import Selector
+from tests.storage.conftest import key_of, payload_of
+from tests.storage.store_bench import DRAM, NBYTES, REMOTE, SSD, A, B, Bench, C, D, E, F
 
 
 def test_a_block_read_from_remote_is_local_from_then_on() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from conftest import no_wake, payload_of
-from store_bench import DRAM, KEYS, NBYTES, REMOTE, SSD, A, B, Bench, C, D, E, F
 
-from storage.memory_tier import MemoryTier
 from storage.slot_pool import SlotPool
 from storage.store_events import HoldingChanged, ShareSettled
-from storage.tier import BlockIO
 from storage.tiered_store import TieredStore
+from storage.tiers.contract import BlockIO
+from storage.tiers.memory_tier import MemoryTier
+from tests.storage.conftest import no_wake, payload_of
+from tests.storage.store_bench import DRAM, KEYS, NBYTES, REMOTE, SSD, A, B, Bench, C, D, E, F
 
 
 def test_a_share_is_read_from_the_nearest_tier_and_pinned() -> None:

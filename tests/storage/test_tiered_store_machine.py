@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from conftest import key_of, no_wake, payload_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from storage.block import BlockKey
+from common.block import BlockKey, TierName
 from storage.block_format import HEADER_BYTES, encode_header
-from storage.faulty_tier import FaultyTier
-from storage.memory_tier import MemoryTier
 from storage.slot_pool import SlotPool
 from storage.store_events import HoldingChanged, ShareSettled
-from storage.tier import BlockIO, Completion, TierName
 from storage.tiered_store import TieredStore
+from storage.tiers.contract import BlockIO, Completion
+from storage.tiers.faulty_tier import FaultyTier
+from storage.tiers.memory_tier import MemoryTier
+from tests.storage.conftest import key_of, no_wake, payload_of
 
 SLOTS, NBYTES, HOLD_S = 5, 300, 30.0
 KEYS = [key_of(i) for i in range(9)]

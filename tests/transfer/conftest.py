@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from agent_process import AgentProcess, FakeGateway, running_agent
-from fake_engine import FakeEngine
 
-from transfer.messages import Subscribe
+from common.messages import Subscribe
+from tests.transfer.agent.agent_process import AgentProcess, FakeGateway, running_agent
+from tests.transfer.agent.fake_engine import FakeEngine
 
 
 @pytest.fixture

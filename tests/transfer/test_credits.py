@@ -6,10 +6,10 @@ import ctypes
 import time
 
 import pytest
-from test_delivery import World
 
+from tests.transfer.agent.test_delivery import World
+from transfer.agent.delivery import DeadlinePassed, JobCancelled
 from transfer.credits import WORDS, CreditBoard
-from transfer.delivery import DeadlinePassed, JobCancelled
 
 
 @pytest.fixture

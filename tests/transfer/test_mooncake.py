@@ -11,8 +11,8 @@ import time
 
 import numpy as np
 import pytest
-from fake_engine import LAYOUT, FakeEngine
 
+from tests.transfer.agent.fake_engine import LAYOUT, FakeEngine
 from transfer import memory
 from transfer.memory import HostMemory, NotEnoughMemory
 from transfer.mooncake import OutOfBounds, PeerSuspended, TransferFailed, TransferPeer

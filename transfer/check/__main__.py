@@ -24,8 +24,8 @@ from transfer.check.machine import Machine, read_machine
 from transfer.check.probe import Measured, ProbeFailed
 from transfer.check.report import Report
 from transfer.mooncake import TransferFailed
-from transfer.nics import SYSFS
-from transfer.route import device_to
+from transfer.pacing.nics import SYSFS
+from transfer.pacing.route import device_to
 from transfer.traffic.classes import BadMarks, TrafficSettings, read_settings
 
 COULD_NOT = 3

@@ -10,7 +10,7 @@ from enum import IntEnum
 import msgspec
 
 from transfer.check.machine import Machine, NetDevice, RdmaDevice, RdmaPort
-from transfer.nics import nearest
+from transfer.pacing.nics import nearest
 from transfer.traffic.classes import TrafficSettings
 
 RDMA_MTU_MIN = 4200

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from transfer.nics import SYSFS, Gpu, Nic, gpus, numa_node, rdma_nics, sysfs_text
+from transfer.pacing.nics import SYSFS, Gpu, Nic, gpus, numa_node, rdma_nics, sysfs_text
 
 _RATE_MBIT_MAX = 1 << 24
 """Greater ones are a driver's way to say that it does not know."""

@@ -12,7 +12,7 @@ from rich.text import Text
 from transfer.check.findings import Finding, State
 from transfer.check.machine import Machine, RdmaPort
 from transfer.check.probe import Measured
-from transfer.nics import nearest
+from transfer.pacing.nics import nearest
 from transfer.traffic.classes import CLASS_OF_KIND, TrafficSettings
 
 EXIT_CODES = {State.EFFECT: 0, State.NONE: 1, State.HALF: 2, State.UNPROVEN: 2}

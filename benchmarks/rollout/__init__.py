@@ -1,0 +1,1 @@
+"""A rollout job beside a bare loop of requests."""

@@ -1,0 +1,1 @@
+"""The tiers against what is under them."""

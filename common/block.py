@@ -1,0 +1,148 @@
+"""The nouns that every part shares: what a KV block is, and what names it.
+
+A *block* is the KV of one page of tokens (64 by default) in all layers and for all
+KV heads. An engine of several tensor-parallel ranks splits the heads: its blocks
+consist of as many equal *shards*, one after the other, each the KV of one rank.
+Inside a shard the bytes are layer-major: layer 0's components (K page, V page; a
+single latent page for MLA), then layer 1's, and so on, so that a *layer block*, the
+unit of delivery into a rank's device memory, is one contiguous range.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from enum import Enum
+from typing import NewType
+
+import msgspec
+
+BlockKey = NewType("BlockKey", bytes)
+"""32 bytes: sha256 over the namespace digest and SGLang's page hash."""
+
+KEY_BYTES = 32
+NO_PARENT = BlockKey(bytes(KEY_BYTES))
+"""Of the first block of a prefix, and where the parent is not known."""
+MODEL_DIGEST_CHARS_MAX = 64
+WEIGHT_VERSION_BYTES_MAX = 128
+TENANT_CHARS = 16
+
+
+class BlockLayout(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Shape of a block's bytes.
+
+    ``component_bytes`` are the sizes of one page in each buffer of a layer, with all KV
+    heads: ``(K, V)`` for MHA/GQA, ``(latent,)`` for MLA. All layers are alike.
+    """
+
+    page_tokens: int
+    num_layers: int
+    component_bytes: tuple[int, ...]
+    shards: int = 1
+    """Equal parts into which the KV heads are split; 1 where each rank holds all of them."""
+
+    @property
+    def layer_bytes(self) -> int:
+        return sum(self.component_bytes)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.num_layers * self.layer_bytes
+
+    @property
+    def shard(self) -> BlockLayout:
+        """Shape of one shard: what one rank's pages hold of a block."""
+        sizes = tuple(size // self.shards for size in self.component_bytes)
+        return BlockLayout(self.page_tokens, self.num_layers, sizes)
+
+    def can_serve(self, shards: int) -> bool:
+        """Whether an engine of so many shards can be given blocks of this layout: where the
+        heads split evenly, they are cut or joined."""
+        return self.shards % shards == 0 or shards % self.shards == 0
+
+
+class Namespace(msgspec.Struct, frozen=True):
+    """Everything that makes the KV of equal tokens different.
+
+    Two engines may exchange blocks exactly when their namespaces are equal. The
+    tenant's salt is not here: it seeds SGLang's page hashes themselves. Nor are the
+    shards: a block has one key, whatever number of ranks computed it.
+    """
+
+    model_digest: str
+    """Digest of the model's config and weights, never its name or path."""
+    weight_version: str
+    kv_dtype: str
+    layout: BlockLayout
+    """In one shard."""
+
+    def digest(self) -> bytes:
+        """32 bytes, stable across processes and versions of msgspec."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).digest()
+
+
+class BlockOwner(msgspec.Struct, frozen=True):
+    """Whose a block is: what quotas count together and what is dropped together."""
+
+    namespace_digest: bytes
+    model_digest: str = ""
+    weight_version: str = ""
+    tenant: str = ""
+    """:func:`tenant_digest` of the tenant's salt; empty where there is none."""
+
+
+class BlockLabel(msgspec.Struct, frozen=True):
+    """What a stored block says of itself beside its key, for whoever finds it."""
+
+    namespace_digest: bytes
+    layout: BlockLayout
+    model_digest: str = ""
+    weight_version: str = ""
+    tenant: str = ""
+    parent: BlockKey = NO_PARENT
+    """The block before it in its prefix, without which it is of no use."""
+
+    @property
+    def owner(self) -> BlockOwner:
+        return BlockOwner(
+            self.namespace_digest, self.model_digest, self.weight_version, self.tenant
+        )
+
+
+UNLABELLED = BlockLabel(bytes(32), BlockLayout(0, 0, ()))
+"""Of blocks whose writer knows no namespace."""
+
+
+def label_of(namespace: Namespace) -> BlockLabel:
+    """The label of the blocks of a namespace; long names are cut to what a header holds."""
+    version = namespace.weight_version.encode()[:WEIGHT_VERSION_BYTES_MAX]
+    return BlockLabel(
+        namespace.digest(),
+        namespace.layout,
+        namespace.model_digest[:MODEL_DIGEST_CHARS_MAX],
+        version.decode(errors="ignore"),
+    )
+
+
+def tenant_digest(salt: str) -> str:
+    """What is stored of a tenant: 16 hex digits, from which the salt cannot be told."""
+    return hashlib.sha256(b"dualpath-tenant\0" + salt.encode()).hexdigest()[:TENANT_CHARS]
+
+
+def block_keys(namespace_digest: bytes, page_hashes: Iterable[bytes]) -> list[BlockKey]:
+    """Fold a namespace into SGLang's page hash chain (32-byte digests, in order)."""
+    prefix = hashlib.sha256(b"dualpath-block-v1\0" + namespace_digest)
+    keys = []
+    for page_hash in page_hashes:
+        digest = prefix.copy()
+        digest.update(page_hash)
+        keys.append(BlockKey(digest.digest()))
+    return keys
+
+
+class TierName(str, Enum):
+    """Where a block can be held."""
+
+    DRAM = "dram"
+    SSD = "ssd"
+    REMOTE = "remote"

@@ -1,0 +1,365 @@
+"""Every message that crosses a process boundary, and its one codec.
+
+Servers (agents and engines) bind a zmq ROUTER; their clients connect with a
+DEALER. A frame is ``PROTOCOL`` followed by one msgpack-encoded struct. Whatever
+does not decode is counted and dropped by the receiver: nothing here can run code.
+
+Numbers that name things are never reused: a *plan* is numbered by the gateway, a
+*job* by the engine that issues it (both 48 bits). Agents and engines carry an
+*incarnation*, the start time of their process in ms: a greater one replaces all
+that came before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from common.block import NO_PARENT, BlockKey, Namespace, TierName
+
+PROTOCOL = b"DP1"
+
+
+class MalformedMessage(Exception):
+    """A frame of another protocol version, or one that does not decode."""
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    pass
+
+
+# ---- any client -> any server, and back -----------------------------------------------
+
+
+class Ping(_Message):
+    """Is the process alive? Sent each second by every client."""
+
+
+class AgentHello(_Message):
+    """An agent's answer to ``Ping``, ``Subscribe`` and ``RegisterEngine``."""
+
+    agent: str
+    incarnation: int
+    session_id: str
+    """Mooncake session ("host:port") of this incarnation."""
+    credit_address: int = 0
+    """Of the words in its memory with the credits of the engine that is greeted: its first
+    rank's, then those of the others."""
+
+
+# ---- gateway -> agent -------------------------------------------------------------------
+
+
+class Subscribe(_Message):
+    """Send me every announcement from now on, beginning with a snapshot."""
+
+
+class ReadShare(_Message):
+    """Have these blocks in DRAM, and keep them there until the plan is released."""
+
+    plan: int
+    keys: list[BlockKey]
+    deadline_s: float
+    zero_io: bool = False
+    """Measure without I/O (the paper's Oracle): every block counts as read, and a delivery
+    for the plan writes its completion words but no KV."""
+
+
+class ReleasePlan(_Message):
+    """Nobody needs the plan's blocks any more (sent by gateway or decode engine)."""
+
+    plan: int
+
+
+# ---- agent -> gateway -------------------------------------------------------------------
+
+
+class Holding(_Message):
+    """A block came to or left a tier of the announcing agent."""
+
+    key: BlockKey
+    tier: TierName
+    held: bool
+
+
+class Announcement(_Message):
+    """Holdings of an agent. ``sequence`` counts from 0 (a snapshot); a gap means resync."""
+
+    incarnation: int
+    sequence: int
+    snapshot: bool
+    changes: list[Holding]
+
+
+class ShareRead(_Message):
+    """A reader's whole share is settled: which blocks are in DRAM, and what was read for it."""
+
+    plan: int
+    in_dram: list[bool]
+    read_bytes: dict[TierName, int]
+    queue_s: float
+    """Waited for DRAM slots."""
+    read_s: float
+
+
+class Delivered(_Message):
+    """A delivery for a plan has completed: for the request's trace."""
+
+    plan: int
+    engine: str
+    sent_bytes: int
+    seconds: float
+    """From the order to the last layer's completion."""
+
+
+class AgentStatus(_Message):
+    """Pushed each 0.2 s while anything changes, each second otherwise."""
+
+    incarnation: int
+    read_queue_bytes: dict[TierName, int]
+    """Promised to be read from SSD, and from remote over the storage NIC, and not read yet."""
+    read_bytes_per_s: dict[TierName, float]
+    """Measured while there was something to read (exponential average; 0: not measured)."""
+    deliver_queue_bytes: int
+    """Of accepted deliveries, not written yet: the queue of the compute NIC."""
+    deliver_bytes_per_s: float
+    """Measured while there was something to write; 0: not measured."""
+    dram_slots: int
+    dram_slots_free: int
+    """Free or evictable now."""
+    counters: dict[str, float]
+    """Prometheus sample name (with labels) -> value."""
+
+
+# ---- engine -> agent --------------------------------------------------------------------
+
+
+class RankMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The memory of one rank of an engine. ``kv_addresses[layer][component]`` is the base
+    address of a buffer with one shard's part of each page: page p begins at
+    ``base + p * layout.component_bytes[component] / shards``."""
+
+    session_id: str
+    """Mooncake session ("host:port")."""
+    kv_addresses: list[list[int]]
+    board_address: int
+    """Of the rank's completion board."""
+
+
+class RegisterEngine(_Message):
+    """Where an engine's KV lives. All of its ranks use the same page numbers and the same
+    board slots; its first rank speaks for all."""
+
+    engine: str
+    incarnation: int
+    namespace: Namespace
+    shards: int
+    """Equal parts into which the ranks split the KV heads. Rank r holds shard
+    ``r * shards // len(ranks)``: with fewer shards than ranks (MLA has one) some hold alike."""
+    ranks: list[RankMemory]
+
+
+class Deliver(_Message):
+    """Write blocks ``keys[i]`` into the sender's pages ``pages[i]``, layer by layer.
+
+    After each layer's batch for a rank has completed, the agent writes
+    ``board_word(job, layers)`` into slot ``board_slot`` of the rank's completion board; on
+    failure ``board_word(job, FAILED)``. ``JobEnded`` follows when no byte of this job can
+    land any more, at any rank.
+    """
+
+    job: int
+    plan: int
+    keys: list[BlockKey]
+    pages: list[int]
+    board_slot: int
+    urgent: bool
+    """True for a prefill engine, whose forward waits; False for a decode engine."""
+    deadline_s: float
+    first_position: int = -1
+    """Of layer 0 in the sender's layer window: layer l is written when the sender's credits
+    allow position ``first_position + l``. -1: there is no window."""
+
+
+class CancelJob(_Message):
+    """Stop at the next batch; ``JobEnded`` follows."""
+
+    job: int
+
+
+class PullBlocks(_Message):
+    """Read the sender's pages ``pages[i]`` into DRAM and keep them as blocks ``keys[i]``.
+
+    The blocks follow each other in one prefix, the first of them ``parent``; ``tenant`` is
+    :func:`common.block.tenant_digest` of the request's salt, or empty.
+    """
+
+    job: int
+    keys: list[BlockKey]
+    pages: list[int]
+    deadline_s: float
+    parent: BlockKey = NO_PARENT
+    tenant: str = ""
+
+
+# ---- agent -> engine --------------------------------------------------------------------
+
+
+class JobEnded(_Message):
+    """No transfer of this ``Deliver`` is in flight any more."""
+
+    incarnation: int
+    job: int
+    error: str
+    """Empty on success."""
+
+
+class PullEnded(_Message):
+    """No transfer of this ``PullBlocks`` is in flight; ``held[i]``: the agent holds block i."""
+
+    incarnation: int
+    job: int
+    held: list[bool]
+
+
+class UnknownEngine(_Message):
+    """The agent restarted and does not know the sender: register again and resend nothing."""
+
+    incarnation: int
+    job: int
+
+
+# ---- gateway -> engine ------------------------------------------------------------------
+
+
+class EnginePlan(_Message):
+    """The hit prefix of a request that is about to arrive as ``rid``: block i of the prompt
+    is ``keys[i]`` and is in the DRAM of agent ``agents[reader[i]]``."""
+
+    plan: int
+    rid: str
+    namespace_digest: bytes
+    """Of the weights and the layout that both engines must have."""
+    keys: list[BlockKey]
+    agents: list[str]
+    reader: list[int]
+    deadline_s: float
+
+
+class EndPlan(_Message):
+    """The request is over or was cancelled: forget the plan."""
+
+    plan: int
+    rid: str
+
+
+# ---- engine -> gateway ------------------------------------------------------------------
+
+
+class PrefillCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Fitted time of a prefill forward; common/prefill_cost.py says what the terms are."""
+
+    base_s: float
+    token_s: float
+    pair_s: float
+    request_s: float = 0.0
+    context_s: float = 0.0
+    prefix_pair_s: float = 0.0
+    own_pair_s: float = 0.0
+
+
+class EngineHello(_Message):
+    """An engine's answer to ``Ping``."""
+
+    engine: str
+    role: str
+    """"prefill" or "decode"."""
+    incarnation: int
+    namespace: Namespace
+    bootstrap_port: int
+    """Prefill engines: SGLang's bootstrap server; 0 otherwise."""
+    group: str
+    """Engines that are scheduled as one (tensor or expert parallel); its leader reports."""
+    sequences: int
+    """Running and waiting."""
+    pending_tokens: int
+    """Prompt tokens not yet prefilled."""
+    context_tokens: int
+    """Held by running and waiting sequences (the paper's ``tok``)."""
+    free_tokens: int
+    prefill_cost: PrefillCost | None
+    """None until enough prefill forwards were measured, and of a decode engine."""
+    counters: dict[str, float]
+
+
+class PlanAccepted(_Message):
+    """The plan is in place: the request may be sent."""
+
+    plan: int
+
+
+class PlanRefused(_Message):
+    """The engine is of another namespace by now: its ``EngineHello`` has just been sent."""
+
+    plan: int
+
+
+Message = (
+    Ping
+    | AgentHello
+    | Subscribe
+    | ReadShare
+    | ReleasePlan
+    | Announcement
+    | ShareRead
+    | Delivered
+    | AgentStatus
+    | RegisterEngine
+    | Deliver
+    | CancelJob
+    | PullBlocks
+    | JobEnded
+    | PullEnded
+    | UnknownEngine
+    | EnginePlan
+    | EndPlan
+    | EngineHello
+    | PlanAccepted
+    | PlanRefused
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """One frame."""
+    return PROTOCOL + _encoder.encode(message)
+
+
+def decode(frame: bytes) -> Message:
+    """The struct in a frame; raises :class:`MalformedMessage`."""
+    if frame[: len(PROTOCOL)] != PROTOCOL:
+        raise MalformedMessage(f"expected protocol {PROTOCOL!r}, got {frame[:3]!r}")
+    try:
+        return _decoder.decode(memoryview(frame)[len(PROTOCOL) :])
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise MalformedMessage(str(error)) from error
+
+
+# ---- the completion board ---------------------------------------------------------------
+
+FAILED = 0xFFFF
+"""Board code of a job that will not complete; otherwise the code is the layers delivered."""
+
+
+BOARD_WORD_BYTES = 8
+
+
+def board_word(job: int, code: int) -> int:
+    """uint64 of the completion board: job number in the upper 48 bits, code in the lower 16.
+
+    The job number makes a stale word of an earlier job in the same slot harmless.
+    """
+    return job << 16 | code

@@ -1,0 +1,48 @@
+"""Settings of the plugin inside one SGLang engine (environment variable ``DUALPATH_ENGINE``).
+
+Absent variable: the plugin does nothing, and SGLang is plain SGLang.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+VARIABLE = "DUALPATH_ENGINE"
+CPU_GROUPS_VARIABLE = "DUALPATH_CPU_GROUPS"
+"""Set ("1"): an engine on a CPU has attention groups
+(:mod:`engine.sglang.cpu.attention_groups`)."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One engine and its way to the agents."""
+
+    name: str
+    role: str
+    """"prefill" or "decode"."""
+    controls: list[str]
+    """zmq endpoint to bind, e.g. ``tcp://127.0.0.1:31012``: one for each attention group."""
+    agent: str
+    """Name of the node's own agent, which persists this engine's blocks."""
+    agents: dict[str, str]
+    """Every agent's name and control endpoint."""
+    deliver_timeout_s: float = 20.0
+    """A delivery that has not completed by then fails; its pages go to quarantine."""
+    pull_timeout_s: float = 30.0
+    quarantine_fraction_max: float = 0.25
+    """Share of the KV pool in quarantine at which the engine ends itself to be restarted."""
+    prefill_quota_s: float | None = None
+    """Estimated attention time of each prefill batch; None: SGLang's fixed chunks."""
+    layer_window: int = 0
+    """Layers of KV that the pool of a prefill engine holds; 0: all."""
+    send_by_layer: bool = True
+    """False: SGLang sends a request's new KV after the forward (benchmarks)."""
+    load_by_layer: bool = True
+    """False: a forward's first layer waits for the hits of all layers (benchmarks)."""
+    promise_planned_only: bool = False
+    """A decode engine promises P no prefix of its own that the plan lacks: a prefill engine
+    with a layer window brings a prefix from nowhere else."""
+    poison_kv: bool = False
+    """Tests: fill the KV pool with noise at start and after each flush."""
+    keep_prefixes: bool = True
+    """False: the engine's own cache forgets a prefix as soon as no request needs it, so that
+    every hit is delivered (benchmarks)."""

@@ -1,0 +1,1 @@
+"""What a process without a GPU needs beside SGLang."""

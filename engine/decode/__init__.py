@@ -1,0 +1,1 @@
+"""A decode engine: prefixes restored, full blocks stored."""

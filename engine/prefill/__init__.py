@@ -1,0 +1,1 @@
+"""A prefill engine: its batches, its layers, and what leaves for decode engines."""

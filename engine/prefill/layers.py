@@ -1,0 +1,179 @@
+"""Prefill engine: what happens around each layer of a forward.
+
+SGLang computes a batch in one call; these hooks follow it from layer to layer. After a
+layer's attention its new KV leaves for the decode engines (:mod:`engine.prefill.suffix_send`).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.config import EngineConfig
+from engine.kv_memory import KvMemory
+from engine.prefill.layer_ring import LayerRing
+from engine.prefill.layer_window import CreditWriter, LayerWindow, WindowForward
+from engine.prefill.leaving import LeavingRequests
+from engine.prefill.session_workers import SessionWorkers
+from engine.prefill.suffix_send import LayerSend, SuffixSender
+from engine.ranks.group import CreditsAt
+from engine.transfers.deliveries import Deliveries
+from transfer.pacing.nic_pacing import MovedBytes, NicBook
+
+
+class PrefillForward:
+    """One forward. A layer is *done* when its attention has run: its KV is whole and is not
+    read any more. Where a layer's attention runs in several calls (MLA), it is done when the
+    next layer's begins."""
+
+    def __init__(
+        self,
+        layers: PrefillLayers,
+        sends: dict[str, list[LayerSend]],
+        window: WindowForward | None = None,
+    ) -> None:
+        self.window = window
+        self._layers = layers
+        # With a window a layer has to leave its buffer also where nothing goes anywhere.
+        self._sends = sends if sends or window is None else {"": []}
+        self._unsent = [len(self._sends)] * layers.num_layers
+        """Sessions that a layer has not left for yet."""
+        self._lock = threading.Lock()
+        self._next_layer = 0
+        """The first that is not done yet."""
+
+    def before_attention(self, layer: int) -> None:
+        """May wait: for the layer's buffer and prefix, where there is a window."""
+        self._done_until(layer)
+        if self.window is not None:
+            self.window.before_layer(layer)
+
+    def after_attention(self, layer: int) -> None:
+        if self._layers.one_call_a_layer:
+            self._done_until(layer + 1)
+
+    def finish(self) -> None:
+        """The forward has been launched: whatever was not seen is done (CUDA graphs call no
+        hook)."""
+        self._done_until(self._layers.num_layers)
+
+    def _done_until(self, layer: int) -> None:
+        for done in range(self._next_layer, layer):
+            written = self._layers.mark()
+            for session_id, sends in self._sends.items():
+                call = partial(self._send, session_id, sends, done, written)
+                self._layers.workers.submit(session_id, call)
+        self._next_layer = max(self._next_layer, layer)
+
+    def _send(
+        self, session_id: str, sends: list[LayerSend], layer: int, written: Callable[[], None]
+    ) -> None:
+        written()
+        self._layers.suffix.send_layer(session_id, sends, layer)
+        with self._lock:
+            self._unsent[layer] -= 1
+            has_left = not self._unsent[layer]
+        if has_left and self.window is not None:
+            self.window.layer_left(layer)
+
+
+def _nics_of(suffix: SuffixSender) -> NicBook:
+    """For the metrics. The launcher names the protocol where it is not RDMA."""
+    is_rdma = os.environ.get("MOONCAKE_PROTOCOL", "rdma") == "rdma"
+    return NicBook(suffix.is_local, is_rdma)
+
+
+class PrefillLayers:
+    """Builds the object that follows each forward. One per prefill engine."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        scheduler: Any,
+        memory: KvMemory,
+        deliveries: Deliveries,
+        rank: int,
+        credits_at: dict[str, CreditsAt],
+    ) -> None:
+        """``credits_at``: filled in as agents say it, by agent."""
+        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        self.num_layers = memory.layout.num_layers
+        self.one_call_a_layer = len(memory.layout.component_bytes) == 2
+        self.workers = SessionWorkers("dualpath-suffix")
+        self.suffix = SuffixSender(
+            scheduler.disagg_prefill_bootstrap_queue.kv_manager,
+            memory.layout.page_tokens,
+            self.num_layers,
+            scheduler.req_to_token_pool.req_to_token,
+            config.send_by_layer or config.layer_window > 0,
+        )
+        self.moved = MovedBytes(_nics_of(self.suffix), "engine")
+        self._deliveries = deliveries
+        self.window: LayerWindow | None = None
+        if 0 < config.layer_window < self.num_layers:
+            ring = LayerRing(self.num_layers, config.layer_window)
+            credits = self._credits(ring, list(config.agents), rank, credits_at)
+            rows = scheduler.req_to_token_pool.req_to_token
+            self.window = LayerWindow(
+                ring, memory, rows, self.suffix, deliveries, credits, self.workers
+            )
+        self.leaving = LeavingRequests(scheduler)
+        self.current: PrefillForward | None = None
+        self._is_cuda = str(pool.device).startswith("cuda")
+        self._pool = pool
+
+    def _credits(
+        self, ring: LayerRing, agents: list[str], rank: int, credits_at: dict[str, CreditsAt]
+    ) -> CreditWriter:
+        from sglang.srt.distributed.parallel_state import get_mooncake_transfer_engine
+
+        engine = get_mooncake_transfer_engine()
+        return CreditWriter(ring, rank, agents, credits_at, engine, self.workers)
+
+    def begin(self, batch: Any) -> None:
+        """A batch's forward starts."""
+        sends = self.suffix.plan(batch.reqs)
+        window = self.window.begin(batch.reqs) if self.window is not None else None
+        self.current = PrefillForward(self, sends, window)
+
+    def end(self) -> None:
+        """It has been launched."""
+        if self.current is not None:
+            self.current.finish()
+            self.current = None
+
+    def counters(self) -> dict[str, float]:
+        """For the metrics."""
+        kv_bytes = np.sum(self._pool.get_kv_size_bytes())
+        waited = {
+            f'dualpath:engine_kv_wait_seconds_total{{layer="{layer}"}}': seconds
+            for layer, seconds in enumerate(self._deliveries.waited_s)
+        }
+        return {
+            **waited,
+            **self.moved.samples(self.suffix.moved_bytes()),
+            "dualpath:engine_kv_bytes": int(kv_bytes),
+            "dualpath:engine_suffix_sent_bytes_total": self.suffix.sent_bytes_total,
+            "dualpath:engine_suffix_late_seconds_total": self.suffix.late_s_total,
+            "dualpath:engine_read_back_pages_total": (
+                self.window.read_back_pages_total if self.window is not None else 0
+            ),
+        }
+
+    def mark(self) -> Callable[[], None]:
+        """Waits, in another thread, until the device has done what it was given so far."""
+        if not self._is_cuda:
+            return _already
+        event = torch.cuda.Event()  # untested: no such machine was at hand
+        event.record()
+        return event.synchronize
+
+
+def _already() -> None:
+    """A CPU has done its work when the call returns."""

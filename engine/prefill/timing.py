@@ -1,0 +1,134 @@
+"""What a prefill engine knows of its own speed: clock, fits, and the quota built on them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+import torch
+
+from common.messages import PrefillCost
+from common.user_cache import keep
+from engine.prefill.cost_fit import CostFit, relative
+from engine.prefill.forward_clock import ForwardClock, ForwardSample, Waits
+from engine.prefill.quota_chunking import QuotaChunking
+
+log = logging.getLogger(__name__)
+
+
+class QuotaUnusable(Exception):
+    """The engine cannot pack batches to a quota; the text says what to change."""
+
+
+class PrefillTiming:
+    """Fitted costs of a whole forward, and of the attention in it, which the quota is about.
+
+    The ranks that share requests must pack alike, as SGLang's ranks decide each for itself: all
+    reckon with the slowest one's times. Each attention group of an engine packs its own
+    requests by its own times, to the same quota; only the profile is taken, forward by
+    forward, by all groups together. ``waits`` says what forwards have spent waiting
+    for KV so far.
+    """
+
+    def __init__(
+        self, scheduler: Any, quota_s: float | None, waits: Callable[[], Waits] = Waits
+    ) -> None:
+        self._scheduler = scheduler
+        self._quota_s = quota_s
+        ranks_pack = quota_s is not None and scheduler.server_args.tp_size > 1
+        self._group = scheduler.attn_tp_cpu_group if ranks_pack else None
+        self._all_groups = scheduler.tp_cpu_group if ranks_pack else None
+        self.forward, self.attention = CostFit(), CostFit()
+        self.quota: QuotaChunking | None = None
+        self._forwards = 0
+        self._requests_max = 0
+        self._forward_s = 0.0
+        self.clock = ForwardClock(scheduler.device, waits, self._slowest, self._note)
+
+    def start_quota(self, model_digest: str, page_tokens: int) -> None:
+        """Profile the engine, or read its last profile, and pack to the quota from now on.
+
+        Without a quota, do nothing. Raises :class:`QuotaUnusable`.
+        """
+        if self._quota_s is None:
+            return
+        if self._scheduler.chunked_prefill_size is None:
+            raise QuotaUnusable(
+                "--prefill-quota-ms cuts prompts into chunks, which --chunked-prefill-size -1 "
+                "switches off: take one of the two out"
+            )
+        packing, self._group = self._group, self._all_groups
+        samples = self._profile(model_digest)
+        self._group = packing
+        attention = _fitted(samples, "attention_s")
+        if attention is None:
+            raise QuotaUnusable(
+                "--prefill-quota-ms: attention inside captured graphs cannot be timed; add "
+                "--disable-prefill-cuda-graph to --prefill-args"
+            )
+        self.forward, self.attention = CostFit(_fitted(samples, "forward_s")), CostFit(attention)
+        self.quota = QuotaChunking(self.attention, self._quota_s, page_tokens)
+        log.info("prefill batches get quota_s=%g, reckoned by %s", self._quota_s, attention)
+
+    def counters(self) -> dict[str, float]:
+        """For the gateway's metrics. What forwards wait for KV is not in their seconds."""
+        forwards = {
+            "dualpath:engine_forwards_total": self._forwards,
+            "dualpath:engine_forward_requests_max": self._requests_max,
+            "dualpath:engine_forward_seconds_total": self._forward_s,
+        }
+        if self.quota is None:
+            return forwards
+        return forwards | {
+            "dualpath:engine_quota_batches_total": self.quota.batches_total,
+            "dualpath:engine_quota_exceeded_total": self.quota.over_quota_total,
+            "dualpath:engine_attention_seconds_total": self.quota.attention_s_total,
+            "dualpath:engine_attention_estimated_seconds_total": self.quota.estimated_s_total,
+        }
+
+    def _profile(self, model_digest: str) -> list[ForwardSample]:
+        # Here, since it imports parts of SGLang that are not needed without a quota.
+        from engine.prefill import profile as prefill_profile
+
+        path = prefill_profile.profile_path(self._scheduler, model_digest)
+        kept = self._of_first_rank(prefill_profile.load(path))
+        if kept is not None:
+            return kept
+        samples = prefill_profile.take(self._scheduler, self.clock)
+        if self._group is None or torch.distributed.get_rank(self._group) == 0:
+            keep(path, msgspec.json.encode(samples))
+        return samples
+
+    def _note(self, sample: ForwardSample) -> None:
+        self._forwards += 1
+        self._requests_max = max(self._requests_max, len(sample.new_tokens))
+        self._forward_s += sample.forward_s
+        self.forward.note(sample.new_tokens, sample.context_tokens, sample.forward_s)
+        if sample.attention_s:
+            self.attention.note(sample.new_tokens, sample.context_tokens, sample.attention_s)
+        if self.quota is not None:
+            self.quota.took(sample)
+
+    def _slowest(self, seconds: list[float]) -> list[float]:
+        if self._group is None:
+            return seconds
+        of_ranks = torch.tensor(seconds, dtype=torch.float64)
+        torch.distributed.all_reduce(of_ranks, torch.distributed.ReduceOp.MAX, self._group)
+        return of_ranks.tolist()
+
+    def _of_first_rank(self, value: Any) -> Any:
+        if self._group is None:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, group=self._group, group_src=0)
+        return values[0]
+
+
+def _fitted(samples: Iterable[ForwardSample], measured: str) -> PrefillCost | None:
+    fit = CostFit()
+    for sample in samples:
+        if seconds := getattr(sample, measured):
+            fit.note(sample.new_tokens, sample.context_tokens, seconds, relative(seconds))
+    return fit.cost()

@@ -1,0 +1,130 @@
+"""The tensor-parallel ranks of an engine: one hears, all do alike.
+
+Each rank runs a copy of SGLang's scheduler, and the copies must decide alike: a page that is
+free at one rank and not yet at another would be given out there to another request. What
+SGLang does follows from the requests, which its first rank broadcasts. What reaches us at a
+time of its own (a plan, an agent's greeting, the end of a transfer) does not: so only the
+first rank, the *leader*, talks to the gateway and the agents. What it hears becomes *events*,
+which travel with SGLang's broadcast and take effect at all ranks at the same point of their
+loops.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+import torch
+import torch.distributed
+
+from common.messages import EndPlan, EnginePlan
+
+T = TypeVar("T")
+
+
+class JobOver(msgspec.Struct, frozen=True):
+    """No transfer of a job is in flight any more."""
+
+    job: int
+    reason: str
+    """Empty on success."""
+
+
+class CreditsAt(msgspec.Struct, frozen=True):
+    """Where an agent looks for this engine's credits (:mod:`transfer.credits`)."""
+
+    agent: str
+    session_id: str
+    address: int
+    """Of the first rank's word; those of the others follow."""
+
+
+Event = EnginePlan | EndPlan | JobOver | CreditsAt
+
+
+class Events(msgspec.Struct, frozen=True):
+    """An item among the requests that SGLang broadcasts."""
+
+    events: list[Event]
+
+
+class RankGroup:
+    """This rank's place, and what the ranks agree on. ``cpu_group``: their process group.
+
+    ``apply`` is called with each event, in the scheduler's thread; in an engine of one rank
+    by whoever posts it, at once.
+    """
+
+    def __init__(
+        self, rank: int, size: int, cpu_group: Any, apply: Callable[[Event], None]
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self._cpu_group = cpu_group
+        self._apply = apply
+        self._lock = threading.Lock()
+        self._events: list[Event] = []
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == 0
+
+    # ---- from the leader to all ----
+
+    def post(self, event: Event) -> None:
+        """Have an event take effect at every rank; the leader, any thread."""
+        if self.size == 1:
+            self._apply(event)
+            return
+        with self._lock:
+            self._events.append(event)
+
+    def take(self) -> list[Events]:
+        """What is to travel with the next broadcast: an item, or none."""
+        with self._lock:
+            events, self._events = self._events, []
+        return [Events(events)] if events else []
+
+    def arrived(self, requests: list[Any]) -> list[Any]:
+        """Let the events among the broadcast requests take effect; returns the others."""
+        for item in requests:
+            if isinstance(item, Events):
+                for event in item.events:
+                    self._apply(event)
+        return [item for item in requests if not isinstance(item, Events)]
+
+    # ---- all ranks at once, in the scheduler's thread ----
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self._cpu_group)
+        return values
+
+    def all_of(self, flags: list[bool]) -> list[bool]:
+        """Which of the flags are set at every rank."""
+        if self.size == 1 or not flags:
+            return flags
+        least = torch.tensor(flags, dtype=torch.int32)
+        torch.distributed.all_reduce(
+            least, op=torch.distributed.ReduceOp.MIN, group=self._cpu_group
+        )
+        return [bool(flag) for flag in least.tolist()]
+
+
+class SilentLinks:
+    """Stands for the links to agents at a rank that is not the leader: it sends nothing, and
+    takes every message for sent. What did not reach an agent becomes known as an event."""
+
+    def send(self, agent: str, message: object) -> bool:
+        return True
+
+    def incarnation(self, agent: str) -> int | None:
+        return None
+
+    def set_hello(self, hello: object) -> None:
+        return

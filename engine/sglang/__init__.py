@@ -1,0 +1,1 @@
+"""The border: all that is called, read or replaced of SGLang."""

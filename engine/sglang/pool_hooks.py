@@ -1,0 +1,90 @@
+"""Hooks on SGLang's page allocator, its leak check, flushes and weight updates.
+
+Both roles use them; what they protect is told in :mod:`engine.transfers.page_holds`. Before the
+runtime is up (the allocator is built first) they do nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from engine.runtime import EngineRuntime, runtime, runtime_if_up
+
+
+def _engine_of(allocator: Any) -> EngineRuntime | None:
+    engine = runtime_if_up()
+    return engine if engine is not None and engine.holds.allocator is allocator else None
+
+
+def around_release(original: Any, allocator: Any, *page_ids: torch.Tensor) -> None:
+    """AROUND ``_release_page_ids``, where every freed page passes."""
+    engine = _engine_of(allocator)
+    if engine is not None:
+        page_ids = tuple(engine.holds.keep_back(ids) for ids in page_ids)
+    original(allocator, *page_ids)
+
+
+def before_available_size(allocator: Any) -> None:
+    """BEFORE ``available_size``, which every admission decision asks."""
+    engine = _engine_of(allocator)
+    pages = engine.holds.take_returned() if engine is not None else []
+    if pages:
+        free = allocator.free_pages
+        allocator._release_page_ids(torch.tensor(pages, dtype=free.dtype, device=free.device))
+
+
+def after_clear(result: Any, allocator: Any) -> None:
+    """AFTER ``clear``."""
+    engine = _engine_of(allocator)
+    if engine is not None:
+        engine.holds.after_clear()
+
+
+def after_session_held(result: int, observer: Any) -> int:
+    """AFTER ``session_held_tokens``."""
+    engine = runtime_if_up()
+    return result if engine is None else result + engine.holds.deferred_tokens
+
+
+def after_flush(result: Any, scheduler: Any, *_: Any, **__: Any) -> None:
+    """AFTER ``flush_cache``."""
+    engine = runtime_if_up()
+    if result and engine is not None and engine.config.poison_kv:
+        poison(engine)
+
+
+def after_request_release(result: Any, tree: Any, *_: Any, **__: Any) -> None:
+    """AFTER ``UnifiedRadixCache.on_release``: the request has let go of its prefix."""
+    engine = runtime_if_up()
+    if engine is None or engine.config.keep_prefixes:
+        return
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    tree.evict(EvictParams(num_tokens=tree.evictable_size()))
+
+
+def poison(engine: EngineRuntime) -> None:
+    """Fill the pool with noise, except pages that an agent is still reading."""
+    allocator = engine.holds.allocator
+    pool = allocator.get_kvcache()
+    page = allocator.page_size
+    buffers = pool.kv_buffer if hasattr(pool, "kv_buffer") else [*pool.k_buffer, *pool.v_buffer]
+    held = engine.holds.held_pages()
+    kept = torch.tensor([p * page + i for p in held for i in range(page)], dtype=torch.int64)
+    for buffer in buffers:
+        rows = buffer[kept].clone()
+        buffer.normal_(0, 3)
+        buffer[kept] = rows
+
+
+def after_update_from_disk(result: Any, updater: Any, request: Any) -> None:
+    """AFTER ``update_weights_from_disk``: the new weights are those of a folder."""
+    if result.success:
+        runtime().weights_changed(request.weight_version, request.model_path)
+
+
+def after_weight_version(result: Any, updater: Any, weight_version: str | None) -> None:
+    """AFTER ``record_weight_version_after_update`` (called by every kind of update)."""
+    runtime().weights_changed(weight_version, None)

@@ -1,0 +1,1 @@
+"""What agents move for an engine: deliveries, jobs, the board, pages held."""

@@ -1,0 +1,1 @@
+"""One command that serves a model: configuration, processes, supervisor."""

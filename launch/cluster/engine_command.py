@@ -1,0 +1,107 @@
+"""How an engine is started: SGLang's flags and environment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from launch.cluster.config import ClusterConfig
+from launch.cluster.layout import PAGE_TOKENS, Layout, role_of
+from launch.cluster.ports import BOOTSTRAP_FLAG, meeting
+from launch.cluster.tensor_parallel import cpu_env, staging_env
+
+CPU_POOL_TOKENS = 65536
+
+_LINKER = {
+    "linker": "PrefillLinker",
+    "linker_module_path": "engine.sglang.prefill_linker",
+    "linker_extra_config": {},
+}
+
+
+def served_model_name(config: ClusterConfig) -> str:
+    """``--served-model-name``, or the model's own name."""
+    if config.served_model_name:
+        return config.served_model_name
+    return {"default": "SmolLM2-135M-Instruct"}.get(config.model, Path(config.model).name)
+
+
+def engine_env(layout: Layout, node: str) -> dict[str, str]:
+    """What only engines need in their environment."""
+    env = {
+        "SGLANG_HOST_IP": layout.hosts[node],
+        # Pages of an aborted request stay held until P can no longer write to them.
+        "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE": "1",
+        "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2",
+        # P sends nothing to a D that failed once until a probe finds it: by default after
+        # 30 s at first, minutes later on, for a D that was suspended for a moment.
+        "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "1",
+        "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "4",
+        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+        # What P has cached and D lacks leaves with the rest, layer by layer.
+        "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",
+        **staging_env(
+            layout.model,
+            layout.group_sizes("prefill") | layout.group_sizes("decode"),
+            layout.hardware.device,
+        ),
+    }
+    if layout.hardware.device == "cpu":
+        env |= {
+            "SGLANG_PLATFORM": "dualpath_cpu",
+            "SGLANG_DISABLE_CUDNN_CHECK": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            # Several engines share a CPU; with more threads each they fight for it.
+            "OMP_NUM_THREADS": "1",
+            **cpu_env(layout.ranks[node]),
+        }
+    return env
+
+
+def engine_flags(layout: Layout, node: str, ports: Mapping[str, int]) -> list[str]:
+    """SGLang's flags; the user's own come last, so they win."""
+    flags = {
+        "--model-path": str(layout.model),
+        "--served-model-name": served_model_name(layout.config),
+        "--host": layout.hosts[node],
+        "--port": str(ports["http"]),
+        "--nccl-port": str(ports["rendezvous"]),
+        "--page-size": str(PAGE_TOKENS),
+        "--disaggregation-mode": role_of(node),
+        "--disaggregation-transfer-backend": "mooncake",
+        **_device_flags(layout, node),
+    }
+    if layout.config.rdma_devices:
+        flags["--disaggregation-ib-device"] = layout.config.rdma_devices
+    if layout.ranks[node].groups > 1:
+        port = layout.port(node, "engine", meeting(layout.ranks[node]))
+        flags["--dist-init-addr"] = f"{layout.hosts[node]}:{port}"
+    switches = ["--skip-server-warmup", "--enable-cache-report"]
+    if layout.ranks[node].groups == 1:  # else all groups wait for one that sleeps, a second
+        switches.append("--sleep-on-idle")
+    elif layout.hardware.device == "cpu":  # which has no such operator
+        switches.append("--no-enable-tp-lm-head-all-to-all")
+    if role_of(node) == "prefill":
+        flags |= {
+            BOOTSTRAP_FLAG: str(ports["bootstrap"]),
+            "--unified-cache-external-linker-backend": "dynamic",
+            "--unified-cache-external-linker-config": json.dumps(_LINKER),
+        }
+        switches.append("--enable-unified-cache-external-linker")
+    else:
+        # Without cpu_tensor D keeps a second host pool of its own.
+        flags["--disaggregation-decode-retraction-backup"] = "cpu_tensor"
+        switches.append("--disaggregation-decode-enable-radix-cache")
+    words = (word for pair in flags.items() for word in pair)
+    return [*words, *switches, *layout.passed_flags(node)]
+
+
+def _device_flags(layout: Layout, node: str) -> dict[str, str]:
+    tokens = layout.config.max_total_tokens
+    if layout.hardware.device == "cpu":
+        flags = {"--device": "cpu", "--dtype": "float32"}
+        tokens = tokens or CPU_POOL_TOKENS
+    else:  # untested: no such machine was at hand
+        flags = {"--base-gpu-id": str(layout.gpus(node)[0])}
+    return flags | ({"--max-total-tokens": str(tokens)} if tokens else {})

@@ -1,0 +1,53 @@
+"""Asks processes for a sign of life."""
+
+from __future__ import annotations
+
+import aiohttp
+import zmq
+import zmq.asyncio
+
+from common.messages import Ping, encode
+from launch.cluster.process_record import HealthCheck
+
+_TIMEOUT_S = 3.0
+
+
+class Prober:
+    """Runs health checks; keeps one connection to each control endpoint."""
+
+    def __init__(self) -> None:
+        self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S))
+        self._zmq = zmq.asyncio.Context()
+        self._sockets: dict[str, zmq.asyncio.Socket] = {}
+
+    async def passes(self, check: HealthCheck) -> bool:
+        """One attempt, of 3 s at most."""
+        if check.kind == "http":
+            return await self._http_answers(check)
+        return await self._answers_ping(check.target)
+
+    async def close(self) -> None:
+        await self._http.close()
+        self._zmq.destroy(linger=0)
+
+    async def _http_answers(self, check: HealthCheck) -> bool:
+        try:
+            async with self._http.get(check.target) as response:
+                return check.any_status or response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def _answers_ping(self, endpoint: str) -> bool:
+        socket = self._sockets.get(endpoint)
+        if socket is None:
+            socket = self._sockets[endpoint] = self._zmq.socket(zmq.DEALER)
+            socket.setsockopt(zmq.SNDHWM, 1)  # do not pile up pings for one that is away
+            socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+            socket.connect(endpoint)
+        try:
+            while await socket.poll(0):  # answers to earlier pings say nothing about now
+                await socket.recv(zmq.NOBLOCK)
+            await socket.send(encode(Ping()), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return bool(await socket.poll(int(_TIMEOUT_S * 1000)))

@@ -1,0 +1,98 @@
+"""Where everything of a cluster is: nodes, hosts, ranks, ports and GPUs.
+
+A *node* is one engine with its agent: ``p0`` and ``agent-p0``.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from launch.cluster.config import ClusterConfig
+from launch.cluster.hardware import Hardware
+from launch.cluster.ports import CONTROL, HTTP, block_ports, control
+from launch.cluster.tensor_parallel import check_window, ranks_of
+
+LOOPBACK = "127.0.0.1"
+PAGE_TOKENS = 64
+
+Role = Literal["prefill", "decode"]
+
+
+def node_names(config: ClusterConfig) -> list[str]:
+    """``p0 .. d0 ..``: an engine's name is its node's."""
+    prefill = [f"p{i}" for i in range(config.prefill)]
+    return prefill + [f"d{i}" for i in range(config.decode)]
+
+
+def agent_name(node: str) -> str:
+    return f"agent-{node}"
+
+
+def role_of(node: str) -> Role:
+    return "prefill" if node.startswith("p") else "decode"
+
+
+class Layout:
+    """Of one cluster. Raises ``BadConfig`` for engines that cannot be.
+
+    ``hosts`` maps nodes to addresses; absent ones are on the loopback.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        model: Path,
+        hardware: Hardware,
+        hosts: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.hardware = hardware
+        self.nodes = node_names(config)
+        self.hosts = {node: (hosts or {}).get(node, LOOPBACK) for node in self.nodes}
+        self.ranks = {node: ranks_of(self.passed_flags(node)) for node in self.nodes}
+        if config.layer_window:
+            check_window(model, self.group_sizes("prefill"), self.group_sizes("decode"))
+        self._ports_per_process = max(map(block_ports, self.ranks.values()))
+        self.agents = {
+            agent_name(node): self._endpoint(node, self.port(node, "agent", CONTROL))
+            for node in self.nodes
+        }
+        """Name -> control endpoint."""
+
+    def group_sizes(self, role: Role) -> set[int]:
+        """Over how many ranks the engines of one role split KV heads."""
+        return {ranks.of_group for node, ranks in self.ranks.items() if role_of(node) == role}
+
+    def port(self, node: str, kind: Literal["agent", "engine"], offset: int) -> int:
+        """Port of the node's agent or engine, in its block of ports."""
+        block = 2 * self.nodes.index(node) + (kind == "engine")
+        return self.config.first_port + block * self._ports_per_process + offset
+
+    def controls(self, node: str) -> list[str]:
+        """Of each attention group of the node's engine."""
+        ranks = self.ranks[node]
+        offsets = [control(ranks, group) for group in range(ranks.groups)]
+        return [self._endpoint(node, self.port(node, "engine", offset)) for offset in offsets]
+
+    def http(self, node: str) -> str:
+        return f"http://{self.hosts[node]}:{self.port(node, 'engine', HTTP)}"
+
+    def _endpoint(self, node: str, port: int) -> str:
+        return f"tcp://{self.hosts[node]}:{port}"
+
+    def gpus(self, node: str) -> list[int]:
+        """Of a node's ranks: one after the other, as all nodes are on one machine."""
+        if self.hardware.device == "cpu":
+            return []
+        first = sum(self.ranks[other].total for other in self.nodes[: self.nodes.index(node)])
+        return list(range(first, first + self.ranks[node].total))
+
+    def passed_flags(self, node: str) -> list[str]:
+        """The user's own flags for the node's SGLang."""
+        config = self.config
+        role_args = config.prefill_args if role_of(node) == "prefill" else config.decode_args
+        return [*shlex.split(config.engine_args), *shlex.split(role_args)]

@@ -1,0 +1,70 @@
+"""Ports of a cluster's processes: each owns a block, counted from ``--base-port``, so that a
+port seen in a log tells whose it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from launch.cluster.process_record import ProcessRecord
+from launch.cluster.tensor_parallel import EngineRanks
+
+# Offsets inside a process's block of ports.
+CONTROL = 0
+HTTP = 1
+RENDEZVOUS = 2
+BOOTSTRAP, _BOOTSTRAP_PORTS = 8, 8
+_MOONCAKE, _MOONCAKE_PORTS, _MOONCAKE_STARTS = 16, 8, 4
+"""Each rank's Mooncake takes two of so many ports, of others at each of so many starts. It needs
+a choice: those of a process that just ended cannot be bound for a minute."""
+_MEETING_PORTS = 14
+"""That SGLang takes from its ``--dist-init-addr`` on (server_args.py, ``PortArgs``)."""
+
+BOOTSTRAP_FLAG = "--disaggregation-bootstrap-port"
+_MIN_RPC_PORT, _MAX_RPC_PORT = "MC_MIN_RPC_PORT", "MC_MAX_RPC_PORT"
+
+
+def block_ports(ranks: EngineRanks) -> int:
+    """Ports that a process of so many ranks owns."""
+    if ranks.groups == 1:
+        return meeting(ranks)
+    return control(ranks, ranks.groups)
+
+
+def control(ranks: EngineRanks, group: int) -> int:
+    """Offset of the control port of one of an engine's attention groups."""
+    return CONTROL if group == 0 else meeting(ranks) + _MEETING_PORTS + group - 1
+
+
+def meeting(ranks: EngineRanks) -> int:
+    """Offset of the first port that SGLang takes where there are several attention groups."""
+    return _MOONCAKE + ranks.total * _MOONCAKE_PORTS * _MOONCAKE_STARTS
+
+
+def mooncake_env(block_port: int, ranks: int) -> dict[str, str]:
+    """For a process whose block begins at ``block_port``; :mod:`engine.sglang.rank_ports`
+    shares the ports out among its ranks."""
+    return _mooncake_ports(block_port + _MOONCAKE, ranks * _MOONCAKE_PORTS)
+
+
+def _mooncake_ports(first: int, number: int) -> dict[str, str]:
+    return {_MIN_RPC_PORT: str(first), _MAX_RPC_PORT: str(first + number - 1)}
+
+
+def respawn(record: ProcessRecord, restart_count: int) -> ProcessRecord:
+    """The record for the start after ``restart_count`` deaths, with ports of its own.
+
+    Decode engines keep what they learnt from a prefill engine's bootstrap address, and would
+    wait for the ranks of the dead one. Mooncake keeps a peer's data port by its RPC port, and
+    a process that moved much data to it does not learn a new one: with the RPC port of the
+    dead one, all that it writes to the new one fails.
+    """
+    argv, env, ports = list(record.argv), dict(record.env), dict(record.ports)
+    if _MIN_RPC_PORT in env:
+        first = int(env[_MIN_RPC_PORT])
+        number = int(env[_MAX_RPC_PORT]) + 1 - first
+        env |= _mooncake_ports(first + restart_count % _MOONCAKE_STARTS * number, number)
+    if "bootstrap" in ports:
+        first = ports["http"] - HTTP + BOOTSTRAP
+        ports["bootstrap"] = first + restart_count % _BOOTSTRAP_PORTS
+        argv[argv.index(BOOTSTRAP_FLAG) + 1] = str(ports["bootstrap"])
+    return replace(record, argv=tuple(argv), env=env, ports=ports)

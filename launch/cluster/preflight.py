@@ -1,0 +1,128 @@
+"""What can be known to be wrong before any process is started."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from common.sizes import format_size
+from launch.cluster.config import ClusterConfig
+from launch.cluster.process_record import ProcessRecord
+from launch.settings import BadConfig
+from storage.ssd.folder import OtherFormat, read_state
+
+_LOCK = ".cluster.lock"
+REMOTE_TIMEOUT_S = 20.0
+
+
+def check(config: ClusterConfig, records: Sequence[ProcessRecord]) -> list[IO[str]]:
+    """Raises :class:`BadConfig`; the returned files hold locks for as long as they are open."""
+    check_memory(config, available_memory_bytes())
+    for record in records:
+        for purpose, port in record.ports.items():
+            check_port(record, purpose, port)
+    _check_writable(config.log_folder, "--log-dir")
+    check_remote(config)
+    stores = config.ssd_folders if config.ssd_bytes else []
+    for folder in stores:
+        _check_writable(folder, "--ssd-dir")
+    check_formats(config, [record.name for record in records if record.kind == "agent"])
+    return [_lock_store(folder) for folder in stores]
+
+
+def check_port(record: ProcessRecord, purpose: str, port: int) -> None:
+    """The port can be bound now."""
+    option = "--port" if record.kind == "gateway" else "--base-port"
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((record.host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise BadConfig(
+                    f"port {port} of {record.host} is in use, and {record.name} needs it "
+                    f"({purpose}): end the process that has it, or choose another {option}."
+                ) from error
+            raise BadConfig(
+                f"{record.name} cannot listen on {record.host}:{port}: {error.strerror}; "
+                f"choose another --host or {option}."
+            ) from error
+
+
+def check_memory(config: ClusterConfig, available_bytes: int) -> None:
+    """The DRAM tiers, which agents fill with zeros at start, fit."""
+    agents = config.prefill + config.decode
+    if agents * config.dram_bytes > available_bytes:
+        raise BadConfig(
+            f"--dram-bytes {format_size(config.dram_bytes)} for each of {agents} agents, but "
+            f"{format_size(available_bytes)} of memory are available: choose less."
+        )
+
+
+def check_remote(config: ClusterConfig) -> None:
+    """The remote tier's URL and options make a filesystem."""
+    if not config.remote:
+        return
+    from storage.remote.objects.object_store import RemoteUnusable
+    from storage.remote.objects.open_store import open_store
+
+    try:
+        open_store(config.remote, config.remote_options, REMOTE_TIMEOUT_S)
+    except RemoteUnusable as error:
+        raise BadConfig(f"--remote (--remote-options): {error}.") from error
+
+
+def check_formats(config: ClusterConfig, agents: Sequence[str]) -> None:
+    """This version wrote the SSD folders of these agents."""
+    refusals = []
+    for agent in agents:
+        for folder in config.ssd_folders_of(agent):
+            try:
+                read_state(folder)
+            except OtherFormat as error:
+                refusals.append(error)
+            except OSError as error:
+                raise BadConfig(f"--ssd-dir: {folder}: {error.strerror}.") from error
+    if refusals:
+        others = ", ".join(str(refusal.directory) for refusal in refusals[1:])
+        more = f" The same holds for {others}." if others else ""
+        raise BadConfig(f"--ssd-dir: {refusals[0]}.{more}") from refusals[0]
+
+
+def _check_writable(folder: Path, option: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadConfig(
+            f"{option} {folder} is not writable ({error.strerror}): choose another folder."
+        ) from error
+
+
+def _lock_store(folder: Path) -> IO[str]:
+    """Two clusters with the same agents' folders would overwrite each other's blocks."""
+    lock = (folder / _LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise BadConfig(
+            f"--ssd-dir {folder} is in use by another cluster: give each its own folder."
+        ) from error
+    return lock
+
+
+def available_memory_bytes() -> int:
+    """What processes may still take, as the kernel sees it."""
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    return (
+        int(match[1]) * 1024 if match else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )

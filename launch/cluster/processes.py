@@ -1,0 +1,228 @@
+"""Every process of a cluster as plain data, made from the settings by pure functions."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import engine.config
+import launch.gateway.config
+import transfer.agent.config
+from common.process_settings import to_env
+from engine.config import EngineConfig
+from launch.cluster.config import ClusterConfig
+from launch.cluster.engine_command import engine_env, engine_flags, served_model_name
+from launch.cluster.hardware import Hardware
+from launch.cluster.layout import LOOPBACK, Layout, agent_name, role_of
+from launch.cluster.ports import BOOTSTRAP, CONTROL, HTTP, RENDEZVOUS, mooncake_env
+from launch.cluster.process_record import HealthCheck, ProcessRecord
+from launch.cluster.tensor_parallel import group_names
+from launch.gateway.config import EngineAddress, GatewayConfig
+from launch.settings import BadConfig
+from scheduler.options import LoadPolicy, SchedulerOptions
+from storage.index.owners import read_quotas
+from storage.remote.settings import RemoteSettings
+from transfer.agent.config import AgentConfig
+from transfer.traffic.classes import BadMarks, rdma_env
+
+
+def process_records(
+    config: ClusterConfig,
+    model: Path,
+    hardware: Hardware,
+    hosts: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> list[ProcessRecord]:
+    """Agents, engines and gateway of a cluster, in that order.
+
+    ``model`` is an absolute folder, or a relative path that is a hub's name.
+    ``hosts`` maps nodes (``p0``, ``d1``) to addresses; absent ones are on the loopback.
+    ``environ`` is what the processes will have besides, of which some is refused:
+    :class:`BadConfig`.
+    """
+    records = _Records(Layout(config, model, hardware, hosts), environ)
+    agents = [records.agent(node) for node in records.layout.nodes]
+    engines = [records.engine(node) for node in records.layout.nodes]
+    return [*agents, *engines, records.gateway()]
+
+
+class _Records:
+    """The records of one cluster."""
+
+    def __init__(self, layout: Layout, environ: Mapping[str, str]) -> None:
+        self.layout = layout
+        self._config = layout.config
+        self._environ = environ
+
+    def agent(self, node: str) -> ProcessRecord:
+        name = agent_name(node)
+        config = self._config
+        settings = AgentConfig(
+            name=name,
+            control=self.layout.agents[name],
+            host=self.layout.hosts[node],
+            protocol=self.layout.hardware.transfer,
+            rdma_devices=config.rdma_devices,
+            cgroup=config.traffic_settings.cgroup,
+            gpus=self.layout.gpus(node),
+            pace=config.kv_pace,
+            nic_bytes_per_s=config.nic_bytes_per_s,
+            dram_bytes=config.dram_bytes,
+            ssd_dirs=[str(folder) for folder in config.ssd_folders_of(name)],
+            ssd_bytes=config.ssd_bytes,
+            ssd_min_free_bytes=config.ssd_min_free_bytes,
+            ssd_quotas=read_quotas(config.ssd_quotas),
+            write_policy=config.write_policy,
+            promotion_policy=config.promotion_policy,
+            remote_url=config.remote,
+            remote_options=config.remote_options,
+            remote=RemoteSettings(
+                capacity_bytes=config.remote_bytes,
+                ttl_s=config.remote_ttl_s,
+                hedge_after_s=config.remote_hedge_s,
+            ),
+        )
+        alive = HealthCheck("zmq", self.layout.agents[name])
+        return ProcessRecord(
+            name=name,
+            kind="agent",
+            argv=(sys.executable, "-m", "transfer.agent"),
+            env={
+                **self._mooncake_env("agent", self.layout.port(node, "agent", 0), ranks=1),
+                transfer.agent.config.VARIABLE: to_env(settings),
+            },
+            host=self.layout.hosts[node],
+            ports={"control": self.layout.port(node, "agent", CONTROL)},
+            ready=(alive,),
+            alive=alive,
+            cgroup=config.traffic_settings.cgroup,
+        )
+
+    def engine(self, node: str) -> ProcessRecord:
+        role = role_of(node)
+        settings = EngineConfig(
+            name=node,
+            role=role,
+            controls=self.layout.controls(node),
+            agent=agent_name(node),
+            agents=self.layout.agents,
+            deliver_timeout_s=self._config.deliver_timeout_s,
+            prefill_quota_s=self._quota_s() if role == "prefill" else None,
+            layer_window=self._config.layer_window if role == "prefill" else 0,
+            promise_planned_only=role == "decode" and bool(self._config.layer_window),
+            poison_kv=self._config.poison_kv,
+        )
+        offsets = {"control": CONTROL, "http": HTTP, "rendezvous": RENDEZVOUS}
+        if role == "prefill":
+            offsets["bootstrap"] = BOOTSTRAP
+        ports = {name: self.layout.port(node, "engine", offset) for name, offset in offsets.items()}
+        alive, *groups_alive = (HealthCheck("zmq", control) for control in settings.controls)
+        return ProcessRecord(
+            name=node,
+            kind="engine",
+            argv=(
+                sys.executable,
+                "-m",
+                "sglang.launch_server",
+                *engine_flags(self.layout, node, ports),
+            ),
+            env={
+                **self._mooncake_env(
+                    "engine", self.layout.port(node, "engine", 0), self.layout.ranks[node].total
+                ),
+                **engine_env(self.layout, node),
+                engine.config.VARIABLE: to_env(settings),
+            },
+            host=self.layout.hosts[node],
+            ports=ports,
+            ready=(
+                HealthCheck("http", f"{self.layout.http(node)}/model_info"),
+                alive,
+                *groups_alive,
+            ),
+            alive=alive,
+        )
+
+    def gateway(self) -> ProcessRecord:
+        config = self._config
+        settings = GatewayConfig(
+            host=config.host,
+            port=config.port,
+            agents=self.layout.agents,
+            engines=[address for node in self.layout.nodes for address in self._addresses(node)],
+            model=str(self.layout.model),
+            served_model_name=served_model_name(config),
+            path_policy=config.path_policy,
+            scheduler=SchedulerOptions(
+                load_policy=cast(LoadPolicy, config.load_policy),
+                alpha_bytes=config.alpha_bytes,
+                beta_tokens=config.beta_tokens,
+            ),
+            requests_max=config.requests_max,
+            read_timeout_s=config.read_timeout_s,
+            request_timeout_s=config.request_timeout_s,
+        )
+        reachable = LOOPBACK if config.host in ("0.0.0.0", "") else config.host
+        health = f"http://{reachable}:{config.port}/health"
+        return ProcessRecord(
+            name="gateway",
+            kind="gateway",
+            argv=(sys.executable, "-m", "launch.gateway"),
+            env={
+                **self._python_env(),
+                # It tokenizes, and computes nothing on a device.
+                "CUDA_VISIBLE_DEVICES": "",
+                launch.gateway.config.VARIABLE: to_env(settings),
+            }
+            | ({"SGLANG_PLATFORM": "dualpath_cpu"} if self.layout.hardware.device == "cpu" else {}),
+            host=config.host,
+            ports={"http": config.port},
+            ready=(HealthCheck("http", health),),
+            # 503 while no engine is up: that is no reason to end the gateway.
+            alive=HealthCheck("http", health, any_status=True),
+        )
+
+    def _addresses(self, node: str) -> list[EngineAddress]:
+        names = group_names(node, self.layout.ranks[node])
+        return [
+            EngineAddress(
+                name=name,
+                role=role_of(node),
+                agent=agent_name(node),
+                http=self.layout.http(node),
+                control=control,
+                bootstrap_host=self.layout.hosts[node],
+                group=group if len(names) > 1 else None,
+            )
+            for group, (name, control) in enumerate(
+                zip(names, self.layout.controls(node), strict=True)
+            )
+        ]
+
+    def _quota_s(self) -> float | None:
+        quota_ms = self._config.prefill_quota_ms
+        return None if quota_ms is None else quota_ms / 1000
+
+    def _python_env(self) -> dict[str, str]:
+        env = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if self.layout.model.is_absolute():
+            env["HF_HUB_OFFLINE"] = "1"
+        return env
+
+    def _mooncake_env(self, kind: str, block_port: int, ranks: int) -> dict[str, str]:
+        env = self._python_env() | {
+            **mooncake_env(block_port, ranks),
+            # The defaults are 30 s: a hung peer would hold a forward for as long.
+            "MC_TRANSFER_TIMEOUT": "15",
+            "MC_TCP_PROGRESS_TIMEOUT_SEC": "5",
+            "MC_TCP_STATUS_TIMEOUT_SEC": "5",
+        }
+        if self.layout.hardware.transfer == "tcp":
+            return env | {"MC_FORCE_TCP": "1", "MOONCAKE_PROTOCOL": "tcp"}
+        try:
+            return env | rdma_env(kind, self._config.traffic_settings, self._environ)
+        except BadMarks as error:
+            raise BadConfig(f"{error}.") from error

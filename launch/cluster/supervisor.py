@@ -1,0 +1,193 @@
+"""Runs the processes of a cluster: starts, watches, restarts and ends them."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.process_settings import RUN_FOLDER
+from launch.cluster.child import Child, end_sessions
+from launch.cluster.health import Prober
+from launch.cluster.ports import respawn
+from launch.cluster.process_record import ProcessRecord
+
+START_PROBE_PERIOD_S = 0.5
+PROBE_PERIOD_S = 5.0
+SILENT_PROBES_MAX = 6
+"""Failed probes in a row (30 s) after which a process is ended. Counted in probes, so
+that time in which the launcher itself was suspended does not count."""
+BACKOFF_FIRST_S = 0.5
+BACKOFF_RESET_S = 60.0
+"""A process that lived this long starts again at the shortest back-off."""
+STOP_GRACE_S = 4.0
+
+
+class StartFailed(Exception):
+    """A process did not become ready at the start of the cluster."""
+
+    def __init__(self, name: str, reason: str, log: Path) -> None:
+        super().__init__(f"{name} {reason}")
+        self.name = name
+        self.log = log
+
+
+class Reporter(Protocol):
+    """Told what happens; the console in the product."""
+
+    def ready(self, name: str, seconds: float) -> None:
+        """A process answers all its checks."""
+
+    def waiting(self, names: Sequence[str], seconds: float) -> None:
+        """These are not ready yet; called each second until the cluster is."""
+
+    def serving(self) -> None:
+        """The whole cluster is ready."""
+
+    def restarting(self, name: str, reason: str, delay_s: float) -> None:
+        """A process is gone and will be started again after ``delay_s``."""
+
+    def stopping(self, reason: str) -> None:
+        """Everything is about to be ended."""
+
+
+class Supervisor:
+    """Owns one cluster from its first process to its last."""
+
+    def __init__(
+        self,
+        records: Sequence[ProcessRecord],
+        log_folder: Path,
+        reporter: Reporter,
+        start_timeout_s: float,
+        backoff_max_s: float = 15.0,
+    ) -> None:
+        self._records = records
+        self._logs = {record.name: log_folder / f"{record.name}.log" for record in records}
+        self._reporter = reporter
+        self._start_timeout_s = start_timeout_s
+        self._backoff_max_s = backoff_max_s
+        self._children: dict[str, Child] = {}
+        self._ready = {record.name: asyncio.Event() for record in records}
+        self._stop = asyncio.Event()
+        self._hurry = False
+        self._incarnation = 0
+
+    async def run(self) -> None:
+        """Serve until SIGINT or SIGTERM; raises :class:`StartFailed` before serving.
+
+        However it ends, none of the processes is left.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+        self._scratch = tempfile.mkdtemp(prefix="dualpath-")
+        self._prober = Prober()
+        watchers = [asyncio.create_task(self._keep_running(record)) for record in self._records]
+        progress = asyncio.create_task(self._report_progress())
+        stopped = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait([*watchers, stopped], return_when=asyncio.FIRST_COMPLETED)
+            for watcher in watchers:
+                if watcher.done():
+                    watcher.result()  # raises StartFailed
+        finally:
+            await _cancel([*watchers, progress, stopped])
+            await self._end_all()
+            await self._prober.close()
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stop.is_set():
+            self._hurry = True
+        else:
+            self._reporter.stopping(f"{number.name} received")
+        self._stop.set()
+
+    async def _keep_running(self, record: ProcessRecord) -> None:
+        """The life of one process over all its restarts."""
+        restarts, delay_s = 0, BACKOFF_FIRST_S
+        while True:
+            child = self._spawn(respawn(record, restarts))
+            reason = await self._watch(child)
+            await end_sessions([child.session], grace_s=0)
+            if not self._ready[record.name].is_set():
+                raise StartFailed(record.name, reason, child.log)
+            if child.uptime_s >= BACKOFF_RESET_S:
+                delay_s = BACKOFF_FIRST_S
+            self._reporter.restarting(record.name, reason, delay_s)
+            await asyncio.sleep(delay_s)
+            restarts, delay_s = restarts + 1, min(2 * delay_s, self._backoff_max_s)
+
+    def _spawn(self, record: ProcessRecord) -> Child:
+        self._incarnation = max(self._incarnation + 1, int(time.time() * 1000))
+        # SGLang leaves its sockets in the folder for temporary files.
+        env = {"TMPDIR": self._scratch, RUN_FOLDER: self._scratch}
+        child = Child(record, self._logs[record.name], env, self._incarnation)
+        self._children[record.name] = child
+        return child
+
+    async def _watch(self, child: Child) -> str:
+        """Returns, with the reason, when the process has ended or must be ended."""
+        record = child.record
+        while not await self._all_pass(record):
+            if await child.exited_within(START_PROBE_PERIOD_S):
+                return child.how_it_ended()
+            if child.uptime_s > self._start_timeout_s:
+                return f"was not ready after {self._start_timeout_s:.0f} s"
+        self._ready[record.name].set()
+        self._reporter.ready(record.name, child.uptime_s)
+        silent_probes = 0
+        while silent_probes < SILENT_PROBES_MAX:
+            probed_at = time.monotonic()
+            silent_probes = 0 if await self._prober.passes(record.alive) else silent_probes + 1
+            if await child.exited_within(PROBE_PERIOD_S - (time.monotonic() - probed_at)):
+                return child.how_it_ended()
+        return f"gave no sign of life for {SILENT_PROBES_MAX * PROBE_PERIOD_S:.0f} s"
+
+    async def _all_pass(self, record: ProcessRecord) -> bool:
+        for check in record.ready:
+            if not await self._prober.passes(check):
+                return False
+        return True
+
+    async def _report_progress(self) -> None:
+        began = time.monotonic()
+        while names := [name for name, event in self._ready.items() if not event.is_set()]:
+            self._reporter.waiting(names, time.monotonic() - began)
+            await asyncio.sleep(1.0)
+        self._reporter.serving()
+
+    async def _end_all(self) -> None:
+        ending = asyncio.create_task(self._end_in_turn())
+        while not ending.done():
+            if self._hurry:
+                ending.cancel()
+                await end_sessions(self._sessions("gateway", "agent", "engine"), grace_s=0)
+                break
+            await asyncio.sleep(0.05)
+        for child in self._children.values():
+            await child.exited_within(1.0)
+
+    async def _end_in_turn(self) -> None:
+        """The gateway first, whose open streams need the others. An engine has nothing to
+        save, and SGLang takes more than its grace to end: it is killed."""
+        await end_sessions(self._sessions("gateway"), STOP_GRACE_S)
+        await asyncio.gather(
+            end_sessions(self._sessions("agent"), STOP_GRACE_S),
+            end_sessions(self._sessions("engine"), grace_s=0),
+        )
+
+    def _sessions(self, *kinds: str) -> list[int]:
+        children = self._children.values()
+        return [child.session for child in children if child.record.kind in kinds]
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,108 @@
+"""Engines of several ranks: what they need beside SGLang's own flags."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config import CPU_GROUPS_VARIABLE
+from launch.settings import BadConfig
+
+CPU_STAGING_MB = 256
+"""Of each rank of D: more than one prefill chunk."""
+
+_UNSUPPORTED = (
+    ("--pp-size", "--pp", "--pipeline-parallel-size"),
+    ("--attn-cp-size", "--attention-context-parallel-size"),
+)
+
+
+@dataclass(frozen=True)
+class EngineRanks:
+    """The processes of one engine. Each of its attention groups has requests and a KV pool of
+    its own, and splits the KV heads among its ranks."""
+
+    total: int = 1
+    groups: int = 1
+
+    @property
+    def of_group(self) -> int:
+        return self.total // self.groups
+
+
+def ranks_of(flags: list[str]) -> EngineRanks:
+    """Of one engine, from the user's flags for SGLang, of which the last ones count. Raises
+    :class:`BadConfig` for engines that are parallel in a way that is not supported."""
+    ranks = _size(flags, "--tp", "--tp-size", "--tensor-parallel-size")
+    groups = _size(flags, "--attn-dp-size", "--attention-data-parallel-size")
+    replicas = _size(flags, "--dp", "--dp-size", "--data-parallel-size")
+    if "--enable-dp-attention" in flags and groups == 1:  # SGLang's older name for the groups
+        groups, replicas = replicas, 1
+    if replicas > 1:
+        raise BadConfig("--dp-size: start more engines with --prefill and --decode instead.")
+    for names in _UNSUPPORTED:
+        if _size(flags, *names) > 1:
+            raise BadConfig(f"{names[0]} is not supported (--tp is): take it out.")
+    if ranks % groups:
+        raise BadConfig(f"--attn-dp-size {groups} must divide --tp {ranks}.")
+    return EngineRanks(ranks, groups)
+
+
+def group_names(engine: str, ranks: EngineRanks) -> list[str]:
+    """What the gateway and the agents call an engine's attention groups, each of which is an
+    engine to them."""
+    if ranks.groups == 1:
+        return [engine]
+    return [f"{engine}.{group}" for group in range(ranks.groups)]
+
+
+def _size(flags: list[str], *names: str) -> int:
+    """What the last of these flags says; 1 without one."""
+    size = 1
+    for name, value in zip(flags, [*flags, ""][1:], strict=True):
+        head, _, tail = name.partition("=")
+        if head in names:
+            size = int(tail or value)
+    return size
+
+
+def check_window(model: Path, prefill_ranks: set[int], decode_ranks: set[int]) -> None:
+    """For prefill engines with a layer window: raises :class:`BadConfig` if their KV cannot
+    leave page by page while it is there, which it can where each rank has a peer with the
+    same heads, or where one rank has all there is (MLA)."""
+    alike = prefill_ranks == decode_ranks
+    if not alike and not (prefill_ranks == {1} and _has_latent_kv(model)):
+        raise BadConfig(
+            "--prefill-layer-window needs the same --tp in --prefill-args and --decode-args "
+            "(or prefill engines of one rank, with an MLA model): make them equal, or take the "
+            "window out."
+        )
+
+
+def cpu_env(ranks: EngineRanks) -> dict[str, str]:
+    """On a CPU: the cores of each rank, which are all of them. Left to itself SGLang refuses
+    more ranks than the machine has NUMA nodes."""
+    if ranks.total == 1:
+        return {}
+    every_core = f"0-{(os.cpu_count() or 1) - 1}"
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join([every_core] * ranks.total)}
+    return env | ({CPU_GROUPS_VARIABLE: "1"} if ranks.groups > 1 else {})
+
+
+def staging_env(model: Path, ranks: set[int], device: str) -> dict[str, str]:
+    """Where P and D split the KV heads otherwise: SGLang gathers them in a staging buffer,
+    instead of a write for each token. MLA has no heads to split, and SGLang refuses it."""
+    if len(ranks) == 1 or _has_latent_kv(model):
+        return {}
+    env = {"SGLANG_DISAGG_STAGING_BUFFER": "1"}
+    if device == "cpu":
+        env["SGLANG_STAGING_USE_TORCH"] = "1"
+        env["SGLANG_DISAGG_STAGING_POOL_SIZE_MB"] = str(CPU_STAGING_MB)
+    return env
+
+
+def _has_latent_kv(model: Path) -> bool:
+    config = model / "config.json"
+    return config.is_file() and "kv_lora_rank" in json.loads(config.read_text())

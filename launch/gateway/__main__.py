@@ -1,0 +1,36 @@
+"""``python -m launch.gateway``: the process of the front door, started by the supervisor."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import uvicorn
+
+from common.process_settings import RUN_FOLDER, from_env
+from launch.gateway.app import create_app
+from launch.gateway.config import VARIABLE, GatewayConfig
+
+SHUTDOWN_S = 3
+"""Open streams get this long to end once a signal has come."""
+LOG_LEVEL = "DUALPATH_LOG_LEVEL"
+
+
+def main() -> None:
+    """Serve until a signal comes; the supervisor set the environment."""
+    level = os.environ.get(LOG_LEVEL, "info").upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    config = from_env(VARIABLE, GatewayConfig)
+    run_folder = os.environ.get(RUN_FOLDER)
+    uvicorn.run(
+        create_app(config, Path(run_folder) if run_folder else None),
+        host=config.host,
+        port=config.port,
+        log_level="warning",
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""The OpenAI-compatible front door: its routes, and what lives as long as the process.
+
+FastAPI and uvicorn, because SGLang itself brings them; one asyncio loop. The walk of a
+request is in ``request_walk``; here are the routes and the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+
+from launch.gateway.admission import Seat
+from launch.gateway.config import GatewayConfig
+from launch.gateway.control.control_plane import ControlPlane
+from launch.gateway.errors import BadRequest, GatewayError, NotFound, Unavailable
+from launch.gateway.orders import Orders
+from launch.gateway.request.parts import CHAT, COMPLETIONS, GENERATE, Part
+from launch.gateway.request.serve import error_response, serve
+from launch.gateway.request.walk import RequestWalk
+from launch.gateway.services import Services
+from scheduler.policies import UnknownPolicy
+from scheduler.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+PLANS_PER_MS = 128
+"""Plan numbers begin at the start time: a restarted gateway repeats none (48 bits last
+until the year 2039)."""
+HEALTH_SEAT = Seat("health", parts=0, begun=True)
+"""A tenant of its own, so no other's queue delays the probe; outside the bound."""
+HEALTH_TIMEOUT_S = 20.0
+"""``/health_generate``, as SGLang's."""
+
+
+class PolicyChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``POST /admin/policy``."""
+
+    path_policy: str
+
+
+class DrainChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``POST /admin/drain``; ``name`` is an engine's or an agent's."""
+
+    name: str
+    on: bool
+
+
+class AbortRequest(msgspec.Struct, frozen=True):
+    """Body of ``POST /abort_request``, as SGLang takes it."""
+
+    rid: str = ""
+    abort_all: bool = False
+
+
+def create_app(config: GatewayConfig, run_folder: Path | None = None) -> FastAPI:
+    """The whole gateway; it connects to its peers when the app starts.
+
+    ``run_folder``: where operators' orders outlast this process.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        first_plan = int(time.time() * 1000) * PLANS_PER_MS
+        scheduler = Scheduler(config.path_policy, config.scheduler, first_plan)
+        plane = ControlPlane(config, scheduler)
+        orders = Orders(scheduler, [peer.name for peer in plane.peers()], run_folder)
+        services = Services(config, scheduler, plane, orders)
+        app.state.services = services
+        services.start()
+        yield
+        await services.close()
+
+    app = FastAPI(lifespan=lifespan, title="DualPath", docs_url=None, redoc_url=None)
+    app.add_exception_handler(GatewayError, _gateway_error)
+    _generating_routes(app)
+    _model_routes(app)
+    _health_routes(app)
+    _admin_routes(app)
+    return app
+
+
+async def _gateway_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, GatewayError)
+    return error_response(error)
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+async def _decode(request: Request, kind: type[Any]) -> Any:
+    try:
+        return msgspec.json.decode(await request.body(), type=kind)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise BadRequest(str(error)) from error
+
+
+def _generating_routes(app: FastAPI) -> None:
+    @app.post(CHAT)
+    async def chat(request: Request) -> Response:
+        return await serve(_services(request), CHAT, request)
+
+    @app.post(COMPLETIONS)
+    async def completions(request: Request) -> Response:
+        return await serve(_services(request), COMPLETIONS, request)
+
+    @app.api_route(GENERATE, methods=["POST", "PUT"])
+    async def generate(request: Request) -> Response:
+        return await serve(_services(request), GENERATE, request)
+
+    @app.post("/abort_request")
+    async def abort_request(request: Request) -> Response:
+        asked = await _decode(request, AbortRequest)
+        walks = _services(request).walks
+        # As SGLang does: every request whose id begins with the given one.
+        chosen = [
+            walk
+            for rid, walk in walks.items()
+            if asked.abort_all or (asked.rid and _named(rid, asked.rid))
+        ]
+        await asyncio.gather(*(walk.abort() for walk in chosen))
+        return Response(status_code=200)
+
+
+def _named(rid: str, asked: str) -> bool:
+    """``rid`` may be a part ("3-ID") of the request that the client knows as ID."""
+    index, _, rest = rid.partition("-")
+    return rid.startswith(asked) or (index.isdigit() and rest.startswith(asked))
+
+
+def _model_routes(app: FastAPI) -> None:
+    async def forward(request: Request) -> Response:
+        # SGLang's old name for it still works, with a warning in the engine's log.
+        path = request.url.path.replace("/get_model_info", "/model_info")
+        kind, body = await _services(request).proxy.ask_any("GET", path)
+        return Response(body, media_type=kind)
+
+    async def forward_body(request: Request) -> Response:
+        body = await _decode(request, dict[str, Any])
+        kind, answer = await _services(request).proxy.ask_any("POST", request.url.path, body)
+        return Response(answer, media_type=kind)
+
+    for path in ("/v1/tokenize", "/v1/detokenize"):
+        app.add_api_route(path, forward_body, methods=["POST"])
+    for path in ("/v1/models", "/v1/models/{model:path}", "/model_info", "/get_model_info"):
+        app.add_api_route(path, forward, methods=["GET"])
+
+
+def _health_routes(app: FastAPI) -> None:
+    @app.get("/health")
+    async def health(request: Request) -> Response:
+        troubles = _services(request).plane.troubles()
+        if troubles:
+            return _json({"status": "unavailable", "reasons": troubles}, 503)
+        return _json({"status": "ok"})
+
+    @app.get("/health_generate")
+    async def health_generate(request: Request) -> Response:
+        """A real request of one token, past the cache."""
+        services = _services(request)
+        sampling = {"max_new_tokens": 1, "temperature": 0}
+        part = Part(
+            path=GENERATE,
+            body={"input_ids": [1, 2, 3], "sampling_params": sampling},
+            rid=f"health-generate-{time.monotonic_ns()}",
+            index=0,
+            token_ids=[1, 2, 3],
+        )
+        walk = RequestWalk(services, part, HEALTH_SEAT, time.monotonic(), use_cache=False)
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                await walk.outlet.head
+                await walk.task
+        except TimeoutError as error:
+            raise Unavailable(f"no token within {HEALTH_TIMEOUT_S:g} s") from error
+        finally:
+            walk.cancel()
+        return _json({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        return Response(_services(request).metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _admin_routes(app: FastAPI) -> None:
+    @app.api_route("/flush_cache", methods=["GET", "POST"])
+    async def flush_cache(request: Request) -> Response:
+        """Of the engines only: the store keeps its blocks."""
+        failures = await _services(request).proxy.flush()
+        if failures:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+            raise Unavailable(f"not flushed: {reasons}")
+        return Response("Cache flushed.\n", media_type="text/plain")
+
+    @app.get("/admin/cluster")
+    async def cluster(request: Request) -> Response:
+        return _json(_services(request).view())
+
+    @app.post("/admin/policy")
+    async def policy(request: Request) -> Response:
+        asked = await _decode(request, PolicyChange)
+        services = _services(request)
+        try:
+            services.orders.set_policy(asked.path_policy)
+        except UnknownPolicy as error:
+            raise BadRequest(str(error)) from error
+        return _json({"path_policy": asked.path_policy})
+
+    @app.post("/admin/drain")
+    async def drain(request: Request) -> Response:
+        """Nothing new for an engine or an agent; what runs there finishes."""
+        asked = await _decode(request, DrainChange)
+        services = _services(request)
+        try:
+            services.orders.drain(asked.name, asked.on)
+        except KeyError as error:
+            names = ", ".join(services.orders.names)
+            raise NotFound(f"no engine or agent {asked.name!r}: there are {names}") from error
+        log.info("drain name=%s on=%s", asked.name, asked.on)
+        services.plane.changed.set()
+        return _json({"name": asked.name, "draining": asked.on})
+
+    @app.get("/admin/plan/{plan:path}")
+    async def plan(request: Request, plan: str) -> Response:
+        """Why a request went where it went, by the plan's number or the request's id."""
+        scheduler, now = _services(request).scheduler, time.monotonic()
+        view = scheduler.explain(int(plan), now) if plan.isdecimal() else None
+        view = view or scheduler.explain(plan, now)
+        if view is None:
+            kept = scheduler.options.decisions_kept
+            raise NotFound(f"{plan} is no plan and no request id among the last {kept}")
+        return _json(view)

@@ -1,0 +1,1 @@
+"""One request: prompt, parts, walk, exchange with the engines, answer, trace."""

@@ -1,0 +1,225 @@
+"""One client request as the single-prompt, single-sample requests that engines get.
+
+SGLang gives all samples of a request one bootstrap room, which P/D disaggregation
+cannot serve, so ``n`` > 1 and lists of prompts are taken apart here and the answers put
+together in ``merge_answers``. Everything else in a body is left to SGLang's validation.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from launch.gateway.errors import BadRequest
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+GENERATE = "/generate"
+
+DEFAULT_NEW_TOKENS = {CHAT: 512, COMPLETIONS: 16, GENERATE: 128}
+RESERVED_NEW_TOKENS = 512
+"""KV that the decode engine sets aside for an answer (SGLang's own default)."""
+
+_MEDIA_PARTS = {
+    *("image", "image_url", "input_image"),
+    *("audio", "audio_url", "input_audio"),
+    *("video", "video_url", "input_video"),
+}
+_MEDIA_FIELDS = ("image_data", "audio_data", "video_data")
+_PER_PROMPT = {
+    *("sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num"),
+    *("token_ids_logprob", "return_hidden_states", "return_sampling_mask", "extra_key"),
+    *("cache_salt", "lora_path", "custom_logit_processor"),
+}
+"""Fields of ``/generate`` that may hold a list with one value for each prompt."""
+
+
+class Part(msgspec.Struct):
+    """One prompt, one sample. ``body`` is the client's, reduced to this part."""
+
+    path: str
+    body: dict[str, Any]
+    rid: str
+    index: int
+    """Position of its answer among the choices."""
+    text: str | None = None
+    """The prompt, where it is to be tokenised as plain text."""
+    token_ids: list[int] | None = None
+    """The tokenised prompt; None where only SGLang can say (it then refuses or recomputes)."""
+
+    @property
+    def stream(self) -> bool:
+        return bool(self.body.get("stream"))
+
+    @property
+    def max_new_tokens(self) -> int:
+        """KV tokens to count on for the answer."""
+        body = self.body
+        asked = body.get("max_completion_tokens") or body.get("max_tokens")
+        if self.path == GENERATE:
+            params = body.get("sampling_params")
+            asked = params.get("max_new_tokens") if isinstance(params, dict) else None
+        if not isinstance(asked, int):
+            asked = DEFAULT_NEW_TOKENS[self.path]
+        return max(0, min(asked, RESERVED_NEW_TOKENS))
+
+    @property
+    def priority(self) -> int:
+        """SGLang's field; a form that is not its own is left for it to refuse."""
+        priority = self.body.get("priority")
+        return priority if type(priority) is int else 0
+
+    def salt(self, field: str) -> str | None:
+        """``extra_key`` or ``cache_salt`` as the engine's radix cache will see it."""
+        value = self.body.get(field)
+        return value if isinstance(value, str) and value else None
+
+    def engine_body(self) -> dict[str, Any]:
+        """The body for the engines, with the token ids in place of the prompt."""
+        body = dict(self.body)
+        if self.token_ids is None:
+            return body
+        if self.path == CHAT:
+            body["input_ids"] = self.token_ids
+        elif self.path == COMPLETIONS:
+            # SGLang echoes the prompt as it was given: ids would come back without
+            # their special tokens.
+            if not body.get("echo"):
+                body["prompt"] = self.token_ids
+        else:
+            body.pop("text", None)
+            body["input_ids"] = self.token_ids
+        return body
+
+
+class PartedRequest(msgspec.Struct, frozen=True):
+    """All parts of one client request. ``samples`` parts share a prompt."""
+
+    path: str
+    rid: str
+    body: dict[str, Any]
+    """As the client sent it."""
+    parts: list[Part]
+    samples: int
+    merged: bool
+    """Whether the answers need merging, or the only one is returned as it is."""
+
+
+def split_request(path: str, body: dict[str, Any], parts_max: int) -> PartedRequest:
+    """Take a request apart; raises :class:`BadRequest`."""
+    refuse_media(body)
+    prompts = _prompts(path, body)
+    samples = _samples(path, body)
+    count = max(1, len(prompts)) * samples
+    if count > parts_max:
+        raise BadRequest(f"{count} answers asked for in one request; at most {parts_max}")
+    rids = body.get("rid")
+    rid = rids if isinstance(rids, str) and rids else uuid.uuid4().hex
+    names: list[str] = []
+    if isinstance(rids, list) and len(rids) == count and all(isinstance(r, str) for r in rids):
+        names = rids
+    parts = []
+    for index in range(count):
+        part = _part(path, body, prompts, index // samples)
+        part.index = index
+        # A prefix names each part: engines abort every request whose id begins alike.
+        part.rid = names[index] if names else rid if count == 1 else f"{index}-{rid}"
+        parts.append(part)
+    listed = path == GENERATE and (samples > 1 or _is_list_of_prompts(body))
+    return PartedRequest(path, rid, body, parts, samples, merged=count > 1 or listed)
+
+
+def refuse_media(body: dict[str, Any]) -> None:
+    """Images, audio and video have no place in a store keyed by token ids."""
+    for field in _MEDIA_FIELDS:
+        if body.get(field):
+            raise BadRequest(f"{field} is not supported: this cluster serves text only.")
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else []:
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else []:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind in _MEDIA_PARTS:
+                raise BadRequest(
+                    f"Content of type '{kind}' is not supported: this cluster serves text only."
+                )
+
+
+def _samples(path: str, body: dict[str, Any]) -> int:
+    source: Any = body
+    if path == GENERATE:
+        source = body.get("sampling_params") or {}
+        if isinstance(source, list):
+            source = source[0] if source and isinstance(source[0], dict) else {}
+        if not isinstance(source, dict) or (source.get("beam_width") or 1) != 1:
+            return 1  # in a beam search, n is the number of sequences of one request
+    n = source.get("n")
+    if n is None:
+        return 1
+    if not isinstance(n, int) or n < 1:
+        raise BadRequest(f"n must be an integer of at least 1, got {n!r}")
+    return n
+
+
+def _is_list_of_prompts(body: dict[str, Any]) -> bool:
+    prompt = body.get("text") if body.get("text") is not None else body.get("input_ids")
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
+
+
+def _prompts(path: str, body: dict[str, Any]) -> list[str | list[int] | None]:
+    """Each prompt, or one None where the body's form is for SGLang to judge."""
+    if path == CHAT:
+        ids = body.get("input_ids")
+        return [ids if _is_ids(ids) else None]
+    if path == COMPLETIONS:
+        prompt = body.get("prompt")
+    else:
+        prompt = body["text"] if body.get("text") is not None else body.get("input_ids")
+    if isinstance(prompt, str) or _is_ids(prompt):
+        return [prompt]
+    if (
+        isinstance(prompt, list)
+        and prompt
+        and all(isinstance(p, str) or _is_ids(p) for p in prompt)
+    ):
+        return list(prompt)
+    return [None]
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], int)
+
+
+def _part(path: str, body: dict[str, Any], prompts: Sequence[Any], which: int) -> Part:
+    prompt = prompts[which]
+    reduced = {k: v for k, v in body.items() if k not in ("n", "rid")}
+    if path == COMPLETIONS and prompt is not None:
+        reduced["prompt"] = prompt
+    elif path == GENERATE:
+        _reduce_generate(reduced, prompt, len(prompts), which)
+    return Part(
+        path=path,
+        body=reduced,
+        rid="",
+        index=0,
+        text=prompt if isinstance(prompt, str) else None,
+        token_ids=prompt if isinstance(prompt, list) else None,
+    )
+
+
+def _reduce_generate(body: dict[str, Any], prompt: Any, count: int, which: int) -> None:
+    listed = _is_list_of_prompts(body)
+    if prompt is not None:
+        body["text" if isinstance(prompt, str) else "input_ids"] = prompt
+    for field in _PER_PROMPT & body.keys() if listed else ():
+        value = body[field]
+        if isinstance(value, list) and len(value) == count:
+            # token_ids_logprob may also be one flat list, meant for every prompt
+            if field != "token_ids_logprob" or not isinstance(value[0], int):
+                body[field] = value[which]
+    params = body.get("sampling_params")
+    if isinstance(params, dict) and (params.get("beam_width") or 1) == 1:
+        body["sampling_params"] = {k: v for k, v in params.items() if k != "n"}

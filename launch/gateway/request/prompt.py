@@ -1,0 +1,103 @@
+"""From a request to token ids and block keys: SGLang tokenises, the hash chain is ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from common.block import BlockKey, Namespace, block_keys
+from common.page_hashes import page_hashes
+from launch.gateway.errors import BadRequest
+from launch.gateway.request.parts import CHAT, Part, PartedRequest
+
+_NOT_FOR_TEMPLATE = {
+    *("stream", "stream_options"),  # answered with 501
+    *("prompt", "add_special_tokens", "add_generation_prompt"),  # ignored by a chat request
+}
+"""Fields of a chat request that mean something else to ``/v1/tokenize``."""
+
+
+class TokenizeEndpoint(Protocol):
+    """``/v1/tokenize`` of some live engine."""
+
+    async def tokenize(self, body: dict[str, Any]) -> bytes:
+        """The JSON answer; raises a ``GatewayError``."""
+
+
+class _One(msgspec.Struct):
+    tokens: list[int]
+
+
+class _Many(msgspec.Struct):
+    tokens: list[list[int]]
+
+
+async def tokenize(request: PartedRequest, endpoint: TokenizeEndpoint) -> None:
+    """Fill in ``token_ids`` of every part that has text; parts of one prompt share a list."""
+    if request.path == CHAT:
+        await _tokenize_chat(request.parts, endpoint)
+        return
+    texts = [p.text for p in request.parts[:: request.samples] if p.text is not None]
+    if not texts:
+        return
+    answer = await endpoint.tokenize({"prompt": texts})
+    by_text = dict(zip(texts, msgspec.json.decode(answer, type=_Many).tokens, strict=True))
+    for part in request.parts:
+        if part.text is not None:
+            part.token_ids = by_text[part.text]
+
+
+async def _tokenize_chat(parts: list[Part], endpoint: TokenizeEndpoint) -> None:
+    first = parts[0]
+    if first.token_ids is None:
+        if first.body.get("messages") is None:
+            raise BadRequest("messages is missing")
+        body = {k: v for k, v in first.body.items() if k not in _NOT_FOR_TEMPLATE}
+        first.token_ids = msgspec.json.decode(await endpoint.tokenize(body), type=_One).tokens
+    for part in parts[1:]:
+        part.token_ids = first.token_ids
+
+
+def vocabulary_tokens(model: str) -> int | None:
+    """Size of the vocabulary of a model folder; None if ``model`` is no folder, but a name."""
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        return None
+    config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def check_token_ids(request: PartedRequest, vocabulary_tokens: int | None) -> None:
+    """Refuse ids outside the vocabulary: SGLang looks them up unchecked, which ends the engine."""
+    limit = vocabulary_tokens or 2**31
+    for part in request.parts[:: request.samples]:
+        ids = part.token_ids
+        if ids is None:
+            continue
+        if not all(type(token) is int and 0 <= token < limit for token in ids):
+            raise BadRequest(f"Token ids must be integers in [0, {limit}).")
+
+
+def hit_candidates(part: Part, namespace: Namespace) -> list[BlockKey]:
+    """Keys of the full blocks whose KV a store may hold: all that leave a token to compute.
+
+    Empty where the KV depends on more than tokens and salts (LoRA adapters), or where a
+    token is none (SGLang will say so).
+    """
+    if part.token_ids is None or part.body.get("lora_path") is not None:
+        return []
+    page_tokens = namespace.layout.page_tokens
+    reusable_tokens = max(0, len(part.token_ids) - 1) // page_tokens * page_tokens
+    try:
+        hashes = page_hashes(
+            part.token_ids[:reusable_tokens],
+            page_tokens,
+            part.salt("extra_key"),
+            part.salt("cache_salt"),
+        )
+    except ValueError:  # a negative token id, or a salt that is not UTF-8
+        return []
+    return block_keys(namespace.digest(), hashes)

@@ -1,0 +1,195 @@
+"""A client's HTTP request: admission, parts, and the answer put together from their walks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+
+from launch.gateway.admission import Seat, tenant_of
+from launch.gateway.errors import BadRequest, GatewayError
+from launch.gateway.request.exchange import CHUNKS_MAX
+from launch.gateway.request.merge_answers import StreamMerger, merge_answers
+from launch.gateway.request.parts import Part, PartedRequest, split_request
+from launch.gateway.request.prompt import check_token_ids, tokenize
+from launch.gateway.request.trace import Trace
+from launch.gateway.request.walk import RequestWalk
+from launch.gateway.services import Services
+
+GONE_POLL_S = 0.25
+"""How often a waiting request looks whether its client is still there."""
+CLIENT_GONE_STATUS = 499
+"""Nobody reads it; it keeps the access log honest."""
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client closed its connection."""
+
+
+async def serve(services: Services, path: str, request: Request) -> Response:
+    """Answer one of the three generating endpoints."""
+    begun_s = time.monotonic()
+    try:
+        parted = split_request(path, await _body(request), services.config.requests_max)
+        check_token_ids(parted, services.vocabulary_tokens)
+        seat = _admit(services, parted, request)
+    except GatewayError as error:
+        services.metrics.requests.labels(path, error.outcome).inc()
+        return error_response(error)
+    tokenized = asyncio.ensure_future(tokenize(parted, services.proxy))
+    walks = [_walk(services, part, seat, begun_s, tokenized) for part in parted.parts]
+    streaming = False
+    try:
+        response = await _until_gone(request, _answer(parted, walks))
+        streaming = isinstance(response, StreamingResponse)
+        return response
+    except GatewayError as error:
+        return error_response(error, walks[0].trace)
+    except ClientGone:
+        return Response(status_code=CLIENT_GONE_STATUS)
+    finally:
+        if not streaming:
+            _cancel(walks)
+            tokenized.cancel()
+
+
+def error_response(error: GatewayError, trace: Trace | None = None) -> Response:
+    headers = error.headers()
+    if trace is not None and trace.attempts:
+        headers |= trace.header(1)
+    return Response(error.body(), error.status, headers=headers, media_type=error.content_type)
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(await request.body(), type=dict[str, Any])
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise BadRequest(f"The body is not a JSON object: {error}") from error
+
+
+def _admit(services: Services, parted: PartedRequest, request: Request) -> Seat:
+    rids = [part.rid for part in parted.parts]
+    taken = sorted({rid for rid in rids if rid in services.walks or rids.count(rid) > 1})
+    if taken:
+        raise BadRequest(f"Duplicate request ID: {', '.join(taken)}")
+    tenant = tenant_of(parted.body, request.headers.get("authorization"))
+    return services.admission.admit(tenant, len(parted.parts))
+
+
+def _walk(
+    services: Services, part: Part, seat: Seat, begun_s: float, tokenized: asyncio.Future[None]
+) -> RequestWalk:
+    walk = services.walks[part.rid] = RequestWalk(services, part, seat, begun_s, tokenized)
+
+    def ended(_: asyncio.Task[None]) -> None:
+        del services.walks[part.rid]
+        services.admission.leave(seat)
+
+    walk.task.add_done_callback(ended)
+    return walk
+
+
+def _cancel(walks: Sequence[RequestWalk]) -> None:
+    for walk in walks:
+        walk.cancel()
+
+
+async def _until_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of ``work``, which is cancelled when the client has gone."""
+    task = asyncio.ensure_future(work)
+    try:
+        while True:
+            done, _ = await asyncio.wait({task}, timeout=GONE_POLL_S)
+            if done:
+                return task.result()
+            if await request.is_disconnected():
+                raise ClientGone
+    finally:
+        task.cancel()
+
+
+async def _answer(parted: PartedRequest, walks: list[RequestWalk]) -> Response:
+    """The response, once it is known how it begins."""
+    if not walks[0].part.stream:
+        return await _whole_answer(parted, walks)
+    await asyncio.wait([w.outlet.head for w in walks], return_when=asyncio.FIRST_COMPLETED)
+    first = next(w for w in walks if w.outlet.opened)
+    head = first.outlet.head.result()
+    if not parted.merged:
+        body = first.outlet.chunks()
+    else:
+        body = _merged_stream(parted, walks)
+    return StreamingResponse(
+        _cancelling(body, walks),
+        head.status,
+        headers=first.trace.header(len(walks)),
+        media_type=head.content_type,
+    )
+
+
+async def _whole_answer(parted: PartedRequest, walks: list[RequestWalk]) -> Response:
+    heads = await asyncio.gather(*(w.outlet.head for w in walks))
+    bodies = [b"".join([chunk async for chunk in w.outlet.chunks()]) for w in walks]
+    content = bodies[0]
+    if parted.merged:
+        answers = [msgspec.json.decode(body) for body in bodies]
+        merged = merge_answers(parted.path, parted.rid, answers, parted.samples)
+        content = msgspec.json.encode(merged)
+    headers = walks[0].trace.header(len(walks))
+    return Response(content, heads[0].status, headers=headers, media_type=heads[0].content_type)
+
+
+async def _cancelling(
+    chunks: AsyncIterator[bytes], walks: Sequence[RequestWalk]
+) -> AsyncIterator[bytes]:
+    """``chunks``; its end, or the client's, ends the walks."""
+    try:
+        async for chunk in chunks:
+            yield chunk
+    finally:
+        _cancel(walks)
+
+
+async def _merged_stream(
+    parted: PartedRequest, walks: Sequence[RequestWalk]
+) -> AsyncIterator[bytes]:
+    merger = StreamMerger(parted.path, parted.rid, len(walks), parted.samples)
+    queue: asyncio.Queue[tuple[int, bytes | None]] = asyncio.Queue(CHUNKS_MAX)
+    pumps = [asyncio.create_task(_pump(i, walk, queue)) for i, walk in enumerate(walks)]
+    running = len(walks)
+    try:
+        while running:
+            index, chunk = await queue.get()
+            if chunk is None:
+                running -= 1
+                continue
+            merged = b"".join(merger.take(index, event) for event in _split(chunk))
+            if merged:
+                yield merged
+        yield merger.finish()
+    finally:
+        for pump in pumps:
+            pump.cancel()
+
+
+async def _pump(
+    index: int, walk: RequestWalk, queue: asyncio.Queue[tuple[int, bytes | None]]
+) -> None:
+    try:
+        await walk.outlet.head
+        async for chunk in walk.outlet.chunks():
+            await queue.put((index, chunk))
+    except GatewayError as error:
+        await queue.put((index, error.event()))
+    await queue.put((index, None))
+
+
+def _split(chunk: bytes) -> list[bytes]:
+    return [event + b"\n\n" for event in chunk.split(b"\n\n") if event]

@@ -1,0 +1,279 @@
+"""The walk of one prompt: plan, read, hand over, compute, answer; once more if that fails.
+
+A walk is a task of its own, whose answer is taken from its outlet. Every wait inside is
+by the request's timeout, by the death of an engine it depends on, or by cancelling
+the walk, and each of these cleans up at engines and readers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Iterator
+
+from launch.gateway.admission import Seat
+from launch.gateway.control.peers import EnginePeer
+from launch.gateway.errors import (
+    AttemptFailed,
+    BadRequest,
+    GatewayError,
+    RequestFailed,
+    RequestTimeout,
+    Unavailable,
+)
+from launch.gateway.request.exchange import Exchange, Outlet, drain
+from launch.gateway.request.interruption import Interruptible
+from launch.gateway.request.parts import Part
+from launch.gateway.request.prompt import hit_candidates
+from launch.gateway.request.trace import Trace
+from launch.gateway.services import Services
+from scheduler.plan import NoEngine, Plan, PlanRequest
+
+log = logging.getLogger(__name__)
+
+ROOM_BITS = 62
+ABORT_GRACE_S = 5.0
+"""An aborted request that an engine has not begun to answer by then is given up here."""
+
+
+class RequestWalk:
+    """Serves one :class:`Part`. Create it inside the running loop."""
+
+    def __init__(
+        self,
+        services: Services,
+        part: Part,
+        seat: Seat,
+        begun_s: float,
+        tokenized: asyncio.Future[None] | None = None,
+        use_cache: bool = True,
+    ) -> None:
+        """``tokenized``: what fills in the part's ``token_ids``, unless they are there."""
+        self.part = part
+        self.trace = Trace()
+        self.outlet = Outlet(part.stream)
+        self._services = services
+        self._seat = seat
+        self._tokenized = tokenized
+        self._use_cache = use_cache
+        self._begun_s = begun_s
+        self._rid = part.rid
+        self._posted: list[EnginePeer] = []
+        self._tried: frozenset[str] = frozenset()
+        """Engines of the failed attempt. Its error does not tell which one was at fault."""
+        self._page_tokens = 0
+        self._namespace_digest = b""
+        self.task = asyncio.create_task(self._run())
+
+    def cancel(self) -> None:
+        """The client is gone."""
+        self.task.cancel()
+
+    async def abort(self) -> None:
+        """``/abort_request``: the engines end the answer, if they have the request yet."""
+        self.outlet.aborted = True
+        if self._posted:
+            await self._services.proxy.abort(self._posted, {"rid": self._rid})
+            self._services.in_background(self._end_unanswered())
+        elif not self.outlet.opened:
+            self.task.cancel()
+            await self.outlet.close(BadRequest("the request was aborted before it started"))
+
+    async def _end_unanswered(self) -> None:
+        """An engine that was told of the abort before it got the request ends nothing."""
+        await asyncio.wait({self.task}, timeout=ABORT_GRACE_S)
+        if not self.outlet.opened:
+            self.task.cancel()
+            await self.outlet.close(BadRequest("the request was aborted"))
+
+    # ---- the whole walk ---------------------------------------------------------------
+
+    async def _run(self) -> None:
+        outcome = "client_gone"
+        error: GatewayError | None = None
+        try:
+            await self._serve()
+            outcome = "ok"
+        except GatewayError as ending:
+            outcome, error = ending.outcome, ending
+        except Exception:
+            log.exception("walk failed rid=%s", self.part.rid)
+            outcome, error = "failed", RequestFailed("internal error of the gateway")
+        finally:
+            self._account(outcome)
+        await self.outlet.close(error)
+
+    def _account(self, outcome: str) -> None:
+        self.trace.clock("total", self._begun_s)
+        self._services.metrics.requests.labels(self.part.path, outcome).inc()
+        if outcome == "ok":
+            first_token_s = self.outlet.first_token_s - self._begun_s
+            self._services.metrics.served(self.trace, self._page_tokens, first_token_s)
+        log.info(
+            "request rid=%s path=%s outcome=%s prompt_tokens=%d attempts=%d total_s=%.3f",
+            self.part.rid,
+            self.part.path,
+            outcome,
+            len(self.part.token_ids or ()),
+            self.trace.attempts,
+            self.trace.timings_s["total"],
+        )
+        self.trace.log(self.part.rid, outcome)
+        hit_tokens = self.trace.hit_blocks * self._page_tokens
+        self._services.note(self.part, self.trace, hit_tokens, outcome)
+
+    async def _serve(self) -> None:
+        if self._tokenized is not None:
+            await asyncio.shield(self._tokenized)  # other parts wait for it too
+            self.trace.clock("tokenize", self._begun_s)
+        try:
+            await self._attempt(frozenset(), self._use_cache)
+            return
+        except AttemptFailed as failure:
+            if self.outlet.opened or self.outlet.aborted:
+                raise RequestFailed(f"failed while answering: {failure}") from failure
+            log.warning("retrying rid=%s reason=%s", self.part.rid, failure)
+            dead = failure.dead
+        self._services.metrics.retries.inc()
+        # The first id may still be known at an engine, and an abort of it, still under
+        # way there, ends every request whose id begins with it.
+        self._rid = f"retry-{self.part.rid}"
+        try:
+            await self._attempt(dead, use_cache=False)
+        except AttemptFailed as failure:
+            raise RequestFailed(f"failed twice: {failure}") from failure
+
+    async def _attempt(self, dead: frozenset[str], use_cache: bool) -> None:
+        self.trace.attempts += 1
+        plan = await self._plan(dead, use_cache)
+        self._tried = frozenset((plan.prefill, plan.decode))
+        exchange = Exchange(self._services.proxy, self.part, self.outlet, self.trace)
+        finished = False
+        self._services.plane.on_delivered[plan.plan] = self.trace.delivered
+        try:
+            async with Interruptible(self._left_s(), self._timeout()) as block:
+                with self._watched(plan, block, exchange):
+                    plan = await self._bring(plan)
+                    await self._hand_over(plan)
+                    await self._compute(plan, block, exchange)
+            finished = True
+        finally:
+            del self._services.plane.on_delivered[plan.plan]
+            self._services.plane.end(plan)
+            if self._posted and not finished:
+                abort = self._services.proxy.abort(self._posted, {"rid": self._rid})
+                self._services.in_background(abort)
+            self._posted = []
+
+    def _left_s(self) -> float:
+        limit_s = self._services.config.request_timeout_s
+        return max(0.0, self._begun_s + limit_s - time.monotonic())
+
+    def _timeout(self) -> RequestTimeout:
+        return RequestTimeout(f"no answer within {self._services.config.request_timeout_s:g} s")
+
+    # ---- plan -------------------------------------------------------------------------
+
+    async def _plan(self, dead: frozenset[str], use_cache: bool) -> Plan:
+        begun_s = time.monotonic()
+        tokens = len(self.part.token_ids or ())
+        turn = self._services.admission.turn(self._seat, tokens, self.part.priority)
+        try:
+            async with asyncio.timeout(self._left_s()), turn:
+                plan = await self._next_plan(dead, use_cache)
+        except TimeoutError as error:
+            raise self._timeout() from error
+        finally:
+            now = self.trace.clock("queue", begun_s)
+            self._services.metrics.queue_time.observe(now - begun_s)
+        self.trace.planned(plan, self._services.scheduler.expected_first_token_s(plan.plan))
+        return plan
+
+    async def _next_plan(self, dead: frozenset[str], use_cache: bool) -> Plan:
+        plane = self._services.plane
+        while True:
+            namespace = plane.namespace()
+            if namespace is None:
+                raise Unavailable("; ".join(plane.troubles()) or "no engine is ready")
+            self._page_tokens = namespace.layout.page_tokens
+            self._namespace_digest = namespace.digest()
+            request = PlanRequest(
+                rid=self._rid,
+                prompt_tokens=len(self.part.token_ids or ()),
+                keys=hit_candidates(self.part, namespace) if use_cache else [],
+                max_new_tokens=self.part.max_new_tokens,
+                page_tokens=self._page_tokens,
+                block_bytes=namespace.layout.block_bytes,
+                excluded=dead | plane.strangers(),
+                avoided=self._tried,
+                use_cache=use_cache,
+            )
+            try:
+                return self._services.scheduler.plan(request, time.monotonic())
+            except NoEngine as error:
+                if not error.transient:
+                    raise Unavailable(str(error)) from error
+            await plane.wait_change()
+
+    @contextlib.contextmanager
+    def _watched(self, plan: Plan, block: Interruptible, exchange: Exchange) -> Iterator[None]:
+        """End ``block`` when an engine dies whose work is still needed."""
+
+        def prefill_died(reason: str) -> None:
+            if not exchange.prefilled and not self.outlet.opened:
+                block.interrupt(AttemptFailed(reason, frozenset([plan.prefill])))
+
+        def decode_died(reason: str) -> None:
+            block.interrupt(AttemptFailed(reason, frozenset([plan.decode])))
+
+        engines = self._services.plane.engines
+        watches = ((engines[plan.prefill], prefill_died), (engines[plan.decode], decode_died))
+        for engine, watcher in watches:
+            engine.watchers.add(watcher)
+        try:
+            yield
+        finally:
+            for engine, watcher in watches:
+                engine.watchers.discard(watcher)
+
+    # ---- read and hand over -----------------------------------------------------------
+
+    async def _bring(self, plan: Plan) -> Plan:
+        """Have the hit in DRAM; returns the plan cut at the first block that is not."""
+        begun_s = time.monotonic()
+        plane, scheduler = self._services.plane, self._services.scheduler
+        shares = await plane.read_shares(plan)
+        now = self.trace.clock("read", begun_s)
+        hit_blocks = len(plan.keys)
+        for agent, share in shares.items():
+            in_dram = share.in_dram if share is not None else []
+            hit_blocks = scheduler.share_settled(plan.plan, agent, in_dram, now)
+        cut = plan.cut(hit_blocks)
+        plane.release(plan.plan, [agent for agent, keys in cut.shares().items() if not keys])
+        self.trace.read(cut, shares, len(self.part.token_ids or ()), self._page_tokens)
+        return cut
+
+    async def _hand_over(self, plan: Plan) -> None:
+        begun_s = time.monotonic()
+        await self._services.plane.place(plan, self._namespace_digest)
+        self.trace.clock("plan", begun_s)
+
+    async def _compute(self, plan: Plan, block: Interruptible, exchange: Exchange) -> None:
+        engines = self._services.plane.engines
+        prefill, decode = engines[plan.prefill], engines[plan.decode]
+        body = self.part.engine_body() | {
+            "rid": self._rid,
+            "bootstrap_host": prefill.address.bootstrap_host,
+            "bootstrap_port": prefill.known().bootstrap_port,
+            "bootstrap_room": secrets.randbits(ROOM_BITS),
+        }
+        if prefill.address.group is not None:
+            body["disagg_prefill_dp_rank"] = prefill.address.group
+        now = time.monotonic()
+        self._services.scheduler.submitted(plan.plan, now)
+        self._posted = [prefill, decode]
+        prefill_answer = await exchange.run((prefill, decode), body, block, now)
+        self._services.in_background(drain(prefill_answer))

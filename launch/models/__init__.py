@@ -1,0 +1,1 @@
+"""``--model``: names and paths, and the models that are built here."""

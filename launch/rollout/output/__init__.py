@@ -1,0 +1,1 @@
+"""A job's samples, and its folder."""

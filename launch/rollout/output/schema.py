@@ -1,0 +1,186 @@
+"""The columns of a sample, on its way (journal) and at its end (Parquet, docs/rollout.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from launch.rollout.input.rows import SAMPLING_COLUMNS
+
+
+class Turn(msgspec.Struct):
+    """One request of an episode. ``[begin, end)`` of the sample's token ids are what it
+    generated."""
+
+    begin: int
+    end: int
+    prompt_tokens: int
+    cached_tokens: int
+    finish_reason: str
+    weight_version: str
+    attempts: int
+    read_bytes: int
+    """Read from SSD and remote for it, by all agents together."""
+    request_s: float
+    env_s: float = 0.0
+
+
+class Sample(msgspec.Struct):
+    """An ended episode; one line of the journal."""
+
+    row: int
+    sample: int
+    id: str
+    prompt: str | None
+    messages: list[dict[str, Any]]
+    token_ids: list[int]
+    logprobs: list[float]
+    """Of the generated tokens, in their order; empty if they were not asked for."""
+    prompt_tokens: int
+    finish_reason: str
+    reward: float | None
+    error: str | None
+    turns: list[Turn]
+    sampling: dict[str, Any]
+    started_at_s: float
+    """Unix time."""
+    seconds: float
+
+
+class Key(msgspec.Struct):
+    """Which sample a line of the journal holds."""
+
+    row: int
+    sample: int
+    error: str | None
+
+
+_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("extra", pa.string())])
+_TURN = pa.struct(
+    [
+        ("prompt_tokens", pa.int32()),
+        ("cached_tokens", pa.int32()),
+        ("generated_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("weight_version", pa.string()),
+        ("attempts", pa.int32()),
+        ("read_bytes", pa.int64()),
+        ("request_s", pa.float64()),
+        ("env_s", pa.float64()),
+    ]
+)
+_SAMPLING = pa.struct(
+    [
+        ("temperature", pa.float64()),
+        ("top_p", pa.float64()),
+        ("max_new_tokens", pa.int32()),
+        ("seed", pa.int64()),
+        ("stop", pa.list_(pa.string())),
+    ]
+)
+COLUMNS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("row", pa.int64()),
+        ("sample", pa.int32()),
+        ("prompt", pa.string()),
+        ("messages", pa.list_(_MESSAGE)),
+        ("token_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.int8())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("prompt_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("reward", pa.float64()),
+        ("error", pa.string()),
+        ("turns", pa.list_(_TURN)),
+        ("weight_version", pa.string()),
+        ("sampling", _SAMPLING),
+        ("started_at", pa.timestamp("ms", "UTC")),
+        ("seconds", pa.float64()),
+    ]
+)
+TAKEN_NAMES = tuple(n for n in COLUMNS.names if n not in ("id", "prompt", "messages"))
+"""Names that no carried column may have; the input's own three are known columns."""
+assert set(_SAMPLING.names) == set(SAMPLING_COLUMNS)
+
+
+def sample_columns(samples: Sequence[Sample]) -> list[pa.Array]:
+    """The arrays of ``COLUMNS`` for these samples."""
+    values: dict[str, list[Any]] = {
+        "messages": [[_message(m) for m in s.messages] for s in samples],
+        "turns": [[_turn(t) for t in s.turns] for s in samples],
+        "weight_version": [s.turns[0].weight_version if s.turns else None for s in samples],
+        "started_at": [round(s.started_at_s * 1000) for s in samples],
+    }
+    masks = [_mask(s) for s in samples]
+    arrays = []
+    for field in COLUMNS:
+        if field.name == "loss_mask":
+            arrays.append(_lists(masks, field.type))
+        elif field.name == "token_ids":
+            ids = [np.asarray(s.token_ids, np.int32) for s in samples]
+            arrays.append(_lists(ids, field.type))
+        elif field.name == "logprobs":
+            arrays.append(_logprobs(samples, masks, field.type))
+        else:
+            column = values.get(field.name) or [getattr(s, field.name) for s in samples]
+            arrays.append(pa.array(column, field.type))
+    return arrays
+
+
+def _mask(sample: Sample) -> np.ndarray:
+    mask = np.zeros(len(sample.token_ids), np.int8)
+    for turn in sample.turns:
+        mask[turn.begin : turn.end] = 1
+    return mask
+
+
+def _lists(parts: list[np.ndarray], kind: pa.DataType) -> pa.ListArray:
+    offsets = np.cumsum([0, *(len(part) for part in parts)])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), np.concatenate(parts), kind)
+
+
+def _logprobs(
+    samples: Sequence[Sample], masks: list[np.ndarray], kind: pa.DataType
+) -> pa.ListArray:
+    """As long as the token ids, null where a token was not generated; a null list without any."""
+    offsets: list[int | None] = []
+    parts, nulls, total = [], [], 0
+    for sample, mask in zip(samples, masks, strict=True):
+        if not sample.logprobs:
+            offsets.append(None)
+            continue
+        values = np.zeros(len(mask), np.float32)
+        values[mask == 1] = sample.logprobs
+        parts.append(values)
+        nulls.append(mask == 0)
+        offsets.append(total)
+        total += len(mask)
+    offsets.append(total)
+    flat = pa.array([], pa.float32())
+    if parts:
+        flat = pa.array(np.concatenate(parts), pa.float32(), mask=np.concatenate(nulls))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, kind)
+
+
+def _message(message: dict[str, Any]) -> dict[str, str | None]:
+    """Content that is not text, and every other field, as JSON in ``extra``."""
+    content = message.get("content")
+    extra = {k: v for k, v in message.items() if k not in ("role", "content")}
+    if content is not None and not isinstance(content, str):
+        extra["content"], content = content, None
+    return {
+        "role": message["role"],
+        "content": content,
+        "extra": msgspec.json.encode(extra).decode() if extra else None,
+    }
+
+
+def _turn(turn: Turn) -> dict[str, Any]:
+    fields = msgspec.to_builtins(turn)
+    fields["generated_tokens"] = fields.pop("end") - fields.pop("begin")
+    return fields

@@ -1,0 +1,1 @@
+"""Which blocks a tier holds, whose they are, and which go first."""

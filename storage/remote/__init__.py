@@ -1,0 +1,1 @@
+"""The remote tier: blocks in packs, in any store of objects."""

@@ -1,0 +1,1 @@
+"""Stores of objects below a URL, and how they are called."""

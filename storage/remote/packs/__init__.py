@@ -1,0 +1,1 @@
+"""Packs of blocks: their bytes, who knows which, reads, uploads and upkeep."""

@@ -1,0 +1,1 @@
+"""The SSD tier: slabs of equal slots on local disks."""

@@ -1,0 +1,43 @@
+"""Records of slabs as arrays: which of them count, and whose they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.block import KEY_BYTES, BlockKey, BlockOwner
+from storage.index.owners import selected
+from storage.ssd.notes import Drop
+
+Records = NDArray[np.void]
+"""Of dtype :data:`storage.ssd.slab_table.RECORD`."""
+
+
+def keys_of(column: NDArray[np.void]) -> list[BlockKey]:
+    """The keys of a column of them."""
+    raw = column.tobytes()
+    return [BlockKey(raw[i : i + KEY_BYTES]) for i in range(0, len(raw), KEY_BYTES)]
+
+
+def latest(blocks: Records) -> NDArray[np.int64]:
+    """Positions of the blocks, the oldest first; of those with one key that of the last."""
+    order = np.argsort(blocks["sequence"])
+    position_of = dict(zip(keys_of(blocks["key"][order]), range(len(order)), strict=True))
+    if len(position_of) == len(order):
+        return order
+    return order[np.sort(np.fromiter(position_of.values(), np.int64))]
+
+
+def apply_drops(
+    tables: Iterable[Records], drops: Iterable[Drop], numbers: Mapping[BlockOwner, int]
+) -> None:
+    """Take what was dropped for free slots; ``numbers`` are those of the owners in tables."""
+    tables = list(tables)
+    for drop in drops:
+        gone = selected(numbers, [drop.selector])
+        dropped = np.array([numbers[owner] for owner in gone], np.uint64)
+        for records in tables:
+            is_gone = np.isin(records["owner"], dropped)
+            records["sequence"][is_gone & (records["sequence"] < drop.sequence)] = 0

@@ -1,0 +1,87 @@
+"""The page hash chain is SGLang's own, whatever the salts."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.page_hashes import BadToken, continue_chain, namespace_seed, page_hashes
+
+sglang_utils = pytest.importorskip("sglang.srt.mem_cache.utils")
+
+KEYS = st.one_of(st.none(), st.text(max_size=20))
+
+
+class _RadixKey:
+    """What SGLang hashes: tokens with the request's two keys beside them."""
+
+    def __init__(self, token_ids: list[int], extra_key: str | None, cache_salt: str | None):
+        self.token_ids = token_ids
+        self.extra_key = extra_key
+        self.cache_salt = cache_salt
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def sglang_hashes(
+    token_ids: list[int], page_tokens: int, extra_key: str | None, cache_salt: str | None
+) -> list[bytes]:
+    key = _RadixKey(token_ids, extra_key, cache_salt)
+    return [
+        bytes.fromhex(page) for page in sglang_utils.get_storage_hash_str(key, None, page_tokens)
+    ]
+
+
+@given(
+    pages=st.integers(0, 6),
+    rest=st.integers(0, 15),
+    page_tokens=st.sampled_from([16, 64]),
+    extra_key=KEYS,
+    cache_salt=KEYS,
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=60, deadline=None)
+def test_equals_sglang(
+    pages: int,
+    rest: int,
+    page_tokens: int,
+    extra_key: str | None,
+    cache_salt: str | None,
+    seed: int,
+) -> None:
+    rng = random.Random(seed)
+    token_ids = [rng.randrange(2**32) for _ in range(pages * page_tokens)]
+    tail = [rng.randrange(2**32) for _ in range(rest)]
+    ours = page_hashes(token_ids + tail, page_tokens, extra_key, cache_salt)
+    theirs = sglang_hashes(token_ids, page_tokens, extra_key, cache_salt)
+    assert ours == theirs
+
+
+@given(split=st.integers(0, 8), salt=KEYS)
+@settings(deadline=None)
+def test_chain_can_be_continued(split: int, salt: str | None) -> None:
+    tokens = list(range(8 * 16))
+    first = continue_chain(namespace_seed(None, salt), tokens[: split * 16], 16)
+    prior = first[-1] if first else namespace_seed(None, salt)
+    assert first + continue_chain(prior, tokens[split * 16 :], 16) == page_hashes(
+        tokens, 16, cache_salt=salt
+    )
+
+
+def test_tenants_never_share() -> None:
+    tokens = list(range(64))
+    chains = {
+        tuple(page_hashes(tokens, 64, extra_key, cache_salt))
+        for extra_key, cache_salt in [(None, None), ("a", None), (None, "a"), ("a", "a")]
+    }
+    assert len(chains) == 4
+
+
+@pytest.mark.parametrize("token", [-1, 2**32, "x"])
+def test_refuses_what_is_no_token(token: object) -> None:
+    with pytest.raises(BadToken):
+        page_hashes([token] * 64, 64)  # type: ignore[list-item]

@@ -1,0 +1,58 @@
+"""Each rank of an engine writes its own word into an agent's memory."""
+
+import ctypes
+import time
+
+import numpy as np
+
+from engine.prefill.layer_ring import LayerRing
+from engine.prefill.layer_window import CreditWriter
+from engine.prefill.session_workers import SessionWorkers
+from engine.ranks.group import CreditsAt
+
+
+class Memory:
+    """What the writer uses of SGLang's transfer engine; a write is a memcpy."""
+
+    def __init__(self) -> None:
+        self.words = np.zeros(4, np.uint64)
+        self.engine = self
+
+    def register(self, address: int, length: int) -> None:
+        return
+
+    def batch_transfer_sync_write(self, session, src, dst, lengths) -> int:
+        for a, b, length in zip(src, dst, lengths, strict=True):
+            ctypes.memmove(b, a, length)
+        return 0
+
+    def batch_transfer_async_write(self, *_) -> int:
+        return 0  # not taken: then the synchronous call is made
+
+    def holds(self, words: list[int]) -> bool:
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline and self.words.tolist() != words:
+            time.sleep(0.001)
+        return self.words.tolist() == words
+
+
+def test_a_rank_writes_how_far_its_own_ring_is():
+    memory, at = Memory(), {}
+    rings = [LayerRing(4, 2), LayerRing(4, 2)]
+    writers = [
+        CreditWriter(ring, rank, ["a"], at, memory, SessionWorkers("test"))
+        for rank, ring in enumerate(rings)
+    ]
+    for writer in writers:
+        writer.push("a")  # nobody has said yet where to
+    at["a"] = CreditsAt("a", "h:1", int(memory.words.ctypes.data) + 8)
+    for writer in writers:
+        writer.push("a")
+    assert memory.holds([0, 2, 2, 0])
+    rings[1].finish(0)
+    writers[1].push("a")
+    assert memory.holds([0, 2, 3, 0])
+    # A restarted agent looks elsewhere.
+    at["a"] = CreditsAt("a", "h:2", int(memory.words.ctypes.data))
+    writers[1].push("a")
+    assert memory.holds([0, 3, 3, 0])

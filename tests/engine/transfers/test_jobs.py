@@ -1,0 +1,130 @@
+"""Jobs, plans and the completion board: what an engine believes about transfers."""
+
+import time
+
+import numpy as np
+import pytest
+
+from common.messages import FAILED, EnginePlan, board_word
+from engine.plans import PLANS_MAX, Plans
+from engine.transfers.completion_board import BoardFull, CompletionBoard
+from engine.transfers.jobs import DEATH_GRACE_S, Jobs
+
+
+class _Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+class _Holds:
+    def __init__(self):
+        self.held = {}
+
+    def hold(self, job, pages):
+        self.held[job] = list(pages)
+
+    def release(self, job):
+        self.held.pop(job)
+
+
+@pytest.fixture
+def jobs():
+    holds, clock = _Holds(), _Clock()
+    table = Jobs(incarnation=1_700_000_000_000, holds=holds, clock=clock)
+    table.test_holds, table.test_clock = holds, clock
+    return table
+
+
+def test_a_job_holds_its_pages_until_it_ends(jobs):
+    reasons = []
+    job = jobs.open("agent-d0", 5, [3, 4], 1.0, reasons.append)
+    assert jobs.test_holds.held == {job: [3, 4]}
+    jobs.close(job)
+    jobs.close(job)
+    assert jobs.test_holds.held == {} and reasons == [""]
+
+
+def test_job_numbers_fit_the_board_and_grow_over_restarts(jobs):
+    first = jobs.open("a", 1, [], 1.0, lambda _: None)
+    later = Jobs(1_700_000_000_001, _Holds()).open("a", 1, [], 1.0, lambda _: None)
+    assert first < later < 1 << 48
+
+
+def test_a_suspended_agent_keeps_its_pages_in_quarantine(jobs):
+    job = jobs.open("a", 5, [1], 2.0, lambda _: None)
+    jobs.test_clock.now += 1000
+    jobs.reap()
+    assert jobs.overdue() == [job] and jobs.test_holds.held == {job: [1]}
+
+
+def test_a_newer_incarnation_proves_the_old_one_dead_after_the_grace(jobs):
+    reasons = []
+    job = jobs.open("a", 5, [1], 2.0, reasons.append)
+    other = jobs.open("b", 5, [2], 2.0, lambda _: None)
+    jobs.agent_restarted("a", 6)
+    jobs.reap()
+    assert job in jobs.test_holds.held
+    jobs.test_clock.now += DEATH_GRACE_S
+    jobs.reap()
+    assert list(jobs.test_holds.held) == [other] and "died" in reasons[0]
+
+
+def test_a_job_for_an_incarnation_that_just_ended_ends_too(jobs):
+    jobs.agent_restarted("a", 6)
+    reasons = []
+    jobs.open("a", 5, [1], 2.0, reasons.append)
+    jobs.test_clock.now += DEATH_GRACE_S
+    jobs.reap()
+    assert reasons and not jobs.test_holds.held
+
+
+def test_messages_of_an_earlier_incarnation_are_not_believed(jobs):
+    job = jobs.open("a", 6, [1], 2.0, lambda _: None)
+    assert jobs.of_incarnation(job, "a", 6)
+    assert not jobs.of_incarnation(job, "a", 5)
+    assert not jobs.of_incarnation(job, "b", 6)
+
+
+def test_the_board_ignores_words_of_earlier_jobs():
+    regions = []
+    board = CompletionBoard(2, lambda address, length: regions.append((address, length)))
+    assert regions == [(board.address(0), 16)]
+    slot = board.take()
+    _write(board, slot, board_word(7, 8))
+    assert board.layers_delivered(slot, 7) == 8
+    assert board.layers_delivered(slot, 8) == 0
+    _write(board, slot, board_word(8, FAILED))
+    assert board.layers_delivered(slot, 8) == FAILED
+
+
+def _write(board, slot, word):
+    # As an agent does: eight bytes at the address it was given.
+    import ctypes
+
+    ctypes.memmove(board.address(slot), np.uint64(word).tobytes(), 8)
+
+
+def test_the_board_is_bounded():
+    board = CompletionBoard(1, lambda address, length: None)
+    slot = board.take()
+    with pytest.raises(BoardFull):
+        board.take()
+    board.give_back(slot)
+    assert board.take() == slot
+
+
+def _plan(number, rid, deadline_s=10.0):
+    return EnginePlan(number, rid, b"n" * 32, [b"k" * 32], ["agent-d0"], [0], deadline_s)
+
+
+def test_plans_are_bounded_and_expire():
+    plans = Plans()
+    for number in range(PLANS_MAX + 1):
+        plans.put(_plan(number, f"r{number}"))
+    assert plans.get("r0") is None
+    assert plans.get("r1").reader_of(0) == "agent-d0"
+    plans.put(_plan(9, "late", deadline_s=0.01))
+    time.sleep(0.02)
+    assert [plan.rid for plan in plans.expired()] == ["late"]

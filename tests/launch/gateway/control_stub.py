@@ -1,0 +1,67 @@
+"""The half that stubs of engines and agents share: a control socket, and what came in there."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from common import messages as m
+
+_incarnations = itertools.count(1)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ControlStub:
+    """A ROUTER that answers through ``answers(message)``, a list of messages."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.incarnation = next(_incarnations)
+        self.endpoint = f"tcp://127.0.0.1:{free_port()}"
+        self.silent = False
+        self.received: list[Any] = []
+        self.client: bytes = b""
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(self.endpoint)
+        self._task = asyncio.create_task(self._serve())
+
+    async def _serve(self) -> None:
+        while True:
+            self.client, frame = await self._socket.recv_multipart()
+            if self.silent:
+                continue
+            message = m.decode(frame)
+            if not isinstance(message, m.Ping):
+                self.received.append(message)
+            for answer in self.answers(message):
+                await self.push(answer)
+
+    async def push(self, message: Any) -> None:
+        await self._socket.send_multipart([self.client, m.encode(message)])
+
+    async def push_raw(self, frame: bytes) -> None:
+        await self._socket.send_multipart([self.client, frame])
+
+    def answers(self, message: Any) -> list[Any]:
+        raise NotImplementedError
+
+    def got(self, kind: type[Any]) -> list[Any]:
+        return [message for message in self.received if isinstance(message, kind)]
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._socket.close(0)
+        self._context.destroy(0)

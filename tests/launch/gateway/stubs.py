@@ -1,0 +1,348 @@
+"""Stand-ins for engines and agents that speak their HTTP and control protocols.
+
+They live in the test's own loop. An engine "generates" the words of ``WORDS``; the
+decode side answers only once the prefill side has seen the same bootstrap room, and
+both refuse a request whose plan they have not accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import uvicorn
+from aiohttp import ClientSession, web
+
+from common import messages as m
+from common.block import BlockKey, BlockLayout, Namespace, TierName
+from launch.gateway.app import create_app
+from launch.gateway.config import EngineAddress, GatewayConfig
+from scheduler.options import SchedulerOptions
+from tests.launch.gateway.control_stub import ControlStub, free_port
+
+PAGE_TOKENS = 4
+WORDS = ["one ", "two ", "three"]
+NAMESPACE = Namespace("model", "1", "float32", BlockLayout(PAGE_TOKENS, 2, (8, 8)))
+PREFILL_LOGPROBS = [[-0.5, 7, None]]
+
+
+class StubAgent(ControlStub):
+    """Holds ``held`` blocks; answers a share at once, or never if ``slow``."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.held: list[BlockKey] = []
+        self.tier = TierName.SSD
+        self.slow = False
+        self.lost: set[BlockKey] = set()
+        self.sequence = 0
+
+    def answers(self, message: Any) -> list[Any]:
+        match message:
+            case m.Ping():
+                return [m.AgentHello(self.name, self.incarnation, "host:1"), self.status()]
+            case m.Subscribe():
+                self.sequence = 0
+                return [self.announcement(self.held, snapshot=True)]
+            case m.ReadShare() if not self.slow:
+                return [self.share(message)]
+        return []
+
+    def status(self) -> m.AgentStatus:
+        counters = {'dualpath:read_bytes_total{tier="ssd"}': 5.0, "dualpath:read_queue_bytes": 3.0}
+        queued, rates = {TierName.SSD: 0}, {TierName.SSD: 1e9}
+        return m.AgentStatus(self.incarnation, queued, rates, 0, 1e9, 100, 100, counters)
+
+    def share(self, message: m.ReadShare) -> m.ShareRead:
+        in_dram = [key not in self.lost for key in message.keys]
+        read = {self.tier: NAMESPACE.layout.block_bytes * sum(in_dram)}
+        return m.ShareRead(message.plan, in_dram, read, 0.01, 0.02)
+
+    def announcement(self, keys: list[BlockKey], snapshot: bool) -> m.Announcement:
+        changes = [m.Holding(key, self.tier, True) for key in keys]
+        news = m.Announcement(self.incarnation, self.sequence, snapshot, changes)
+        self.sequence += 1
+        return news
+
+
+class StubEngine(ControlStub):
+    """``faults`` are taken one a request: "500", "400", "close", "abort" or "hang". While
+    ``tokenizing`` is not set, there is no answer from ``/v1/tokenize``."""
+
+    def __init__(self, name: str, role: str, rooms: dict[int, asyncio.Event]) -> None:
+        super().__init__(name)
+        self.role = role
+        self.port = free_port()
+        self.faults: list[str] = []
+        self.word_delay_s = 0.0
+        self.tokenizing: asyncio.Event | None = None
+        self.break_after_words = len(WORDS) + 1
+        self.hello_changes: dict[str, Any] = {}
+        self.bodies: list[dict[str, Any]] = []
+        self.aborted: list[str] = []
+        self.flushed = 0
+        self._rooms = rooms
+        self._runner: web.AppRunner | None = None
+
+    def answers(self, message: Any) -> list[Any]:
+        match message:
+            case m.Ping():
+                return [self.hello()]
+            case m.EnginePlan():
+                if message.namespace_digest != self.hello().namespace.digest():
+                    return [self.hello(), m.PlanRefused(message.plan)]
+                return [m.PlanAccepted(message.plan)]
+        return []
+
+    def hello(self) -> m.EngineHello:
+        fields: dict[str, Any] = {
+            "engine": self.name,
+            "role": self.role,
+            "incarnation": self.incarnation,
+            "namespace": NAMESPACE,
+            "bootstrap_port": 8998,
+            "group": "",
+            "sequences": 0,
+            "pending_tokens": 0,
+            "context_tokens": 0,
+            "free_tokens": 100_000,
+            "prefill_cost": None,
+            "counters": {'dualpath:deliveries_total{result="ok"}': 2.0},
+        }
+        return m.EngineHello(**fields | self.hello_changes)
+
+    # ---- HTTP -------------------------------------------------------------------------
+
+    async def start_http(self) -> None:
+        app = web.Application()
+        app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/v1/models", self._model_info)
+        app.router.add_post("/v1/tokenize", self._tokenize)
+        app.router.add_post("/abort_request", self._abort)
+        app.router.add_post("/flush_cache", self._flush)
+        for path in ("/v1/chat/completions", "/v1/completions", "/generate"):
+            app.router.add_post(path, self._generate)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+
+    async def close(self) -> None:
+        await super().close()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _model_info(self, request: web.Request) -> web.Response:
+        if self.silent:
+            await asyncio.sleep(60)
+        return web.json_response({"model_path": "stub"})
+
+    async def _flush(self, request: web.Request) -> web.Response:
+        self.flushed += 1
+        return web.Response(text="ok")
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        self.aborted.append((await request.json())["rid"])
+        return web.Response()
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if self.tokenizing is not None:
+            await self.tokenizing.wait()
+        if body.get("stream"):
+            return web.json_response({"message": "does not support streaming"}, status=501)
+        if "messages" in body:
+            if not body["messages"]:
+                error = {"object": "error", "message": "Messages cannot be empty.", "code": 400}
+                return web.json_response(error, status=400)
+            text = "".join(message["content"] for message in body["messages"])
+            return web.json_response({"tokens": [ord(c) for c in text], "count": 1})
+        return web.json_response({"tokens": [[ord(c) for c in t] for t in body["prompt"]]})
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        assert body["rid"] in [plan.rid for plan in self.got(m.EnginePlan)]
+        fault = self.faults.pop(0) if self.faults else ""
+        if fault == "close":
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+        if fault == "hang":
+            await asyncio.sleep(60)
+        if fault in ("400", "500"):
+            error = {"object": "error", "message": f"fault {fault}", "code": int(fault)}
+            return web.json_response(error, status=int(fault))
+        room = self._rooms.setdefault(body["bootstrap_room"], asyncio.Event())
+        if self.role == "prefill":
+            room.set()
+        await room.wait()
+        if body.get("stream"):
+            return await self._stream(request, body, fault)
+        return web.json_response(self._whole(request.path, body, fault))
+
+    def _whole(self, path: str, body: dict[str, Any], fault: str) -> dict[str, Any]:
+        words = WORDS[:1] if self.role == "prefill" else WORDS
+        reason = "abort" if fault == "abort" else "length"
+        text = "".join(words)
+        if path == "/generate":
+            meta: dict[str, Any] = {"id": body["rid"], "finish_reason": {"type": reason}}
+            if body.get("return_logprob"):
+                meta["input_token_logprobs"] = PREFILL_LOGPROBS if self.role == "prefill" else []
+            return {"text": text, "meta_info": meta}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": reason}
+        if path == "/v1/completions":
+            choice["text"] = text
+        else:
+            choice["message"] = {"role": "assistant", "content": text}
+        usage = self._usage(body)
+        return {"id": body["rid"], "object": "stub", "choices": [choice], "usage": usage}
+
+    def _usage(self, body: dict[str, Any]) -> dict[str, Any]:
+        prompt_tokens = len(body.get("input_ids") or body["prompt"])
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": len(WORDS),
+            "total_tokens": prompt_tokens + len(WORDS),
+            "prompt_tokens_details": {"cached_tokens": 4},
+        }
+
+    async def _stream(
+        self, request: web.Request, body: dict[str, Any], fault: str
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+
+        async def send(value: Any) -> None:
+            data = value if isinstance(value, str) else json.dumps(value)
+            await response.write(f"data: {data}\n\n".encode())
+
+        if fault == "abort":
+            await send({"error": {"message": "load failed", "code": 503}})
+            await send("[DONE]")
+            return response
+        common = {"id": body["rid"], "object": "chunk", "model": "stub"}
+        delta: dict[str, Any] = {"role": "assistant", "content": ""}
+        await send({**common, "choices": [{"index": 0, "delta": delta}]})
+        for position, word in enumerate(WORDS):
+            if position == self.break_after_words:
+                assert request.transport is not None
+                request.transport.abort()
+                return response
+            await send({**common, "choices": [{"index": 0, "delta": {"content": word}}]})
+            await asyncio.sleep(self.word_delay_s)
+        finish = {"index": 0, "delta": {}, "finish_reason": "length"}
+        await send({**common, "choices": [finish]})
+        if (body.get("stream_options") or {}).get("include_usage"):
+            await send({**common, "choices": [], "usage": self._usage(body)})
+        await send("[DONE]")
+        return response
+
+
+class StubCluster:
+    """A gateway in front of stubs: P engines on node ``node-p``, D engines on ``node-d``."""
+
+    def __init__(
+        self, prefills: int, decodes: int, heartbeat_timeout_s: float = 5.0, **config: Any
+    ) -> None:
+        rooms: dict[int, asyncio.Event] = {}
+        self.agents = {name: StubAgent(name) for name in ("node-p", "node-d")}
+        self.prefills = [StubEngine(f"p{i}", "prefill", rooms) for i in range(prefills)]
+        self.decodes = [StubEngine(f"d{i}", "decode", rooms) for i in range(decodes)]
+        self.config = GatewayConfig(
+            host="127.0.0.1",
+            port=free_port(),
+            agents={name: agent.endpoint for name, agent in self.agents.items()},
+            engines=[self._address(engine) for engine in self.engines],
+            model="stub",
+            served_model_name="stub",
+            scheduler=SchedulerOptions(heartbeat_timeout_s=heartbeat_timeout_s),
+            **config,
+        )
+        self.app = create_app(self.config)
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                self.app, port=self.config.port, log_level="warning", timeout_graceful_shutdown=1
+            )
+        )
+        self._server_task: asyncio.Task[None] | None = None
+        self.http: ClientSession
+
+    @property
+    def engines(self) -> list[StubEngine]:
+        return [*self.prefills, *self.decodes]
+
+    @property
+    def services(self) -> Any:
+        return self.app.state.services
+
+    def _address(self, engine: StubEngine) -> EngineAddress:
+        return EngineAddress(
+            name=engine.name,
+            role=engine.role,
+            agent="node-p" if engine.role == "prefill" else "node-d",
+            http=f"http://127.0.0.1:{engine.port}",
+            control=engine.endpoint,
+            bootstrap_host="127.0.0.1",
+        )
+
+    async def start(self) -> None:
+        for engine in self.engines:
+            await engine.start_http()
+        with contextlib.suppress(AttributeError):  # uvicorn would take the test's signals
+            self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+        self._server_task = asyncio.create_task(self._server.serve())
+        self.http = ClientSession(f"http://127.0.0.1:{self.config.port}")
+        await self.until(lambda: self._server.started)
+        await self.until(self._ready)
+        # In the order in which equals are chosen: that of their first reports.
+        row_of = self.services.scheduler.state.engines.row_of
+        for engines in (self.prefills, self.decodes):
+            engines.sort(key=lambda engine: row_of[engine.name])
+
+    def _ready(self) -> bool:
+        plane = self.services.plane
+        known = self.services.scheduler.state
+        return (
+            len(plane.live_engines()) == len(self.engines)
+            and len(known.engines.names) == len(self.engines)
+            and all(agent.synced for agent in plane.agents.values())
+            and len(known.agents.names) == len(self.agents)
+        )
+
+    async def announce(self, agent: str, keys: list[BlockKey]) -> None:
+        """Have an agent hold these blocks, and the gateway know."""
+        stub, directory = self.agents[agent], self.services.scheduler.directory
+        stub.held += keys
+        await stub.push(stub.announcement(keys, snapshot=False))
+        holders = frozenset([agent])
+        await self.until(
+            lambda: sum(run.blocks for run in directory.lookup(keys, holders)) == len(keys)
+        )
+
+    async def until(self, condition: Any, timeout_s: float = 10.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                await asyncio.sleep(0.02)
+
+    async def stop(self) -> None:
+        await self.http.close()
+        self._server.should_exit = True
+        assert self._server_task is not None
+        await self._server_task
+        for stub in (*self.agents.values(), *self.engines):
+            await stub.close()
+
+
+@contextlib.asynccontextmanager
+async def running_cluster(
+    prefills: int = 1, decodes: int = 1, **config: Any
+) -> AsyncIterator[StubCluster]:
+    cluster = StubCluster(prefills, decodes, **config)
+    try:
+        await cluster.start()
+        yield cluster
+    finally:
+        await cluster.stop()

@@ -1,0 +1,81 @@
+"""What operators ordered outlives the gateway that they told."""
+
+from __future__ import annotations
+
+import pytest
+
+from launch.gateway.orders import Orders
+from scheduler.policies import UnknownPolicy
+from scheduler.scheduler import Scheduler
+
+NAMES = ("d0", "d1", "agent-d0")
+
+
+def seen(scheduler: Scheduler) -> set[str]:
+    """Report two engines of one agent; those that may get requests."""
+    scheduler.agent_report(
+        "agent-d0",
+        incarnation=1,
+        read_queue_bytes={},
+        read_bytes_per_s={},
+        deliver_queue_bytes=0,
+        deliver_bytes_per_s=0.0,
+        dram_slots=1,
+        dram_slots_free=1,
+        now=0.0,
+    )
+    for name in ("d0", "d1"):
+        scheduler.engine_report(
+            name,
+            role="decode",
+            agent="agent-d0",
+            incarnation=1,
+            sequences=0,
+            pending_tokens=0,
+            context_tokens=0,
+            free_tokens=1000,
+            now=0.0,
+        )
+    view = scheduler.cluster(0.0)
+    return {one["name"] for one in (*view["engines"], *view["agents"]) if not one["draining"]}
+
+
+def test_a_restarted_gateway_obeys_the_orders_that_still_stand(tmp_path):
+    first = Scheduler("prefill")
+    orders = Orders(first, NAMES, tmp_path)
+    assert seen(first) == {"d0", "d1", "agent-d0"}
+    orders.set_policy("split")
+    for name, on in (("d0", True), ("d1", True), ("agent-d0", True), ("d1", False)):
+        orders.drain(name, on)
+    second = Scheduler("prefill")
+    again = Orders(second, NAMES, tmp_path)
+    assert second.policy == "split"
+    assert seen(second) == {"d1"}
+    again.drain("d0", False)
+    assert seen(second) == {"d0", "d1"}
+    third = Scheduler("prefill")
+    Orders(third, NAMES, tmp_path)
+    assert seen(third) == {"d0", "d1"}
+
+
+def test_an_engine_is_taken_back_before_it_reports_to_a_restarted_gateway(tmp_path):
+    Orders(Scheduler("prefill"), NAMES, tmp_path).drain("d0", True)
+    restarted = Scheduler("prefill")
+    orders = Orders(restarted, NAMES, tmp_path)
+    orders.drain("d0", False)
+    orders.drain("agent-d0", True)
+    assert seen(restarted) == {"d0", "d1"}
+    third = Scheduler("prefill")
+    Orders(third, NAMES, tmp_path)
+    assert seen(third) == {"d0", "d1"}
+
+
+def test_an_order_that_cannot_be_followed_is_not_kept(tmp_path):
+    orders = Orders(Scheduler("prefill"), NAMES, tmp_path)
+    with pytest.raises(UnknownPolicy):
+        orders.set_policy("none")
+    with pytest.raises(KeyError):
+        orders.drain("d7", True)
+    again = Scheduler("prefill")
+    Orders(again, NAMES, tmp_path)
+    assert again.policy == "prefill" and seen(again) == {"d0", "d1", "agent-d0"}

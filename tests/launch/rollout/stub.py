@@ -1,0 +1,199 @@
+"""A stand-in for the cluster's endpoint, for tests of jobs: its "model" is a hash.
+
+``python stub.py`` prints its port. ``/stub`` (POST) sets faults, (GET) counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+START, END, NEWLINE, FIRST = 1, 2, 3, 100
+"""Special tokens; a byte b of text is token FIRST + b."""
+
+
+def text_ids(text: str) -> list[int]:
+    return [FIRST + b for b in text.encode()]
+
+
+def chat_ids(messages: list[dict[str, Any]], generation: bool = True) -> list[int]:
+    ids = []
+    for message in messages:
+        body = text_ids(f"{message['role']}:{message['content']}")
+        ids += [START, *body, END, NEWLINE]
+    return [*ids, START, *text_ids("assistant:")] if generation else ids
+
+
+def decode(ids: list[int]) -> str:
+    return bytes(i - FIRST for i in ids if i >= FIRST).decode(errors="replace")
+
+
+def answer_ids(prompt: list[int], max_new_tokens: int) -> tuple[list[int], str]:
+    """What the model says: letters that depend on every token, and sometimes an end."""
+    seed = hashlib.blake2b(json.dumps(prompt).encode(), digest_size=16).digest()
+    ids = [FIRST + 97 + b % 26 for b in seed][: max_new_tokens - 1]
+    return (ids + [END], "stop") if seed[0] % 2 else (ids + [FIRST + 33], "length")
+
+
+def logprob(prompt: list[int], position: int) -> float:
+    """Of the token at ``position`` of prompt and answer."""
+    return -((sum(prompt[:8]) + position) % 97) / 97
+
+
+class Stub:
+    """Settable: ``delay_s``; ``fail`` and ``full`` answer so many with 500 and 429; ``script``
+    replaces the answers' text, in turn; ``refuse_tokens`` answers 400 from that length on."""
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {"weight_version": "v1", "admitted_max": 8}
+        self.counts: Counter[str] = Counter()
+        self.in_flight = self.in_flight_max = 0
+        self.prompts: Counter[tuple[int, ...]] = Counter()
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=1 << 26)
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/admin/cluster", self.cluster)
+        app.router.add_post("/v1/tokenize", self.tokenize)
+        app.router.add_post("/v1/detokenize", self.detokenize)
+        app.router.add_post("/generate", self.generate)
+        app.router.add_post("/stub", self.change)
+        app.router.add_get("/stub", self.show)
+        return app
+
+    async def health(self, _: web.Request) -> web.Response:
+        return web.Response()
+
+    async def models(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": self.settings.get("model", "stub")}]})
+
+    async def cluster(self, _: web.Request) -> web.Response:
+        return web.json_response({"requests": {"admitted_max": self.settings["admitted_max"]}})
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if "messages" in body:
+            ids = chat_ids(body["messages"], body.get("add_generation_prompt", True))
+        else:
+            ids = text_ids(body["prompt"])
+        return web.json_response({"tokens": ids})
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        return web.json_response({"text": decode((await request.json())["tokens"])})
+
+    async def change(self, request: web.Request) -> web.Response:
+        self.settings |= await request.json()
+        return web.json_response({})
+
+    async def show(self, _: web.Request) -> web.Response:
+        counts = {"requests": 0, **self.counts} | {"in_flight_max": self.in_flight_max}
+        return web.json_response(counts)
+
+    async def generate(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.counts["requests"] += 1
+        for fault, status in (("full", 429), ("fail", 500)):
+            if self.settings.get(fault, 0) > 0:
+                self.settings[fault] -= 1
+                self.counts[fault] += 1
+                return web.json_response({"error": fault}, status=status)
+        ids = body["input_ids"]
+        if len(ids) >= self.settings.get("refuse_tokens", 1 << 30):
+            return web.json_response({"error": "too long"}, status=400)
+        self.in_flight += 1
+        self.in_flight_max = max(self.in_flight, self.in_flight_max)
+        try:
+            await asyncio.sleep(self.settings.get("delay_s", 0.0))
+        finally:
+            self.in_flight -= 1
+        return web.json_response(self.answer(body, ids))
+
+    def answer(self, body: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+        params = body["sampling_params"]
+        output, finish = answer_ids(ids, params["max_new_tokens"])
+        script = self.settings.get("script")
+        if script and params["max_new_tokens"] > 1:
+            output, finish = [*text_ids(script.pop(0)), END], "stop"
+        meta: dict[str, Any] = {
+            "finish_reason": {"type": finish},
+            "prompt_tokens": len(ids),
+            "completion_tokens": len(output),
+            "cached_tokens": len(ids) // 64 * 64 if self.prompts[tuple(ids)] else 0,
+            "weight_version": self.settings["weight_version"],
+        }
+        self.prompts[tuple(ids)] += 1
+        if body.get("return_logprob"):
+            places = range(len(ids), len(ids) + len(output))
+            pairs = zip(places, output, strict=True)
+            meta["output_token_logprobs"] = [[logprob(ids, p), t, None] for p, t in pairs]
+        return {"text": decode(output), "output_ids": output, "meta_info": meta}
+
+
+class StubProcess:
+    """The stub in a process of its own."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def set(self, **settings: Any) -> None:
+        data = json.dumps(settings).encode()
+        request = urllib.request.Request(f"{self.url}/stub", data)
+        urllib.request.urlopen(request, timeout=5).close()
+
+    def counts(self) -> dict[str, int]:
+        with urllib.request.urlopen(f"{self.url}/stub", timeout=5) as answer:
+            return json.load(answer)
+
+
+@contextlib.contextmanager
+def stub_process(port: int = 0, **settings: Any) -> Iterator[StubProcess]:
+    argv = [sys.executable, str(Path(__file__)), str(port)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        stub = StubProcess(f"http://127.0.0.1:{int(process.stdout.readline())}")
+        stub.set(**settings)
+        yield stub
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def stub_server() -> Iterator[StubProcess]:
+    with stub_process() as running:
+        yield running
+
+
+@pytest.fixture
+def stub(stub_server: StubProcess) -> StubProcess:
+    """The shared stand-in, without the last test's faults."""
+    stub_server.set(delay_s=0.0, fail=0, full=0, script=[], weight_version="v1", model="stub")
+    stub_server.set(refuse_tokens=1 << 30, admitted_max=8)
+    return stub_server
+
+
+async def _serve(port: int) -> None:
+    runner = web.AppRunner(Stub().app(), access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)
+    await site.start()
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(int(sys.argv[1])))

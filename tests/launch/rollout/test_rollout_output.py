@@ -1,0 +1,105 @@
+"""The journal and the shards, cut off anywhere."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launch.rollout.input.files import input_files
+from launch.rollout.input.prompt_table import PromptTable, build_table
+from launch.rollout.output.schema import TAKEN_NAMES, Sample, Turn
+from launch.rollout.output.shards import Output
+from tests.launch.rollout.jobs import text_rows, write_jsonl
+
+ROWS, N = 5, 2
+ALL = [(row, sample) for row in range(ROWS) for sample in range(N)]
+
+
+def make_sample(row: int, number: int) -> Sample:
+    return Sample(
+        row=row,
+        sample=number,
+        id=f"r{row}",
+        prompt="p",
+        messages=[{"role": "assistant", "content": "é\n\U0001f600"}],
+        token_ids=[5, 6, 7, row],
+        logprobs=[-0.5, -0.25],
+        prompt_tokens=2,
+        finish_reason="stop",
+        reward=None,
+        error=None,
+        turns=[Turn(2, 4, 2, 0, "stop", "v1", 1, 0, 0.1)],
+        sampling={"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "seed": None, "stop": []},
+        started_at_s=1.5,
+        seconds=0.1,
+    )
+
+
+def new_folder(folder: Path) -> PromptTable:
+    (folder / "_job").mkdir()
+    source = write_jsonl(folder / "_job" / "in.jsonl", text_rows(ROWS))
+    build_table(input_files(source), "", folder / "_job" / "rows", TAKEN_NAMES)
+    return PromptTable(folder / "_job" / "rows")
+
+
+def sampled(folder: Path) -> list[tuple[int, int]]:
+    tables = [pq.read_table(shard) for shard in folder.glob("*.parquet")]
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert all(row["answer"] == row["row"] for row in rows)
+    return sorted((row["row"], row["sample"]) for row in rows)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    order=st.permutations(ALL),
+    cut=st.floats(0, 1),
+    shard_bytes=st.sampled_from([1, 900, 1 << 20]),
+    sealed=st.booleans(),
+)
+def test_a_journal_cut_anywhere_loses_only_the_line_that_was_cut(order, cut, shard_bytes, sealed):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        table = new_folder(folder)
+        output = Output(folder, table, N, shard_bytes)
+        for key in order[:7]:
+            if (full := output.add(make_sample(*key))) is not None and sealed:
+                output.seal(full)
+        last = max((folder / "_job" / "journal").glob("*.journal"))
+        content = last.read_bytes()
+        kept_bytes = int(cut * len(content))
+        last.write_bytes(content[:kept_bytes])
+        lost = content.count(b"\n") - content[:kept_bytes].count(b"\n")
+
+        again = Output(folder, table, N, shard_bytes)
+        assert int(again.done.sum()) == 7 - lost
+        for row, number in order:
+            if not again.done[row, number]:
+                again.add(make_sample(row, number))
+        again.finish()
+        assert sampled(folder) == ALL
+
+
+def test_a_shard_that_was_renamed_before_its_segment_went(tmp_path):
+    table = new_folder(tmp_path)
+    output = Output(tmp_path, table, N, 1)
+    segment = output.add(make_sample(0, 0))
+    assert segment is not None
+    content = segment.read_bytes()
+    output.seal(segment)
+    segment.write_bytes(content)  # the kill came before its end
+    again = Output(tmp_path, table, N, 1)
+    assert not segment.exists()
+    again.finish()
+    assert sampled(tmp_path) == [(0, 0)]
+
+
+def test_a_sample_is_taken_once(tmp_path):
+    output = Output(tmp_path, new_folder(tmp_path), N, 1 << 20)
+    output.add(make_sample(1, 1))
+    with pytest.raises(ValueError, match="is done already"):
+        output.add(make_sample(1, 1))

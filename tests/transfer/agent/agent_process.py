@@ -1,0 +1,158 @@
+"""A real agent process for tests, and a gateway's end of its control connection."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import zmq
+
+from common.messages import (
+    AgentHello,
+    AgentStatus,
+    Announcement,
+    Message,
+    Ping,
+    ReadShare,
+    ShareRead,
+    decode,
+    encode,
+)
+from common.process_settings import INCARNATION, to_env
+from tests.transfer.agent.fake_engine import LAYOUT, ROOT, key_of
+from transfer.agent.config import VARIABLE, AgentConfig
+
+SLOT_BYTES = -(-LAYOUT.block_bytes // 4096) * 4096
+M = TypeVar("M", bound=Message)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class AgentProcess:
+    """``start`` may be called again after ``kill``: same settings, newer incarnation."""
+
+    def __init__(self, folder: Path, slots: int = 64, **settings: object) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.control = f"tcp://127.0.0.1:{free_port()}"
+        self.log_path = folder / "agent.log"
+        fields = {
+            "name": "a0",
+            "control": self.control,
+            "host": "127.0.0.1",
+            "protocol": "tcp",
+            "dram_bytes": slots * SLOT_BYTES,
+            "ssd_dirs": [str(folder / "ssd")],
+            "ssd_bytes": 64 << 20,
+        }
+        self.config = AgentConfig(**{**fields, **settings})
+        self._incarnation = 100
+
+    def start(self) -> None:
+        self._incarnation += 1
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            VARIABLE: to_env(self.config),
+            INCARNATION: str(self._incarnation),
+            "MC_TRANSFER_TIMEOUT": "5",
+            "MC_TCP_PROGRESS_TIMEOUT_SEC": "1",
+            "MC_TCP_STATUS_TIMEOUT_SEC": "1",
+        }
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "transfer.agent"], env=environment, stdout=log, stderr=log
+            )
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(5)
+
+    def stop(self) -> float:
+        """SIGTERM; returns the seconds it took."""
+        started = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(10) == 0, self.log()
+        return time.monotonic() - started
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+
+class FakeGateway:
+    """A DEALER that keeps what comes in until someone asks for it."""
+
+    def __init__(self, control: str) -> None:
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.connect(control)
+        self.received: list[Message] = []
+
+    def send(self, message: Message) -> None:
+        self.socket.send(encode(message))
+
+    def wait(
+        self, kind: type[M], matches: Callable[[M], bool] = lambda _: True, timeout_s: float = 10
+    ) -> M:
+        """The first message of a kind for which ``matches`` holds; it is taken out."""
+        end = time.monotonic() + timeout_s
+        while True:
+            for message in self.received:
+                if isinstance(message, kind) and matches(message):
+                    self.received.remove(message)
+                    return message
+            left_s = end - time.monotonic()
+            if left_s <= 0 or not self.socket.poll(left_s * 1000):
+                raise TimeoutError(f"no such {kind.__name__} within {timeout_s} s")
+            self.received.append(decode(self.socket.recv()))
+
+    def hello(self) -> AgentHello:
+        self.send(Ping())
+        return self.wait(AgentHello)
+
+    def status(
+        self, matches: Callable[[AgentStatus], bool] = lambda _: True, timeout_s: float = 10
+    ) -> AgentStatus:
+        """A status from now on."""
+        self.received = [m for m in self.received if not isinstance(m, AgentStatus)]
+        return self.wait(AgentStatus, matches, timeout_s)
+
+    def read(self, plan: int, blocks: range, deadline_s: float = 30) -> ShareRead:
+        """Have blocks read; waits for the answer."""
+        self.send(ReadShare(plan, [key_of(block) for block in blocks], deadline_s))
+        return self.wait(ShareRead, lambda share: share.plan == plan)
+
+    def holdings(self, wanted: int, tier: str, timeout_s: float = 10) -> set[bytes]:
+        """Announced blocks of a tier, once there are ``wanted`` of them."""
+        held: set[bytes] = set()
+        while len(held) < wanted:
+            news = self.wait(Announcement, timeout_s=timeout_s)
+            for change in news.changes:
+                if change.tier == tier:
+                    (held.add if change.held else held.discard)(change.key)
+        return held
+
+    def close(self) -> None:
+        self._context.destroy(0)
+
+
+@contextmanager
+def running_agent(folder: Path, slots: int = 64, **settings: object) -> Iterator[AgentProcess]:
+    agent = AgentProcess(folder, slots, **settings)
+    agent.start()
+    try:
+        yield agent
+    finally:
+        agent.kill()

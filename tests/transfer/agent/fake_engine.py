@@ -1,0 +1,241 @@
+"""An engine without SGLang, as a process: KV buffers, a completion board, links to agents.
+
+``python fake_engine.py CONFIG`` reads commands and writes answers and agents' messages, one
+JSON object a line. ``FakeEngine`` is the test's end of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from common.block import BlockKey, BlockLayout, Namespace
+from common.messages import (
+    JobEnded,
+    Message,
+    PullEnded,
+    RankMemory,
+    RegisterEngine,
+    decode,
+    encode,
+)
+
+ROOT = Path(__file__).resolve().parents[3]
+LAYOUT = BlockLayout(page_tokens=4, num_layers=4, component_bytes=(4096, 2048))
+BOARD_WORDS = 64
+
+
+def namespace(layout: BlockLayout = LAYOUT) -> Namespace:
+    return Namespace("model", "1", "float32", layout)
+
+
+def key_of(number: int) -> BlockKey:
+    return BlockKey(hashlib.sha256(f"block {number}".encode()).digest())
+
+
+def content_of(number: int, layout: BlockLayout = LAYOUT) -> bytes:
+    """The bytes of block ``number``, layer-major as blocks are."""
+    return hashlib.shake_128(f"block {number}".encode()).digest(layout.block_bytes)
+
+
+# ---- the test's end -----------------------------------------------------------------------
+
+
+class FakeEngine:
+    """Handle of the process. ``wait_alive`` is called before the first order."""
+
+    def __init__(
+        self,
+        name: str,
+        agents: dict[str, str],
+        incarnation: int = 1,
+        pages: int = 64,
+        layout: BlockLayout = LAYOUT,
+        ranks: int = 1,
+        host: str = "127.0.0.1",
+    ) -> None:
+        """``layout.shards`` is how many parts the ``ranks`` split a block into."""
+        fields = [layout.page_tokens, layout.num_layers, layout.component_bytes, layout.shards]
+        config = json.dumps([name, agents, incarnation, pages, fields, ranks, host])
+        self.layout = layout
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, config],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            text=True,
+        )
+        self.messages: list[tuple[float, Message]] = []
+        self._answers: queue.Queue[Any] = queue.Queue()
+        self._changed = threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.board_address: int = self._answers.get(timeout=20)
+        """Of the first rank."""
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            record = json.loads(line)
+            if "message" not in record:
+                self._answers.put(record["answer"])
+                continue
+            with self._changed:
+                message = decode(base64.b64decode(record["message"]))
+                self.messages.append((time.monotonic(), message))
+                self._changed.notify_all()
+
+    def _ask(self, *command: Any) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return self._answers.get(timeout=20)
+
+    def wait_alive(self, agent: str, incarnation: int = 0, timeout_s: float = 10) -> int:
+        """Until this agent, of at least this incarnation, has answered; returns it."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            answered = self._ask("incarnation", agent)
+            if answered is not None and answered > incarnation:
+                time.sleep(0.1)  # the registration is on its way
+                return answered
+            time.sleep(0.02)
+        raise TimeoutError(f"agent {agent} did not answer")
+
+    def send(self, agent: str, message: Message) -> None:
+        assert self._ask("send", agent, base64.b64encode(encode(message)).decode())
+
+    def fill(self, page: int, block: int) -> None:
+        """Put block ``block`` into a page."""
+        content = base64.b64encode(content_of(block, self.layout)).decode()
+        self._ask("fill", page, content)
+
+    def fill_all(self, pages: range, first_block: int) -> None:
+        for page in pages:
+            self.fill(page, first_block + page - pages.start)
+
+    def page_bytes(self, page: int, rank: int = 0) -> bytes:
+        """A page's bytes at one rank: a block's shard."""
+        return base64.b64decode(self._ask("page", page, rank))
+
+    def board(self, slot: int, rank: int = 0) -> tuple[int, int]:
+        """(job, code) of a completion word."""
+        word = self._ask("board", slot, rank)
+        return word >> 16, word & 0xFFFF
+
+    def wait_end(self, job: int, timeout_s: float = 15) -> JobEnded | PullEnded:
+        """The agent's word that a job is over."""
+
+        def ended() -> JobEnded | PullEnded | None:
+            for _, message in self.messages:
+                if isinstance(message, JobEnded | PullEnded) and message.job == job:
+                    return message
+            return None
+
+        with self._changed:
+            assert self._changed.wait_for(ended, timeout_s), f"job {job} did not end"
+            found = ended()
+            assert found is not None
+            return found
+
+    def has_ended(self, job: int) -> bool:
+        return any(getattr(message, "job", None) == job for _, message in self.messages)
+
+    @property
+    def session_id(self) -> str:
+        return self._ask("session")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(5)
+
+
+# ---- the process --------------------------------------------------------------------------
+
+
+def _say(record: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(record) + "\n")
+    sys.stdout.flush()
+
+
+class _Pool:
+    """One rank's memory; ``layout`` is that of a shard."""
+
+    def __init__(self, pages: int, layout: BlockLayout) -> None:
+        self.layout = layout
+        self.buffers = [
+            [np.zeros((pages, nbytes), np.uint8) for nbytes in layout.component_bytes]
+            for _ in range(layout.num_layers)
+        ]
+        self.board = np.zeros(BOARD_WORDS, np.uint64)
+
+    def fill(self, page: int, content: bytes) -> None:
+        offset = 0
+        for layer in self.buffers:
+            for buffer in layer:
+                part = content[offset : offset + buffer.shape[1]]
+                buffer[page] = np.frombuffer(part, np.uint8)
+                offset += buffer.shape[1]
+
+    def page(self, page: int) -> bytes:
+        return b"".join(buffer[page].tobytes() for layer in self.buffers for buffer in layer)
+
+
+def main() -> None:
+    from transfer.client import AgentLinks
+    from transfer.mooncake import TransferPeer
+
+    name, agents, incarnation, pages, fields, ranks, host = json.loads(sys.argv[1])
+    layout = BlockLayout(fields[0], fields[1], tuple(fields[2]), fields[3])
+    shard = layout.shard
+    pools = [_Pool(pages, shard) for _ in range(ranks)]
+    peer = TransferPeer(host, "tcp")
+    memories = []
+    for pool in pools:
+        for array in [pool.board, *(buffer for layer in pool.buffers for buffer in layer)]:
+            peer.register(int(array.ctypes.data), array.nbytes)
+        addresses = [[int(buffer.ctypes.data) for buffer in layer] for layer in pool.buffers]
+        memories.append(RankMemory(peer.session_id, addresses, int(pool.board.ctypes.data)))
+    whole = msgspec.structs.replace(layout, shards=1)
+    hello = RegisterEngine(name, incarnation, namespace(whole), layout.shards, memories)
+
+    def on_message(agent: str, message: Message) -> None:
+        _say({"message": base64.b64encode(encode(message)).decode()})
+
+    links = AgentLinks(agents, hello, on_message)
+    _say({"answer": memories[0].board_address})
+    for line in sys.stdin:
+        match json.loads(line):
+            case ["incarnation", agent]:
+                answer = links.incarnation(agent) if links.alive(agent) else None
+            case ["send", agent, frame]:
+                answer = links.send(agent, decode(base64.b64decode(frame)))
+            case ["fill", page, content]:
+                answer = None
+                whole_block = base64.b64decode(content)
+                for rank, pool in enumerate(pools):
+                    start = rank * layout.shards // ranks * shard.block_bytes
+                    pool.fill(page, whole_block[start : start + shard.block_bytes])
+            case ["page", page, rank]:
+                answer = base64.b64encode(pools[rank].page(page)).decode()
+            case ["session"]:
+                answer = peer.session_id
+            case ["board", slot, rank]:
+                answer = int(pools[rank].board[slot])
+        _say({"answer": answer})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What an operator can see of each tier."""
+
+from __future__ import annotations
+
+from common.block import TierName
+from common.latency import Latencies
+from storage.index.holdings import Holdings
+from storage.read_share import ShareBook
+from storage.slot_pool import SlotPool
+from storage.store_events import StoreStats
+from storage.tiers.contract import EvictionCause, TierStats
+from transfer.agent.metrics import store_samples
+
+
+def test_every_tier_says_what_it_holds_does_and_loses() -> None:
+    ssd = TierStats(capacity_bytes=100, used_bytes=50, blocks=5, reads_in_flight=3, hits_total=7)
+    ssd.evictions_total[EvictionCause.QUOTA] = 2
+    ssd.corrupt_blocks_total, ssd.retries_total = 1, 4
+    ssd.read_latency.note(0.003)
+    pool = SlotPool(memoryview(bytearray(3 * 8192)), 5000)
+    stats = StoreStats(slots=pool.num_slots).snapshot(
+        pool, Holdings(), ShareBook(), {TierName.SSD: ssd}, {TierName.SSD: 9.0}
+    )
+    samples = store_samples(stats)
+    for name, value in {
+        'tier_bytes{tier="ssd"}': 50,
+        'tier_blocks{tier="ssd"}': 5,
+        'tier_blocks_in_flight{tier="ssd",kind="read"}': 3,
+        'tier_hits_total{tier="ssd"}': 7,
+        'evicted_blocks_total{tier="ssd",cause="quota"}': 2,
+        'evicted_blocks_total{tier="ssd",cause="dropped"}': 0,
+        'corrupt_blocks_total{tier="ssd"}': 1,
+        'storage_retries_total{tier="ssd"}': 4,
+        'storage_read_seconds_bucket{tier="ssd",le="0.0025"}': 0,
+        'storage_read_seconds_bucket{tier="ssd",le="0.005"}': 1,
+        'storage_read_seconds_count{tier="ssd"}': 1,
+        'tier_capacity_bytes{tier="dram"}': 3 * 8192,
+        'tier_bytes{tier="dram"}': 0,
+    }.items():
+        assert samples[f"dualpath:agent_{name}"] == value, name
+
+
+def test_a_latency_beyond_the_last_bucket_is_counted() -> None:
+    latencies = Latencies()
+    for seconds in (0.0001, 0.002, 0.002, 99.0):
+        latencies.note(seconds)
+    assert latencies.quantile_s(0.5) == 0.0025 and latencies.quantile_s(1.0) is None
+    samples = latencies.samples("x", 'tier="ssd"')
+    assert samples['x_bucket{tier="ssd",le="10"}'] == 3
+    assert samples['x_bucket{tier="ssd",le="+Inf"}'] == samples['x_count{tier="ssd"}'] == 4

@@ -1,0 +1,298 @@
+"""Address maths, and the order in which a queue transfers layers."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.block import BlockLayout
+from common.messages import FAILED, board_word
+from transfer.agent.delivery import (
+    DeadlinePassed,
+    JobCancelled,
+    QueueFull,
+    TransferJob,
+    TransferQueue,
+)
+from transfer.mooncake import (
+    BYTES_PER_BATCH,
+    DESCRIPTORS_PER_BATCH,
+    PeerSuspended,
+    TransferFailed,
+    batches,
+)
+from transfer.pacing.pacer import Pacer
+from transfer.ranges import cut_ranges, layer_ranges
+
+LAYOUT = BlockLayout(4, 3, (64, 32))
+BOARD = 1 << 40
+"""Board addresses are far from all others."""
+
+
+# ---- addresses --------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_ranges_move_each_layer_block_to_its_page(data):
+    sizes = tuple(data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=3)))
+    layout = BlockLayout(4, data.draw(st.integers(1, 4)), sizes)
+    pages_total = 12
+    pages = data.draw(st.permutations(range(pages_total)))[: data.draw(st.integers(0, 12))]
+    slot_bytes = layout.block_bytes + data.draw(st.sampled_from([0, 7]))
+    slots = data.draw(st.permutations(range(pages_total)))[: len(pages)]
+    gap = data.draw(st.sampled_from([0, 5]))
+    host = np.random.default_rng(0).integers(0, 256, pages_total * slot_bytes, np.uint8)
+    bases, end = [], 0
+    for _ in range(layout.num_layers):
+        bases.append([end := end + gap])
+        end += pages_total * sizes[0]
+        for size in sizes[1:]:
+            bases[-1].append(end)
+            end += pages_total * size
+    device = np.zeros(end, np.uint8)
+    expected = device.copy()
+    for layer in range(layout.num_layers):
+        local, remote, lengths = layer_ranges(
+            layout,
+            np.array(bases),
+            layer,
+            np.array(slots, np.int64) * slot_bytes,
+            np.array(pages, np.int64),
+        )
+        assert lengths.sum() == len(pages) * layout.layer_bytes
+        for source, target, length in zip(local, remote, lengths, strict=True):
+            device[target : target + length] = host[source : source + length]
+    for slot, page in zip(slots, pages, strict=True):
+        offset = slot * slot_bytes
+        for layer in range(layout.num_layers):
+            for base, size in zip(bases[layer], sizes, strict=True):
+                target = base + page * size
+                expected[target : target + size] = host[offset : offset + size]
+                offset += size
+    assert np.array_equal(device, expected)
+
+
+def test_neighbours_on_both_sides_are_one_range():
+    latent = BlockLayout(4, 1, (64,))
+    addresses = np.array([[1000]])
+    slots, pages = np.array([0, 64, 128, 640]), np.array([3, 4, 6, 7])
+    local, remote, lengths = layer_ranges(latent, addresses, 0, slots, pages)
+    assert local.tolist() == [0, 128, 640]
+    assert remote.tolist() == [1192, 1384, 1448]
+    assert lengths.tolist() == [128, 64, 64]
+
+
+@given(st.lists(st.integers(1, 3 * BYTES_PER_BATCH), max_size=40), st.integers(1, 5000))
+def test_batches_cover_all_ranges_within_the_limits(lengths, times):
+    ranges = np.array((lengths * times)[:5000], np.int64)
+    parts = batches(ranges)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(len(ranges)))
+    for part in parts:
+        count = part.stop - part.start
+        assert 0 < count <= DESCRIPTORS_PER_BATCH
+        assert count == 1 or ranges[part].sum() <= BYTES_PER_BATCH
+
+
+@given(st.lists(st.integers(0, 50), max_size=20), st.integers(1, 20))
+def test_cut_ranges_are_the_same_bytes_in_small_parts(sizes, bytes_max):
+    lengths = np.array(sizes, np.int64)
+    local = np.cumsum(lengths) + 1000
+    remote = -local
+    parts = cut_ranges(local, remote, lengths, bytes_max)
+    assert all(0 < length <= bytes_max for length in parts[2])
+    moved = [(a + n, b + n) for a, b, length in zip(*parts, strict=True) for n in range(length)]
+    ranges = zip(local, remote, lengths, strict=True)
+    assert moved == [(a + n, b + n) for a, b, length in ranges for n in range(length)]
+
+
+# ---- the queue --------------------------------------------------------------------------
+
+
+class FakePeer:
+    """Records what is transferred; ``gate`` holds transfers up, ``fails`` makes them fail."""
+
+    def __init__(self) -> None:
+        self.transfers: queue.Queue[tuple[str, int]] = queue.Queue()
+        self.words: list[int] = []
+        self.gate = threading.Semaphore(1_000_000)
+        self.fails: set[str] = set()
+        self._scratch: list[tuple[int, int]] = []
+
+    def register(self, address: int, length: int) -> None:
+        self._scratch.append((address, length))
+
+    def forgive(self, session_id: str) -> None:
+        pass
+
+    def write(
+        self, session_id, src, dst, lengths, before_batch=lambda nbytes: None, batch_bytes=0
+    ) -> None:
+        if dst[0] >= BOARD:
+            if session_id in self.fails:
+                raise PeerSuspended(session_id, 1.0)
+            base = self._scratch[0][0]
+            words = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_uint64 * 4).from_address(base))
+            self.words.append(int(words[(src[0] - base) // 8]))
+            return
+        before_batch(int(lengths.sum()))
+        self.transfers.put((session_id, int(src[0])))
+        assert self.gate.acquire(timeout=10)
+        if session_id in self.fails:
+            raise TransferFailed(session_id, "write", -1)
+        before_batch(int(lengths.sum()))
+
+    read = write
+
+
+class World:
+    def __init__(self, threads: int = 1, pacer: Pacer | None = None) -> None:
+        self.peer = FakePeer()
+        self.ends: queue.Queue[tuple[int, Exception | None]] = queue.Queue()
+        paced = {"own": None}
+        post, towards = (lambda call: call()), (lambda session: paced.get(session, pacer))
+        self.queue = TransferQueue(self.peer, "test", threads, 4, post, towards)
+        self.jobs = 0
+
+    def submit(self, session="p0", plan=1, urgent=False, deadline_s=10.0, **fields):
+        self.jobs += 1
+        number = self.jobs
+        job = TransferJob(
+            number,
+            session,
+            LAYOUT,
+            np.zeros((3, 2), np.int64),
+            np.array([1000 * number], np.int64),
+            np.array([0], np.int64),
+            time.monotonic() + deadline_s,
+            lambda error: self.ends.put((number, error)),
+            urgent=urgent,
+            plan=plan,
+            board_address=BOARD,
+            **fields,
+        )
+        self.queue.submit(job)
+        return job
+
+    def end(self) -> tuple[int, Exception | None]:
+        return self.ends.get(timeout=5)
+
+    def moved(self) -> tuple[str, int, int]:
+        """The next transfer: engine, job, layer."""
+        session, source = self.peer.transfers.get(timeout=5)
+        return session, source // 1000, source % 1000 // LAYOUT.layer_bytes
+
+    def hold(self) -> None:
+        """From now on each transfer waits for ``step``."""
+        self.peer.gate = threading.Semaphore(0)
+
+    def step(self, transfers: int = 1) -> None:
+        self.peer.gate.release(transfers)
+
+
+@pytest.fixture
+def worlds():
+    made = []
+
+    def make(threads: int = 1) -> World:
+        made.append(World(threads))
+        return made[-1]
+
+    yield make
+    for world in made:
+        world.step(1000)
+        world.queue.close(5)
+
+
+def test_layers_go_in_order_and_each_is_told_after_it_has_come(worlds):
+    world = worlds()
+    world.submit()
+    assert world.end() == (1, None)
+    assert [world.moved() for _ in range(3)] == [("p0", 1, layer) for layer in range(3)]
+    assert world.peer.words == [board_word(1, layers) for layers in (1, 2, 3)]
+
+
+def test_a_prefill_engine_overtakes_between_two_layers_and_older_plans_go_first(worlds):
+    world = worlds()
+    world.hold()
+    world.submit("d0", plan=1)
+    assert world.moved() == ("d0", 1, 0)
+    world.submit("p1", plan=9, urgent=True)
+    world.submit("p2", plan=8, urgent=True)
+    world.step(9)
+    order = [world.moved()[1:] for _ in range(8)]
+    assert order == [(3, 0), (3, 1), (3, 2), (2, 0), (2, 1), (2, 2), (1, 1), (1, 2)]
+    assert [world.end() for _ in range(3)] == [(3, None), (2, None), (1, None)]
+
+
+def test_one_engine_never_has_all_workers(worlds):
+    world = worlds(threads=2)
+    world.hold()
+    world.submit("hung", urgent=True)
+    world.submit("hung", urgent=True)
+    assert world.moved()[0] == "hung"
+    world.submit("d0", plan=5)
+    assert world.moved()[0] == "d0"
+
+
+def test_a_cancelled_job_stops_and_ends_once(worlds):
+    world = worlds()
+    world.hold()
+    running, waiting = world.submit("p0"), world.submit("p1", plan=2)
+    assert world.moved() == ("p0", 1, 0)
+    world.queue.cancel(running)
+    world.queue.cancel(waiting)
+    time.sleep(0.05)
+    assert world.ends.empty()  # its transfer is still under way
+    world.step()
+    ends = dict([world.end(), world.end()])
+    assert all(isinstance(ends[job], JobCancelled) for job in (1, 2))
+    assert sorted(world.peer.words) == [board_word(1, FAILED), board_word(2, FAILED)]
+    world.step(10)
+    assert world.ends.empty() and world.peer.transfers.empty() and len(world.queue) == 0
+
+
+def test_a_deadline_ends_a_job_that_is_still_waiting(worlds):
+    world = worlds(threads=2)
+    world.hold()
+    world.submit("p0", urgent=True)
+    world.moved()
+    world.submit("p1", urgent=True)
+    world.moved()
+    world.submit("p1", deadline_s=0.05)
+    time.sleep(0.1)
+    world.queue.expire()
+    world.step(10)
+    ends = dict(world.end() for _ in range(3))
+    assert ends[1] is None and ends[2] is None and isinstance(ends[3], DeadlinePassed)
+    assert all(world.moved()[1] != 3 for _ in range(4))
+
+
+def test_a_failed_job_ends_with_its_error_and_leaves_room(worlds):
+    world = worlds()
+    world.peer.fails = {"p0"}
+    for expected in range(1, 9):
+        world.submit("p0")
+        job, error = world.end()
+        assert job == expected and isinstance(error, TransferFailed)
+    assert not world.peer.words
+
+
+def test_the_queue_is_bounded(worlds):
+    world = worlds()
+    world.hold()
+    for _ in range(4):
+        world.submit()
+    with pytest.raises(QueueFull):
+        world.submit()
+    world.step(12)
+    assert all(world.end()[1] is None for _ in range(4))
+    world.step(3)
+    world.submit()
+    assert world.end()[1] is None

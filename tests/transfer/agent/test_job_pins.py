@@ -1,0 +1,173 @@
+"""A slot that a transfer may still read or write is never given to another block."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from common.messages import Deliver, PullBlocks, PullEnded, RankMemory, RegisterEngine
+from storage.slot_pool import SlotPool
+from storage.tiered_store import TieredStore
+from tests.transfer.agent.fake_engine import LAYOUT, key_of, namespace
+from transfer.agent import pull_jobs
+from transfer.agent.deliver_jobs import DeliverJobs
+from transfer.agent.delivery import JobCancelled
+from transfer.agent.engines import Engine, Engines
+from transfer.agent.metrics import AgentCounters
+from transfer.credits import CreditBoard
+from transfer.mooncake import TransferFailed
+
+SLOTS = 4
+
+
+class StoppedQueue:
+    """Takes jobs and leaves their end to the test."""
+
+    def __init__(self) -> None:
+        self.jobs = []
+
+    def submit(self, job) -> None:
+        self.jobs.append(job)
+
+    def cancel(self, job) -> None:
+        job.ended(JobCancelled("cancelled"))
+
+
+@pytest.fixture
+def world():
+    memory = memoryview(bytearray(SLOTS * LAYOUT.block_bytes))
+    store = TieredStore(SlotPool(memory, LAYOUT.block_bytes), None, None)
+    replies, queue, counters = [], StoppedQueue(), AgentCounters()
+    addresses = np.zeros((LAYOUT.num_layers, 2), int).tolist()
+    credits = CreditBoard(lambda address, length: None)
+    hello = RegisterEngine("p0", 1, namespace(), 1, [RankMemory("h:1", addresses, 0)])
+    engine = Engine(b"id", hello, credits)
+
+    def reply(engine, message) -> None:
+        replies.append(message)
+
+    return SimpleNamespace(
+        store=store,
+        engine=engine,
+        queue=queue,
+        replies=replies,
+        deliveries=DeliverJobs(
+            queue, store.pool, 0, reply, lambda news: None, 1, counters, lambda plan: False
+        ),
+        pulls=pull_jobs.PullJobs(queue, store, 0, "h", reply, store.is_resident, 1, counters),
+    )
+
+
+def fill(store, blocks: range) -> None:
+    for key in store.reserve([key_of(block) for block in blocks]):
+        store.commit(key)
+
+
+def deliver(world, job: int, plan: int, blocks: range):
+    keys = [key_of(block) for block in blocks]
+    world.store.admit(plan, keys, time.monotonic() + 10, time.monotonic())
+    world.store.poll(time.monotonic())
+    world.deliveries.start(world.engine, Deliver(job, plan, keys, list(blocks), 8, True, 10.0))
+    return world.queue.jobs[-1]
+
+
+def test_the_end_of_its_plan_does_not_free_the_slots_of_a_delivery(world):
+    fill(world.store, range(SLOTS))
+    job = deliver(world, 1, 7, range(SLOTS))
+    world.store.release(7)
+    assert world.store.reserve([key_of(50)]) == {}
+    job.ended(None)
+    assert len(world.store.reserve([key_of(50)])) == 1
+    assert world.replies[-1].error == ""
+
+
+def test_a_failed_write_is_over_once_the_engine_has_run_on_for_a_while(world, monkeypatch):
+    fill(world.store, range(1))
+    job = deliver(world, 1, 7, range(1))
+    job.ended(TransferFailed("h:1", "write", -1))
+    clock = time.monotonic()
+    for later_s, ended in ((3600.0, 0), (3600.5, 0), (3601.1, 1), (3610.0, 1)):
+        monkeypatch.setattr(time, "monotonic", lambda now=clock + later_s: now)
+        world.deliveries.heard(world.engine)
+        assert len(world.replies) == ended, later_s
+    assert world.deliveries.landing_jobs == 0
+
+
+def test_a_failed_pull_keeps_its_slots_until_nothing_can_land(world, monkeypatch):
+    monkeypatch.setattr(pull_jobs, "LANDED_AFTER_S", 0.05)
+    keys = [key_of(block) for block in range(SLOTS)]
+    world.pulls.start(world.engine, PullBlocks(1, keys, list(range(SLOTS)), 10.0))
+    world.queue.jobs[-1].ended(TransferFailed("h:1", "read", -1))
+    assert world.replies == [PullEnded(1, 1, [False] * SLOTS)]
+    assert world.pulls.quarantined_slots == SLOTS
+    world.pulls.release_quarantine()
+    assert world.store.reserve([key_of(50)]) == {}
+    time.sleep(0.06)
+    world.pulls.release_quarantine()
+    assert world.pulls.quarantined_slots == 0
+    assert len(world.store.reserve([key_of(50)])) == 1
+
+
+def test_pulled_blocks_know_their_parents_and_their_tenant(world):
+    keys = [key_of(block) for block in range(3)]
+    world.store.reserve(keys[1:2])  # on its way by another pull
+    world.pulls.start(world.engine, PullBlocks(1, keys, [0, 1, 2], 10.0, key_of(9), "ab" * 8))
+    world.queue.jobs[-1].ended(None)
+    labels = [world.store.pool.label(key) for key in (keys[0], keys[2])]
+    assert [label.parent for label in labels] == [key_of(9), keys[1]]
+    assert {label.tenant for label in labels} == {"ab" * 8}
+    assert {label.namespace_digest for label in labels} == {namespace().digest()}
+
+
+@pytest.mark.parametrize(("shards", "read_from"), [(1, {"h:2"}), (2, {"away:1", "h:2"})])
+def test_pulls_stay_on_the_node_where_they_can(world, shards, read_from):
+    addresses = np.zeros((LAYOUT.num_layers, 2), int).tolist()
+    ranks = [RankMemory(session, addresses, 0) for session in ("away:1", "h:2")]
+    credits = CreditBoard(lambda address, length: None)
+    engine = Engine(b"id", RegisterEngine("d0", 1, namespace(), shards, ranks), credits)
+    world.pulls.start(engine, PullBlocks(1, [key_of(0)], [0], 10.0))
+    assert {job.session_id for job in world.queue.jobs} == read_from
+
+
+def test_a_new_incarnation_ends_the_quarantine(world):
+    keys = [key_of(0)]
+    world.pulls.start(world.engine, PullBlocks(1, keys, [0], 10.0))
+    world.queue.jobs[-1].ended(TransferFailed("h:1", "read", -1))
+    world.engine.is_gone = True
+    world.pulls.release_quarantine()
+    assert world.pulls.quarantined_slots == 0
+
+
+def test_a_pull_that_waits_for_another_ends_with_it(world):
+    keys = [key_of(block) for block in range(3)]
+    world.pulls.start(world.engine, PullBlocks(1, keys[:2], [0, 1], 10.0))
+    world.pulls.start(world.engine, PullBlocks(2, keys, [4, 5, 6], 10.0))
+    first, second = world.queue.jobs
+    assert second.pages.tolist() == [6]
+    second.ended(None)
+    assert not world.replies
+    first.ended(JobCancelled("cancelled"))
+    assert world.replies == [
+        PullEnded(1, 1, [False, False]),
+        PullEnded(1, 2, [False, False, True]),
+    ]
+
+
+def test_only_the_newest_incarnation_of_an_engine_is_known():
+    engines = Engines(CreditBoard(lambda address, length: None))
+    addresses = [[0, 0]] * LAYOUT.num_layers
+
+    def hello(incarnation: int, session: str) -> RegisterEngine:
+        ranks = [RankMemory(session, addresses, 0)]
+        return RegisterEngine("p0", incarnation, namespace(), 1, ranks)
+
+    old, _ = engines.register(b"a", hello(5, "h:1"))
+    new, replaced = engines.register(b"b", hello(6, "h:2"))
+    assert replaced is old and old.is_gone and not new.is_gone
+    assert engines.find(b"a") is None and engines.find(b"b") is new
+    assert engines.register(b"c", hello(5, "h:1")) == (None, None)
+    again, replaced = engines.register(b"d", hello(6, "h:2"))
+    assert again is new and replaced is None and new.identity == b"d"

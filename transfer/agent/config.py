@@ -1,0 +1,49 @@
+"""Settings of one agent process (environment variable ``DUALPATH_AGENT``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from storage.index.owners import Quota
+from storage.remote.settings import RemoteSettings
+
+VARIABLE = "DUALPATH_AGENT"
+
+
+class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One agent a node. Zero bytes or an empty name switch a tier off."""
+
+    name: str
+    control: str
+    """zmq endpoint to bind, e.g. ``tcp://127.0.0.1:31010``."""
+    host: str
+    """Address that Mooncake advertises for this node."""
+    protocol: str
+    """"tcp" or "rdma"."""
+    rdma_devices: str = ""
+    gpus: list[int] = []
+    """Of the node's engine, in order of PCI addresses: NICs near them are used first."""
+    pace: str = "off"
+    """How KV movement is held back, and the rate of each NIC: :mod:`transfer.pacing.nic_pacing`."""
+    nic_bytes_per_s: int = 0
+    dram_bytes: int = 0
+    dram_keep: bool = True
+    """False: blocks stay in DRAM only while a plan or a write needs them."""
+    ssd_dirs: list[str] = []
+    """One folder a disk; no folders switch the tier off."""
+    ssd_bytes: int = 0
+    ssd_min_free_bytes: int = 0
+    """Of each folder's disk, whoever else fills it."""
+    ssd_quotas: list[Quota] = []
+    write_policy: str = "everywhere"
+    promotion_policy: str = "always"
+    """Both of :mod:`storage.write_behind`."""
+    remote_url: str = ""
+    remote_options: dict[str, Any] = {}
+    remote: RemoteSettings = RemoteSettings()
+    read_threads: int = 16
+    deliver_threads: int = 4
+    cgroup: str = ""
+    """Control group of the low traffic class, in which this process should be where it exists."""

@@ -1,0 +1,216 @@
+"""Delivery jobs of an agent: from ``Deliver`` to ``JobEnded``."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+import numpy as np
+
+from common.messages import BOARD_WORD_BYTES, Deliver, Delivered, JobEnded
+from storage.slot_pool import SlotPool
+from transfer.agent.delivery import JobCancelled, TransferJob, TransferQueue
+from transfer.agent.engines import BadPages, Engine, Rank, page_array
+from transfer.agent.heads import OtherShards
+from transfer.agent.job_group import Ended, JobGroup
+from transfer.agent.metrics import AgentCounters
+from transfer.mooncake import TransferFailed
+
+log = logging.getLogger(__name__)
+
+LANDED_AFTER_ALIVE_S = 1.0
+"""An engine that has run for so long since a write to it failed has taken in, or lost, what
+was still on its way. Only then is the job over: a suspended engine takes it in when resumed."""
+
+_FIRST_OWNER = 1 << 62
+"""Owners of jobs' pins are numbered from here: plans have 48 bits."""
+
+
+class BlocksMissing(Exception):
+    """Blocks of a delivery are not in DRAM, or not kept there by its plan."""
+
+    def __init__(self, missing: int, of: int) -> None:
+        super().__init__(f"{missing} of {of} blocks are not in DRAM for this plan")
+
+
+class _Landing(msgspec.Struct):
+    """A failed delivery of which bytes may still land."""
+
+    engine: Engine
+    job: int
+    error: str
+    failed_at: float
+    heard_at: float | None = None
+    """First sign of life of the engine after the failure."""
+
+
+_NONE = np.empty(0, np.int64)
+
+
+class _Delivery(msgspec.Struct, eq=False):
+    """One order. The arrays have one element a block; they are empty if none is to be sent."""
+
+    engine: Engine
+    message: Deliver
+    started: float
+    refused: Exception | None = None
+    layers_done: int = 0
+    pages: np.ndarray = _NONE
+    offsets: np.ndarray = _NONE
+    """Of the blocks' slots in DRAM, bytes."""
+    shards: np.ndarray = _NONE
+    """Of each block's layout."""
+
+
+class DeliverJobs:
+    """Starts, cancels and ends deliveries. Lives in the agent's loop.
+
+    A job pins its slots itself, so neither the release nor the deadline of its plan lets a
+    slot be reused while a transfer reads it.
+    """
+
+    def __init__(
+        self,
+        queue: TransferQueue,
+        pool: SlotPool,
+        memory_address: int,
+        reply: Callable[[Engine, JobEnded], None],
+        tell: Callable[[Delivered], None],
+        incarnation: int,
+        counters: AgentCounters,
+        is_zero_io: Callable[[int], bool],
+    ) -> None:
+        self._is_zero_io = is_zero_io
+        self._queue = queue
+        self._pool = pool
+        self._memory_address = memory_address
+        self._reply = reply
+        self._tell = tell
+        self._incarnation = incarnation
+        self._counters = counters
+        self._owners = itertools.count(_FIRST_OWNER)
+        self._landing: list[_Landing] = []
+
+    def start(self, engine: Engine, message: Deliver) -> None:
+        """Queue a delivery; one that cannot be made fails, on the boards as well."""
+        owner = next(self._owners)
+        delivery = _Delivery(engine, message, time.monotonic())
+        if self._is_zero_io(message.plan):
+            delivery.layers_done = engine.layout.num_layers - 1
+        else:
+            self._find(delivery)
+        for key in message.keys if len(delivery.pages) else ():
+            self._pool.pin(key, owner)
+
+        def ended(error: Exception | None) -> None:
+            self._pool.unpin_all(owner)
+            self._ended(delivery, group.nbytes, error)
+
+        group = engine.jobs[message.job] = JobGroup(self._queue, ended)
+        group.submit([partial(self._rank_job, delivery, rank) for rank in engine.ranks])
+
+    def _find(self, delivery: _Delivery) -> None:
+        """Where the blocks are, and into how many shards they are split."""
+        message, pool = delivery.message, self._pool
+        try:
+            pages = page_array(message.pages, len(message.keys))
+            self._check_present(message)
+        except (BadPages, BlocksMissing) as error:
+            delivery.refused = error
+            return
+        delivery.pages, delivery.offsets = pages, pool.offsets(message.keys)
+        delivery.shards = np.array([pool.label(key).layout.shards for key in message.keys], int)
+
+    def _rank_job(self, delivery: _Delivery, rank: Rank, ended: Ended) -> TransferJob:
+        """What one rank gets of a delivery: its heads of each block."""
+        message, layout = delivery.message, delivery.engine.layout
+        alike = delivery.shards == layout.shards
+        in_slot = rank.shard * layout.shard.block_bytes
+        return TransferJob(
+            message.job,
+            rank.session_id,
+            layout.shard,
+            rank.kv_addresses,
+            self._memory_address + delivery.offsets[alike] + in_slot,
+            delivery.pages[alike],
+            delivery.started + message.deadline_s,
+            ended,
+            urgent=message.urgent,
+            plan=message.plan,
+            board_address=rank.board_address + message.board_slot * BOARD_WORD_BYTES,
+            stop_reason=delivery.refused,
+            layers_done=delivery.layers_done,
+            credit=rank.credit if message.first_position >= 0 else None,
+            first_position=message.first_position,
+            others=[
+                self._other_shards(delivery, rank, shards)
+                for shards in np.unique(delivery.shards[~alike]).tolist()
+            ],
+        )
+
+    def _other_shards(self, delivery: _Delivery, rank: Rank, shards: int) -> OtherShards:
+        rows, layout = delivery.shards == shards, delivery.engine.layout
+        return OtherShards(
+            np.frombuffer(self._pool.memory, np.uint8).reshape(-1, self._pool.slot_bytes),
+            delivery.offsets[rows] // self._pool.slot_bytes,
+            delivery.pages[rows],
+            msgspec.structs.replace(layout, shards=shards),
+            layout.shards,
+            rank.shard,
+        )
+
+    def heard(self, engine: Engine) -> None:
+        """A sign of life: jobs of the engine may turn out to be over."""
+        now = time.monotonic()
+        for landing in [landing for landing in self._landing if landing.engine is engine]:
+            if landing.heard_at is None:
+                landing.heard_at = now
+            elif now - landing.heard_at >= LANDED_AFTER_ALIVE_S:
+                self._landing.remove(landing)
+                self._say_ended(engine, landing.job, landing.error)
+
+    def engine_gone(self, engine: Engine) -> None:
+        """The process is dead, and its memory with it: nothing can land."""
+        self._landing = [landing for landing in self._landing if landing.engine is not engine]
+
+    @property
+    def landing_jobs(self) -> int:
+        """Failed deliveries whose last bytes may still be on their way."""
+        return len(self._landing)
+
+    def _check_present(self, message: Deliver) -> None:
+        pool, plan = self._pool, message.plan
+        present = [pool.is_resident(k) and pool.is_pinned_by(k, plan) for k in message.keys]
+        if not all(present):
+            raise BlocksMissing(present.count(False), len(present))
+
+    def _ended(self, delivery: _Delivery, nbytes: int, error: Exception | None) -> None:
+        engine, message = delivery.engine, delivery.message
+        engine.jobs.pop(message.job, None)
+        outcome, seconds = "failed", time.monotonic() - delivery.started
+        if error is None:
+            outcome = "ok"
+            self._tell(Delivered(message.plan, engine.name, nbytes, seconds))
+        elif isinstance(error, JobCancelled):
+            outcome = "cancelled"
+        self._counters.delivered(engine.name, outcome, nbytes)
+        log.log(
+            logging.WARNING if outcome == "failed" else logging.INFO,
+            "delivery ended engine=%s plan=%d job=%d outcome=%s blocks=%d bytes=%d "
+            "seconds=%.4f error=%s",
+            *(engine.name, message.plan, message.job, outcome, len(delivery.pages), nbytes),
+            *(seconds, error or ""),
+        )
+        if isinstance(error, TransferFailed):
+            if not engine.is_gone:
+                failed_at = time.monotonic()
+                self._landing.append(_Landing(engine, message.job, str(error), failed_at))
+        else:
+            self._say_ended(engine, message.job, str(error or ""))
+
+    def _say_ended(self, engine: Engine, job: int, error: str) -> None:
+        self._reply(engine, JobEnded(self._incarnation, job, error))

@@ -1,0 +1,67 @@
+"""The agent's end of its control connections: one ROUTER socket."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import cast
+
+import zmq
+import zmq.asyncio
+
+from common.messages import Message, encode
+from transfer.traffic.classes import CONTROL_DSCP
+
+log = logging.getLogger(__name__)
+
+QUEUE_MAX = 4096
+"""Messages queued for, or from, one client."""
+
+
+class CannotBind(Exception):
+    """The control endpoint is taken or is not one of this host."""
+
+    def __init__(self, endpoint: str, reason: str) -> None:
+        super().__init__(f"cannot serve at {endpoint}: {reason}")
+        self.endpoint = endpoint
+
+
+class Router:
+    """Never waits for a client: what its full queue does not take is dropped."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
+        self._socket.setsockopt(zmq.RCVHWM, QUEUE_MAX)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # Gateway and engines wait for these: they are not to queue behind the agent's KV.
+        self._socket.setsockopt(zmq.TOS, CONTROL_DSCP << 2)
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise CannotBind(endpoint, str(error)) from error
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        """With the port that the kernel chose, if it was asked to."""
+
+    async def receive(self) -> tuple[bytes, bytes]:
+        """The next frame and the identity of its sender."""
+        identity, *frames = await self._socket.recv_multipart()
+        return identity, frames[-1] if frames else b""
+
+    def send(self, identity: bytes, message: Message) -> bool:
+        """Queue a message for a client; False if it has no connection (any more)."""
+        # With NOBLOCK, pyzmq settles the future before it returns it.
+        sent = cast(
+            "asyncio.Future[None]",
+            self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK),
+        )
+        error = sent.exception()
+        if isinstance(error, zmq.Again):
+            log.warning("client's queue full, dropped message=%s", type(message).__name__)
+        return error is None or isinstance(error, zmq.Again)
+
+    def close(self) -> None:
+        self._context.destroy(0)
