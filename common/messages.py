@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from common.block import NO_PARENT, BlockKey, Namespace, TierName
+from common.ids import BoardSlot, Incarnation, JobId, PlanId
 
 PROTOCOL = b"DP1"
 
@@ -40,7 +41,7 @@ class AgentHello(_Message):
     """An agent's answer to ``Ping``, ``Subscribe`` and ``RegisterEngine``."""
 
     agent: str
-    incarnation: int
+    incarnation: Incarnation
     session_id: str
     """Mooncake session ("host:port") of this incarnation."""
     credit_address: int = 0
@@ -58,7 +59,7 @@ class Subscribe(_Message):
 class ReadShare(_Message):
     """Have these blocks in DRAM, and keep them there until the plan is released."""
 
-    plan: int
+    plan: PlanId
     keys: list[BlockKey]
     deadline_s: float
     zero_io: bool = False
@@ -69,7 +70,7 @@ class ReadShare(_Message):
 class ReleasePlan(_Message):
     """Nobody needs the plan's blocks any more (sent by gateway or decode engine)."""
 
-    plan: int
+    plan: PlanId
 
 
 # ---- agent -> gateway -------------------------------------------------------------------
@@ -86,7 +87,7 @@ class Holding(_Message):
 class Announcement(_Message):
     """Holdings of an agent. ``sequence`` counts from 0 (a snapshot); a gap means resync."""
 
-    incarnation: int
+    incarnation: Incarnation
     sequence: int
     snapshot: bool
     changes: list[Holding]
@@ -95,7 +96,7 @@ class Announcement(_Message):
 class ShareRead(_Message):
     """A reader's whole share is settled: which blocks are in DRAM, and what was read for it."""
 
-    plan: int
+    plan: PlanId
     in_dram: list[bool]
     read_bytes: dict[TierName, int]
     queue_s: float
@@ -106,7 +107,7 @@ class ShareRead(_Message):
 class Delivered(_Message):
     """A delivery for a plan has completed: for the request's trace."""
 
-    plan: int
+    plan: PlanId
     engine: str
     sent_bytes: int
     seconds: float
@@ -116,7 +117,7 @@ class Delivered(_Message):
 class AgentStatus(_Message):
     """Pushed each 0.2 s while anything changes, each second otherwise."""
 
-    incarnation: int
+    incarnation: Incarnation
     read_queue_bytes: dict[TierName, int]
     """Promised to be read from SSD, and from remote over the storage NIC, and not read yet."""
     read_bytes_per_s: dict[TierName, float]
@@ -152,7 +153,7 @@ class RegisterEngine(_Message):
     board slots; its first rank speaks for all."""
 
     engine: str
-    incarnation: int
+    incarnation: Incarnation
     namespace: Namespace
     shards: int
     """Equal parts into which the ranks split the KV heads. Rank r holds shard
@@ -169,11 +170,11 @@ class Deliver(_Message):
     land any more, at any rank.
     """
 
-    job: int
-    plan: int
+    job: JobId
+    plan: PlanId
     keys: list[BlockKey]
     pages: list[int]
-    board_slot: int
+    board_slot: BoardSlot
     urgent: bool
     """True for a prefill engine, whose forward waits; False for a decode engine."""
     deadline_s: float
@@ -185,7 +186,7 @@ class Deliver(_Message):
 class CancelJob(_Message):
     """Stop at the next batch; ``JobEnded`` follows."""
 
-    job: int
+    job: JobId
 
 
 class PullBlocks(_Message):
@@ -195,7 +196,7 @@ class PullBlocks(_Message):
     :func:`common.block.tenant_digest` of the request's salt, or empty.
     """
 
-    job: int
+    job: JobId
     keys: list[BlockKey]
     pages: list[int]
     deadline_s: float
@@ -209,8 +210,8 @@ class PullBlocks(_Message):
 class JobEnded(_Message):
     """No transfer of this ``Deliver`` is in flight any more."""
 
-    incarnation: int
-    job: int
+    incarnation: Incarnation
+    job: JobId
     error: str
     """Empty on success."""
 
@@ -218,16 +219,16 @@ class JobEnded(_Message):
 class PullEnded(_Message):
     """No transfer of this ``PullBlocks`` is in flight; ``held[i]``: the agent holds block i."""
 
-    incarnation: int
-    job: int
+    incarnation: Incarnation
+    job: JobId
     held: list[bool]
 
 
 class UnknownEngine(_Message):
     """The agent restarted and does not know the sender: register again and resend nothing."""
 
-    incarnation: int
-    job: int
+    incarnation: Incarnation
+    job: JobId
 
 
 # ---- gateway -> engine ------------------------------------------------------------------
@@ -237,7 +238,7 @@ class EnginePlan(_Message):
     """The hit prefix of a request that is about to arrive as ``rid``: block i of the prompt
     is ``keys[i]`` and is in the DRAM of agent ``agents[reader[i]]``."""
 
-    plan: int
+    id: PlanId
     rid: str
     namespace_digest: bytes
     """Of the weights and the layout that both engines must have."""
@@ -250,7 +251,7 @@ class EnginePlan(_Message):
 class EndPlan(_Message):
     """The request is over or was cancelled: forget the plan."""
 
-    plan: int
+    plan: PlanId
     rid: str
 
 
@@ -275,7 +276,7 @@ class EngineHello(_Message):
     engine: str
     role: str
     """"prefill" or "decode"."""
-    incarnation: int
+    incarnation: Incarnation
     namespace: Namespace
     bootstrap_port: int
     """Prefill engines: SGLang's bootstrap server; 0 otherwise."""
@@ -296,13 +297,13 @@ class EngineHello(_Message):
 class PlanAccepted(_Message):
     """The plan is in place: the request may be sent."""
 
-    plan: int
+    plan: PlanId
 
 
 class PlanRefused(_Message):
     """The engine is of another namespace by now: its ``EngineHello`` has just been sent."""
 
-    plan: int
+    plan: PlanId
 
 
 Message = (
@@ -357,7 +358,7 @@ FAILED = 0xFFFF
 BOARD_WORD_BYTES = 8
 
 
-def board_word(job: int, code: int) -> int:
+def board_word(job: JobId, code: int) -> int:
     """uint64 of the completion board: job number in the upper 48 bits, code in the lower 16.
 
     The job number makes a stale word of an earlier job in the same slot harmless.

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import msgspec
 
+from common.ids import Incarnation
+
 T = TypeVar("T", bound=msgspec.Struct)
 
 INCARNATION = "DUALPATH_INCARNATION"
@@ -39,6 +41,6 @@ def from_env(variable: str, kind: type[T]) -> T:
         raise BadSettings(f"{variable}: {error}") from error
 
 
-def incarnation() -> int:
+def incarnation() -> Incarnation:
     """This process's incarnation number (ms); 0 when started by hand."""
-    return int(os.environ.get(INCARNATION, "0"))
+    return Incarnation(int(os.environ.get(INCARNATION, "0")))

@@ -67,9 +67,9 @@ class ControlServer:
                 return [self._hello()]
             case EnginePlan():
                 if message.namespace_digest != self._namespace_digest():
-                    return [self._hello(), PlanRefused(message.plan)]
+                    return [self._hello(), PlanRefused(message.id)]
                 self._on_plan(message)
-                return [PlanAccepted(message.plan)]
+                return [PlanAccepted(message.id)]
             case EndPlan():
                 self._on_plan(message)
         return []

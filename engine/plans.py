@@ -9,6 +9,7 @@ from collections import OrderedDict
 import msgspec
 
 from common.block import BlockKey
+from common.ids import PlanId
 from common.messages import EnginePlan
 
 PLANS_MAX = 4096
@@ -18,7 +19,7 @@ class HeldPlan(msgspec.Struct, frozen=True):
     """The hit prefix of one request: block i of its prompt is ``keys[i]``, in the DRAM of
     ``agents[reader[i]]``. A hint: whoever uses it checks the keys."""
 
-    plan: int
+    id: PlanId
     rid: str
     namespace_digest: bytes
     keys: list[BlockKey]
@@ -41,7 +42,7 @@ class Plans:
     def put(self, message: EnginePlan) -> None:
         """Hold a plan; at the bound the oldest is forgotten (its request recomputes)."""
         held = HeldPlan(
-            message.plan,
+            message.id,
             message.rid,
             message.namespace_digest,
             message.keys,

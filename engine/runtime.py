@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from common.block import BlockKey, Namespace, block_keys
+from common.ids import BoardSlot, JobId
 from common.messages import (
     AgentHello,
     EndPlan,
@@ -119,7 +120,7 @@ class EngineRuntime:
         board = CompletionBoard(BOARD_WORDS, transfer_engine.register)
         self._rank_memories = self.ranks.gather(
             RankMemory(
-                transfer_engine.get_session_id(), self.memory.addresses, board.address(slot=0)
+                transfer_engine.get_session_id(), self.memory.addresses, board.address(BoardSlot(0))
             )
         )
         others = OtherBoards(
@@ -244,7 +245,7 @@ class EngineRuntime:
             self._rank_memories,
         )
 
-    def _tell_job_over(self, job: int, reason: str) -> None:
+    def _tell_job_over(self, job: JobId, reason: str) -> None:
         self.ranks.post(JobOver(job, reason))
 
     def _apply(self, event: Event) -> None:
@@ -339,7 +340,7 @@ class EngineRuntime:
         while not pause.wait(_REAP_S):
             self.jobs.reap()
             for plan in self.plans.expired():
-                self.ranks.post(EndPlan(plan.plan, plan.rid))
+                self.ranks.post(EndPlan(plan.id, plan.rid))
             self._end_if_quarantine_is_full()
 
     def _end_if_quarantine_is_full(self) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.block import TierName
+from common.ids import NO_INCARNATION, Incarnation
 from common.prefill_cost import TERMS, request_terms
 from scheduler.options import SchedulerOptions
 
@@ -66,14 +67,14 @@ class Processes:
     def __init__(self, kinds: int) -> None:
         self.names: list[str] = []
         self.row_of: dict[str, int] = {}
-        self.incarnation: list[int] = []
+        self.incarnation: list[Incarnation] = []
         self.last_seen_s: Floats = np.empty(0)
         self.draining: Mask = np.empty(0, bool)
         self.drained: set[str] = set()
         """Names that are to get nothing new, also those not seen yet."""
         self.promised: Floats = np.empty((0, kinds))
         self._promises: list[dict[int, tuple[Floats, float]]] = []
-        """By row and plan: how much of each kind, and when the process got it."""
+        """By row and promise (a plan has two): how much of each kind, and when it was made."""
         self._columns = ["last_seen_s", "draining", "promised"]
 
     def row(self, name: str) -> int:
@@ -83,7 +84,7 @@ class Processes:
             return row
         row = self.row_of[name] = len(self.names)
         self.names.append(name)
-        self.incarnation.append(0)
+        self.incarnation.append(NO_INCARNATION)
         self._promises.append({})
         if row == len(self.last_seen_s):
             self._grow(max(8, 2 * row))
@@ -107,7 +108,7 @@ class Processes:
             new[: len(old)] = old
             setattr(self, column, new)
 
-    def report(self, name: str, incarnation: int, now: float) -> int | None:
+    def report(self, name: str, incarnation: Incarnation, now: float) -> int | None:
         """Note a sign of life; None if it is an earlier incarnation's and must be ignored."""
         row = self.row(name)
         if incarnation < self.incarnation[row]:
@@ -118,8 +119,8 @@ class Processes:
         self.incarnation[row] = incarnation
         self.last_seen_s[row] = now
         due = [p for p, (_, at) in self._promises[row].items() if at + REPORT_LAG_S <= now]
-        for plan in due:
-            self.settle(row, plan)
+        for promise in due:
+            self.settle(row, promise)
         return row
 
     def lost(self, name: str) -> None:
@@ -129,27 +130,27 @@ class Processes:
         self._promises[row].clear()
         self.promised[row] = 0
 
-    def promise(self, rows: Rows, plan: int, amounts: Floats, at: float) -> None:
+    def promise(self, rows: Rows, promise: int, amounts: Floats, at: float) -> None:
         """Count work in until a report that comes after ``at`` shows it; ``at`` is infinite
         while the scheduler alone knows of the work. ``amounts`` has a row for each process."""
         for row, of_row in zip(rows.tolist(), amounts, strict=True):
-            self._promises[row][plan] = of_row, at
+            self._promises[row][promise] = of_row, at
         self.promised[rows] += amounts
 
-    def promised_to(self, row: int, plan: int) -> Floats | None:
-        """What is still promised to the process for a plan."""
-        entry = self._promises[row].get(plan)
+    def promised_to(self, row: int, promise: int) -> Floats | None:
+        """What is still promised to the process."""
+        entry = self._promises[row].get(promise)
         return entry[0] if entry is not None else None
 
-    def handed_over(self, row: int, plan: int, now: float) -> None:
+    def handed_over(self, row: int, promise: int, now: float) -> None:
         """The process has the work now: its reports will show it."""
-        if plan in self._promises[row]:
-            self._promises[row][plan] = self._promises[row][plan][0], now
+        if promise in self._promises[row]:
+            self._promises[row][promise] = self._promises[row][promise][0], now
 
-    def settle(self, row: int, plan: int) -> None:
+    def settle(self, row: int, promise: int) -> None:
         """The work is done or given up, or shows in the reports."""
         promises = self._promises[row]
-        entry = promises.pop(plan, None)
+        entry = promises.pop(promise, None)
         if entry is None:
             return
         if promises:

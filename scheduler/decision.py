@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from common.ids import PlanId
 from scheduler.cluster_state import ClusterState, Device, Floats, Mask
 from scheduler.load_policy import LoadEstimate
 from scheduler.plan import Plan
@@ -36,7 +37,7 @@ class Decision(msgspec.Struct, frozen=True):
         """JSON-able: candidates, backlogs, estimates, the choice."""
         plan = self.plan
         return {
-            "plan": plan.plan,
+            "plan": plan.id,
             "rid": plan.rid,
             "policy": self.policy,
             "age_s": round(now - self.decided_s, 3),
@@ -100,7 +101,7 @@ class Decisions:
         engines, agents = state.engines, state.agents
         count = len(state.usable_engines)
         promised = engines.promised[:count]
-        self._decisions[plan.plan] = Decision(
+        self._decisions[plan.id] = Decision(
             plan,
             policy,
             now,
@@ -120,14 +121,14 @@ class Decisions:
         if len(self._decisions) > self._kept:
             self._decisions.popitem(last=False)
 
-    def find(self, plan: int | str) -> Decision | None:
+    def find(self, plan: PlanId | str) -> Decision | None:
         """By plan number, or the latest of a request id."""
         if isinstance(plan, int):
             return self._decisions.get(plan)
         found = (d for d in reversed(self._decisions.values()) if d.plan.rid == plan)
         return next(found, None)
 
-    def expected_first_token_s(self, plan: int) -> float:
+    def expected_first_token_s(self, plan: PlanId) -> float:
         """What a plan's choice to load or to recompute was made by, from the plan on; 0 where
         there was no such choice, or the prefill engine's speed was not known."""
         decision = self.find(plan)

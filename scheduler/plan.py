@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from common.block import BlockKey, TierName
+from common.ids import PlanId
 
 
 class NoEngine(Exception):
@@ -52,7 +53,7 @@ class Plan(msgspec.Struct, frozen=True):
     """The decision for one request. Hit block i of the prompt is ``keys[i]``; ``ranges``
     cover the hit in prompt order."""
 
-    plan: int
+    id: PlanId
     rid: str
     prefill: str
     decode: str

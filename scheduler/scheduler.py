@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from common.block import TierName
+from common.ids import FIRST_PLAN, Incarnation, PlanId
 from common.prefill_cost import ForwardCost, coefficients
 from scheduler import cluster_view
 from scheduler.cluster_state import (
@@ -44,12 +45,12 @@ class _Open(msgspec.Struct):
     agent_rows: list[int]
 
 
-def _reading(plan: int) -> int:
+def _reading(plan: PlanId) -> int:
     """Number of the promise to read for a plan ..."""
     return plan
 
 
-def _moving(plan: int) -> int:
+def _moving(plan: PlanId) -> int:
     """... and of the promise to send and to receive, which outlasts the reading."""
     return ~plan
 
@@ -77,7 +78,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, policy: str, options: SchedulerOptions | None = None, first_plan: int = 1
+        self, policy: str, options: SchedulerOptions | None = None, first_plan: PlanId = FIRST_PLAN
     ) -> None:
         self.options = options or SchedulerOptions()
         self.set_policy(policy)
@@ -103,7 +104,7 @@ class Scheduler:
         *,
         role: str,
         agent: str,
-        incarnation: int,
+        incarnation: Incarnation,
         sequences: int,
         pending_tokens: int,
         context_tokens: int,
@@ -131,7 +132,7 @@ class Scheduler:
         self,
         name: str,
         *,
-        incarnation: int,
+        incarnation: Incarnation,
         read_queue_bytes: Mapping[TierName, int],
         read_bytes_per_s: Mapping[TierName, float],
         deliver_queue_bytes: int,
@@ -182,7 +183,7 @@ class Scheduler:
     def announce(
         self,
         agent: str,
-        incarnation: int,
+        incarnation: Incarnation,
         sequence: int,
         snapshot: bool,
         changes: Iterable[Change],
@@ -213,7 +214,7 @@ class Scheduler:
         self.directory.expect_read(request.keys, plan.ranges)
         return plan
 
-    def share_settled(self, plan: int, agent: str, in_dram: list[bool], now: float) -> int:
+    def share_settled(self, plan: PlanId, agent: str, in_dram: list[bool], now: float) -> int:
         """A reader has settled its share (``Plan.shares()[agent]``, same order).
 
         What ``in_dram`` does not reach counts as not in DRAM, so ``[]`` gives the share up.
@@ -230,7 +231,7 @@ class Scheduler:
         self.state.agents.settle(self.state.agents.row_of[agent], _reading(plan))
         return entry.hit_blocks
 
-    def submitted(self, plan: int, now: float) -> None:
+    def submitted(self, plan: PlanId, now: float) -> None:
         """The request was posted to both engines: reports soon show the work themselves."""
         entry = self._entry(plan)
         for row in entry.engine_rows:
@@ -238,7 +239,7 @@ class Scheduler:
         for row in entry.agent_rows:
             self.state.agents.handed_over(row, _moving(plan), now)
 
-    def finished(self, plan: int, now: float) -> None:
+    def finished(self, plan: PlanId, now: float) -> None:
         """The request is over, failed or cancelled. Again, or of an unknown plan: no effect."""
         entry = self._open.pop(plan, None)
         if entry is None:
@@ -251,13 +252,13 @@ class Scheduler:
 
     # ---- what can be seen -------------------------------------------------------------
 
-    def explain(self, plan: int | str, now: float) -> dict[str, Any] | None:
+    def explain(self, plan: PlanId | str, now: float) -> dict[str, Any] | None:
         """The candidates, backlogs, estimates and choice of a plan, by its number or its
         request's id; None if it is too long ago."""
         decision = self._decisions.find(plan)
         return decision.view(now) if decision is not None else None
 
-    def expected_first_token_s(self, plan: int) -> float:
+    def expected_first_token_s(self, plan: PlanId) -> float:
         """See ``Decisions``."""
         return self._decisions.expected_first_token_s(plan)
 
@@ -276,7 +277,7 @@ class Scheduler:
 
     # ---- inside -----------------------------------------------------------------------
 
-    def _entry(self, plan: int) -> _Open:
+    def _entry(self, plan: PlanId) -> _Open:
         if plan not in self._open:
             raise UnknownPlan(plan)
         return self._open[plan]
@@ -287,7 +288,7 @@ class Scheduler:
         if lost_blocks <= 0:
             return
         entry.hit_blocks = hit_blocks
-        engines, plan, row = self.state.engines, entry.plan.plan, entry.engine_rows[0]
+        engines, plan, row = self.state.engines, entry.plan.id, entry.engine_rows[0]
         promised = engines.promised_to(row, plan)
         if promised is not None:
             engines.settle(row, plan)
@@ -347,10 +348,10 @@ class Scheduler:
     ) -> Plan:
         engines, agents = self.state.engines, self.state.agents
         number = self._next_plan
-        self._next_plan += 1
+        self._next_plan = PlanId(number + 1)
         blocks = ranges[-1].first + ranges[-1].blocks if ranges else 0
         return Plan(
-            plan=number,
+            id=number,
             rid=request.rid,
             prefill=engines.names[prefill],
             decode=engines.names[decode],
@@ -366,7 +367,7 @@ class Scheduler:
     def _promise(
         self, plan: Plan, request: PlanRequest, rows: tuple[int, int], work: Work, now: float
     ) -> None:
-        engines, agents, number = self.state.engines, self.state.agents, plan.plan
+        engines, agents, number = self.state.engines, self.state.agents, plan.id
         miss = request.prompt_tokens - len(plan.keys) * request.page_tokens
         needed = request.prompt_tokens + request.max_new_tokens
         asked = np.array([[miss, 1, request.prompt_tokens], [0, 1, needed]], np.float64)

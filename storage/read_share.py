@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 
 from common.block import BlockKey, TierName
+from common.ids import PlanId
 
 
 class Fill:
@@ -16,13 +17,13 @@ class Fill:
 
     def __init__(self, tier: TierName | None) -> None:
         self.tier = tier
-        self.plans: set[int] = set()
+        self.plans: set[PlanId] = set()
 
 
 class ReadShare:
     """The blocks that one plan wants in DRAM: queued, then reading, then settled."""
 
-    def __init__(self, plan: int, keys: list[BlockKey], deadline_s: float, now: float) -> None:
+    def __init__(self, plan: PlanId, keys: list[BlockKey], deadline_s: float, now: float) -> None:
         self.plan = plan
         self.keys = keys
         self.deadline_s = deadline_s
@@ -61,10 +62,10 @@ class ShareBook:
     def reading(self) -> int:
         return len(self._shares) - len(self._queue) - self._settled
 
-    def __contains__(self, plan: int) -> bool:
+    def __contains__(self, plan: PlanId) -> bool:
         return plan in self._shares
 
-    def get(self, plan: int) -> ReadShare | None:
+    def get(self, plan: PlanId) -> ReadShare | None:
         return self._shares.get(plan)
 
     def head(self) -> ReadShare | None:

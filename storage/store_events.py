@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from common.block import BlockKey, TierName
+from common.ids import PlanId
 from storage.index.holdings import Holdings
 from storage.read_share import ShareBook
 from storage.slot_pool import SlotPool
@@ -15,7 +16,7 @@ class ShareSettled(msgspec.Struct, frozen=True):
     """A plan's share is as good as it gets: ``in_dram[i]`` tells that its block i is in
     DRAM and pinned until the plan is released."""
 
-    plan: int
+    plan: PlanId
     in_dram: list[bool]
     read_bytes: dict[TierName, int]
     """Read for this plan; a block that several plans waited for counts for the first."""

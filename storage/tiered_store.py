@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.block import UNLABELLED, BlockKey, BlockLabel, TierName
+from common.ids import PlanId
 from common.rate import RateMeter
 from storage.index.holdings import Holdings
 from storage.index.owners import Selector
@@ -81,7 +82,7 @@ class TieredStore:
 
     # ---- plans ----------------------------------------------------------------------
 
-    def admit(self, plan: int, keys: Sequence[BlockKey], deadline: float, now: float) -> None:
+    def admit(self, plan: PlanId, keys: Sequence[BlockKey], deadline: float, now: float) -> None:
         """Queue a plan's share; ShareSettled follows, by ``deadline`` at the latest.
 
         A plan that is here already is ignored; one that does not fit the queue settles
@@ -103,7 +104,7 @@ class TieredStore:
         self._shares.enqueue(share)
         self._grant(now)
 
-    def release(self, plan: int) -> None:
+    def release(self, plan: PlanId) -> None:
         """The plan needs its blocks no more, settled or not. Unknown plans are ignored."""
         if (share := self._shares.get(plan)) is None:
             return

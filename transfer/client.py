@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import zmq
 
+from common.ids import Incarnation
 from common.messages import (
     AgentHello,
     MalformedMessage,
@@ -42,7 +43,7 @@ class _Link:
         self.socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
         self.socket.setsockopt(zmq.RCVHWM, QUEUE_MAX)
         self.socket.connect(endpoint)
-        self.incarnation: int | None = None
+        self.incarnation: Incarnation | None = None
         self.hello: AgentHello | None = None
         self.last_heard = -SILENT_AFTER_S
 
@@ -57,7 +58,7 @@ class AgentLinks:
         endpoints: dict[str, str],
         hello: RegisterEngine,
         on_message: Callable[[str, Message], None],
-        on_incarnation: Callable[[str, int], None] = lambda agent, incarnation: None,
+        on_incarnation: Callable[[str, Incarnation], None] = lambda agent, incarnation: None,
         on_hello: Callable[[AgentHello], None] = lambda hello: None,
     ) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
@@ -91,7 +92,7 @@ class AgentLinks:
                 self._wake.send(b"", zmq.NOBLOCK)
         return True
 
-    def incarnation(self, agent: str) -> int | None:
+    def incarnation(self, agent: str) -> Incarnation | None:
         """The newest incarnation seen, or None before the first answer or for a stranger."""
         link = self._links.get(agent)
         return link.incarnation if link is not None else None
@@ -169,7 +170,7 @@ class AgentLinks:
             case _:
                 self._on_message(agent, message)
 
-    def _greeted(self, agent: str, link: _Link, incarnation: int) -> None:
+    def _greeted(self, agent: str, link: _Link, incarnation: Incarnation) -> None:
         if link.incarnation is not None and incarnation <= link.incarnation:
             return
         link.incarnation = incarnation

@@ -257,13 +257,13 @@ class Fluid:
 
     def _share_read(self, turn: Turn, plan: Plan, agent: str, keys: list[BlockKey]) -> None:
         in_dram = [True] * len(keys)
-        self.cluster.scheduler.share_settled(plan.plan, agent, in_dram, self.clock.now)
+        self.cluster.scheduler.share_settled(plan.id, agent, in_dram, self.clock.now)
         turn.unread -= 1
         if not turn.unread:
             self._submit(turn, plan)
 
     def _submit(self, turn: Turn, plan: Plan) -> None:
-        self.cluster.scheduler.submitted(plan.plan, self.clock.now)
+        self.cluster.scheduler.submitted(plan.id, self.clock.now)
         prefill, decode = self._engine[plan.prefill], self._engine[plan.decode]
         miss = turn.request.prompt_tokens - len(plan.keys) * PAGE_TOKENS
         held = turn.request.prompt_tokens + turn.generated
@@ -280,7 +280,7 @@ class Fluid:
 
         def decoded() -> None:
             self._load[decode] -= (1, 0, held)
-            self.cluster.scheduler.finished(plan.plan, self.clock.now)
+            self.cluster.scheduler.finished(plan.id, self.clock.now)
             self.turns_done += 1
             self._context[turn.agent] += turn.appended + turn.generated
             self._next_turn(turn.agent)

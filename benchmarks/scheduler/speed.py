@@ -92,11 +92,11 @@ class PlanLoop:
         self._plan_s.append(time.thread_time() - cpu_s)
         self._plan_wall_s.append(time.perf_counter() - wall_s)
         for agent, share in plan.shares().items():
-            scheduler.share_settled(plan.plan, agent, [True] * len(share), self._now)
-        scheduler.submitted(plan.plan, self._now)
+            scheduler.share_settled(plan.id, agent, [True] * len(share), self._now)
+        scheduler.submitted(plan.id, self._now)
         self._open.append(plan)
         if len(self._open) > OPEN_PLANS_A_NODE * self._nodes:
-            scheduler.finished(self._open.popleft().plan, self._now)
+            scheduler.finished(self._open, self._now)
         self._report()
 
     def _report(self) -> None:

@@ -21,6 +21,7 @@ import msgspec
 import torch
 
 from common.block import NO_PARENT, BlockKey, block_keys, tenant_digest
+from common.ids import NO_INCARNATION
 from common.messages import PullBlocks, PullEnded
 from common.page_hashes import continue_chain, namespace_seed
 from engine.config import EngineConfig
@@ -131,7 +132,7 @@ class Persister:
         def ended(reason: str) -> None:
             self._open_pulls.discard(job)
 
-        incarnation = self._links.incarnation(agent) or 0
+        incarnation = self._links.incarnation(agent) or NO_INCARNATION
         job = self._jobs.open(agent, incarnation, pages, timeout_s, ended)
         self._open_pulls.add(job)
         if self._links.send(agent, PullBlocks(job, keys, pages, timeout_s, parent, tenant)):

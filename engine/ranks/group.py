@@ -19,6 +19,7 @@ import msgspec
 import torch
 import torch.distributed
 
+from common.ids import Incarnation, JobId
 from common.messages import EndPlan, EnginePlan
 
 T = TypeVar("T")
@@ -27,7 +28,7 @@ T = TypeVar("T")
 class JobOver(msgspec.Struct, frozen=True):
     """No transfer of a job is in flight any more."""
 
-    job: int
+    job: JobId
     reason: str
     """Empty on success."""
 
@@ -123,7 +124,7 @@ class SilentLinks:
     def send(self, agent: str, message: object) -> bool:
         return True
 
-    def incarnation(self, agent: str) -> int | None:
+    def incarnation(self, agent: str) -> Incarnation | None:
         return None
 
     def set_hello(self, hello: object) -> None:

@@ -69,7 +69,7 @@ def after_prefix_match(match: Any, queue: Any, req: Any, result: Any, **_: Any) 
     if hit <= on_device:
         return match
     if engine.prompt_keys(req, hit) != plan.keys[:hit]:
-        log.warning("plan of another prompt ignored rid=%s plan=%d", req.rid, plan.plan)
+        log.warning("plan of another prompt ignored rid=%s plan=%d", req.rid, plan.id)
         return match
     match.dualpath_restore = Restore(plan, on_device, hit - on_device)
     match.l3_storage_hit_length = (hit - on_device) * page
@@ -201,7 +201,7 @@ def _release(rid: str) -> None:
     if plan is None:
         return
     for agent in plan.agents:
-        engine.links.send(agent, ReleasePlan(plan.plan))
+        engine.links.send(agent, ReleasePlan(plan.id))
     engine.plans.drop(rid)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from common.ids import BoardSlot, JobId
 from common.messages import BOARD_WORD_BYTES, FAILED, board_word
 
 
@@ -29,23 +30,23 @@ class CompletionBoard:
         self._lock = threading.Lock()
         register(int(self._words.ctypes.data), self._words.nbytes)
 
-    def take(self) -> int:
+    def take(self) -> BoardSlot:
         """A slot for one job."""
         with self._lock:
             if not self._free:
                 raise BoardFull(f"all {len(self._words)} completion words are in use")
-            return self._free.pop()
+            return BoardSlot(self._free.pop())
 
-    def give_back(self, slot: int) -> None:
+    def give_back(self, slot: BoardSlot) -> None:
         """The job of this slot has ended."""
         with self._lock:
             self._free.append(slot)
 
-    def address(self, slot: int) -> int:
+    def address(self, slot: BoardSlot) -> int:
         """Where the agent writes."""
         return int(self._words.ctypes.data) + slot * BOARD_WORD_BYTES
 
-    def layers_delivered(self, slot: int, job: int) -> int:
+    def layers_delivered(self, slot: BoardSlot, job: JobId) -> int:
         """Layers of ``job`` that are in device memory; ``FAILED`` once it has failed."""
         word = int(self._words[slot])
         return word & FAILED if word >> 16 == job else 0
@@ -69,7 +70,7 @@ class OtherBoards:
         self._word = np.zeros(1, np.uint64)
         register(int(self._word.ctypes.data), self._word.nbytes)
 
-    def fail(self, slot: int, job: int) -> None:
+    def fail(self, slot: BoardSlot, job: JobId) -> None:
         """A forward there need not wait for the delivery's timeout. Best effort."""
         with self._lock:
             self._word[0] = board_word(job, FAILED)

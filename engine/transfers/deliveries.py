@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
+from common.ids import NO_INCARNATION, NO_JOB, BoardSlot, JobId, PlanId
 from common.messages import FAILED, CancelJob, Deliver
 from engine.plans import HeldPlan
 from engine.prefill.forward_clock import Waits
@@ -30,8 +31,8 @@ _POLL_S = 0.0002
 
 class _Writer(msgspec.Struct):
     agent: str
-    job: int = 0
-    slot: int = 0
+    job: JobId = NO_JOB
+    slot: BoardSlot = BoardSlot(0)
     has_ended: bool = False
     """Ended well: every layer is delivered, and the slot may serve another job."""
 
@@ -85,7 +86,7 @@ class Deliveries:
         num_layers: int,
         timeout_s: float,
         urgent: bool,
-        tell_failure: Callable[[int, int], None],
+        tell_failure: Callable[[BoardSlot, JobId], None],
     ) -> None:
         """``tell_failure(slot, job)`` lets the other ranks' boards say that a job failed."""
         self._tell_failure = tell_failure
@@ -117,13 +118,13 @@ class Deliveries:
             share[plan.reader_of(first_block + offset)].append(offset)
         for agent, offsets in share.items():
             keys = [plan.keys[first_block + offset] for offset in offsets]
-            self._add_writer(delivery, plan.plan, agent, keys, [pages[o] for o in offsets])
+            self._add_writer(delivery, plan.id, agent, keys, [pages[o] for o in offsets])
         if delivery.error:
             self.abandon(delivery)
         return delivery
 
     def _add_writer(
-        self, delivery: Delivery, plan: int, agent: str, keys: list, pages: list[int]
+        self, delivery: Delivery, plan: PlanId, agent: str, keys: list, pages: list[int]
     ) -> None:
         try:
             slot = self.board.take()
@@ -143,12 +144,18 @@ class Deliveries:
             writer.has_ended = not reason
             self.board.give_back(slot)
 
-        incarnation = self._links.incarnation(agent) or 0
+        incarnation = self._links.incarnation(agent) or NO_INCARNATION
         job = self._jobs.open(agent, incarnation, pages, self._timeout_s, ended, failed)
         writer.job = job
         delivery.writers.append(writer)
         order = Deliver(
-            *(job, plan, keys, pages, slot, self._urgent, self._timeout_s),
+            job=job,
+            plan=plan,
+            keys=keys,
+            pages=pages,
+            board_slot=slot,
+            urgent=self._urgent,
+            deadline_s=self._timeout_s,
             first_position=delivery.first_position,
         )
         if not self._links.send(agent, order):

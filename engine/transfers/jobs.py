@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from common.ids import Incarnation, JobId
 from engine.transfers.page_holds import PageHolds
 
 DEATH_GRACE_S = 1.0
@@ -25,9 +26,9 @@ class OpenJob(msgspec.Struct):
     """``failed`` is called with the reason as soon as one is known, from any thread; ``ended``
     once, with "" or the reason, when the job is closed."""
 
-    job: int
+    job: JobId
     agent: str
-    incarnation: int
+    incarnation: Incarnation
     deadline: float
     ended: Callable[[str], None]
     failed: Callable[[str], None]
@@ -46,31 +47,31 @@ class Jobs:
 
     def __init__(
         self,
-        incarnation: int,
+        incarnation: Incarnation,
         holds: PageHolds,
         clock: Callable[[], float] = time.monotonic,
-        tell: Callable[[int, str], None] | None = None,
+        tell: Callable[[JobId, str], None] | None = None,
     ) -> None:
         self._tell = tell or self.close
         self._numbers = itertools.count(((incarnation & 0x7FFFFFFF) << 16) + 1)
         self._holds = holds
         self._clock = clock
         self._lock = threading.Lock()
-        self._open: dict[int, OpenJob] = {}
-        self._newest: dict[str, int] = {}
+        self._open: dict[JobId, OpenJob] = {}
+        self._newest: dict[str, Incarnation] = {}
 
     def open(
         self,
         agent: str,
-        incarnation: int,
+        incarnation: Incarnation,
         pages: Iterable[int],
         timeout_s: float,
         ended: Callable[[str], None],
         failed: Callable[[str], None] = lambda reason: None,
-    ) -> int:
+    ) -> JobId:
         """Number a job of ``agent``'s present incarnation and hold its pages."""
         with self._lock:
-            job = next(self._numbers)
+            job = JobId(next(self._numbers))
             now = self._clock()
             opened = OpenJob(job, agent, incarnation, now + timeout_s, ended, failed)
             if incarnation < self._newest.get(agent, incarnation):
@@ -79,7 +80,7 @@ class Jobs:
         self._holds.hold(job, pages)
         return job
 
-    def over(self, job: int, reason: str = "") -> None:
+    def over(self, job: JobId, reason: str = "") -> None:
         """The job has ended: nothing of it is in flight. Unknown jobs are ignored."""
         opened = self._open.get(job)
         if opened is None or opened.is_over:
@@ -89,7 +90,7 @@ class Jobs:
             opened.failed(reason)
         self._tell(job, reason)
 
-    def close(self, job: int, reason: str = "") -> None:
+    def close(self, job: JobId, reason: str = "") -> None:
         """Every rank knows of the end. Unknown jobs are ignored."""
         with self._lock:
             opened = self._open.pop(job, None)
@@ -97,12 +98,12 @@ class Jobs:
             self._holds.release(job)
             opened.ended(reason)
 
-    def of_incarnation(self, job: int, agent: str, incarnation: int) -> bool:
+    def of_incarnation(self, job: JobId, agent: str, incarnation: Incarnation) -> bool:
         """Whether an agent's message about a job comes from the incarnation that has it."""
         opened = self._open.get(job)
         return opened is not None and (opened.agent, opened.incarnation) == (agent, incarnation)
 
-    def agent_restarted(self, agent: str, incarnation: int) -> None:
+    def agent_restarted(self, agent: str, incarnation: Incarnation) -> None:
         """Jobs of earlier incarnations of this agent will end after the grace period."""
         now = self._clock()
         with self._lock:

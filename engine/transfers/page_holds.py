@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from common.ids import JobId
+
 
 class PageHolds:
     """Holds by job. ``hold`` and ``release`` may come from any thread; everything that
@@ -33,14 +35,14 @@ class PageHolds:
         self._deferred: set[int] = set()
         self._returned: deque[list[int]] = deque()
 
-    def hold(self, job: int, pages: Iterable[int]) -> None:
+    def hold(self, job: JobId, pages: Iterable[int]) -> None:
         """``job`` may touch these pages from now on."""
         with self._lock:
             held = list(pages)
             self._pages_of[job] = held
             self._holders.update(held)
 
-    def release(self, job: int) -> None:
+    def release(self, job: JobId) -> None:
         """No transfer of ``job`` is in flight any more. Unknown jobs are ignored."""
         with self._lock:
             free_now = []

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from common.ids import Incarnation
 from common.process_settings import INCARNATION
 from launch.cluster.process_record import ProcessRecord
 from transfer.traffic import cgroup
@@ -25,7 +26,9 @@ _libc = ctypes.CDLL(None)
 class Child:
     """Started when built. Output goes straight to ``log``: nothing stalls if we do."""
 
-    def __init__(self, record: ProcessRecord, log: Path, env: dict[str, str], incarnation: int):
+    def __init__(
+        self, record: ProcessRecord, log: Path, env: dict[str, str], incarnation: Incarnation
+    ):
         self.record = record
         self.log = log
         self.started_at = time.monotonic()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from common.ids import Incarnation
 from common.process_settings import RUN_FOLDER
 from launch.cluster.child import Child, end_sessions
 from launch.cluster.health import Prober
@@ -127,7 +128,7 @@ class Supervisor:
         self._incarnation = max(self._incarnation + 1, int(time.time() * 1000))
         # SGLang leaves its sockets in the folder for temporary files.
         env = {"TMPDIR": self._scratch, RUN_FOLDER: self._scratch}
-        child = Child(record, self._logs[record.name], env, self._incarnation)
+        child = Child(record, self._logs[record.name], env, Incarnation(self._incarnation))
         self._children[record.name] = child
         return child
 

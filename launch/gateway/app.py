@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request, Response
 
+from common.ids import PlanId
 from launch.gateway.admission import Seat
 from launch.gateway.config import GatewayConfig
 from launch.gateway.control.control_plane import ControlPlane
@@ -68,7 +69,7 @@ def create_app(config: GatewayConfig, run_folder: Path | None = None) -> FastAPI
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        first_plan = int(time.time() * 1000) * PLANS_PER_MS
+        first_plan = PlanId(int(time.time() * 1000) * PLANS_PER_MS)
         scheduler = Scheduler(config.path_policy, config.scheduler, first_plan)
         plane = ControlPlane(config, scheduler)
         orders = Orders(scheduler, [peer.name for peer in plane.peers()], run_folder)
@@ -237,7 +238,7 @@ def _admin_routes(app: FastAPI) -> None:
     async def plan(request: Request, plan: str) -> Response:
         """Why a request went where it went, by the plan's number or the request's id."""
         scheduler, now = _services(request).scheduler, time.monotonic()
-        view = scheduler.explain(int(plan), now) if plan.isdecimal() else None
+        view = scheduler.explain(PlanId(int(plan)), now) if plan.isdecimal() else None
         view = view or scheduler.explain(plan, now)
         if view is None:
             kept = scheduler.options.decisions_kept

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.block import BlockKey, TierName
+from common.ids import NO_INCARNATION, Incarnation
 from scheduler.directory.holder_sets import NOBODY, Holders, HolderSets, SetIds, run_starts
 from scheduler.directory.key_table import Fingerprints, KeyTable, Slots, fingerprints
 from scheduler.plan import Range
@@ -49,7 +50,7 @@ class Run(msgspec.Struct, frozen=True):
 class _Stream(msgspec.Struct):
     """Where one agent's announcements stand; ``next_sequence`` is None until a snapshot comes."""
 
-    incarnation: int
+    incarnation: Incarnation
     next_sequence: int | None = None
 
 
@@ -94,7 +95,7 @@ class Directory:
     def apply(
         self,
         agent: str,
-        incarnation: int,
+        incarnation: Incarnation,
         sequence: int,
         snapshot: bool,
         changes: Iterable[Change],
@@ -144,7 +145,7 @@ class Directory:
             ids = self._sets.added(ids, [part.first for part in ranges], bits)
             self._set_ids[slots[slots >= 0]] = ids[slots >= 0]
 
-    def forget(self, agent: str, incarnation: int = 0) -> None:
+    def forget(self, agent: str, incarnation: Incarnation = NO_INCARNATION) -> None:
         """Drop the DRAM and SSD holdings of an agent that died; remote blocks stay.
 
         Until its next snapshot its announcements are refused, and for ever those of an
@@ -152,9 +153,10 @@ class Directory:
         """
         known = self._streams.get(agent)
         self._clear(agent)
-        self._streams[agent] = _Stream(max(incarnation, known.incarnation if known else 0))
+        newest = max(incarnation, known.incarnation) if known else incarnation
+        self._streams[agent] = _Stream(newest)
 
-    def renewed(self, agent: str, incarnation: int) -> None:
+    def renewed(self, agent: str, incarnation: Incarnation) -> None:
         """The agent runs as ``incarnation``: forget what an earlier one held, unless this one
         has announced something already, which took its place."""
         known = self._streams.get(agent)

@@ -57,7 +57,7 @@ def test_requests_leave_the_global_queue_in_order_and_all_of_them(policy, script
             running.append(plan)
 
     def finish(which: int) -> None:
-        scheduler.finished(running.pop(which % len(running)).plan, 0.0)
+        scheduler.finished(running.pop(which % len(running)).id, 0.0)
         plan_waiting()
 
     for action, value in script:
@@ -105,7 +105,7 @@ class Readers:
 
     def admit(self, plan: Plan) -> None:
         for agent, keys in plan.shares().items():
-            self.stores[agent].admit(plan.plan, keys, 1e9, 0.0)
+            self.stores[agent].admit(plan.id, keys, 1e9, 0.0)
 
     def poll(self, agent: str) -> None:
         for event in self.stores[agent].poll(0.0):
@@ -114,13 +114,13 @@ class Readers:
 
     def has_all(self, plan: Plan) -> bool:
         shares = plan.shares()
-        done = [self.settled.get((plan.plan, agent)) for agent in shares]
+        done = [self.settled.get((plan.id, agent)) for agent in shares]
         assert all(in_dram is None or all(in_dram) for in_dram in done)
         return None not in done
 
     def release(self, plan: Plan) -> None:
         for store in self.stores.values():
-            store.release(plan.plan)
+            store.release(plan.id)
 
 
 def reading_cluster(policy: str, blocks: int) -> Scheduler:

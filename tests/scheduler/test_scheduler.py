@@ -60,7 +60,7 @@ def test_blocks_that_are_being_read_are_not_read_by_another():
     assert first.agents == second.agents == ["agent-p0"]
     assert first.read_bytes()["agent-p0"] and not any(second.read_bytes().values())
     # The read fails: the block is asked for from remote again, not from that agent's DRAM.
-    scheduler.share_settled(first.plan, "agent-p0", [True] * 9 + [False], now=0.1)
+    scheduler.share_settled(first.id, "agent-p0", [True] * 9 + [False], now=0.1)
     third = scheduler.plan(request("3"), now=0.2)
     assert [(part.blocks, part.tier) for part in third.ranges] == [
         (9, TierName.DRAM),
@@ -155,7 +155,7 @@ def test_a_drained_node_gets_nothing_new():
     plans = [scheduler.plan(request(str(i)), now=0.0) for i in range(4)]
     assert {p.prefill for p in plans} == {"p1"}
     assert not any("agent-p0" in p.agents for p in plans if p.read_bytes())
-    scheduler.finished(running.plan, now=0.0)
+    scheduler.finished(running.id, now=0.0)
     scheduler.drain("p0", False)
     assert scheduler.plan(request("9"), now=0.0).prefill == "p0"
 
@@ -168,9 +168,9 @@ def test_a_hit_that_would_be_slower_than_a_miss_is_recomputed():
     report_agent(scheduler, "agent-p0", read_queue_bytes={TierName.REMOTE: 1_000_000})
     plan = scheduler.plan(request(), now=0.0)
     assert plan.keys == [], "0.64 ms of computing against a second of waiting"
-    view = scheduler.explain(plan.plan, now=1.0)
+    view = scheduler.explain(plan.id, now=1.0)
     assert view["load"]["hit_blocks"] == 10 and view["load"]["load_blocks"] == 0
-    scheduler.finished(plan.plan, now=0.0)
+    scheduler.finished(plan.id, now=0.0)
     slow = PrefillCost(0.0, 1.0, 0.0)
     report_engine(scheduler, "p0", prefill_cost=slow)
     assert len(scheduler.plan(request(), now=0.0).keys) == 10
@@ -200,7 +200,7 @@ def test_a_plan_can_be_explained():
     scheduler = cluster("n-way")
     hold(scheduler, "agent-p1", 10, TierName.REMOTE)
     plan = scheduler.plan(request("why"), now=0.0)
-    view = scheduler.explain(plan.plan, now=1.0)
+    view = scheduler.explain(plan.id, now=1.0)
     assert view == scheduler.explain("why", now=1.0)
     assert json.loads(json.dumps(view))["prefill"]["chosen"] == plan.prefill
     assert {c["name"] for c in view["prefill"]["candidates"]} == {"p0", "p1"}
@@ -294,8 +294,8 @@ def test_the_hit_is_cut_at_the_first_block_that_is_not_in_dram():
     plan = scheduler.plan(request(), now=0.0)
     shares = plan.shares()
     assert {a: len(k) for a, k in shares.items()} == {"agent-p0": 5, "agent-d0": 5}
-    assert scheduler.share_settled(plan.plan, "agent-d0", [True, True, False], now=0.1) == 7
-    assert scheduler.share_settled(plan.plan, "agent-p0", [True] * 5, now=0.2) == 7
+    assert scheduler.share_settled(plan.id, "agent-d0", [True, True, False], now=0.1) == 7
+    assert scheduler.share_settled(plan.id, "agent-p0", [True] * 5, now=0.2) == 7
     cut = plan.cut(7)
     assert cut.keys == keys_of(7) and {a: len(k) for a, k in cut.shares().items()} == {
         "agent-p0": 5,
@@ -303,10 +303,10 @@ def test_the_hit_is_cut_at_the_first_block_that_is_not_in_dram():
     }
     p0 = scheduler.cluster(0.2)["engines"][0]
     assert p0["load_tokens"] == 1 + 3 * PAGE_TOKENS, "what is no hit any more is computed"
-    assert scheduler.share_settled(plan.plan, "agent-p0", [], now=0.3) == 0, "given up"
-    scheduler.finished(plan.plan, now=0.4)
+    assert scheduler.share_settled(plan.id, "agent-p0", [], now=0.3) == 0, "given up"
+    scheduler.finished(plan.id, now=0.4)
     with pytest.raises(UnknownPlan):
-        scheduler.share_settled(plan.plan, "agent-p0", [True] * 5, now=0.5)
+        scheduler.share_settled(plan.id, "agent-p0", [True] * 5, now=0.5)
 
 
 def test_a_promise_ends_with_the_report_that_shows_it():
@@ -314,7 +314,7 @@ def test_a_promise_ends_with_the_report_that_shows_it():
     plan = scheduler.plan(request(), now=0.0)
     report_engine(scheduler, "d0", now=1.0)
     assert ("d0", 0, 1, 100_000 - 657) in loads(scheduler), "not yet posted: still promised"
-    scheduler.submitted(plan.plan, now=1.0)
+    scheduler.submitted(plan.id, now=1.0)
     report_engine(scheduler, "d0", now=1.1, sequences=1)
     assert ("d0", 0, 2, 100_000 - 657) in loads(scheduler), "written before it was posted?"
     report_engine(scheduler, "d0", now=1.3, sequences=1, free_tokens=99_000)

@@ -42,15 +42,15 @@ def play(policy: str, script: list[tuple[str, int, int]]) -> tuple[Scheduler, li
             plan = open_plans[which % len(open_plans)]
             if action == "settle":
                 for agent, share in plan.shares().items():
-                    hit = scheduler.share_settled(plan.plan, agent, [True] * len(share), now)
+                    hit = scheduler.share_settled(plan.id, agent, [True] * len(share), now)
                     assert hit == len(plan.keys)
             elif action == "submit":
-                scheduler.submitted(plan.plan, now)
+                scheduler.submitted(plan.id, now)
             else:
-                scheduler.finished(plan.plan, now)
+                scheduler.finished(plan.id, now)
                 open_plans.remove(plan)
     for plan in plans:
-        scheduler.finished(plan.plan, now)
+        scheduler.finished(plan.id, now)
     return scheduler, plans
 
 
@@ -63,7 +63,7 @@ def test_accounts_close_and_the_same_history_gives_the_same_plans(policy, script
         assert engine["room_tokens"] == 100_000
     assert all(agent["backlog_bytes"] == 0 for agent in scheduler.cluster(0.0)["agents"])
     assert scheduler.cluster(0.0)["open_plans"] == 0
-    numbers = [plan.plan for plan in plans]
+    numbers = [plan.id for plan in plans]
     assert numbers == sorted(set(numbers)), "plan numbers only grow"
     for plan in plans:
         assert plan.keys == keys_of(len(plan.keys)), "a hit is a prefix"

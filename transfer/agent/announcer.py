@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
+from common.ids import Incarnation
 from common.messages import AgentStatus, Announcement, Holding, Message
 from storage.store_events import HoldingChanged
 
@@ -24,7 +25,7 @@ class Announcer:
     full loses messages, sees the gap in the numbers, and subscribes again.
     """
 
-    def __init__(self, incarnation: int, send: Callable[[bytes, Message], bool]) -> None:
+    def __init__(self, incarnation: Incarnation, send: Callable[[bytes, Message], bool]) -> None:
         self._incarnation = incarnation
         self._send = send
         self._next_sequence: dict[bytes, int] = {}

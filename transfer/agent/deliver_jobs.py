@@ -11,6 +11,7 @@ from functools import partial
 import msgspec
 import numpy as np
 
+from common.ids import Incarnation, JobId, PlanId
 from common.messages import BOARD_WORD_BYTES, Deliver, Delivered, JobEnded
 from storage.slot_pool import SlotPool
 from transfer.agent.delivery import JobCancelled, TransferJob, TransferQueue
@@ -41,7 +42,7 @@ class _Landing(msgspec.Struct):
     """A failed delivery of which bytes may still land."""
 
     engine: Engine
-    job: int
+    job: JobId
     error: str
     failed_at: float
     heard_at: float | None = None
@@ -80,9 +81,9 @@ class DeliverJobs:
         memory_address: int,
         reply: Callable[[Engine, JobEnded], None],
         tell: Callable[[Delivered], None],
-        incarnation: int,
+        incarnation: Incarnation,
         counters: AgentCounters,
-        is_zero_io: Callable[[int], bool],
+        is_zero_io: Callable[[PlanId], bool],
     ) -> None:
         self._is_zero_io = is_zero_io
         self._queue = queue
@@ -212,5 +213,5 @@ class DeliverJobs:
         else:
             self._say_ended(engine, message.job, str(error or ""))
 
-    def _say_ended(self, engine: Engine, job: int, error: str) -> None:
+    def _say_ended(self, engine: Engine, job: JobId, error: str) -> None:
         self._reply(engine, JobEnded(self._incarnation, job, error))

@@ -20,6 +20,7 @@ from functools import partial
 import numpy as np
 
 from common.block import BlockLayout
+from common.ids import NO_PLAN, JobId, PlanId
 from common.messages import FAILED, board_word
 from common.rate import RateMeter
 from transfer.agent.heads import OtherShards, Staging
@@ -62,7 +63,7 @@ class TransferJob:
     job's calls is running then. After :class:`TransferFailed` bytes may still land.
     """
 
-    job: int
+    job: JobId
     session_id: str
     layout: BlockLayout
     kv_addresses: Addresses
@@ -76,7 +77,7 @@ class TransferJob:
     is_read: bool = False
     """True for a pull."""
     urgent: bool = False
-    plan: int = 0
+    plan: PlanId = NO_PLAN
     board_address: int = 0
     """0: no completion words."""
     credit: CreditWord | None = None

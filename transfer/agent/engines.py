@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from common.block import BlockLayout, label_of
+from common.ids import JobId
 from common.messages import JobEnded, PullEnded, RankMemory, RegisterEngine
 from transfer.agent.job_group import JobGroup
 from transfer.credits import WORDS, CreditBoard, CreditWord
@@ -70,7 +71,7 @@ class Engine:
         self.label = msgspec.structs.replace(label_of(message.namespace), layout=self.layout)
         self.ranks = [_rank(message, index, word) for index, word in enumerate(self._credits)]
 
-    def first_time(self, job: int) -> bool:
+    def first_time(self, job: JobId) -> bool:
         """False if this job number was seen before."""
         if job in self._seen_jobs:
             return False

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from common.block import TENANT_CHARS, BlockKey, BlockLabel
+from common.ids import Incarnation
 from common.messages import PullBlocks, PullEnded
 from storage.tiered_store import TieredStore
 from transfer.agent.delivery import TransferJob, TransferQueue
@@ -49,7 +50,7 @@ class PullJobs:
         host: str,
         reply: Callable[[Engine, PullEnded], None],
         held: Callable[[list[BlockKey]], list[bool]],
-        incarnation: int,
+        incarnation: Incarnation,
         counters: AgentCounters,
     ) -> None:
         self._queue = queue

@@ -19,6 +19,7 @@ from typing import TypeVar
 import msgspec
 
 from common.block import BlockKey, BlockLayout
+from common.ids import NO_JOB, Incarnation
 from common.messages import (
     AgentHello,
     AgentStatus,
@@ -87,7 +88,7 @@ class Agent:
     def __init__(self, config: AgentConfig) -> None:
         self._config = config
         self._loop = asyncio.get_running_loop()
-        self._incarnation = incarnation() or int(time.time() * 1000)
+        self._incarnation = incarnation() or Incarnation(int(time.time() * 1000))
         self._counters = AgentCounters()
         self._serving: _Serving | None = None
         self._poll_due = False
@@ -254,7 +255,7 @@ class Agent:
         if engine is None or self._serving is None:
             # A job to cancel may be running here for an engine that has reconnected: it is
             # not named, so that the engine does not take it for ended.
-            job = 0 if isinstance(message, CancelJob) else message.job
+            job = NO_JOB if isinstance(message, CancelJob) else message.job
             self._router.send(sender, UnknownEngine(self._incarnation, job))
         elif isinstance(message, CancelJob):
             if message.job in engine.jobs:
@@ -283,16 +284,27 @@ class Agent:
             write_policy=self._config.write_policy,
             promotion_policy=self._config.promotion_policy,
         )
-        shared = self._incarnation, self._counters
         address = self._memory.address
         shares = ShareJobs(store, self._router.send, self._poll, self._engines.can_take)
         deliveries = DeliverJobs(
-            *(self._deliver_queue, pool, address, self._reply, self._announcer.tell),
-            *(*shared, shares.is_zero_io),
+            queue=self._deliver_queue,
+            pool=pool,
+            memory_address=address,
+            reply=self._reply,
+            tell=self._announcer.tell,
+            incarnation=self._incarnation,
+            counters=self._counters,
+            is_zero_io=shares.is_zero_io,
         )
         pulls = PullJobs(
-            *(self._pull_queue, store, address, self._config.host, self._reply, self._held),
-            *shared,
+            queue=self._pull_queue,
+            store=store,
+            memory_address=address,
+            host=self._config.host,
+            reply=self._reply,
+            held=self._held,
+            incarnation=self._incarnation,
+            counters=self._counters,
         )
         self._serving = _Serving(store, shares, deliveries, pulls)
         for holding in store.holdings():

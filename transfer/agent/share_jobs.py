@@ -10,6 +10,7 @@ from collections.abc import Callable
 import msgspec
 
 from common.block import BlockKey, BlockLayout
+from common.ids import PlanId
 from common.messages import ReadShare, ShareRead
 from storage.store_events import ShareSettled
 from storage.tiered_store import TieredStore
@@ -58,7 +59,7 @@ class ShareJobs:
             return
         self._store.admit(message.plan, message.keys, now + message.deadline_s, now)
 
-    def release(self, plan: int) -> None:
+    def release(self, plan: PlanId) -> None:
         """Nobody needs the plan's blocks, except jobs, which keep theirs themselves."""
         share = self._shares.pop(plan, None)
         if share is not None:
@@ -66,7 +67,7 @@ class ShareJobs:
             self._zero_io.discard(plan)
             self._store.release(plan)
 
-    def is_zero_io(self, plan: int) -> bool:
+    def is_zero_io(self, plan: PlanId) -> bool:
         """Is the plan one of a measurement without I/O?"""
         return plan in self._zero_io
 
@@ -98,7 +99,7 @@ class ShareJobs:
             )
         return deliverable
 
-    def _overdue(self, plan: int) -> None:
+    def _overdue(self, plan: PlanId) -> None:
         log.warning("plan released at its deadline plan=%d", plan)
         self._poll_store()  # a share that is still being read settles first
         self.release(plan)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 import zmq.asyncio
 
 from common.block import Namespace
+from common.ids import Incarnation, PlanId
 from common.messages import (
     AgentHello,
     AgentStatus,
@@ -189,7 +190,7 @@ class ControlPlane:
                 case _:
                     agent.malformed_total += 1
 
-    def _agent_renewed(self, agent: AgentPeer, incarnation: int, now: float) -> None:
+    def _agent_renewed(self, agent: AgentPeer, incarnation: Incarnation, now: float) -> None:
         if agent.renew(incarnation):
             log.info("agent joined agent=%s incarnation=%d", agent.name, incarnation)
             agent.snapshot_asked_s = -math.inf
@@ -263,18 +264,18 @@ class ControlPlane:
         futures = {}
         for agent, keys in plan.shares().items():
             future = asyncio.get_running_loop().create_future()
-            futures[agent] = self._shares[plan.plan, agent] = future
+            futures[agent] = self._shares[plan.id, agent] = future
             try:
-                self.agents[agent].send(ReadShare(plan.plan, keys, HOLD_S, plan.zero_io))
+                self.agents[agent].send(ReadShare(plan.id, keys, HOLD_S, plan.zero_io))
             except PeerUnreachable as error:
-                log.warning("share not sent plan=%d peer=%s", plan.plan, error)
+                log.warning("share not sent plan=%d peer=%s", plan.id, error)
                 future.set_result(None)
         try:
             if futures:
                 await asyncio.wait(futures.values(), timeout=self.config.read_timeout_s)
         finally:
             for agent in futures:
-                del self._shares[plan.plan, agent]
+                del self._shares[plan.id, agent]
         return {agent: f.result() if f.done() else None for agent, f in futures.items()}
 
     def _give_up_shares(self, agent: str) -> None:
@@ -286,17 +287,17 @@ class ControlPlane:
         """Hand the plan to both engines. Raises :class:`AttemptFailed` if one refuses it, or
         does not accept it in time."""
         brought = plan.keys, plan.agents, plan.reader
-        message = EnginePlan(plan.plan, plan.rid, namespace_digest, *brought, HOLD_S)
+        message = EnginePlan(plan.id, plan.rid, namespace_digest, *brought, HOLD_S)
         futures = {}
         for name in (plan.prefill, plan.decode):
             future = asyncio.get_running_loop().create_future()
-            futures[name] = self._accepts[plan.plan, name] = future
+            futures[name] = self._accepts[plan.id, name] = future
             self.engines[name].try_send(message)
         try:
             await asyncio.wait(futures.values(), timeout=ACCEPT_TIMEOUT_S)
         finally:
             for name in futures:
-                del self._accepts[plan.plan, name]
+                del self._accepts[plan.id, name]
         silent = [name for name, future in futures.items() if not future.done()]
         if silent:
             raise AttemptFailed(f"{' and '.join(silent)} took no plan", frozenset(silent))
@@ -304,7 +305,7 @@ class ControlPlane:
         if refused:
             raise AttemptFailed(f"{' and '.join(refused)} had other weights than planned for")
 
-    def release(self, plan: int, agents: Iterable[str]) -> None:
+    def release(self, plan: PlanId, agents: Iterable[str]) -> None:
         """The readers need not keep the plan's blocks any longer."""
         for agent in agents:
             self.agents[agent].try_send(ReleasePlan(plan))
@@ -312,7 +313,7 @@ class ControlPlane:
     def end(self, plan: Plan) -> None:
         """The request is over, whatever became of it."""
         for name in (plan.prefill, plan.decode):
-            self.engines[name].try_send(EndPlan(plan.plan, plan.rid))
-        self.release(plan.plan, plan.agents)
-        self.scheduler.finished(plan.plan, time.monotonic())
+            self.engines[name].try_send(EndPlan(plan.id, plan.rid))
+        self.release(plan.id, plan.agents)
+        self.scheduler.finished(plan.id, time.monotonic())
         self.changed.set()

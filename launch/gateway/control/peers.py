@@ -15,6 +15,7 @@ from typing import cast
 import zmq
 import zmq.asyncio
 
+from common.ids import Incarnation
 from common.messages import (
     AgentStatus,
     EngineHello,
@@ -82,7 +83,7 @@ class Peer:
                 self.malformed_total += 1
                 log.warning("malformed message dropped peer=%s error=%s", self.name, error)
 
-    def renew(self, incarnation: int) -> bool:
+    def renew(self, incarnation: Incarnation) -> bool:
         """Note an incarnation; True if the process is another than before."""
         if incarnation <= self.incarnation:
             return False

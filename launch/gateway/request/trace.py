@@ -8,6 +8,7 @@ import time
 import msgspec
 
 from common.block import TierName
+from common.ids import NO_PLAN, PlanId
 from common.messages import Delivered, ShareRead
 from scheduler.plan import Plan
 
@@ -26,7 +27,7 @@ class ReaderTrace(msgspec.Struct):
 class Trace(msgspec.Struct):
     """The last attempt at a request, as far as it got. Times are seconds."""
 
-    plan: int = 0
+    plan: PlanId = NO_PLAN
     prefill: str = ""
     decode: str = ""
     hit_blocks: int = 0
@@ -45,7 +46,7 @@ class Trace(msgspec.Struct):
 
     def planned(self, plan: Plan, first_token_s: float) -> None:
         """Begin an attempt with this plan; ``first_token_s``: when that is expected, or 0."""
-        self.plan, self.prefill, self.decode = plan.plan, plan.prefill, plan.decode
+        self.plan, self.prefill, self.decode = plan.id, plan.prefill, plan.decode
         self.readers, self.delivered_bytes = {}, {}
         estimates_s = {"read": plan.estimated_read_s, "first_token": first_token_s}
         self.estimates_s = {k: round(v, 6) for k, v in estimates_s.items() if v}

@@ -152,7 +152,7 @@ class RequestWalk:
         self._tried = frozenset((plan.prefill, plan.decode))
         exchange = Exchange(self._services.proxy, self.part, self.outlet, self.trace)
         finished = False
-        self._services.plane.on_delivered[plan.plan] = self.trace.delivered
+        self._services.plane.on_delivered[plan.id] = self.trace.delivered
         try:
             async with Interruptible(self._left_s(), self._timeout()) as block:
                 with self._watched(plan, block, exchange):
@@ -161,7 +161,7 @@ class RequestWalk:
                     await self._compute(plan, block, exchange)
             finished = True
         finally:
-            del self._services.plane.on_delivered[plan.plan]
+            del self._services.plane.on_delivered[plan.id]
             self._services.plane.end(plan)
             if self._posted and not finished:
                 abort = self._services.proxy.abort(self._posted, {"rid": self._rid})
@@ -189,7 +189,7 @@ class RequestWalk:
         finally:
             now = self.trace.clock("queue", begun_s)
             self._services.metrics.queue_time.observe(now - begun_s)
-        self.trace.planned(plan, self._services.scheduler.expected_first_token_s(plan.plan))
+        self.trace.planned(plan, self._services.scheduler.expected_first_token_s(plan.id))
         return plan
 
     async def _next_plan(self, dead: frozenset[str], use_cache: bool) -> Plan:
@@ -250,9 +250,9 @@ class RequestWalk:
         hit_blocks = len(plan.keys)
         for agent, share in shares.items():
             in_dram = share.in_dram if share is not None else []
-            hit_blocks = scheduler.share_settled(plan.plan, agent, in_dram, now)
+            hit_blocks = scheduler.share_settled(plan.id, agent, in_dram, now)
         cut = plan.cut(hit_blocks)
-        plane.release(plan.plan, [agent for agent, keys in cut.shares().items() if not keys])
+        plane.release(plan.id, [agent for agent, keys in cut.shares().items() if not keys])
         self.trace.read(cut, shares, len(self.part.token_ids or ()), self._page_tokens)
         return cut
 
@@ -273,7 +273,7 @@ class RequestWalk:
         if prefill.address.group is not None:
             body["disagg_prefill_dp_rank"] = prefill.address.group
         now = time.monotonic()
-        self._services.scheduler.submitted(plan.plan, now)
+        self._services.scheduler.submitted(plan.id, now)
         self._posted = [prefill, decode]
         prefill_answer = await exchange.run((prefill, decode), body, block, now)
         self._services.in_background(drain(prefill_answer))

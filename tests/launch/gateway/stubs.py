@@ -93,8 +93,8 @@ class StubEngine(ControlStub):
                 return [self.hello()]
             case m.EnginePlan():
                 if message.namespace_digest != self.hello().namespace.digest():
-                    return [self.hello(), m.PlanRefused(message.plan)]
-                return [m.PlanAccepted(message.plan)]
+                    return [self.hello(), m.PlanRefused(message.id)]
+                return [m.PlanAccepted(message.id)]
         return []
 
     def hello(self) -> m.EngineHello:

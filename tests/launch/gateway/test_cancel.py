@@ -116,7 +116,7 @@ async def _nothing_is_left(cluster: StubCluster) -> None:
     read = {share.plan for share in agent.got(m.ReadShare)}
     await cluster.until(lambda: read <= {end.plan for end in agent.got(m.ReleasePlan)})
     for engine in cluster.engines:
-        placed = {plan.plan for plan in engine.got(m.EnginePlan)}
+        placed = {plan.id for plan in engine.got(m.EnginePlan)}
         await _ends(cluster, engine, placed)
 
 

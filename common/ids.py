@@ -1,0 +1,20 @@
+"""Numbers and names that travel between processes, as types that mypy tells apart."""
+
+from __future__ import annotations
+
+from typing import NewType
+
+PlanId = NewType("PlanId", int)
+"""Of a plan: given by the gateway, 48 bits, never reused."""
+JobId = NewType("JobId", int)
+"""Of a transfer job: given by the engine that issues it, 48 bits, never reused."""
+Incarnation = NewType("Incarnation", int)
+"""Start time of a process in ms: a greater one replaces all that came before it."""
+BoardSlot = NewType("BoardSlot", int)
+"""Of a word on an engine's completion board."""
+
+NO_PLAN = PlanId(0)
+FIRST_PLAN = PlanId(1)
+NO_JOB = JobId(0)
+NO_INCARNATION = Incarnation(0)
+"""Plans, jobs and incarnations are numbered from 1."""
