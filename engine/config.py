@@ -5,16 +5,19 @@ Absent variable: the plugin does nothing, and SGLang is plain SGLang.
 
 from __future__ import annotations
 
-import msgspec
+from typing import ClassVar
 
-VARIABLE = "DUALPATH_ENGINE"
+from common.process_settings import ProcessSettings
+
 CPU_GROUPS_VARIABLE = "DUALPATH_CPU_GROUPS"
 """Set ("1"): an engine on a CPU has attention groups
 (:mod:`engine.sglang.cpu.attention_groups`)."""
 
 
-class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class EngineConfig(ProcessSettings, frozen=True):
     """One engine and its way to the agents."""
+
+    VARIABLE: ClassVar[str] = "DUALPATH_ENGINE"
 
     name: str
     role: str

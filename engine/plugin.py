@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-from common.process_settings import from_env
-
 
 class TouchPoint(NamedTuple):
     """One hooked SGLang name. ``kind`` is SGLang's HookType."""
@@ -321,16 +319,16 @@ TOUCH_POINTS = (
 
 def register() -> None:
     """Entry point of group ``sglang.srt.plugins``; runs in every SGLang process."""
-    from engine.config import VARIABLE, EngineConfig
+    from engine.config import EngineConfig
     from engine.sglang.cpu import platform as cpu_platform
 
     if cpu_platform.is_active():
         cpu_platform.register_fixes()
-    if VARIABLE not in os.environ:
+    if EngineConfig.VARIABLE not in os.environ:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    config = from_env(VARIABLE, EngineConfig)
+    config = EngineConfig.from_env()
     for point in TOUCH_POINTS:
         if point.role in ("both", config.role):
             HookRegistry.register(point.target, _lazily(point.hook), HookType[point.kind])
@@ -350,11 +348,11 @@ def _lazily(hook: str) -> Any:
 
 def after_init_disaggregation(result: Any, scheduler: Any) -> None:
     """Start the runtime once SGLang's P/D side exists (scheduler process only)."""
-    from engine.config import VARIABLE, EngineConfig
+    from engine.config import EngineConfig
     from engine.runtime import start_runtime
     from engine.sglang.pool_hooks import poison
 
-    engine = start_runtime(from_env(VARIABLE, EngineConfig), scheduler)
+    engine = start_runtime(EngineConfig.from_env(), scheduler)
     if engine.config.role == "prefill":
         from sglang.srt.mem_cache.utils import get_hash_str
 

@@ -16,10 +16,8 @@ import aiohttp
 import msgspec
 import psutil
 
-import engine.config
 from benchmarks.own_cluster import ClusterFailed
 from benchmarks.supervised import Supervised
-from common.process_settings import to_env
 from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig
 from launch.cluster.hardware import Hardware
@@ -123,12 +121,11 @@ def groups(
 def _alone(record: ProcessRecord, name: str) -> ProcessRecord:
     """The engine without agents; the decode engine is SGLang's own."""
     env, ready = dict(record.env), record.ready[0]
-    variable = engine.config.VARIABLE
     if "bootstrap" in record.ports:
-        settings = msgspec.json.decode(env[variable], type=EngineConfig)
-        env[variable] = to_env(msgspec.structs.replace(settings, name=name, agents={}))
+        settings = EngineConfig.from_env(env)
+        env |= msgspec.structs.replace(settings, name=name, agents={}).to_env()
     else:
-        del env[variable]
+        del env[EngineConfig.VARIABLE]
     alive = HealthCheck("http", ready.target)
     return dataclasses.replace(record, name=name, env=env, ready=(ready,), alive=alive)
 

@@ -12,12 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 import aiohttp
 import msgspec
 
-import engine.config
-import transfer.agent.config
 from benchmarks.own_cluster import ClusterFailed
 from benchmarks.supervised import Supervised, while_running
 from benchmarks.testbed.network import Network
-from common.process_settings import to_env
+from common.process_settings import ProcessSettings
 from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig
 from launch.cluster.hardware import Hardware
@@ -168,9 +166,9 @@ def _moved(
         return record
     env = dict(record.env)
     if record.kind == "agent":
-        _change(env, transfer.agent.config.VARIABLE, AgentConfig, dram_keep=dram_keep)
+        _change(env, AgentConfig, dram_keep=dram_keep)
     else:
-        _change(env, engine.config.VARIABLE, EngineConfig, keep_prefixes=False)
+        _change(env, EngineConfig, keep_prefixes=False)
     argv = (*network.within(network.namespace(node)), *record.argv)
     return dataclasses.replace(record, argv=argv, env=env)
 
@@ -178,16 +176,12 @@ def _moved(
 def _changed(record: ProcessRecord, change: EngineChange) -> ProcessRecord:
     env = dict(record.env)
     if change.settings:
-        _change(env, engine.config.VARIABLE, EngineConfig, **change.settings)
+        _change(env, EngineConfig, **change.settings)
     return dataclasses.replace(record, argv=(*record.argv, *change.flags), env=env)
 
 
-_Settings = TypeVar("_Settings", bound=msgspec.Struct)
-
-
-def _change(env: dict[str, str], variable: str, kind: type[_Settings], **fields: Any) -> None:
-    settings = msgspec.json.decode(env[variable], type=kind)
-    env[variable] = to_env(msgspec.structs.replace(settings, **fields))
+def _change(env: dict[str, str], kind: type[ProcessSettings], **fields: Any) -> None:
+    env |= msgspec.structs.replace(kind.from_env(env), **fields).to_env()
 
 
 _Result = TypeVar("_Result")

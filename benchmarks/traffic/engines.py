@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.traffic.hosts import DEVICE, RECEIVER, SENDER, Link
 from benchmarks.traffic.measure import INFERENCE_CORE, SETTLE_S, Arm, Bench, Rounds, Sample
-from engine.config import VARIABLE
+from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig
 from launch.cluster.hardware import Hardware
 from launch.cluster.processes import process_records
@@ -122,7 +122,8 @@ def _command(link: Link, rank: int, node: str) -> list[str]:
 
 
 def _environment(link: Link, node: str) -> dict[str, str]:
-    env = {name: value for name, value in _record(link).env.items() if name != VARIABLE}
+    env = dict(_record(link).env)
+    del env[EngineConfig.VARIABLE]
     core = str(INFERENCE_CORE)
     return env | {
         "SGLANG_HOST_IP": link.address(node),

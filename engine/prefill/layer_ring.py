@@ -113,7 +113,6 @@ def _window_of(num_layers: int) -> int:
 
 @cache
 def _layer_window() -> int:
-    from common.process_settings import from_env
-    from engine.config import VARIABLE, EngineConfig
+    from engine.config import EngineConfig
 
-    return from_env(VARIABLE, EngineConfig).layer_window
+    return EngineConfig.from_env().layer_window

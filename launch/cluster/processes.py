@@ -8,10 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-import engine.config
-import launch.gateway.config
-import transfer.agent.config
-from common.process_settings import to_env
 from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig
 from launch.cluster.engine_command import engine_env, engine_flags, served_model_name
@@ -92,7 +88,7 @@ class _Records:
             argv=(sys.executable, "-m", "transfer.agent"),
             env={
                 **self._mooncake_env("agent", self.layout.port(node, "agent", 0), ranks=1),
-                transfer.agent.config.VARIABLE: to_env(settings),
+                **settings.to_env(),
             },
             host=self.layout.hosts[node],
             ports={"control": self.layout.port(node, "agent", CONTROL)},
@@ -134,7 +130,7 @@ class _Records:
                     "engine", self.layout.port(node, "engine", 0), self.layout.ranks[node].total
                 ),
                 **engine_env(self.layout, node),
-                engine.config.VARIABLE: to_env(settings),
+                **settings.to_env(),
             },
             host=self.layout.hosts[node],
             ports=ports,
@@ -175,7 +171,7 @@ class _Records:
                 **self._python_env(),
                 # It tokenizes, and computes nothing on a device.
                 "CUDA_VISIBLE_DEVICES": "",
-                launch.gateway.config.VARIABLE: to_env(settings),
+                **settings.to_env(),
             }
             | ({"SGLANG_PLATFORM": "dualpath_cpu"} if self.layout.hardware.device == "cpu" else {}),
             host=config.host,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import uvicorn
 
-from common.process_settings import RUN_FOLDER, from_env
+from common.process_settings import RUN_FOLDER
 from launch.gateway.app import create_app
-from launch.gateway.config import VARIABLE, GatewayConfig
+from launch.gateway.config import GatewayConfig
 
 SHUTDOWN_S = 3
 """Open streams get this long to end once a signal has come."""
@@ -21,7 +21,7 @@ def main() -> None:
     """Serve until a signal comes; the supervisor set the environment."""
     level = os.environ.get(LOG_LEVEL, "info").upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    config = from_env(VARIABLE, GatewayConfig)
+    config = GatewayConfig.from_env()
     run_folder = os.environ.get(RUN_FOLDER)
     uvicorn.run(
         create_app(config, Path(run_folder) if run_folder else None),

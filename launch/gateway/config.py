@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import msgspec
 
+from common.process_settings import ProcessSettings
 from scheduler.options import SchedulerOptions
-
-VARIABLE = "DUALPATH_GATEWAY"
 
 
 class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,8 +27,10 @@ class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which attention group of its engine it is; None: its engine has one."""
 
 
-class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class GatewayConfig(ProcessSettings, frozen=True):
     """The OpenAI-compatible front door and its scheduler."""
+
+    VARIABLE: ClassVar[str] = "DUALPATH_GATEWAY"
 
     host: str
     port: int

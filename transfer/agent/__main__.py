@@ -9,11 +9,11 @@ import signal
 import sys
 import threading
 
-from common.process_settings import BadSettings, from_env
+from common.process_settings import BadSettings
 from storage.remote.tier import RemoteUnusable
 from storage.ssd.tier import DirectoryLocked, DirectoryUnusable
 from storage.tiers.io_threads import SWITCH_INTERVAL_S
-from transfer.agent.config import VARIABLE, AgentConfig
+from transfer.agent.config import AgentConfig
 from transfer.agent.router import CannotBind
 from transfer.agent.server import Agent
 from transfer.memory import NotEnoughMemory
@@ -67,7 +67,7 @@ def main() -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
-        asyncio.run(run(from_env(VARIABLE, AgentConfig)))
+        asyncio.run(run(AgentConfig.from_env()))
     except START_ERRORS as error:
         print(f"agent: {error}", file=sys.stderr, flush=True)
         os._exit(2)

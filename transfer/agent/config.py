@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
-import msgspec
-
+from common.process_settings import ProcessSettings
 from storage.index.owners import Quota
 from storage.remote.settings import RemoteSettings
 
-VARIABLE = "DUALPATH_AGENT"
 
-
-class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class AgentConfig(ProcessSettings, frozen=True):
     """One agent a node. Zero bytes or an empty name switch a tier off."""
+
+    VARIABLE: ClassVar[str] = "DUALPATH_AGENT"
 
     name: str
     control: str
@@ -41,7 +40,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     promotion_policy: str = "always"
     """Both of :mod:`storage.write_behind`."""
     remote_url: str = ""
-    remote_options: dict[str, Any] = {}
+    remote_options: dict[str, object] = {}
     remote: RemoteSettings = RemoteSettings()
     read_threads: int = 16
     deliver_threads: int = 4

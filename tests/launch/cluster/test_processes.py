@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from common.process_settings import from_env
 from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig
 from launch.cluster.hardware import Hardware, choose_transfer
@@ -24,8 +23,8 @@ def records_of(config: ClusterConfig, **more) -> dict[str, ProcessRecord]:
 
 
 def settings_of(monkeypatch, record: ProcessRecord, variable: str, kind):
-    monkeypatch.setenv(variable, record.env[variable])
-    return from_env(variable, kind)
+    assert kind.VARIABLE == variable
+    return kind.from_env(record.env)
 
 
 def flag_value(record: ProcessRecord, flag: str) -> str:

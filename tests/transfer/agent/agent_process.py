@@ -26,9 +26,9 @@ from common.messages import (
     decode,
     encode,
 )
-from common.process_settings import INCARNATION, to_env
+from common.process_settings import INCARNATION
 from tests.transfer.agent.fake_engine import LAYOUT, ROOT, key_of
-from transfer.agent.config import VARIABLE, AgentConfig
+from transfer.agent.config import AgentConfig
 
 SLOT_BYTES = -(-LAYOUT.block_bytes // 4096) * 4096
 M = TypeVar("M", bound=Message)
@@ -64,7 +64,7 @@ class AgentProcess:
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
-            VARIABLE: to_env(self.config),
+            **self.config.to_env(),
             INCARNATION: str(self._incarnation),
             "MC_TRANSFER_TIMEOUT": "5",
             "MC_TCP_PROGRESS_TIMEOUT_SEC": "1",
