@@ -135,6 +135,13 @@ def any_a_file() -> Iterator[tuple[str, int]]:
             yield name_of(path), len(uses)
 
 
+def sglang_imports_a_file() -> Iterator[tuple[str, int]]:
+    """Outside its border."""
+    for path in python_files(*PACKAGES):
+        if not name_of(path).startswith(BORDER):
+            yield name_of(path), list(imports_of(path)).count("sglang")
+
+
 def unexplained_excepts_a_file() -> Iterator[tuple[str, int]]:
     """``except Exception`` without a comment, there or below, that says what is known then."""
     for path in python_files(*PACKAGES, "benchmarks", "examples"):
@@ -173,6 +180,7 @@ MEASURES = {
     "parameters a function": parameters_a_function,
     "methods a class": methods_a_class,
     "Any a file": any_a_file,
+    "SGLang imports a file": sglang_imports_a_file,
     "unexplained broad excepts a file": unexplained_excepts_a_file,
 }
 

@@ -79,10 +79,10 @@ def poison(engine: EngineRuntime) -> None:
         buffer[kept] = rows
 
 
-def after_update_from_disk(result: Any, updater: Any, request: Any) -> None:
+def after_update_from_disk(result: Any, updater: Any, recv_req: Any) -> None:
     """AFTER ``update_weights_from_disk``: the new weights are those of a folder."""
     if result.success:
-        runtime().weights_changed(request.weight_version, request.model_path)
+        runtime().weights_changed(recv_req.weight_version, recv_req.model_path)
 
 
 def after_weight_version(result: Any, updater: Any, weight_version: str | None) -> None:

@@ -8,12 +8,12 @@ from engine.runtime import runtime_if_up
 
 
 def around_broadcast(
-    original: Any, receiver: Any, requests: list[Any] | None, local_requests: Any = None
+    original: Any, receiver: Any, recv_reqs: list[Any] | None, local_reqs: Any = None
 ) -> list[Any]:
     """AROUND ``SchedulerRequestReceiver._broadcast_reqs_across_ranks``: SGLang broadcasts
-    ``local_requests``, which the leader itself has made, with those that came in."""
+    ``local_reqs``, which the leader itself has made, with those that came in."""
     engine = runtime_if_up()
     if engine is None or engine.ranks.size == 1:
-        return original(receiver, requests, local_requests)
+        return original(receiver, recv_reqs, local_reqs)
     events = engine.ranks.take() if engine.ranks.is_leader else []
-    return engine.ranks.arrived(original(receiver, requests, [*(local_requests or []), *events]))
+    return engine.ranks.arrived(original(receiver, recv_reqs, [*(local_reqs or []), *events]))

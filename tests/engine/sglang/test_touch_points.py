@@ -1,14 +1,20 @@
-"""Every hooked SGLang name exists in the pinned version, and is documented."""
+"""The border to SGLang: all that it touches exists in the pinned version, and is documented."""
 
+import ast
 import importlib
 import inspect
-from pathlib import Path
 
 import pytest
 
-from engine.plugin import TOUCH_POINTS
+from engine.sglang import tables
+from engine.sglang.border import ROOT, VIEWS
+from tests.engine.sglang.installed import Missing, accepts, find, function
 
-DOC = Path(__file__).parents[3] / "docs" / "sglang.md"
+HOOKS = [hook for _, hook in tables.all_hooks()]
+WITHOUT_USES = {"decode_restore", "prefill_hooks", "prefill_layer_hooks", "prefill_linker"}
+WITHOUT_USES |= {"pool_hooks", "rank_ports"}
+WITHOUT_USES |= {"cpu.attention_groups", "cpu.platform", "cpu.staging"}
+"""Files that do not say yet what they use. May only shrink."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -18,27 +24,100 @@ def _cpu_platform():
         yield
 
 
-def _resolve(dotted):
-    parts = dotted.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError:
-            continue
-        for name in parts[cut:]:
-            found = getattr(found, name)
-        return found
-    raise AssertionError(f"{dotted} does not exist")
+def _short(module):
+    return module.__name__.removeprefix("engine.sglang.")
 
 
-@pytest.mark.parametrize("point", TOUCH_POINTS, ids=lambda point: point.target.rsplit(".", 2)[-1])
-def test_the_hooked_name_and_the_hook_exist(point):
-    assert inspect.isroutine(_resolve(point.target))
-    module, name = point.hook.split(":")
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.target.rsplit(".", 2)[-1])
+def test_the_hooked_name_and_the_hook_exist(hook):
+    assert inspect.isroutine(find(hook.target))
+    module, name = hook.hook.split(":")
     assert inspect.isfunction(getattr(importlib.import_module(module), name))
 
 
-def test_the_document_lists_every_touch_point():
-    text = DOC.read_text()
-    missing = [point.target for point in TOUCH_POINTS if point.target.split(".srt.")[1] not in text]
-    assert not missing
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.target.rsplit(".", 2)[-1])
+def test_a_hook_takes_what_the_hooked_function_takes(hook):
+    """By position, and by name as well, since a caller may name any argument."""
+    module, name = hook.hook.split(":")
+    ours = _parameters(getattr(importlib.import_module(module), name))
+    if hook.kind in ("after", "around"):
+        del ours[0]  # the result, or the original
+    any_position = any(p.kind is p.VAR_POSITIONAL for p in ours)
+    any_name = any(p.kind is p.VAR_KEYWORD for p in ours)
+    by_position = [p for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = {p.name for p in ours}
+    for place, theirs in enumerate(_parameters(function(hook.target))):
+        if theirs.kind in (theirs.POSITIONAL_ONLY, theirs.POSITIONAL_OR_KEYWORD):
+            assert any_position or place < len(by_position), f"no place for {theirs.name}"
+        if theirs.kind in (theirs.KEYWORD_ONLY, theirs.POSITIONAL_OR_KEYWORD) and place > 0:
+            assert any_name or theirs.name in names, f"{theirs.name} cannot be given by name"
+
+
+def _parameters(of):
+    return list(inspect.signature(of).parameters.values())
+
+
+def _uses():
+    return [
+        pytest.param(use, id=f"{_short(module)}-{use.name.rsplit('.', 2)[-1]}")
+        for module in tables.modules()
+        for use in tables.uses_of(module)
+    ]
+
+
+@pytest.mark.parametrize("use", _uses())
+def test_what_is_used_exists(use):
+    find(use.name)
+    if use.keywords:
+        assert accepts(use.name, use.keywords) == []
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
+def test_what_is_seen_of_an_object_exists(view):
+    for name in VIEWS[view]:
+        for member in tables.members(view):
+            find(f"{name}.{member}")
+
+
+def test_what_is_imported_stands_in_a_table():
+    lacking = {
+        _short(module): unlisted
+        for module in tables.modules()
+        if (unlisted := _imported(module) - _listed(module))
+    }
+    assert {name: lacks for name, lacks in lacking.items() if name not in WITHOUT_USES} == {}
+    assert WITHOUT_USES - lacking.keys() == set(), "these may be taken off the list"
+
+
+def _imported(module):
+    """Names that a file takes from SGLang, relative to ``sglang.srt`` where they are there."""
+    found = set()
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "sglang"}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sglang":
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix(ROOT) for name in found}
+
+
+def _listed(module):
+    """Every name that a file lists, and what each is in."""
+    names = set()
+    for use in tables.uses_of(module):
+        parts = use.name.split(".")
+        names |= {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+    return names
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["managers.schedule_batch.Req.riddle", "managers.schedule_batch.Request", "manager.Req"],
+)
+def test_what_is_missing_is_seen(name):
+    with pytest.raises(Missing):
+        find(name)
+
+
+def test_the_document_is_current():
+    page = tables.PAGE.read_text()
+    assert page == tables.page_with(tables.markdown()), "python -m engine.sglang.tables"

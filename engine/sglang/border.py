@@ -1,0 +1,77 @@
+"""How the border to SGLang is written down, so that a test can compare it with the installed
+SGLang and ``docs/sglang.md`` can show it (:mod:`engine.sglang.tables`).
+
+Three forms: a :class:`Hook` is a function of SGLang that calls us; a :class:`Use` is anything
+else of SGLang that a file of this folder imports, calls, reads or replaces, listed in its
+``USES``; a :func:`view` is what the rest of the engine sees of an SGLang object
+(:mod:`engine.sglang.views`). All names are relative to ``sglang.srt``. This module imports
+nothing of SGLang, which loads plugins before its own modules.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, TypeVar
+
+ROOT = "sglang.srt."
+Kind = Literal["before", "after", "around", "replace"]
+_View = TypeVar("_View", bound=type)
+
+
+class Hook(NamedTuple):
+    """One function of SGLang's that calls one of ours."""
+
+    target: str
+    kind: Kind
+    """SGLang's HookType, which says how ours is called."""
+    hook: str
+    """Ours, as ``module:function``."""
+    why: str
+
+
+class Use(NamedTuple):
+    """One name of SGLang's, down to the attribute: ``managers.schedule_batch.Req.rid``."""
+
+    name: str
+    why: str
+    keywords: tuple[str, ...] = ()
+    """Of a function: the arguments that we pass by keyword."""
+
+
+VIEWS: dict[type, tuple[str, ...]] = {}
+"""View -> the SGLang classes whose objects are seen through it."""
+
+
+def view(*names: str) -> Callable[[_View], _View]:
+    """Mark a Protocol as what we see of SGLang's classes ``names``: each has all its members."""
+
+    def mark(protocol: _View) -> _View:
+        VIEWS[protocol] = names
+        return protocol
+
+    return mark
+
+
+def install(hooks: Iterable[Hook]) -> None:
+    """Have SGLang call them, from when it applies its plugins' hooks on."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for hook in hooks:
+        HookRegistry.register(ROOT + hook.target, _lazily(hook.hook), HookType[hook.kind.upper()])
+
+
+def _lazily(hook: str) -> Callable[..., Any]:
+    # Most modules of hooks import SGLang's, which are not to be imported yet.
+    module, name = hook.split(":")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call
+
+
+USES = (
+    Use("plugins.hook_registry.HookRegistry.register", "hook a function"),
+    Use("plugins.hook_registry.HookType", "the kinds of hooks"),
+)
