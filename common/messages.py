@@ -111,7 +111,7 @@ class Delivered(_Message):
     engine: str
     sent_bytes: int
     seconds: float
-    """From the order to the last layer's completion."""
+    """From the message to the last layer's completion."""
 
 
 class AgentStatus(_Message):

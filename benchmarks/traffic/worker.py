@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 
 from common.block import BlockLayout
-from transfer.agent.delivery import TransferJob, TransferQueue
+from common.ids import JobId, PlanId
+from transfer.agent.jobs.transfer import Transfer
+from transfer.agent.jobs.transfer_queue import TransferQueue
 from transfer.mooncake import TransferPeer
 from transfer.pacing.nic_pacing import NicBook, Pacing, pacer_samples
 from transfer.pacing.pacer import read_pace
@@ -109,12 +111,16 @@ class KvMovement(Source):
         self._book = NicBook(self.peer.is_local, is_rdma=False)
         self._numbers = itertools.count(1)
         self._failures = 0
-        self._jobs: dict[int, TransferJob] = {}
+        self._transfers: dict[int, Transfer] = {}
         self._pacing = Pacing("off", self._book, self._needed_rate)
         # One for all arms: what it registers with Mooncake is never given back.
         self._queue = TransferQueue(
-            *(self.peer, "kv", 4, 2 * JOBS, lambda call: call()),
-            lambda session_id: self._pacing.towards(session_id),
+            self.peer,
+            "kv",
+            threads=4,
+            transfers_max=2 * JOBS,
+            post=lambda call: call(),
+            pacer_towards=lambda session_id: self._pacing.towards(session_id),
         )
 
     def start(self, target: Target, pace: str, nic_bytes_per_s: float) -> dict[str, Any]:
@@ -133,8 +139,8 @@ class KvMovement(Source):
 
     def stop(self) -> dict[str, Any]:
         self._is_on = False
-        for job in list(self._jobs.values()):
-            self._queue.cancel(job)
+        for transfer in list(self._transfers.values()):
+            self._queue.cancel(transfer)
         end = time.monotonic() + QUEUE_STOP_S
         while len(self._queue) and time.monotonic() < end:
             time.sleep(0.01)
@@ -148,19 +154,22 @@ class KvMovement(Source):
         layer_bytes = PAGES * PAGE_BYTES
         buffers = int(self._target.address[0]) + np.arange(LAYERS)[:, None] * layer_bytes
         number = next(self._numbers)
-        job = TransferJob(
-            *(number, self._target.session_id, self._layout, buffers),
-            self.address[0] + pages * PAGE_BYTES * LAYERS,
-            pages,
-            time.monotonic() + JOB_DEADLINE_S,
-            lambda error: self._ended(number, error),
-            plan=number,
+        transfer = Transfer(
+            job=JobId(number),
+            session_id=self._target.session_id,
+            layout=self._layout,
+            kv_addresses=buffers,
+            slots=self.address[0] + pages * PAGE_BYTES * LAYERS,
+            pages=pages,
+            deadline=time.monotonic() + JOB_DEADLINE_S,
+            ended=lambda error: self._ended(number, error),
+            plan=PlanId(number),
         )
-        self._jobs[number] = job
-        self._queue.submit(job)
+        self._transfers[number] = transfer
+        self._queue.submit(transfer)
 
     def _ended(self, number: int, error: Exception | None) -> None:
-        del self._jobs[number]
+        del self._transfers[number]
         if self._is_on:
             self._failures += error is not None
             self._submit()

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tests.transfer.agent.test_delivery import World
-from transfer.agent.delivery import DeadlinePassed, JobCancelled
+from tests.transfer.agent.jobs.test_transfer_queue import World
+from transfer.agent.jobs.transfer import DeadlinePassed, JobCancelled
 from transfer.credits import WORDS, CreditBoard
 
 

@@ -14,7 +14,7 @@ from storage.remote.tier import RemoteUnusable
 from storage.ssd.tier import DirectoryLocked, DirectoryUnusable
 from storage.tiers.io_threads import SWITCH_INTERVAL_S
 from transfer.agent.config import AgentConfig
-from transfer.agent.router import CannotBind
+from transfer.agent.control_socket import CannotBind
 from transfer.agent.server import Agent
 from transfer.memory import NotEnoughMemory
 from transfer.mooncake import TransferFailed

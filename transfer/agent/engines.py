@@ -11,7 +11,7 @@ import numpy as np
 from common.block import BlockLayout, label_of
 from common.ids import JobId
 from common.messages import JobEnded, PullEnded, RankMemory, RegisterEngine
-from transfer.agent.job_group import JobGroup
+from transfer.agent.jobs.job import Job
 from transfer.credits import WORDS, CreditBoard, CreditWord
 
 JOBS_REMEMBERED = 65536
@@ -23,7 +23,7 @@ class BadRegistration(Exception):
 
 
 class BadPages(Exception):
-    """The pages of an order are no pages, or not one for each block."""
+    """The pages of a job are no pages, or not one for each block."""
 
 
 class Rank(msgspec.Struct, frozen=True, eq=False):
@@ -55,11 +55,11 @@ class Engine:
         self.incarnation = message.incarnation
         self.is_gone = False
         """A newer incarnation has replaced it."""
-        self.jobs: dict[int, JobGroup] = {}
+        self.jobs: dict[JobId, Job] = {}
         """Deliveries and pulls in a queue, by job number."""
         self.unsent: deque[JobEnded | PullEnded] = deque(maxlen=UNSENT_MAX)
         """Ends of jobs that found no connection: sent when it registers again."""
-        self._seen_jobs: OrderedDict[int, None] = OrderedDict()
+        self._seen_jobs: OrderedDict[JobId, None] = OrderedDict()
         self.update(identity, message)
 
     def update(self, identity: bytes, message: RegisterEngine) -> None:
@@ -82,8 +82,8 @@ class Engine:
 
     def cancel_jobs(self) -> None:
         """Stop everything that is queued or under way."""
-        for jobs in list(self.jobs.values()):
-            jobs.cancel()
+        for job in list(self.jobs.values()):
+            job.cancel()
 
 
 class Engines:
@@ -126,7 +126,7 @@ class Engines:
 
 
 def page_array(pages: Sequence[int], blocks: int) -> np.ndarray:
-    """An order's pages, one for each block; shape (blocks,), int64. Raises :class:`BadPages`."""
+    """A job's pages, one for each block; shape (blocks,), int64. Raises :class:`BadPages`."""
     try:
         array = np.array(pages, np.int64)
     except OverflowError as error:

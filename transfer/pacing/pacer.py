@@ -2,7 +2,7 @@
 
 A token bucket for what an agent sends through one NIC. Its rate is a fixed one, or what the
 NIC's other traffic leaves (:class:`SpareRate`), but never less than the work that cannot wait
-needs (the *floor*). Those who wait are served in the order of their jobs.
+needs (the *floor*). Those who wait are served by their precedence.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -40,8 +40,14 @@ SHARE_MIN = 0.01
 IN_TIME = 0.9
 """Of the time until its deadline, in which the oldest plan is to be done."""
 
-Order = tuple[bool, int, int]
-"""Of jobs, the smallest first: not urgent, plan, order of arrival."""
+
+class Precedence(NamedTuple):
+    """Of transfers: the smallest goes first."""
+
+    is_patient: bool
+    """False for a prefill engine's, whose forward waits."""
+    plan: int
+    arrival: int
 
 
 class BadPace(ValueError):
@@ -168,7 +174,7 @@ class PacerStats(msgspec.Struct, frozen=True):
     """Times that the floor was above what was left, so that KV movement took more."""
 
 
-Turn = tuple[Order, int]
+Turn = tuple[Precedence, int]
 """Whose, and when it came."""
 
 
@@ -198,11 +204,11 @@ class Pacer:
         """Of a transfer's batches, so that none is a burst of its own."""
         return max(BATCH_BYTES_MIN, int(self._bucket.rate * BURST_S))
 
-    def wait(self, order: Order, check: Callable[[], None], nbytes: int) -> None:
+    def wait(self, precedence: Precedence, check: Callable[[], None], nbytes: int) -> None:
         """Returns when a batch of so many bytes may be sent; ``check`` may raise to give up."""
         began = self._clock()
         with self._changed:
-            turn = self.join(order)
+            turn = self.join(precedence)
             try:
                 check()
                 while (pause_s := self.pause_s(turn)) > 0:
@@ -215,9 +221,9 @@ class Pacer:
 
     # ---- the steps of `wait`, under the lock ----
 
-    def join(self, order: Order) -> Turn:
+    def join(self, precedence: Precedence) -> Turn:
         """Begin to wait."""
-        turn = order, next(self._arrivals)
+        turn = precedence, next(self._arrivals)
         heapq.heappush(self._waiting, turn)
         return turn
 

@@ -54,7 +54,7 @@ def content_of(number: int, layout: BlockLayout = LAYOUT) -> bytes:
 
 
 class FakeEngine:
-    """Handle of the process. ``wait_alive`` is called before the first order."""
+    """Handle of the process. ``wait_alive`` is called before the first job."""
 
     def __init__(
         self,

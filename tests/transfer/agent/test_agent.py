@@ -47,8 +47,8 @@ def store(engine, job: int, blocks: range) -> None:
 
 def deliver(engine, job: int, plan: int, blocks: range, pages: range, slot: int = 0, **fields):
     keys = [key_of(block) for block in blocks]
-    order = {"urgent": True, "deadline_s": 10.0, **fields}
-    engine.send("a0", Deliver(job, plan, keys, list(pages), slot, **order))
+    how = {"urgent": True, "deadline_s": 10.0, **fields}
+    engine.send("a0", Deliver(job, plan, keys, list(pages), slot, **how))
 
 
 def assert_delivered(engine, pages: range, blocks: range) -> None:
@@ -154,10 +154,10 @@ def test_dram_for_less_than_two_shares_serves_both(gateway, start_engine, slots)
     assert_delivered(engine, range(30, 36), range(6, 12))
 
 
-def order_then_stop(agent, engine, order) -> None:
-    """Suspend the engine after its order has left it and before the agent acts on it."""
+def ask_then_stop(agent, engine, ask) -> None:
+    """Suspend the engine after its message has left it and before the agent acts on it."""
     agent.process.send_signal(signal.SIGSTOP)
-    order()
+    ask()
     time.sleep(0.2)
     engine.process.send_signal(signal.SIGSTOP)
     agent.process.send_signal(signal.SIGCONT)
@@ -167,7 +167,7 @@ def test_a_hung_engine_does_not_stop_the_others(agent, gateway, start_engine):
     hung, other = start_engine("p0"), start_engine("p1")
     store(other, 1, range(6))
     gateway.read(3, range(6))
-    order_then_stop(agent, hung, lambda: deliver(hung, 4, 3, range(6), range(20, 26)))
+    ask_then_stop(agent, hung, lambda: deliver(hung, 4, 3, range(6), range(20, 26)))
     for job in range(10, 20):
         started = time.monotonic()
         deliver(other, job, 3, range(6), range(20, 26))
@@ -184,7 +184,7 @@ def test_a_hung_engine_does_not_stop_the_others(agent, gateway, start_engine):
 def test_a_pull_from_a_hung_engine_keeps_its_slots_out_of_use(agent, gateway, start_engine):
     hung, other = start_engine("d0"), start_engine("d1")
     hung.fill_all(range(5), 0)
-    order_then_stop(agent, hung, lambda: pull(hung, 4, range(5)))
+    ask_then_stop(agent, hung, lambda: pull(hung, 4, range(5)))
     gateway.status(lambda s: s.counters["dualpath:agent_quarantined_slots"] == 5)
     store(other, 1, range(10, 14))
     hung.process.send_signal(signal.SIGCONT)
@@ -198,7 +198,7 @@ def test_an_engine_killed_in_mid_delivery_leaves_nothing_behind(agent, gateway, 
     dying, other = start_engine("p0"), start_engine("p1")
     store(other, 1, range(6))
     gateway.read(3, range(6))
-    order_then_stop(agent, dying, lambda: deliver(dying, 4, 3, range(6), range(20, 26)))
+    ask_then_stop(agent, dying, lambda: deliver(dying, 4, 3, range(6), range(20, 26)))
     dying.kill()
     deliver(other, 5, 3, range(6), range(20, 26))
     assert other.wait_end(5).error == ""
@@ -261,7 +261,7 @@ def test_what_is_no_message_is_counted_and_dropped(agent, gateway, start_engine)
     store(engine, 1, range(2))
 
 
-def test_orders_of_a_stranger_are_answered_and_not_obeyed(agent, gateway):
+def test_jobs_of_a_stranger_are_answered_and_not_obeyed(agent, gateway):
     gateway.send(PullBlocks(5, [key_of(1)], [1], 10.0))
     assert gateway.wait(UnknownEngine).job == 5
     # the job may be running for an engine that has only reconnected
@@ -300,7 +300,7 @@ def test_announcements_are_numbered_for_each_subscriber(agent, gateway, start_en
 def test_sigterm_ends_the_agent_within_three_seconds(agent, gateway, start_engine):
     hung = start_engine("d0")
     hung.fill_all(range(5), 0)
-    order_then_stop(agent, hung, lambda: pull(hung, 4, range(5)))
+    ask_then_stop(agent, hung, lambda: pull(hung, 4, range(5)))
     gateway.hello()
     assert agent.stop() < 3.0
 

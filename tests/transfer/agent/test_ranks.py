@@ -15,7 +15,7 @@ from common.messages import RankMemory, RegisterEngine
 from tests.transfer.agent.fake_engine import LAYOUT, content_of, namespace
 from tests.transfer.agent.test_agent import deliver, store
 from transfer.agent.engines import BadRegistration, Engine
-from transfer.agent.heads import OtherShards, Staging
+from transfer.agent.jobs.heads import OtherShards, Staging
 from transfer.credits import CreditBoard
 
 LAYERS = LAYOUT.num_layers

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.transfer.agent.test_delivery import LAYOUT, World
+from tests.transfer.agent.jobs.test_transfer_queue import LAYOUT, World
 from transfer.pacing.pacer import (
     BATCH_BYTES_MIN,
     BURST_S,
@@ -112,41 +112,41 @@ def test_others_count_with_their_last_peak_until_it_is_long_past():
 
 def simulate(pacer, clock, jobs, batch_bytes):
     """Each job always has a batch to send until its bytes are gone; one thread a job.
-    ``jobs``: order -> bytes. Returns order -> when its last batch went."""
+    ``jobs``: precedence -> bytes. Returns precedence -> when its last batch went."""
     left, ends = dict(jobs), {}
-    turns = {order: pacer.join(order) for order in jobs}
+    turns = {precedence: pacer.join(precedence) for precedence in jobs}
     while turns:
-        pauses = {order: pacer.pause_s(turn) for order, turn in turns.items()}
-        ready = [order for order, pause_s in pauses.items() if pause_s == 0]
+        pauses = {precedence: pacer.pause_s(turn) for precedence, turn in turns.items()}
+        ready = [precedence for precedence, pause_s in pauses.items() if pause_s == 0]
         if not ready:
             clock.now += max(1e-6, min(pauses.values()))
             continue
-        (order,) = ready
-        nbytes = min(batch_bytes, left[order])
+        (precedence,) = ready
+        nbytes = min(batch_bytes, left[precedence])
         pacer.spend(nbytes)
-        pacer.leave(turns.pop(order))
-        left[order] -= nbytes
-        if left[order]:
-            turns[order] = pacer.join(order)
+        pacer.leave(turns.pop(precedence))
+        left[precedence] -= nbytes
+        if left[precedence]:
+            turns[precedence] = pacer.join(precedence)
         else:
-            ends[order] = clock.now
+            ends[precedence] = clock.now
     return ends
 
 
-ORDERS = st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 20))
+PRECEDENCES = st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 20))
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.dictionaries(ORDERS, st.integers(1, 400_000), min_size=1, max_size=5))
+@given(st.dictionaries(PRECEDENCES, st.integers(1, 400_000), min_size=1, max_size=5))
 def test_jobs_end_in_their_order_and_none_waits_for_a_later_one(jobs):
     clock, rate, batch = Clock(), 1e6, 4096
     pacer = Pacer(FixedRate(rate), clock=clock)
     began, before = clock.now, 0
     with pacer._changed:
         ends = simulate(pacer, clock, jobs, batch)
-    for order in sorted(jobs):
-        assert ends[order] - began <= before / rate + jobs[order] / rate + 0.001
-        before += jobs[order]
+    for precedence in sorted(jobs):
+        assert ends[precedence] - began <= before / rate + jobs[precedence] / rate + 0.001
+        before += jobs[precedence]
     assert sorted(ends, key=ends.__getitem__) == sorted(jobs)
     assert pacer.stats().bytes_total == sum(jobs.values())
 

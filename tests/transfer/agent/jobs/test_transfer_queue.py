@@ -13,13 +13,8 @@ from hypothesis import strategies as st
 
 from common.block import BlockLayout
 from common.messages import FAILED, board_word
-from transfer.agent.delivery import (
-    DeadlinePassed,
-    JobCancelled,
-    QueueFull,
-    TransferJob,
-    TransferQueue,
-)
+from transfer.agent.jobs.transfer import DeadlinePassed, JobCancelled, QueueFull, Transfer
+from transfer.agent.jobs.transfer_queue import TransferQueue
 from transfer.mooncake import (
     BYTES_PER_BATCH,
     DESCRIPTORS_PER_BATCH,
@@ -163,7 +158,7 @@ class World:
     def submit(self, session="p0", plan=1, urgent=False, deadline_s=10.0, **fields):
         self.jobs += 1
         number = self.jobs
-        job = TransferJob(
+        job = Transfer(
             number,
             session,
             LAYOUT,

@@ -1,4 +1,7 @@
-"""Delivery jobs of an agent: from ``Deliver`` to ``JobEnded``."""
+"""Deliveries: jobs that write blocks from DRAM into an engine, from ``Deliver`` to ``JobEnded``.
+
+The engine's end of a delivery is ``engine/transfers/deliveries.py``.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,15 @@ from functools import partial
 import msgspec
 import numpy as np
 
-from common.ids import Incarnation, JobId, PlanId
+from common.ids import JobId, PlanId
 from common.messages import BOARD_WORD_BYTES, Deliver, Delivered, JobEnded
 from storage.slot_pool import SlotPool
-from transfer.agent.delivery import JobCancelled, TransferJob, TransferQueue
 from transfer.agent.engines import BadPages, Engine, Rank, page_array
-from transfer.agent.heads import OtherShards
-from transfer.agent.job_group import Ended, JobGroup
-from transfer.agent.metrics import AgentCounters
+from transfer.agent.jobs.heads import OtherShards
+from transfer.agent.jobs.job import Job
+from transfer.agent.jobs.reports import Reports
+from transfer.agent.jobs.transfer import Ended, JobCancelled, Transfer
+from transfer.agent.jobs.transfer_queue import TransferQueue
 from transfer.mooncake import TransferFailed
 
 log = logging.getLogger(__name__)
@@ -53,7 +57,7 @@ _NONE = np.empty(0, np.int64)
 
 
 class _Delivery(msgspec.Struct, eq=False):
-    """One order. The arrays have one element a block; they are empty if none is to be sent."""
+    """One job. The arrays have one element a block; they are empty if none is to be sent."""
 
     engine: Engine
     message: Deliver
@@ -79,20 +83,15 @@ class DeliverJobs:
         queue: TransferQueue,
         pool: SlotPool,
         memory_address: int,
-        reply: Callable[[Engine, JobEnded], None],
-        tell: Callable[[Delivered], None],
-        incarnation: Incarnation,
-        counters: AgentCounters,
         is_zero_io: Callable[[PlanId], bool],
+        reports: Reports,
     ) -> None:
-        self._is_zero_io = is_zero_io
+        """``memory_address``: of the pool. ``is_zero_io``: whether a plan's blocks are not sent."""
         self._queue = queue
         self._pool = pool
         self._memory_address = memory_address
-        self._reply = reply
-        self._tell = tell
-        self._incarnation = incarnation
-        self._counters = counters
+        self._is_zero_io = is_zero_io
+        self._reports = reports
         self._owners = itertools.count(_FIRST_OWNER)
         self._landing: list[_Landing] = []
 
@@ -109,10 +108,10 @@ class DeliverJobs:
 
         def ended(error: Exception | None) -> None:
             self._pool.unpin_all(owner)
-            self._ended(delivery, group.nbytes, error)
+            self._ended(delivery, job.nbytes, error)
 
-        group = engine.jobs[message.job] = JobGroup(self._queue, ended)
-        group.submit([partial(self._rank_job, delivery, rank) for rank in engine.ranks])
+        job = engine.jobs[message.job] = Job(self._queue, ended)
+        job.submit([partial(self._transfer, delivery, rank) for rank in engine.ranks])
 
     def _find(self, delivery: _Delivery) -> None:
         """Where the blocks are, and into how many shards they are split."""
@@ -126,20 +125,20 @@ class DeliverJobs:
         delivery.pages, delivery.offsets = pages, pool.offsets(message.keys)
         delivery.shards = np.array([pool.label(key).layout.shards for key in message.keys], int)
 
-    def _rank_job(self, delivery: _Delivery, rank: Rank, ended: Ended) -> TransferJob:
+    def _transfer(self, delivery: _Delivery, rank: Rank, ended: Ended) -> Transfer:
         """What one rank gets of a delivery: its heads of each block."""
         message, layout = delivery.message, delivery.engine.layout
         alike = delivery.shards == layout.shards
         in_slot = rank.shard * layout.shard.block_bytes
-        return TransferJob(
-            message.job,
-            rank.session_id,
-            layout.shard,
-            rank.kv_addresses,
-            self._memory_address + delivery.offsets[alike] + in_slot,
-            delivery.pages[alike],
-            delivery.started + message.deadline_s,
-            ended,
+        return Transfer(
+            job=message.job,
+            session_id=rank.session_id,
+            layout=layout.shard,
+            kv_addresses=rank.kv_addresses,
+            slots=self._memory_address + delivery.offsets[alike] + in_slot,
+            pages=delivery.pages[alike],
+            deadline=delivery.started + message.deadline_s,
+            ended=ended,
             urgent=message.urgent,
             plan=message.plan,
             board_address=rank.board_address + message.board_slot * BOARD_WORD_BYTES,
@@ -195,16 +194,22 @@ class DeliverJobs:
         outcome, seconds = "failed", time.monotonic() - delivery.started
         if error is None:
             outcome = "ok"
-            self._tell(Delivered(message.plan, engine.name, nbytes, seconds))
+            self._reports.tell(Delivered(message.plan, engine.name, nbytes, seconds))
         elif isinstance(error, JobCancelled):
             outcome = "cancelled"
-        self._counters.delivered(engine.name, outcome, nbytes)
+        self._reports.counters.delivered(engine.name, outcome, nbytes)
         log.log(
             logging.WARNING if outcome == "failed" else logging.INFO,
             "delivery ended engine=%s plan=%d job=%d outcome=%s blocks=%d bytes=%d "
             "seconds=%.4f error=%s",
-            *(engine.name, message.plan, message.job, outcome, len(delivery.pages), nbytes),
-            *(seconds, error or ""),
+            engine.name,
+            message.plan,
+            message.job,
+            outcome,
+            len(delivery.pages),
+            nbytes,
+            seconds,
+            error or "",
         )
         if isinstance(error, TransferFailed):
             if not engine.is_gone:
@@ -214,4 +219,4 @@ class DeliverJobs:
             self._say_ended(engine, message.job, str(error or ""))
 
     def _say_ended(self, engine: Engine, job: JobId, error: str) -> None:
-        self._reply(engine, JobEnded(self._incarnation, job, error))
+        self._reports.reply(engine, JobEnded(self._reports.incarnation, job, error))

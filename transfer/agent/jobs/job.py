@@ -1,46 +1,45 @@
-"""The transfer jobs of one order, one for each rank of an engine: they end as one."""
+"""A job: its transfers, one for each rank of the engine, end as one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from transfer.agent.delivery import JobCancelled, QueueFull, TransferJob, TransferQueue
+from transfer.agent.jobs.transfer import Ended, JobCancelled, QueueFull, Transfer
+from transfer.agent.jobs.transfer_queue import TransferQueue
 from transfer.mooncake import TransferFailed
 
-Ended = Callable[[Exception | None], None]
 
-
-class JobGroup:
-    """Lives in the agent's loop. ``ended`` is called once, when no job runs any more, with
-    None or the reason; the first job that fails stops the others."""
+class Job:
+    """Lives in the agent's loop. ``ended`` is called once, when no transfer runs any more; the
+    first one that fails stops the others."""
 
     def __init__(self, queue: TransferQueue, ended: Ended) -> None:
         self._queue = queue
         self._ended = ended
-        self._jobs: list[TransferJob] = []
+        self._transfers: list[Transfer] = []
         self._open: set[int] = set()
         self._error: Exception | None = None
 
-    def submit(self, make_jobs: Sequence[Callable[[Ended], TransferJob]]) -> None:
-        """Queue the jobs, each made with what it calls at its end."""
-        self._jobs = [make(partial(self._end, i)) for i, make in enumerate(make_jobs)]
-        self._open = set(range(len(self._jobs)))
-        for index, job in enumerate(self._jobs):
+    def submit(self, make_transfers: Sequence[Callable[[Ended], Transfer]]) -> None:
+        """Queue the transfers, each made with what it calls at its end."""
+        self._transfers = [make(partial(self._end, i)) for i, make in enumerate(make_transfers)]
+        self._open = set(range(len(self._transfers)))
+        for index, transfer in enumerate(self._transfers):
             try:
-                self._queue.submit(job)
+                self._queue.submit(transfer)
             except QueueFull as error:
                 self._end(index, error)
 
     @property
     def nbytes(self) -> int:
         """Transferred so far."""
-        return sum(job.nbytes for job in self._jobs)
+        return sum(transfer.nbytes for transfer in self._transfers)
 
     def cancel(self) -> None:
         """Stop what is queued or under way."""
         for index in list(self._open):
-            self._queue.cancel(self._jobs[index])
+            self._queue.cancel(self._transfers[index])
 
     def _end(self, index: int, error: Exception | None) -> None:
         self._open.discard(index)

@@ -26,7 +26,7 @@ class _Share(msgspec.Struct):
     release: asyncio.TimerHandle
 
 
-class ShareJobs:
+class Shares:
     """Admits, answers and releases plans. Lives in the agent's loop."""
 
     def __init__(
@@ -41,8 +41,8 @@ class ShareJobs:
         self._store = store
         self._reply = reply
         self._poll_store = poll_store
-        self._shares: dict[int, _Share] = {}
-        self._zero_io: set[int] = set()
+        self._shares: dict[PlanId, _Share] = {}
+        self._zero_io: set[PlanId] = set()
 
     def start(self, client: bytes, message: ReadShare) -> None:
         """Have the blocks read; ``ShareRead`` follows. A plan that is known is ignored."""
@@ -75,8 +75,12 @@ class ShareJobs:
         """The store is done with a share: answer."""
         log.info(
             "share read plan=%d blocks=%d in_dram=%d read_bytes=%d queue_s=%.4f read_s=%.4f",
-            *(event.plan, len(event.in_dram), sum(event.in_dram)),
-            *(sum(event.read_bytes.values()), event.queue_s, event.read_s),
+            event.plan,
+            len(event.in_dram),
+            sum(event.in_dram),
+            sum(event.read_bytes.values()),
+            event.queue_s,
+            event.read_s,
         )
         share = self._shares.get(event.plan)
         if share is not None:

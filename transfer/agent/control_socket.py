@@ -26,7 +26,7 @@ class CannotBind(Exception):
         self.endpoint = endpoint
 
 
-class Router:
+class ControlSocket:
     """Never waits for a client: what its full queue does not take is dropped."""
 
     def __init__(self, endpoint: str) -> None:

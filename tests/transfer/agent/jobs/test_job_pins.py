@@ -12,10 +12,11 @@ from common.messages import Deliver, PullBlocks, PullEnded, RankMemory, Register
 from storage.slot_pool import SlotPool
 from storage.tiered_store import TieredStore
 from tests.transfer.agent.fake_engine import LAYOUT, key_of, namespace
-from transfer.agent import pull_jobs
-from transfer.agent.deliver_jobs import DeliverJobs
-from transfer.agent.delivery import JobCancelled
 from transfer.agent.engines import Engine, Engines
+from transfer.agent.jobs import pull_jobs
+from transfer.agent.jobs.deliver_jobs import DeliverJobs
+from transfer.agent.jobs.reports import Reports
+from transfer.agent.jobs.transfer import JobCancelled
 from transfer.agent.metrics import AgentCounters
 from transfer.credits import CreditBoard
 from transfer.mooncake import TransferFailed
@@ -24,23 +25,23 @@ SLOTS = 4
 
 
 class StoppedQueue:
-    """Takes jobs and leaves their end to the test."""
+    """Takes transfers and leaves their end to the test."""
 
     def __init__(self) -> None:
-        self.jobs = []
+        self.transfers = []
 
-    def submit(self, job) -> None:
-        self.jobs.append(job)
+    def submit(self, transfer) -> None:
+        self.transfers.append(transfer)
 
-    def cancel(self, job) -> None:
-        job.ended(JobCancelled("cancelled"))
+    def cancel(self, transfer) -> None:
+        transfer.ended(JobCancelled("cancelled"))
 
 
 @pytest.fixture
 def world():
     memory = memoryview(bytearray(SLOTS * LAYOUT.block_bytes))
     store = TieredStore(SlotPool(memory, LAYOUT.block_bytes), None, None)
-    replies, queue, counters = [], StoppedQueue(), AgentCounters()
+    replies, queue = [], StoppedQueue()
     addresses = np.zeros((LAYOUT.num_layers, 2), int).tolist()
     credits = CreditBoard(lambda address, length: None)
     hello = RegisterEngine("p0", 1, namespace(), 1, [RankMemory("h:1", addresses, 0)])
@@ -49,15 +50,14 @@ def world():
     def reply(engine, message) -> None:
         replies.append(message)
 
+    reports = Reports(1, AgentCounters(), reply, lambda news: None)
     return SimpleNamespace(
         store=store,
         engine=engine,
         queue=queue,
         replies=replies,
-        deliveries=DeliverJobs(
-            queue, store.pool, 0, reply, lambda news: None, 1, counters, lambda plan: False
-        ),
-        pulls=pull_jobs.PullJobs(queue, store, 0, "h", reply, store.is_resident, 1, counters),
+        deliveries=DeliverJobs(queue, store.pool, 0, lambda plan: False, reports),
+        pulls=pull_jobs.PullJobs(queue, store, 0, "h", store.is_resident, reports),
     )
 
 
@@ -71,7 +71,7 @@ def deliver(world, job: int, plan: int, blocks: range):
     world.store.admit(plan, keys, time.monotonic() + 10, time.monotonic())
     world.store.poll(time.monotonic())
     world.deliveries.start(world.engine, Deliver(job, plan, keys, list(blocks), 8, True, 10.0))
-    return world.queue.jobs[-1]
+    return world.queue.transfers[-1]
 
 
 def test_the_end_of_its_plan_does_not_free_the_slots_of_a_delivery(world):
@@ -100,7 +100,7 @@ def test_a_failed_pull_keeps_its_slots_until_nothing_can_land(world, monkeypatch
     monkeypatch.setattr(pull_jobs, "LANDED_AFTER_S", 0.05)
     keys = [key_of(block) for block in range(SLOTS)]
     world.pulls.start(world.engine, PullBlocks(1, keys, list(range(SLOTS)), 10.0))
-    world.queue.jobs[-1].ended(TransferFailed("h:1", "read", -1))
+    world.queue.transfers[-1].ended(TransferFailed("h:1", "read", -1))
     assert world.replies == [PullEnded(1, 1, [False] * SLOTS)]
     assert world.pulls.quarantined_slots == SLOTS
     world.pulls.release_quarantine()
@@ -115,7 +115,7 @@ def test_pulled_blocks_know_their_parents_and_their_tenant(world):
     keys = [key_of(block) for block in range(3)]
     world.store.reserve(keys[1:2])  # on its way by another pull
     world.pulls.start(world.engine, PullBlocks(1, keys, [0, 1, 2], 10.0, key_of(9), "ab" * 8))
-    world.queue.jobs[-1].ended(None)
+    world.queue.transfers[-1].ended(None)
     labels = [world.store.pool.label(key) for key in (keys[0], keys[2])]
     assert [label.parent for label in labels] == [key_of(9), keys[1]]
     assert {label.tenant for label in labels} == {"ab" * 8}
@@ -129,13 +129,13 @@ def test_pulls_stay_on_the_node_where_they_can(world, shards, read_from):
     credits = CreditBoard(lambda address, length: None)
     engine = Engine(b"id", RegisterEngine("d0", 1, namespace(), shards, ranks), credits)
     world.pulls.start(engine, PullBlocks(1, [key_of(0)], [0], 10.0))
-    assert {job.session_id for job in world.queue.jobs} == read_from
+    assert {transfer.session_id for transfer in world.queue.transfers} == read_from
 
 
 def test_a_new_incarnation_ends_the_quarantine(world):
     keys = [key_of(0)]
     world.pulls.start(world.engine, PullBlocks(1, keys, [0], 10.0))
-    world.queue.jobs[-1].ended(TransferFailed("h:1", "read", -1))
+    world.queue.transfers[-1].ended(TransferFailed("h:1", "read", -1))
     world.engine.is_gone = True
     world.pulls.release_quarantine()
     assert world.pulls.quarantined_slots == 0
@@ -145,7 +145,7 @@ def test_a_pull_that_waits_for_another_ends_with_it(world):
     keys = [key_of(block) for block in range(3)]
     world.pulls.start(world.engine, PullBlocks(1, keys[:2], [0, 1], 10.0))
     world.pulls.start(world.engine, PullBlocks(2, keys, [4, 5, 6], 10.0))
-    first, second = world.queue.jobs
+    first, second = world.queue.transfers
     assert second.pages.tolist() == [6]
     second.ended(None)
     assert not world.replies

@@ -1,4 +1,5 @@
-"""Pulls of an agent: blocks out of an engine's pages into DRAM slots, each block once."""
+"""Pulls: jobs that read blocks out of an engine's pages into DRAM slots, from ``PullBlocks`` to
+``PullEnded``. Each block is read once. The engine's end is ``engine/decode/persist.py``."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ import msgspec
 import numpy as np
 
 from common.block import TENANT_CHARS, BlockKey, BlockLabel
-from common.ids import Incarnation
 from common.messages import PullBlocks, PullEnded
 from storage.tiered_store import TieredStore
-from transfer.agent.delivery import TransferJob, TransferQueue
 from transfer.agent.engines import BadPages, Engine, Rank, page_array
-from transfer.agent.job_group import Ended, JobGroup
-from transfer.agent.metrics import AgentCounters
+from transfer.agent.jobs.job import Job
+from transfer.agent.jobs.reports import Reports
+from transfer.agent.jobs.transfer import Ended, Transfer
+from transfer.agent.jobs.transfer_queue import TransferQueue
 from transfer.mooncake import LANDED_AFTER_S, TransferFailed
 
 log = logging.getLogger(__name__)
@@ -48,19 +49,17 @@ class PullJobs:
         store: TieredStore,
         memory_address: int,
         host: str,
-        reply: Callable[[Engine, PullEnded], None],
         held: Callable[[list[BlockKey]], list[bool]],
-        incarnation: Incarnation,
-        counters: AgentCounters,
+        reports: Reports,
     ) -> None:
+        """``memory_address``: of the store's slots. ``host``: this agent's, as Mooncake knows it.
+        ``held``: which blocks the agent has in any tier."""
         self._queue = queue
         self._store = store
         self._memory_address = memory_address
         self._host = host
-        self._reply = reply
         self._held = held
-        self._incarnation = incarnation
-        self._counters = counters
+        self._reports = reports
         self._filling: dict[BlockKey, list[_Pull]] = {}
         """Blocks on their way out of an engine -> the pulls that wait for them."""
         self._quarantines: list[_Quarantine] = []
@@ -106,24 +105,24 @@ class PullJobs:
         slots = self._memory_address + np.fromiter(offsets.values(), np.int64, len(offsets))
         pages = pages[[row_of[key] for key in offsets]]
 
-        def rank_job(rank: Rank, ended: Ended) -> TransferJob:
-            return TransferJob(
-                message.job,
-                rank.session_id,
-                shard,
-                rank.kv_addresses,
-                slots + rank.shard * shard.block_bytes,
-                pages,
-                started + message.deadline_s,
-                ended,
+        def transfer(rank: Rank, ended: Ended) -> Transfer:
+            return Transfer(
+                job=message.job,
+                session_id=rank.session_id,
+                layout=shard,
+                kv_addresses=rank.kv_addresses,
+                slots=slots + rank.shard * shard.block_bytes,
+                pages=pages,
+                deadline=started + message.deadline_s,
+                ended=ended,
                 is_read=True,
             )
 
         def ended(error: Exception | None) -> None:
-            self._ended(pull, labels, group.nbytes, started, error)
+            self._ended(pull, labels, job.nbytes, started, error)
 
-        group = engine.jobs[message.job] = JobGroup(self._queue, ended)
-        group.submit([partial(rank_job, rank) for rank in _holders(engine.ranks, self._host)])
+        job = engine.jobs[message.job] = Job(self._queue, ended)
+        job.submit([partial(transfer, rank) for rank in _holders(engine.ranks, self._host)])
 
     def _ended(
         self,
@@ -135,11 +134,15 @@ class PullJobs:
     ) -> None:
         engine, job, keys = pull.engine, pull.message.job, list(labels)
         engine.jobs.pop(job, None)
-        self._counters.pulled(error is None, nbytes)
+        self._reports.counters.pulled(error is None, nbytes)
         log.log(
             logging.INFO if error is None else logging.WARNING,
             "pull ended engine=%s job=%d blocks=%d bytes=%d seconds=%.4f error=%s",
-            *(engine.name, job, len(keys), nbytes, time.monotonic() - started),
+            engine.name,
+            job,
+            len(keys),
+            nbytes,
+            time.monotonic() - started,
             error or "",
         )
         if error is None:
@@ -151,14 +154,15 @@ class PullJobs:
             for key in keys:
                 self._store.abandon(key)
         for key in keys:
-            for pull in self._filling.pop(key):
-                pull.waits_for.discard(key)
-                if not pull.waits_for:
-                    self._finish(pull)
+            for waiting in self._filling.pop(key):
+                waiting.waits_for.discard(key)
+                if not waiting.waits_for:
+                    self._finish(waiting)
 
     def _finish(self, pull: _Pull) -> None:
         held = self._held(pull.message.keys)
-        self._reply(pull.engine, PullEnded(self._incarnation, pull.message.job, held))
+        ended = PullEnded(self._reports.incarnation, pull.message.job, held)
+        self._reports.reply(pull.engine, ended)
 
 
 def _holders(ranks: Sequence[Rank], host: str) -> list[Rank]:

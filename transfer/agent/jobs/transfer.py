@@ -1,0 +1,95 @@
+"""A transfer: one rank's part of a job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from common.block import BlockLayout
+from common.ids import NO_PLAN, JobId, PlanId
+from transfer.agent.jobs.heads import OtherShards
+from transfer.credits import CreditWord
+from transfer.pacing.pacer import Precedence
+from transfer.ranges import Addresses
+
+Ended = Callable[[Exception | None], None]
+"""Told of an end: None if it is a good one, or the reason."""
+
+
+class QueueFull(Exception):
+    """More transfers than the queue holds: this one was not taken."""
+
+
+class JobCancelled(Exception):
+    """Nobody wants the job's bytes any more."""
+
+
+class DeadlinePassed(Exception):
+    """The job did not complete in time."""
+
+
+@dataclass(eq=False)
+class Transfer:
+    """One rank's shards of blocks, which are at addresses ``slots`` (shape (n,)), to or from
+    its ``pages`` (shape (n,)). ``layout``: of a shard.
+
+    ``ended`` is called once, in the loop's thread, with None or the reason; none of the
+    transfer's calls is running then. After :class:`TransferFailed` bytes may still land.
+    """
+
+    job: JobId
+    session_id: str
+    layout: BlockLayout
+    kv_addresses: Addresses
+    slots: Addresses
+    pages: Addresses
+    deadline: float
+    """On the monotonic clock."""
+    ended: Ended
+    others: Sequence[OtherShards] = ()
+    """Blocks to deliver whose shards are not those of the engine's ranks."""
+    is_read: bool = False
+    """True for a pull."""
+    urgent: bool = False
+    plan: PlanId = NO_PLAN
+    board_address: int = 0
+    """0: no completion words."""
+    credit: CreditWord | None = None
+    """Of an engine with a layer window; None: every layer has a place of its own."""
+    first_position: int = -1
+    """Of layer 0 in that window."""
+    stop_reason: Exception | None = None
+    """Set: nothing more is transferred, and the transfer ends with this."""
+    layers_done: int = 0
+    scratch: int = -1
+    """Its word in its queue's scratch memory."""
+    precedence: Precedence = Precedence(False, 0, 0)
+
+    @property
+    def layer_nbytes(self) -> int:
+        """Bytes of one layer."""
+        pages = len(self.pages) + sum(len(blocks.pages) for blocks in self.others)
+        return self.layout.layer_bytes * pages
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes transferred so far."""
+        return self.layers_done * self.layer_nbytes
+
+    @property
+    def left_nbytes(self) -> int:
+        """Bytes not transferred yet."""
+        return (self.layout.num_layers - self.layers_done) * self.layer_nbytes
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the engine's memory is free for the next layer."""
+        return self.credit is None or self.credit.allows(self.first_position + self.layers_done)
+
+    def check(self) -> None:
+        """Raise if it should stop."""
+        if self.stop_reason is not None:
+            raise self.stop_reason
+        if time.monotonic() > self.deadline:
+            raise DeadlinePassed("deadline passed")

@@ -1,0 +1,117 @@
+"""What an agent has from its start, whichever engines come."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+from common.ids import Incarnation
+from common.process_settings import incarnation
+from storage.remote.tier import RemoteTier
+from storage.ssd.tier import SsdTier
+from storage.tiers.contract import Tier, Wake
+from transfer.agent.announcer import Announcer
+from transfer.agent.config import AgentConfig
+from transfer.agent.control_socket import ControlSocket
+from transfer.agent.jobs.transfer_queue import TransferQueue
+from transfer.agent.metrics import AgentCounters
+from transfer.credits import CreditBoard
+from transfer.memory import HostMemory
+from transfer.mooncake import TransferPeer
+from transfer.pacing import nics
+from transfer.pacing.nic_pacing import MovedBytes, NicBook, Pacing
+from transfer.pacing.pacer import read_pace
+from transfer.traffic.host import keeps_apart
+
+log = logging.getLogger(__name__)
+
+TRANSFERS_MAX = 4096
+"""Of deliveries, and likewise of pulls, that wait or run."""
+PULL_THREADS = 2
+QUEUE_STOP_S = 0.5
+
+
+class Resources:
+    """Registered memory, the ways to clients, peers and storage, and the queues of transfers.
+
+    ``wake``: called from any thread when a tier has news. Start errors are those of the parts.
+    """
+
+    def __init__(self, config: AgentConfig, wake: Wake) -> None:
+        self.config = config
+        self._loop = asyncio.get_running_loop()
+        self.incarnation = incarnation() or Incarnation(int(time.time() * 1000))
+        self.counters = AgentCounters()
+        self.socket = ControlSocket(config.control)
+        self.announcer = Announcer(self.incarnation, self.socket.send)
+        self.memory = HostMemory(config.dram_bytes)
+        self.peer = _start_peer(config)
+        self.peer.register(self.memory.address, self.memory.size_bytes)
+        self.credits = CreditBoard(self.peer.register)
+        self.ssd, self.remote = _open_tiers(config, wake)
+        nic_book = NicBook(self.peer.is_local, is_rdma=config.protocol == "rdma")
+        self.moved = MovedBytes(nic_book, "agent")
+        self.pacing = Pacing(
+            read_pace(config.pace),
+            nic_book,
+            self._needed_rate,
+            config.nic_bytes_per_s,
+            config.rdma_devices,
+            partial(keeps_apart, group=config.cgroup),
+        )
+        self.deliver_queue = self._queue("deliver", config.deliver_threads)
+        self.pull_queue = self._queue("pull", PULL_THREADS)
+
+    def _queue(self, name: str, threads: int) -> TransferQueue:
+        def post(call: Callable[[], None]) -> None:
+            self._loop.call_soon_threadsafe(call)
+
+        return TransferQueue(self.peer, name, threads, TRANSFERS_MAX, post, self.pacing.towards)
+
+    def _needed_rate(self, now: float, counts: Callable[[str], bool]) -> float:
+        return self.deliver_queue.needed_rate(now, counts)
+
+    @property
+    def tiers(self) -> list[Tier]:
+        """Those below DRAM that are switched on, the faster first."""
+        return [tier for tier in (self.ssd, self.remote) if tier is not None]
+
+    def close(self) -> None:
+        """Give everything back; takes seconds only if a disk or peer hangs."""
+        self.deliver_queue.close(QUEUE_STOP_S)
+        self.pull_queue.close(QUEUE_STOP_S)
+        for tier in self.tiers:
+            tier.close()
+        self.socket.close()
+
+
+def _start_peer(config: AgentConfig) -> TransferPeer:
+    """With RDMA, through the NICs near the node's engine first."""
+    topology: nics.Topology = {}
+    if config.protocol == "rdma":  # untested: no such machine was at hand
+        own = [gpu for gpu in nics.gpus() if gpu.index in config.gpus]
+        usable = nics.usable(nics.rdma_nics(), config.rdma_devices)
+        topology = nics.agent_topology(usable, own, nics.numa_node_count())
+        log.info("NICs to use, and those to go over to: %s", topology)
+    with nics.given_to_mooncake(topology):
+        return TransferPeer(config.host, config.protocol, config.rdma_devices)
+
+
+def _open_tiers(config: AgentConfig, wake: Wake) -> tuple[Tier | None, Tier | None]:
+    """SSD and remote tier, None where switched off."""
+    ssd = remote = None
+    if config.ssd_dirs:
+        ssd = SsdTier(
+            config.ssd_dirs,
+            config.ssd_bytes,
+            wake,
+            config.read_threads,
+            config.ssd_min_free_bytes,
+            config.ssd_quotas,
+        )
+    if config.remote_url:
+        remote = RemoteTier(config.remote_url, config.remote_options, wake, config.remote)
+    return ssd, remote

@@ -1,0 +1,272 @@
+"""The two states of an agent: before its first engine has told the size of a block, and after.
+
+Both answer the same messages, so the agent need not know in which of them it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import TypeVar
+
+import msgspec
+
+from common.block import BlockKey
+from common.ids import NO_JOB, PlanId
+from common.messages import (
+    CancelJob,
+    Deliver,
+    JobEnded,
+    MalformedMessage,
+    PullBlocks,
+    PullEnded,
+    ReadShare,
+    RegisterEngine,
+    ShareRead,
+    UnknownEngine,
+)
+from storage.slot_pool import SlotPool
+from storage.store_events import HoldingChanged, StoreStats
+from storage.tiered_store import TieredStore
+from transfer.agent.engines import BadRegistration, Engine, Engines
+from transfer.agent.jobs.deliver_jobs import DeliverJobs
+from transfer.agent.jobs.pull_jobs import PullJobs
+from transfer.agent.jobs.reports import Reports
+from transfer.agent.resources import Resources
+from transfer.agent.shares import Shares
+from transfer.mooncake import TransferFailed, TransferPeer
+
+log = logging.getLogger(__name__)
+
+DEADLINE_MAX_S = 3600.0
+
+
+class Unserved:
+    """No engine has come yet: none is known, there are no blocks, and no job can be open."""
+
+    landing_jobs = 0
+    quarantined_slots = 0
+
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
+
+    def opened_for(self, message: RegisterEngine) -> Unserved | Serving:
+        """The state in which the engine can be registered: the store is open, for blocks of its
+        layout. This one again if they do not fit into the agent's memory."""
+        layout = message.namespace.layout
+        try:
+            pool = SlotPool(self._resources.memory.view, layout.block_bytes)
+        except (ValueError, ZeroDivisionError) as error:
+            log.error("engine refused engine=%s layout=%s: %s", message.engine, layout, error)
+            return self
+        return Serving(self._resources, pool)
+
+    def register(self, client: bytes, message: RegisterEngine) -> None:
+        """An engine for which the store could not be opened: it stays a stranger."""
+
+    def credit_address(self, client: bytes) -> int:
+        return 0
+
+    def heard(self, client: bytes) -> None:
+        """Of no engine."""
+
+    def holdings(self) -> Sequence[HoldingChanged]:
+        return ()
+
+    def read_share(self, client: bytes, message: ReadShare) -> None:
+        """Every block is a miss."""
+        nothing = [False] * len(message.keys)
+        self._resources.socket.send(client, ShareRead(message.plan, nothing, {}, 0.0, 0.0))
+
+    def release(self, plan: PlanId) -> None:
+        """Nothing is held for it."""
+
+    def job(self, client: bytes, message: Deliver | PullBlocks | CancelJob) -> None:
+        """Of a stranger."""
+        self._resources.socket.send(client, _unknown(self._resources, message))
+
+    def poll(self) -> None:
+        """There is no store."""
+
+    def release_quarantine(self) -> None:
+        """There is none."""
+
+    def stats(self) -> StoreStats:
+        return StoreStats()
+
+
+class Serving:
+    """The store is open. Lives in the agent's loop."""
+
+    def __init__(self, resources: Resources, pool: SlotPool) -> None:
+        config, address = resources.config, resources.memory.address
+        self._resources = resources
+        self._engines = Engines(resources.credits)
+        self._store = TieredStore(
+            pool,
+            resources.ssd,
+            resources.remote,
+            keep_in_dram=config.dram_keep,
+            write_policy=config.write_policy,
+            promotion_policy=config.promotion_policy,
+        )
+        self._shares = Shares(self._store, resources.socket.send, self.poll, self._engines.can_take)
+        reports = Reports(
+            resources.incarnation, resources.counters, self._reply, resources.announcer.tell
+        )
+        self._deliveries = DeliverJobs(
+            resources.deliver_queue, pool, address, self._shares.is_zero_io, reports
+        )
+        self._pulls = PullJobs(
+            resources.pull_queue, self._store, address, config.host, self._held, reports
+        )
+        for holding in self._store.holdings():
+            resources.announcer.note(holding)
+        log.info(
+            "store open block_bytes=%d slot_bytes=%d slots=%d",
+            pool.block_bytes,
+            pool.slot_bytes,
+            pool.num_slots,
+        )
+
+    # ---- engines ------------------------------------------------------------------------
+
+    def opened_for(self, message: RegisterEngine) -> Serving:
+        """It is open, once for all."""
+        return self
+
+    def register(self, client: bytes, message: RegisterEngine) -> None:
+        """Raises :class:`MalformedMessage`."""
+        block_bytes = message.namespace.layout.block_bytes
+        if block_bytes != self._store.pool.block_bytes:
+            log.error(
+                "engine refused engine=%s block_bytes=%d: this agent's slots are for %d bytes",
+                message.engine,
+                block_bytes,
+                self._store.pool.block_bytes,
+            )
+            return
+        try:
+            engine, replaced = self._engines.register(client, message)
+        except BadRegistration as error:
+            raise MalformedMessage(str(error)) from error
+        if engine is None:
+            log.info("old incarnation ignored engine=%s", message.engine)
+            return
+        if replaced is not None:
+            replaced.cancel_jobs()
+            self._deliveries.engine_gone(replaced)
+            self._pulls.release_quarantine()
+        peer = self._resources.peer
+        for rank in engine.ranks:
+            peer.forgive(rank.session_id)
+        threading.Thread(target=_meet, args=(peer, engine), daemon=True).start()
+        while engine.unsent:
+            self._reply(engine, engine.unsent.popleft())
+        log.info(
+            "engine registered engine=%s incarnation=%d shards=%d sessions=%s",
+            engine.name,
+            engine.incarnation,
+            engine.layout.shards,
+            [rank.session_id for rank in engine.ranks],
+        )
+
+    def credit_address(self, client: bytes) -> int:
+        """Of a client's first credit word; 0 if it is no engine."""
+        engine = self._engines.find(client)
+        return engine.ranks[0].credit.address if engine is not None else 0
+
+    def heard(self, client: bytes) -> None:
+        """A sign of life."""
+        engine = self._engines.find(client)
+        if engine is not None:
+            self._deliveries.heard(engine)
+
+    # ---- plans and jobs -----------------------------------------------------------------
+
+    def read_share(self, client: bytes, message: ReadShare) -> None:
+        """``ShareRead`` follows."""
+        self._shares.start(client, _bounded(message))
+
+    def release(self, plan: PlanId) -> None:
+        """Nobody needs its blocks any more."""
+        self._shares.release(plan)
+
+    def job(self, client: bytes, message: Deliver | PullBlocks | CancelJob) -> None:
+        """Start it, once, or cancel it."""
+        engine = self._engines.find(client)
+        if engine is None:
+            self._resources.socket.send(client, _unknown(self._resources, message))
+        elif isinstance(message, CancelJob):
+            if message.job in engine.jobs:
+                engine.jobs[message.job].cancel()
+        elif engine.first_time(message.job):
+            if isinstance(message, Deliver):
+                self._deliveries.start(engine, _bounded(message))
+            else:
+                self._pulls.start(engine, _bounded(message))
+
+    def _reply(self, engine: Engine, message: JobEnded | PullEnded) -> None:
+        if not engine.is_gone and not self._resources.socket.send(engine.identity, message):
+            engine.unsent.append(message)
+
+    # ---- the store ----------------------------------------------------------------------
+
+    def holdings(self) -> Sequence[HoldingChanged]:
+        """Everything held now."""
+        return self._store.holdings()
+
+    def _held(self, keys: list[BlockKey]) -> list[bool]:
+        held = self._store.is_resident(keys)
+        for tier in self._resources.tiers:
+            held = [a or b for a, b in zip(held, tier.contains(keys), strict=True)]
+        return held
+
+    def poll(self) -> None:
+        """Act on what the store has to tell."""
+        for event in self._store.poll(time.monotonic()):
+            if isinstance(event, HoldingChanged):
+                self._resources.announcer.note(event)
+            else:
+                self._shares.settled(event)
+
+    def release_quarantine(self) -> None:
+        """Give back slots into which nothing can land any more; call a few times a second."""
+        self._pulls.release_quarantine()
+
+    def stats(self) -> StoreStats:
+        return self._store.stats()
+
+    @property
+    def landing_jobs(self) -> int:
+        return self._deliveries.landing_jobs
+
+    @property
+    def quarantined_slots(self) -> int:
+        return self._pulls.quarantined_slots
+
+
+def _meet(peer: TransferPeer, engine: Engine) -> None:
+    for rank in engine.ranks:
+        try:
+            peer.meet(rank.session_id, int(rank.kv_addresses[0, 0]))
+        except TransferFailed as error:
+            log.warning("engine not met engine=%s error=%s", engine.name, error)
+
+
+def _unknown(resources: Resources, message: Deliver | PullBlocks | CancelJob) -> UnknownEngine:
+    # A job to cancel may be running here for an engine that has reconnected: it is not named,
+    # so that the engine does not take it for ended.
+    job = NO_JOB if isinstance(message, CancelJob) else message.job
+    return UnknownEngine(resources.incarnation, job)
+
+
+_Timed = TypeVar("_Timed", ReadShare, Deliver, PullBlocks)
+
+
+def _bounded(message: _Timed) -> _Timed:
+    """The message with a deadline between 0 and DEADLINE_MAX_S."""
+    deadline_s = min(message.deadline_s, DEADLINE_MAX_S) if message.deadline_s > 0 else 0.0
+    return msgspec.structs.replace(message, deadline_s=deadline_s)
