@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -102,13 +103,26 @@ def samples_kept(output: Path) -> int:
     return shards + sum(content.count(b"\n") for content in journal)
 
 
+def has_kept(output: Path, samples: int) -> bool:
+    return samples_kept(output) >= samples
+
+
 def test_forty_prompts_twice_killed_and_resumed(cluster, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", chats(40, 40))
-    flags = ("--n", "2", "--temperature", "0", "--max-new-tokens", "8", "--concurrency", "8")
+    flags: tuple[str, ...] = (
+        "--n",
+        "2",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "8",
+        "--concurrency",
+        "8",
+    )
     flags += ("--shard-bytes", "20KB")
     for acknowledged in (15, 50):
         job = start(source, tmp_path / "killed", cluster.url, *flags)
-        wait_until(lambda count=acknowledged: samples_kept(tmp_path / "killed") >= count, 60)
+        wait_until(partial(has_kept, tmp_path / "killed", acknowledged), 60)
         job.kill()
         job.communicate(timeout=10)
         assert job.returncode == -signal.SIGKILL

@@ -8,6 +8,7 @@ import concurrent.futures
 import json
 import shutil
 import signal
+from typing import Any
 
 import pytest
 
@@ -267,7 +268,12 @@ def test_the_official_openai_client_works(cluster):
     client = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", timeout=60)
     assert client.models.list().data
     messages = [{"role": "user", "content": "import os"}]
-    chat = {"model": "tiny", "messages": messages, "max_tokens": 8, "temperature": 0}
+    chat: dict[str, Any] = {
+        "model": "tiny",
+        "messages": messages,
+        "max_tokens": 8,
+        "temperature": 0,
+    }
     whole = client.chat.completions.create(**chat)
     streamed = client.chat.completions.create(**chat, stream=True)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)

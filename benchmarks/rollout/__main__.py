@@ -108,7 +108,8 @@ def goals(pairs: dict[str, Any], episodes: dict[str, Any]) -> list[Goal]:
 
 def measure_pairs(url: str, folder: Path, pairs: int) -> dict[str, Any]:
     """Seconds of both, alternately first; a pair before the others warms up and is left out."""
-    loops_s, jobs_s = [], []
+    loops_s: list[float] = []
+    jobs_s: list[float] = []
     for number in range(pairs + 1):
         arms = [(loop_s, loops_s), (job_s, jobs_s)]
         for arm, (measure, found) in enumerate(arms if number % 2 else arms[::-1]):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from common.block import KEY_BYTES, BlockKey, TierName
+from common.ids import Incarnation
 from common.messages import PrefillCost
 from launch.cluster.layout import PAGE_TOKENS
 from scheduler.directory.directory import Directory, Run
@@ -81,7 +82,7 @@ class Cluster:
             name,
             role="prefill" if prefill else "decode",
             agent=self.agents[row],
-            incarnation=1,
+            incarnation=Incarnation(1),
             sequences=sequences,
             pending_tokens=pending_tokens,
             context_tokens=context_tokens,
@@ -101,7 +102,7 @@ class Cluster:
         rate = read_bytes_per_s or self.hardware.storage_bytes_per_s
         self.scheduler.agent_report(
             self.agents[row],
-            incarnation=1,
+            incarnation=Incarnation(1),
             read_queue_bytes={TierName.REMOTE: int(read_queue_bytes)},
             read_bytes_per_s={TierName.REMOTE: rate},
             deliver_queue_bytes=int(deliver_queue_bytes),

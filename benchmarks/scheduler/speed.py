@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.scheduler.cluster import Cluster, RemoteStore, some_keys
 from common.block import KEY_BYTES, BlockKey, TierName
+from common.ids import Incarnation
 from common.messages import Holding
 from scheduler.directory.directory import Directory
 from scheduler.plan import Plan
@@ -96,7 +97,7 @@ class PlanLoop:
         scheduler.submitted(plan.id, self._now)
         self._open.append(plan)
         if len(self._open) > OPEN_PLANS_A_NODE * self._nodes:
-            scheduler.finished(self._open, self._now)
+            scheduler.finished(self._open.popleft().id, self._now)
         self._report()
 
     def _report(self) -> None:
@@ -133,7 +134,7 @@ def full_directory(
     directory, prompts = Directory(blocks), blocks // HIT_BLOCKS
     for prompt in range(prompts):
         changes = [Holding(key, TierName.REMOTE, True) for key in _prompt_keys(prompt)]
-        directory.apply("agent-p0", 1, prompt, prompt == 0, changes)
+        directory.apply("agent-p0", Incarnation(1), prompt, prompt == 0, changes)
         progress((prompt + 1) / prompts)
     order = np.random.default_rng(1).permutation(prompts).tolist()
     return directory, map(_prompt_keys, order)

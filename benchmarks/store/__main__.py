@@ -21,7 +21,7 @@ from rich.console import Console
 from benchmarks.goals import Goal, goals_table, write_report
 from benchmarks.store.eviction import eviction_goals, measure_eviction
 from benchmarks.store.index import measure_index, measure_lost_tables
-from benchmarks.store.load import HiCacheLoad, Memory, RawFile, TierLoad, busy_thread
+from benchmarks.store.load import HiCacheLoad, Memory, RawFile, SsdLoad, busy_thread
 from benchmarks.store.remote import measure_remote, remote_goals
 from storage.tiers.io_threads import SWITCH_INTERVAL_S
 
@@ -79,7 +79,7 @@ def _measure_size(
     folder: Path, raw: RawFile, memory: Memory, block_bytes: int, rounds: int
 ) -> Rates:
     blocks = SET_BYTES // block_bytes
-    load = TierLoad(folder / "ssd", block_bytes, blocks, memory)
+    load = SsdLoad(folder / "ssd", block_bytes, blocks, memory)
     hicache = HiCacheLoad(folder / "hicache", block_bytes, blocks)
     seen: defaultdict[str, list[float]] = defaultdict(list)
     written_bytes, payload_bytes = 0, 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.store.load import Memory, TierLoad
+from benchmarks.store.load import Memory, SsdLoad
 from common.block import KEY_BYTES, UNLABELLED, BlockKey
 from storage.block_format import encode_owner
 from storage.ssd.notes import FolderNotes
@@ -92,7 +92,7 @@ def _resident_bytes() -> int:
 def measure_lost_tables(folder: Path) -> dict[str, Any]:
     """Blocks that a start finds per second where no table is right, so that it has to read
     their headers."""
-    load = TierLoad(folder, BLOCK_BYTES, LOST_BLOCKS, Memory(64 * BLOCK_BYTES))
+    load = SsdLoad(folder, BLOCK_BYTES, LOST_BLOCKS, Memory(64 * BLOCK_BYTES))
     load.tier.close()
     for slab in folder.glob("*.slab"):
         num_slots = int(slab.stem.split("x")[1])

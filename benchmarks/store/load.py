@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from common.block import BlockKey
 from storage.ssd.tier import SsdTier
-from storage.tiers.contract import BlockIO, Completion
+from storage.tiers.contract import BlockIO, Completion, Tier
 
 DEPTH = 64
 """Blocks that are in flight at once."""
@@ -42,26 +43,20 @@ class Memory:
         return [self._view[start : start + block_bytes] for start in starts]
 
 
-class TierLoad:
-    """Keeps ``DEPTH`` blocks of one size in flight at an SSD tier."""
+_AnyTier = TypeVar("_AnyTier", bound=Tier)
 
-    def __init__(self, folder: Path, block_bytes: int, blocks: int, memory: Memory) -> None:
+
+class TierLoad(Generic[_AnyTier]):
+    """Keeps ``DEPTH`` blocks of one size in flight at a tier, which sets ``wake``."""
+
+    def __init__(
+        self, tier: _AnyTier, wake: threading.Event, block_bytes: int, memory: Memory
+    ) -> None:
+        self.tier = tier
         self.block_bytes = block_bytes
-        self._wake = threading.Event()
-        capacity_bytes = blocks * (block_bytes + 4096)
-        self.tier = SsdTier(folder, capacity_bytes, self._wake.set)
+        self._wake = wake
         self._buffers = memory.buffers(block_bytes)
         self._chance = random.Random(2)
-        self._run(self._new_block, self.tier.submit_writes, blocks)
-
-    def write(self) -> float:
-        """Bytes per second of new blocks, each durable; old ones are evicted for them."""
-        return self._run(self._new_block, self.tier.submit_writes)
-
-    def read(self) -> float:
-        """Bytes per second of random blocks, each verified."""
-        keys = self.tier.keys()
-        return self._run(lambda: self._chance.choice(keys), self.tier.submit_reads)
 
     def _new_block(self) -> BlockKey:
         return BlockKey(self._chance.randbytes(32))
@@ -79,7 +74,7 @@ class TierLoad:
         while True:
             self._wake.clear()
             more = begun < blocks if blocks else time.perf_counter() < start + RUN_S
-            batch = []
+            batch: list[BlockIO] = []
             while more and (batch or len(free) >= BATCH) and len(batch) < BATCH:
                 key = next_key()
                 if key not in used:
@@ -96,6 +91,25 @@ class TierLoad:
                 return done * self.block_bytes / (time.perf_counter() - start)
             if not completions and not self._wake.wait(WAIT_S_MAX):
                 raise LoadFailed(f"nothing completed within {WAIT_S_MAX:g} s")
+
+
+class SsdLoad(TierLoad[SsdTier]):
+    """Of an SSD tier, which it fills with ``blocks``."""
+
+    def __init__(self, folder: Path, block_bytes: int, blocks: int, memory: Memory) -> None:
+        wake = threading.Event()
+        tier = SsdTier(folder, blocks * (block_bytes + 4096), wake.set)
+        super().__init__(tier, wake, block_bytes, memory)
+        self._run(self._new_block, tier.submit_writes, blocks)
+
+    def write(self) -> float:
+        """Bytes per second of new blocks, each durable; old ones are evicted for them."""
+        return self._run(self._new_block, self.tier.submit_writes)
+
+    def read(self) -> float:
+        """Bytes per second of random blocks, each verified."""
+        keys = self.tier.keys()
+        return self._run(lambda: self._chance.choice(keys), self.tier.submit_reads)
 
 
 def checked(completion: Completion) -> Completion:

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import msgspec
 
 from benchmarks.goals import Goal
 from benchmarks.radosgw import RadosGateway, missing_programs
-from benchmarks.s3_proxy import FaultyProxy, Verdict
+from benchmarks.s3_proxy import FaultyProxy, Judge, Verdict
 from benchmarks.store.load import DEPTH, Memory
 from benchmarks.store.remote_client import (
     BLOCK_BYTES,
@@ -90,7 +91,7 @@ def _without_limit(gateway: RadosGateway, memory: Memory, rounds: int) -> Figure
             seen["remote tier"].append(load.read_some(READ_BLOCKS))
             for name, read in plain.items():
                 nbytes = READ_BLOCKS * BLOCK_BYTES
-                seen[name].append(rated(nbytes, lambda read=read: read(READ_BLOCKS)))
+                seen[name].append(rated(nbytes, partial(read, READ_BLOCKS)))
             small_seen["together"].append(small.read_together(SMALL_BLOCKS, DEPTH))
             small_seen["one by one"].append(small.read_together(SMALL_BLOCKS, 1))
     finally:
@@ -130,10 +131,7 @@ def _slow_answers(gateway: RadosGateway, memory: Memory) -> Figures:
         url = f"s3://{gateway.bucket}/small"
         load = RemoteLoad(url, options, memory, SMALL_BYTES, settings)
         load.find(SMALL_BLOCKS)
-        numbers = itertools.count(1)
-        proxy.judge = lambda method, path, numbers=numbers: Verdict(
-            delay_s=0.0 if next(numbers) % SLOW_EVERY else SLOW_S
-        )
+        proxy.judge = _late_answers()
         latencies_s = load.latencies_s(HEDGED_READS)
         proxy.judge = lambda method, path: Verdict()
         figures[name] = {
@@ -144,6 +142,12 @@ def _slow_answers(gateway: RadosGateway, memory: Memory) -> Figures:
         load.tier.close()
     proxy.close()
     return {"reads with slow answers": figures}
+
+
+def _late_answers() -> Judge:
+    """Every ``SLOW_EVERY``-th of a fresh count."""
+    numbers = itertools.count(1)
+    return lambda method, path: Verdict(delay_s=0.0 if next(numbers) % SLOW_EVERY else SLOW_S)
 
 
 # ---- a limited link -------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import logging
-import random
 import sys
 import threading
 import time
@@ -69,8 +68,8 @@ def rated(nbytes: int, work: Callable[[], object]) -> Rate:
     return Rate(nbytes / (time.perf_counter() - start), cpu_s / (nbytes / 1e9))
 
 
-class RemoteLoad(TierLoad):
-    """Keeps blocks in flight at a remote tier."""
+class RemoteLoad(TierLoad[RemoteTier]):
+    """Of a remote tier."""
 
     def __init__(
         self,
@@ -80,11 +79,8 @@ class RemoteLoad(TierLoad):
         block_bytes: int = BLOCK_BYTES,
         settings: RemoteSettings | None = None,
     ) -> None:
-        self.block_bytes = block_bytes
-        self._wake = threading.Event()
-        self.tier: RemoteTier = RemoteTier(url, options, self._wake.set, settings)
-        self._buffers = memory.buffers(block_bytes)
-        self._chance = random.Random(2)
+        wake = threading.Event()
+        super().__init__(RemoteTier(url, options, wake.set, settings), wake, block_bytes, memory)
 
     def fill(self, blocks: int) -> None:
         self._run(self._new_block, self.tier.submit_writes, blocks)

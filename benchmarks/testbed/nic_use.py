@@ -75,7 +75,8 @@ class _Samples:
 @contextlib.asynccontextmanager
 async def observed(network: Network, nodes: Sequence[str]) -> AsyncIterator[list[NicUse]]:
     """Sample while the body runs; then the list has its one :class:`NicUse`."""
-    samples, found = _Samples(network, nodes), []
+    samples = _Samples(network, nodes)
+    found: list[NicUse] = []
 
     async def sample() -> None:
         while True:

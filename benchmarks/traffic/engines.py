@@ -11,11 +11,12 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.traffic.hosts import DEVICE, RECEIVER, SENDER, Link
+from benchmarks.traffic.hosts import DEVICE, RECEIVER, SENDER, Link, Worker
 from benchmarks.traffic.measure import INFERENCE_CORE, SETTLE_S, Arm, Bench, Rounds, Sample
 from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig
 from launch.cluster.hardware import Hardware
+from launch.cluster.process_record import ProcessRecord
 from launch.cluster.processes import process_records
 from launch.models.resolve import resolve_model
 
@@ -56,7 +57,7 @@ def measure(
         bench.close()
 
 
-def _one(bench: Bench, arm: Arm, client) -> Sample:
+def _one(bench: Bench, arm: Arm, client: Worker) -> Sample:
     sample = Sample()
 
     def work() -> None:
@@ -96,7 +97,7 @@ def _engine(link: Link, folder: Path) -> Iterator[None]:
             process.wait(10)
 
 
-def _record(link: Link):
+def _record(link: Link) -> ProcessRecord:
     """As the product starts a decode engine; but alone, so without its agent."""
     config = ClusterConfig(
         model="tiny", device="cpu", transfer="tcp", base_port=BASE_PORT, engine_args="--tp-size 2"

@@ -78,7 +78,9 @@ class Link:
             return self.network.storage_address(node)
         return self.network.compute_address(node)
 
-    def start(self, role: str, node: str, core: int, on_storage: bool = False, low: bool = False):
+    def start(
+        self, role: str, node: str, core: int, on_storage: bool = False, low: bool = False
+    ) -> Worker:
         """A worker on a host; ``low``: in the control group of the low class."""
         argv = [
             *self.network.within(self.network.namespace(node)),

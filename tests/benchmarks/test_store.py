@@ -11,7 +11,8 @@ from benchmarks.store import eviction as store_eviction
 from benchmarks.store import index as store_index
 from benchmarks.store import load as store_load
 from benchmarks.store.__main__ import goals_of
-from benchmarks.store.load import DEPTH, LoadFailed, Memory, RawFile, TierLoad, busy_thread
+from benchmarks.store.load import DEPTH, LoadFailed, Memory, RawFile, SsdLoad, busy_thread
+from common.block import BlockKey
 
 BLOCK_BYTES = 16 << 10
 
@@ -22,7 +23,7 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_tier_is_read_and_overwritten(tmp_path: Path) -> None:
-    load = TierLoad(tmp_path / "ssd", BLOCK_BYTES, 2 * DEPTH, Memory(DEPTH * BLOCK_BYTES))
+    load = SsdLoad(tmp_path / "ssd", BLOCK_BYTES, 2 * DEPTH, Memory(DEPTH * BLOCK_BYTES))
     before = load.tier.stats()
     assert before.blocks == 2 * DEPTH and before.evicted_blocks_total == 0
     assert load.read() > 0 and load.write() > 0
@@ -35,7 +36,7 @@ def test_the_tier_is_read_and_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_block_that_fails_ends_the_measurement(tmp_path: Path) -> None:
-    load = TierLoad(tmp_path / "ssd", BLOCK_BYTES, 2 * DEPTH, Memory(DEPTH * BLOCK_BYTES))
+    load = SsdLoad(tmp_path / "ssd", BLOCK_BYTES, 2 * DEPTH, Memory(DEPTH * BLOCK_BYTES))
     for slab in (tmp_path / "ssd").glob("*.slab"):
         slab.write_bytes(bytes(slab.stat().st_size))
     with pytest.raises(LoadFailed):
@@ -60,7 +61,7 @@ def test_the_index_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_hit_rates_are_those_of_the_rules() -> None:
-    a, b, c = (bytes([i]) * 32 for i in range(1, 4))
+    a, b, c = (BlockKey(bytes([i]) * 32) for i in range(1, 4))
     prompts = [[a, b], [c], [a, b], [a, b]]
     assert store_eviction.lru_hits(prompts, 2) == 2 and store_eviction.lru_hits(prompts, 3) == 4
     assert store_eviction.belady_hits(prompts, 2) == 4

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.goals import Goal, goals_table
 from benchmarks.testbed import iperf, machine, report
-from benchmarks.testbed.cluster import cluster_config, records_on
+from benchmarks.testbed.cluster import Gateway, cluster_config, records_on
 from benchmarks.testbed.network import (
     Network,
     Rates,
@@ -157,7 +157,7 @@ def test_prompts_grow_by_what_was_answered_and_appended():
     assert first == again.prompt(0, 0) != work.prompt(1, 0)
 
 
-class EchoGateway:
+class EchoGateway(Gateway):
     """Answers with the prompt's last tokens; two blocks of each were read from storage."""
 
     def __init__(self) -> None:

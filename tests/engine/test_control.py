@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
 import zmq
 
 from common.block import BlockLayout, Namespace
+from common.ids import Incarnation, PlanId
 from common.messages import (
     EndPlan,
     EngineHello,
@@ -24,7 +27,7 @@ from engine.plans import Plans
 from engine.sglang import prefill_layer_hooks
 
 NAMESPACE = Namespace("model", "1", "float32", BlockLayout(64, 1, (8,)))
-HELLO = EngineHello("p0", "prefill", 1, NAMESPACE, 8998, "", 0, 0, 0, 100, None, {})
+HELLO = EngineHello("p0", "prefill", Incarnation(1), NAMESPACE, 8998, "", 0, 0, 0, 100, None, {})
 
 
 @pytest.fixture
@@ -37,7 +40,9 @@ def client(tmp_path):
 
 def test_an_answer_that_fails_does_not_end_the_thread(client, tmp_path, caplog):
     endpoint = f"ipc://{tmp_path}/control"
-    answers = iter([RuntimeError("a bug in the report"), HELLO])
+    answers: Iterator[RuntimeError | EngineHello] = iter(
+        [RuntimeError("a bug in the report"), HELLO]
+    )
 
     def hello() -> EngineHello:
         answer = next(answers)
@@ -54,34 +59,34 @@ def test_an_answer_that_fails_does_not_end_the_thread(client, tmp_path, caplog):
     client.connect(endpoint)
     client.send(encode(Ping()))
     client.send(b"rubbish")
-    client.send(encode(EnginePlan(7, "rid", NAMESPACE.digest(), [], [], [], 60.0)))
+    client.send(encode(EnginePlan(PlanId(7), "rid", NAMESPACE.digest(), [], [], [], 60.0)))
     client.send(encode(Ping()))
-    assert decode(client.recv()) == PlanAccepted(7)
+    assert decode(client.recv()) == PlanAccepted(PlanId(7))
     assert decode(client.recv()) == HELLO
     assert server.malformed_total == 1
     assert "a bug in the report" in caplog.text
     assert plans.get("rid") is not None
-    client.send(encode(EndPlan(7, "rid")))
-    client.send(encode(EnginePlan(8, "other", NAMESPACE.digest(), [], [], [], 60.0)))
-    assert decode(client.recv()) == PlanAccepted(8)
+    client.send(encode(EndPlan(PlanId(7), "rid")))
+    client.send(encode(EnginePlan(PlanId(8), "other", NAMESPACE.digest(), [], [], [], 60.0)))
+    assert decode(client.recv()) == PlanAccepted(PlanId(8))
     assert plans.get("rid") is None
 
 
 def test_a_plan_for_other_weights_is_refused_and_the_present_ones_are_told(client, tmp_path):
     endpoint = f"ipc://{tmp_path}/control"
     plans = Plans()
-    ControlServer(endpoint, plans.put, lambda: HELLO, NAMESPACE.digest)
+    ControlServer(endpoint, cast(Any, plans.put), lambda: HELLO, NAMESPACE.digest)
     client.connect(endpoint)
-    client.send(encode(EnginePlan(7, "rid", b"earlier weights", [], [], [], 60.0)))
+    client.send(encode(EnginePlan(PlanId(7), "rid", b"earlier weights", [], [], [], 60.0)))
     assert decode(client.recv()) == HELLO
-    assert decode(client.recv()) == PlanRefused(7)
+    assert decode(client.recv()) == PlanRefused(PlanId(7))
     assert plans.get("rid") is None
 
 
 @pytest.mark.parametrize(("weights", "aborted"), [("1", 0), ("2", 1)])
 def test_a_request_that_arrives_after_a_weight_update_is_aborted(weights, aborted, monkeypatch):
     plans, aborts = Plans(), []
-    plans.put(EnginePlan(7, "rid", NAMESPACE.digest(), [], [], [], 60.0))
+    plans.put(EnginePlan(PlanId(7), "rid", NAMESPACE.digest(), [], [], [], 60.0))
     present = msgspec.structs.replace(NAMESPACE, weight_version=weights).digest()
     engine = SimpleNamespace(plans=plans, namespace_digest=present, prefill_layers=None)
     monkeypatch.setattr(prefill_layer_hooks, "runtime_if_up", lambda: engine)

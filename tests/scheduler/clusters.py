@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from common.block import BlockKey, TierName
+from common.ids import Incarnation
 from common.messages import Holding
 from scheduler.cluster_state import ClusterState
 from scheduler.options import SchedulerOptions
@@ -19,7 +22,7 @@ def keys_of(count: int) -> list[BlockKey]:
 
 
 def request(rid: str = "r", blocks: int = 10, **changes) -> PlanRequest:
-    values = {
+    values: dict[str, Any] = {
         "rid": rid,
         "prompt_tokens": blocks * PAGE_TOKENS + 1,
         "keys": keys_of(blocks),
@@ -31,7 +34,7 @@ def request(rid: str = "r", blocks: int = 10, **changes) -> PlanRequest:
 
 
 def report_engine(scheduler: Scheduler, name: str, now: float = 0.0, **changes) -> None:
-    values = {
+    values: dict[str, Any] = {
         "role": "prefill" if name.startswith("p") else "decode",
         "agent": f"agent-{name}",
         "incarnation": 1,
@@ -44,7 +47,7 @@ def report_engine(scheduler: Scheduler, name: str, now: float = 0.0, **changes) 
 
 
 def report_agent(scheduler: Scheduler, name: str, now: float = 0.0, **changes) -> None:
-    values = {
+    values: dict[str, Any] = {
         "incarnation": 1,
         "read_queue_bytes": {},
         "read_bytes_per_s": {TierName.SSD: 1e6, TierName.REMOTE: 1e6},
@@ -72,7 +75,7 @@ def cluster(
 
 def hold(scheduler: Scheduler, agent: str, blocks: int, tier: TierName) -> None:
     changes = [Holding(key, tier, True) for key in keys_of(blocks)]
-    assert scheduler.announce(agent, 1, 0, True, changes)
+    assert scheduler.announce(agent, Incarnation(1), 0, True, changes)
 
 
 def state_of(
@@ -83,7 +86,7 @@ def state_of(
     for name, (queue_bytes, rate) in queues.items():
         scheduler.agent_report(
             name,
-            incarnation=1,
+            incarnation=Incarnation(1),
             read_queue_bytes={TierName.SSD: queue_bytes, TierName.REMOTE: queue_bytes},
             read_bytes_per_s={TierName.SSD: rate, TierName.REMOTE: rate},
             deliver_queue_bytes=0,

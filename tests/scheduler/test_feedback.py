@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from benchmarks.scheduler.balance import balance, job_times, step
@@ -16,7 +18,7 @@ def test_a_nic_of_the_model_serves_in_turn_at_its_present_rate():
     clock, ends = Clock(), []
     nic = Nic(clock, 100.0)
     for name, size in (("first", 200.0), ("second", 100.0)):
-        nic.read(size, lambda name=name: ends.append((name, clock.now)))
+        nic.read(size, partial(lambda name: ends.append((name, clock.now)), name))
     clock.after(1.0, nic.set_rate, 25.0)  # 100 of the first are left: 4 s more
     clock.after(7.0, nic.set_rate, 100.0)  # 50 of the second are left
     clock.run(6.0)
@@ -27,7 +29,7 @@ def test_a_nic_of_the_model_serves_in_turn_at_its_present_rate():
     assert (nic.read_bytes, nic.queue_bytes) == (pytest.approx(300), 0)
 
 
-def test_the_model_reads_what_its_turns_hit():
+def test_the_model_reads_what_its_turns_hit(monkeypatch):
     """Every turn that was asked for ends, and each hit block came over one NIC."""
     fluid = Fluid("n-way", 1, 2, Workload(load=0.5, turns=40))
     asked = []
@@ -37,7 +39,7 @@ def test_the_model_reads_what_its_turns_hit():
         asked.append(len(request.keys))
         return plan(request, now)
 
-    fluid.cluster.scheduler.plan = watched
+    monkeypatch.setattr(fluid.cluster.scheduler, "plan", watched)
     assert fluid.run_job(600.0) is not None
     assert fluid.read_bytes().sum() == pytest.approx(sum(asked) * fluid.hardware.block_bytes)
     view = fluid.cluster.scheduler.cluster(fluid.clock.now)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.block import BlockKey, TierName
+from common.ids import Incarnation
 from common.messages import Holding, PrefillCost
 from scheduler.plan import NoEngine, Plan
 from scheduler.policies import POLICY_NAMES
@@ -128,7 +129,7 @@ def reading_cluster(policy: str, blocks: int) -> Scheduler:
     for agent in AGENTS:
         report_agent(scheduler, agent, dram_slots=SLOTS)
     changes = [Holding(key(n), TierName.REMOTE, True) for n in range(blocks)]
-    assert scheduler.announce(AGENTS[0], 1, 0, True, changes)
+    assert scheduler.announce(AGENTS[0], Incarnation(1), 0, True, changes)
     return scheduler
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from common.block import BlockKey, TierName
+from common.ids import Incarnation, PlanId
 from common.messages import Holding, PrefillCost
 from scheduler.options import SchedulerOptions
 from scheduler.plan import NoEngine
@@ -118,7 +119,7 @@ def test_round_robin_takes_engines_in_turns_and_both_sides_of_each_decode_engine
         # Blocks of its own: what an earlier plan has brought to DRAM is read by nobody.
         keys = [BlockKey(bytes([number + 1]) * 32)]
         held = [Holding(key, TierName.REMOTE, True) for key in keys]
-        assert scheduler.announce("agent-p0", 1, number, number == 0, held)
+        assert scheduler.announce("agent-p0", Incarnation(1), number, number == 0, held)
         plan = scheduler.plan(request(str(number), 1, keys=keys), now=0.0)
         readers.append((plan.decode, plan.ranges[0].agent))
     assert Counter(readers) == {
@@ -205,7 +206,7 @@ def test_a_plan_can_be_explained():
     assert json.loads(json.dumps(view))["prefill"]["chosen"] == plan.prefill
     assert {c["name"] for c in view["prefill"]["candidates"]} == {"p0", "p1"}
     assert len(view["agents"]) == 4 and sum(a["read_bytes"] for a in view["agents"]) == 10_000
-    assert scheduler.explain(0, now=1.0) is None
+    assert scheduler.explain(PlanId(0), now=1.0) is None
 
 
 def test_the_oracle_reads_nothing():
@@ -256,8 +257,10 @@ def test_a_restarted_agent_holds_nothing_until_it_announces_it():
     hold(scheduler, "agent-p0", 10, TierName.SSD)
     report_agent(scheduler, "agent-p0", incarnation=2)
     assert scheduler.plan(request(), now=0.0).keys == []
-    assert not scheduler.announce("agent-p0", 1, 1, False, [])
-    assert scheduler.announce("agent-p0", 2, 0, True, [Holding(keys_of(1)[0], TierName.SSD, True)])
+    assert not scheduler.announce("agent-p0", Incarnation(1), 1, False, [])
+    assert scheduler.announce(
+        "agent-p0", Incarnation(2), 0, True, [Holding(keys_of(1)[0], TierName.SSD, True)]
+    )
     assert len(scheduler.plan(request(), now=0.0).keys) == 1
 
 
@@ -266,10 +269,10 @@ def test_what_a_restarted_agent_announces_before_its_first_report_stands():
     scheduler = cluster("prefill", prefill=1, decode=1)
     hold(scheduler, "agent-p0", 10, TierName.SSD)
     snapshot = [Holding(key, TierName.SSD, True) for key in keys_of(7)]
-    assert scheduler.announce("agent-p0", 2, 0, True, snapshot)
+    assert scheduler.announce("agent-p0", Incarnation(2), 0, True, snapshot)
     report_agent(scheduler, "agent-p0", incarnation=2)
     assert len(scheduler.plan(request(), now=0.0).keys) == 7
-    assert scheduler.announce("agent-p0", 2, 1, False, [])
+    assert scheduler.announce("agent-p0", Incarnation(2), 1, False, [])
 
 
 def test_the_hit_ends_where_the_readers_memory_does():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common.block import BlockKey, TierName
+from common.ids import PlanId
 from storage.block_format import HEADER_BYTES, encode_header
 from storage.slot_pool import SlotPool
 from storage.store_events import ShareSettled
@@ -56,7 +57,7 @@ class Bench:
             self.store.commit(key)
 
     def admit(self, plan: int, keys: Sequence[BlockKey], timeout_s: float = 10.0) -> None:
-        self.store.admit(plan, list(keys), self.now + timeout_s, self.now)
+        self.store.admit(PlanId(plan), list(keys), self.now + timeout_s, self.now)
         self.poll()
 
     def poll(self, seconds: float = 0.0, times: int = 4) -> None:

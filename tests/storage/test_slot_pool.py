@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from common.block import BlockKey
 from storage.slot_pool import NoSlot, SlotPool
 from tests.storage.conftest import key_of
 
@@ -23,16 +24,16 @@ class SlotPoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = SlotPool(memoryview(bytearray(SLOTS * 4096 + 100)), 1000)
-        self.filling: set[bytes] = set()
-        self.resident: list[bytes] = []  # least recently used first
-        self.pins: dict[bytes, set[int]] = {}
-        self.order: list[tuple[int, bytes]] = []  # of pinning
+        self.filling: set[BlockKey] = set()
+        self.resident: list[BlockKey] = []  # least recently used first
+        self.pins: dict[BlockKey, set[int]] = {}
+        self.order: list[tuple[int, BlockKey]] = []  # of pinning
 
-    def unpinned(self) -> list[bytes]:
+    def unpinned(self) -> list[BlockKey]:
         return [key for key in self.resident if not self.pins[key]]
 
     @rule(key=keys)
-    def begin_fill(self, key) -> None:  # type: ignore[no-untyped-def]
+    def begin_fill(self, key) -> None:
         if key in self.pins:
             with pytest.raises(ValueError):
                 self.pool.begin_fill(key)
@@ -67,7 +68,7 @@ class SlotPoolMachine(RuleBasedStateMachine):
         del self.pins[key]
 
     @rule(key=keys, owner=owners)
-    def pin(self, key, owner: int) -> None:  # type: ignore[no-untyped-def]
+    def pin(self, key, owner: int) -> None:
         if key not in self.pins:
             with pytest.raises(KeyError):
                 self.pool.pin(key, owner)
@@ -77,13 +78,13 @@ class SlotPoolMachine(RuleBasedStateMachine):
             if (owner, key) not in self.order:
                 self.order.append((owner, key))
 
-    def _unpin(self, key: bytes, owner: int) -> None:
+    def _unpin(self, key: BlockKey, owner: int) -> None:
         if owner in self.pins.get(key, ()):
             self.pins[key].remove(owner)
             self.order.remove((owner, key))
 
     @rule(key=keys, owner=owners)
-    def unpin(self, key, owner: int) -> None:  # type: ignore[no-untyped-def]
+    def unpin(self, key, owner: int) -> None:
         self.pool.unpin(key, owner)
         self._unpin(key, owner)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.block import BlockKey, TierName
+from common.ids import PlanId
 from storage.block_format import HEADER_BYTES
 from storage.remote.tier import RemoteTier
 from storage.slot_pool import SlotPool
@@ -55,14 +56,14 @@ class Node:
 
     def read(self, plan: int, keys: Sequence[BlockKey]) -> ShareSettled:
         """A plan's whole life; the bytes are compared while it pins them."""
-        self.store.admit(plan, list(keys), time.monotonic() + 15, time.monotonic())
+        self.store.admit(PlanId(plan), list(keys), time.monotonic() + 15, time.monotonic())
         (event,) = self.run_until(1, ShareSettled)
         assert isinstance(event, ShareSettled) and event.plan == plan
         for key, in_dram in zip(keys, event.in_dram, strict=True):
             if in_dram:
                 offset = self.store.offset(key)
                 assert self.memory[offset : offset + NBYTES] == payload_of(key, NBYTES)
-        self.store.release(plan)
+        self.store.release(PlanId(plan))
         return event
 
 
@@ -108,12 +109,12 @@ def test_a_slow_ssd_costs_deadlines_while_the_rest_goes_on(
     with monkeypatch.context() as patched:
         gate = slow_down(patched, tmp_path / "ssd")
         start = time.monotonic()
-        node.store.admit(1, KEYS[:3], start + 2, start)
+        node.store.admit(PlanId(1), KEYS[:3], start + 2, start)
         assert node.read(2, KEYS[6:9]).read_bytes == {TierName.REMOTE: 3 * NBYTES}
         (late,) = node.run_until(1, ShareSettled)
         assert isinstance(late, ShareSettled) and late.plan == 1
         assert late.in_dram == [False] * 3 and 1.9 < time.monotonic() - start < 8
-        node.store.release(1)
+        node.store.release(PlanId(1))
         gate.set()
     assert node.read(3, KEYS[:3]).in_dram == [True] * 3
     node.store.close()

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from common.block import UNLABELLED
+from common.ids import PlanId
 from storage.index.owners import Selector
 from tests.storage.conftest import key_of, payload_of
 from tests.storage.store_bench import DRAM, NBYTES, REMOTE, SSD, A, B, Bench, C, D, E, F
@@ -15,12 +16,12 @@ def test_a_block_read_from_remote_is_local_from_then_on() -> None:
     bench = Bench(slots=1)
     bench.on_remote(A)
     bench.admit(1, [A])
-    bench.store.release(1)
+    bench.store.release(PlanId(1))
     bench.poll()
     assert (A, SSD, True) in bench.changes
     bench.on_ssd(B)
     bench.admit(2, [B])
-    bench.store.release(2)
+    bench.store.release(PlanId(2))
     bench.admit(3, [A])
     assert bench.settled[3].read_bytes == {SSD: NBYTES}
     assert (A, DRAM, False) in bench.changes, "evicted for plan 2"
@@ -79,7 +80,7 @@ def test_persisting_never_waits_for_a_slot_or_a_slow_tier() -> None:
     assert bench.store.reserve([C, D]).keys() == {C}
     assert bench.store.stats().skipped_persists_total == 1
     bench.store.abandon(C)
-    bench.store.release(1)
+    bench.store.release(PlanId(1))
     bench.ssd.stalled = bench.remote.stalled = True
     bench.persist(C, D)
     assert bench.store.stats().skipped_persists_total == 2, "D is in DRAM, and not written"
@@ -96,7 +97,7 @@ def test_persisting_leaves_a_waiting_plan_its_slots() -> None:
     bench.admit(2, [C, D, E])
     assert bench.store.stats().waiting_plans == 1 and bench.store.stats().slots_available == 2
     assert bench.store.reserve([F, key_of(6)]).keys() == {F}, "3 of 4 slots are spoken for"
-    bench.store.release(1)
+    bench.store.release(PlanId(1))
     bench.poll()
     assert bench.settled[2].in_dram == [True] * 3
 
@@ -132,7 +133,7 @@ def test_what_is_used_in_dram_stays_on_ssd_and_a_prefix_from_its_beginning() -> 
         bench.poll()
     bench.admit(1, [A, B, C])
     assert bench.settled[1].read_bytes == {}, "all from DRAM"
-    bench.store.release(1)
+    bench.store.release(PlanId(1))
     for key, held in ((E, [A, B, C, E]), (F, [A, B, E, F])):
         bench.persist(key)
         bench.poll()
@@ -157,12 +158,12 @@ def test_a_block_from_remote_is_promoted_by_policy(policy: str, first: int, seco
     bench.on_remote(A)
     for plan, kept in ((1, first), (2, second)):
         bench.admit(plan, [A])
-        bench.store.release(plan)
+        bench.store.release(PlanId(plan))
         bench.poll()
         assert len(bench.ssd_memory.keys()) == kept
         bench.on_ssd(B)
         bench.admit(plan + 10, [B])  # A leaves DRAM
-        bench.store.release(plan + 10)
+        bench.store.release(PlanId(plan + 10))
         bench.poll()
         bench.ssd_memory.drop(Selector.parse("namespace:*"))
         bench.poll()

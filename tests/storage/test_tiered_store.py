@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from common.ids import PlanId
 from storage.slot_pool import SlotPool
 from storage.store_events import HoldingChanged, ShareSettled
 from storage.tiered_store import TieredStore
@@ -27,7 +28,7 @@ def test_a_share_is_read_from_the_nearest_tier_and_pinned() -> None:
     assert stats.hits_total == {DRAM: 0, SSD: 1, REMOTE: 1}
     assert stats.unavailable_blocks_total == 1 and stats.pinning_plans == 1
     assert stats.slots_available == 2 and not any(stats.read_queue_bytes.values())
-    bench.store.release(1)
+    bench.store.release(PlanId(1))
     assert bench.store.stats().slots_available == 4
 
 
@@ -38,8 +39,8 @@ def test_a_resident_block_is_never_read() -> None:
     bench.admit(2, [B, A])
     assert bench.settled[2].in_dram == [True, True] and bench.settled[2].read_bytes == {}
     assert bench.ssd_memory.stats().read_bytes_total == 2 * NBYTES
-    bench.store.release(1)
-    bench.store.release(2)
+    bench.store.release(PlanId(1))
+    bench.store.release(PlanId(2))
     bench.admit(3, [A])
     assert bench.ssd_memory.stats().read_bytes_total == 2 * NBYTES
 
@@ -51,7 +52,7 @@ def test_plans_share_a_read_in_flight() -> None:
     bench.admit(1, [A, B])
     bench.admit(2, [B, C])
     assert not bench.settled
-    bench.store.release(1)
+    bench.store.release(PlanId(1))
     bench.ssd.stalled = False
     bench.poll()
     assert bench.settled.keys() == {2}
@@ -71,7 +72,7 @@ def test_slots_are_given_first_come_first_served_and_all_at_once() -> None:
     assert bench.store.stats().waiting_plans == 2
     assert sum(bench.store.stats().read_queue_bytes.values()) == 3 * NBYTES
     bench.poll(2.0)
-    bench.store.release(1)
+    bench.store.release(PlanId(1))
     bench.poll()
     assert bench.settled[2].in_dram == [True, True] and bench.settled[2].queue_s == 2.0
     assert bench.settled[3].in_dram == [True]
@@ -93,10 +94,10 @@ def test_a_plan_waiting_for_slots_can_be_cancelled() -> None:
     bench.admit(1, [A, B])
     bench.admit(2, [C, D])
     bench.admit(3, [A])
-    bench.store.release(2)
+    bench.store.release(PlanId(2))
     bench.poll()
     assert bench.settled.keys() == {1, 3}
-    bench.store.release(77)
+    bench.store.release(PlanId(77))
 
 
 def test_slots_of_a_cancelled_read_stay_until_it_has_ended() -> None:
@@ -104,7 +105,7 @@ def test_slots_of_a_cancelled_read_stay_until_it_has_ended() -> None:
     bench.on_ssd(A, B, C, D)
     bench.ssd.stalled = True
     bench.admit(1, [A, B])
-    bench.store.release(1)
+    bench.store.release(PlanId(1))
     bench.admit(2, [C, D])
     assert bench.store.stats().slots_available == 0 and bench.store.stats().waiting_plans == 1
     bench.ssd.stalled = False
@@ -138,7 +139,7 @@ def test_a_deadline_in_the_queue_settles_with_what_is_resident() -> None:
     bench.admit(2, [A, C], timeout_s=1)
     bench.poll(1.0)
     assert bench.settled[2].in_dram == [True, False]
-    bench.store.release(1)
+    bench.store.release(PlanId(1))
     assert bench.store.stats().slots_available == 1, "plan 2 pins A"
 
 
@@ -191,7 +192,7 @@ def test_full_queue_and_known_plans_are_refused() -> None:
     assert bench.settled[3].in_dram == [False]
     bench.admit(1, [B])
     assert bench.store.stats().refused_plans_total == 2
-    bench.store.release(1)
+    bench.store.release(PlanId(1))
     bench.poll()
     assert bench.settled[2].in_dram == [True]
 
@@ -217,10 +218,10 @@ def test_what_is_not_kept_in_dram_leaves_it_with_its_last_user() -> None:
     bench.admit(1, [A, B])
     bench.admit(2, [B])
     assert bench.settled[2].in_dram == [True]
-    bench.store.release(1)
+    bench.store.release(PlanId(1))
     bench.poll()
     assert bench.store.is_resident([A, B]) == [False, True]
-    bench.store.release(2)
+    bench.store.release(PlanId(2))
     bench.poll()
     assert bench.store.is_resident([B]) == [False] and (B, DRAM, False) in bench.changes
     bench.persist(C)
@@ -248,7 +249,7 @@ def test_dram_alone_serves_what_engines_gave() -> None:
     store = TieredStore(SlotPool(memoryview(memory), NBYTES), None, None)
     store.reserve([A])
     store.commit(A)
-    store.admit(1, [A, B], 10.0, 0.0)
+    store.admit(PlanId(1), [A, B], 10.0, 0.0)
     (event,) = [e for e in store.poll(0.0) if isinstance(e, ShareSettled)]
     assert event.in_dram == [True, False]
     assert store.offsets([A]).tolist() == [store.offset(A)]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from common.block import BlockKey, TierName
+from common.ids import PlanId
 from storage.block_format import HEADER_BYTES, encode_header
 from storage.slot_pool import SlotPool
 from storage.store_events import HoldingChanged, ShareSettled
@@ -84,13 +85,13 @@ class TieredStoreMachine(RuleBasedStateMachine):
         self.wanted[self.plans] = keys
         self.deadlines[self.plans] = self.now + timeout
         self.order.append(self.plans)
-        self.store.admit(self.plans, keys, self.deadlines[self.plans], self.now)
+        self.store.admit(PlanId(self.plans), keys, self.deadlines[self.plans], self.now)
 
     @precondition(lambda self: self.plans)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         plan = data.draw(st.integers(1, self.plans))
-        self.store.release(plan)
+        self.store.release(PlanId(plan))
         self.pinned.pop(plan, None)
         self.order = [p for p in self.order if p != plan]
 
@@ -191,7 +192,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
         for _ in range(2 * len(self.order) + 5):
             self.poll(0.5)
             for plan in list(self.pinned):
-                self.store.release(plan)
+                self.store.release(PlanId(plan))
                 del self.pinned[plan]
         assert not self.order, "a plan never settled"
         self.poll(5.0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from common.block import BlockKey, block_keys
+from common.ids import Incarnation, PlanId
 from common.page_hashes import page_hashes
 from engine.config import EngineConfig
 from engine.decode.persist import Persister
@@ -41,8 +43,8 @@ def links():
 @pytest.fixture
 def persister(links):
     config = EngineConfig(name="d0", role="decode", agent="agent-d0", agents={}, controls=[])
-    holds = SimpleNamespace(hold=lambda job, pages: None, release=lambda job: None)
-    jobs = Jobs(1, holds, tell=lambda job, reason: None)
+    holds: Any = SimpleNamespace(hold=lambda job, pages: None, release=lambda job: None)
+    jobs = Jobs(Incarnation(1), holds, tell=lambda job, reason: None)
     rows = torch.arange(64).reshape(1, 64)
     return Persister(config, PAGE, rows, jobs, links, lambda: WEIGHTS)
 
@@ -52,7 +54,7 @@ def keys(tokens: list[int], weights: bytes = WEIGHTS) -> list[BlockKey]:
 
 
 def plan(planned: list[BlockKey], weights: bytes = WEIGHTS) -> HeldPlan:
-    return HeldPlan(1, "rid", weights, planned, ["agent-d0"], [0] * len(planned), 1e9)
+    return HeldPlan(PlanId(1), "rid", weights, planned, ["agent-d0"], [0] * len(planned), 1e9)
 
 
 def begin(persister: Persister, held: HeldPlan | None) -> None:

@@ -25,9 +25,9 @@ class Scheduler:
     def __init__(self, leave_after: dict[str, int], waiting_tokens: int, parked: bool = False):
         self.disagg_prefill_inflight_queue = [request(rid, parked=parked) for rid in leave_after]
         self.waiting_queue = [request("next", waiting_tokens)] if waiting_tokens else []
+        self.free = FREE
         self.token_to_kv_pool_allocator = SimpleNamespace(available_size=lambda: self.free)
         self.tree_cache = SimpleNamespace(evictable_size=lambda: 0)
-        self.free = FREE
         self.polls = 0
         self._leave_after = leave_after
 

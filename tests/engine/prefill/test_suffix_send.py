@@ -4,6 +4,7 @@ import ctypes
 import threading
 from collections import defaultdict
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def request(sender, manager, room, tokens, src_pages, dst_pages, prefix_pages=0,
 def forward(sender, *requests):
     """Run all layers of a forward; the workers' calls run at once."""
     workers = SimpleNamespace(submit=lambda session, call: call())
-    layers = SimpleNamespace(
+    layers: Any = SimpleNamespace(
         suffix=sender,
         workers=workers,
         num_layers=LAYERS,

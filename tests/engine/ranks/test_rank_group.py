@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import pickle
 import socket
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.block import BlockKey
+from common.ids import BoardSlot, Incarnation, JobId, PlanId
 from common.messages import EndPlan
 from engine.plans import HeldPlan
 from engine.ranks.group import Events, JobOver, RankGroup, SilentLinks
@@ -55,12 +59,16 @@ class Rank:
         self.group = RankGroup(rank, size, None, self.apply)
         self.allocator = Allocator(40)
         self.holds = PageHolds(self.allocator)
-        self.jobs = Jobs(7, self.holds, tell=self.tell)
+        self.jobs = Jobs(Incarnation(7), self.holds, tell=self.tell)
         self.board = CompletionBoard(8, lambda address, length: None)
-        self.links = Links() if rank == 0 else SilentLinks()
+        self.links = cast(Any, Links() if rank == 0 else SilentLinks())
         self.told: list[tuple[int, int]] = []
         self.deliveries = Deliveries(
-            *(self.board, self.jobs, self.links, 3, 10.0),
+            self.board,
+            self.jobs,
+            self.links,
+            3,
+            10.0,
             urgent=True,
             tell_failure=lambda *failure: self.told.append(failure),
         )
@@ -70,7 +78,7 @@ class Rank:
         self.jobs.close(event.job, event.reason)
 
     def tell(self, job: int, reason: str) -> None:
-        self.group.post(JobOver(job, reason))
+        self.group.post(JobOver(JobId(job), reason))
 
     def free(self, pages: list[int]) -> None:
         kept = self.holds.keep_back(torch.tensor(pages))
@@ -84,8 +92,8 @@ class Rank:
 
     def start(self, pages: list[int], agents: list[str]):
         reader = [i % len(agents) for i in range(len(pages))]
-        keys = [bytes([p]) * 32 for p in pages]
-        plan = HeldPlan(1, "r", b"n" * 32, keys, agents, reader, 1e9)
+        keys = [BlockKey(bytes([p]) * 32) for p in pages]
+        plan = HeldPlan(PlanId(1), "r", b"n" * 32, keys, agents, reader, 1e9)
         return self.deliveries.start(plan, 0, pages)
 
 
@@ -162,11 +170,11 @@ def test_the_leader_makes_other_boards_say_that_a_job_failed():
     def write(session: str, source: int, target: int, length: int) -> int:
         written.append((session, length))
         memory[(target - memory.ctypes.data) // 8] = np.ctypeslib.as_array(
-            (np.ctypeslib.ctypes.c_uint64 * 1).from_address(source)
+            (ctypes.c_uint64 * 1).from_address(source)
         )[0]
         return 0
 
-    OtherBoards(boards, lambda address, length: None, write).fail(slot=2, job=9)
+    OtherBoards(boards, lambda address, length: None, write).fail(slot=BoardSlot(2), job=JobId(9))
     assert written == [("h:1", 8), ("h:2", 8)]
     assert memory.tolist() == [0, 0, 9 << 16 | 0xFFFF, 0, 0, 0, 9 << 16 | 0xFFFF, 0]
 
@@ -174,9 +182,9 @@ def test_the_leader_makes_other_boards_say_that_a_job_failed():
 def test_events_travel_as_one_item_or_not_at_all():
     leader = RankGroup(0, 2, None, lambda event: None)
     assert leader.take() == []
-    leader.post(EndPlan(1, "a"))
-    leader.post(EndPlan(2, "b"))
-    assert leader.take() == [Events([EndPlan(1, "a"), EndPlan(2, "b")])]
+    leader.post(EndPlan(PlanId(1), "a"))
+    leader.post(EndPlan(PlanId(2), "b"))
+    assert leader.take() == [Events([EndPlan(PlanId(1), "a"), EndPlan(PlanId(2), "b")])]
     assert leader.take() == []
 
 

@@ -1,14 +1,18 @@
 """Jobs, plans and the completion board: what an engine believes about transfers."""
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 
+from common.block import BlockKey
+from common.ids import BoardSlot, Incarnation, JobId, PlanId
 from common.messages import FAILED, EnginePlan, board_word
 from engine.plans import PLANS_MAX, Plans
 from engine.transfers.completion_board import BoardFull, CompletionBoard
 from engine.transfers.jobs import DEATH_GRACE_S, Jobs
+from engine.transfers.page_holds import PageHolds
 
 
 class _Clock:
@@ -18,7 +22,7 @@ class _Clock:
         return self.now
 
 
-class _Holds:
+class _Holds(PageHolds):
     def __init__(self):
         self.held = {}
 
@@ -32,7 +36,7 @@ class _Holds:
 @pytest.fixture
 def jobs():
     holds, clock = _Holds(), _Clock()
-    table = Jobs(incarnation=1_700_000_000_000, holds=holds, clock=clock)
+    table: Any = Jobs(incarnation=Incarnation(1_700_000_000_000), holds=holds, clock=clock)
     table.test_holds, table.test_clock = holds, clock
     return table
 
@@ -48,7 +52,9 @@ def test_a_job_holds_its_pages_until_it_ends(jobs):
 
 def test_job_numbers_fit_the_board_and_grow_over_restarts(jobs):
     first = jobs.open("a", 1, [], 1.0, lambda _: None)
-    later = Jobs(1_700_000_000_001, _Holds()).open("a", 1, [], 1.0, lambda _: None)
+    later = Jobs(Incarnation(1_700_000_000_001), _Holds()).open(
+        "a", Incarnation(1), [], 1.0, lambda _: None
+    )
     assert first < later < 1 << 48
 
 
@@ -90,13 +96,13 @@ def test_messages_of_an_earlier_incarnation_are_not_believed(jobs):
 def test_the_board_ignores_words_of_earlier_jobs():
     regions = []
     board = CompletionBoard(2, lambda address, length: regions.append((address, length)))
-    assert regions == [(board.address(0), 16)]
+    assert regions == [(board.address(BoardSlot(0)), 16)]
     slot = board.take()
-    _write(board, slot, board_word(7, 8))
-    assert board.layers_delivered(slot, 7) == 8
-    assert board.layers_delivered(slot, 8) == 0
-    _write(board, slot, board_word(8, FAILED))
-    assert board.layers_delivered(slot, 8) == FAILED
+    _write(board, slot, board_word(JobId(7), 8))
+    assert board.layers_delivered(slot, JobId(7)) == 8
+    assert board.layers_delivered(slot, JobId(8)) == 0
+    _write(board, slot, board_word(JobId(8), FAILED))
+    assert board.layers_delivered(slot, JobId(8)) == FAILED
 
 
 def _write(board, slot, word):
@@ -116,7 +122,9 @@ def test_the_board_is_bounded():
 
 
 def _plan(number, rid, deadline_s=10.0):
-    return EnginePlan(number, rid, b"n" * 32, [b"k" * 32], ["agent-d0"], [0], deadline_s)
+    return EnginePlan(
+        PlanId(number), rid, b"n" * 32, [BlockKey(b"k" * 32)], ["agent-d0"], [0], deadline_s
+    )
 
 
 def test_plans_are_bounded_and_expire():

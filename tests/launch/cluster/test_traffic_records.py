@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from common.ids import Incarnation
 from launch.cluster.child import Child
 from launch.cluster.config import ClusterConfig, load_config
 from launch.cluster.console import make_summary
@@ -72,7 +73,7 @@ def test_the_summary_says_which_classes_are_in_force(hardware, words):
     config = ClusterConfig(traffic='{"cgroup": "dualpath-absent"}')
     summary = make_summary(config, hardware, MODEL, [])
     [text] = [
-        cell
+        str(cell)
         for name, cell in zip(summary.columns[0].cells, summary.columns[2].cells, strict=True)
         if name == "traffic"
     ]
@@ -100,7 +101,7 @@ async def test_a_child_starts_in_its_control_group(tmp_path):
     async def groups() -> str:
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
-        child = Child(record, log, {}, 1)
+        child = Child(record, log, {}, Incarnation(1))
         assert await child.exited_within(10)
         return log.read_text()
 

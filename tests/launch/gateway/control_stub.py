@@ -11,6 +11,7 @@ import zmq
 import zmq.asyncio
 
 from common import messages as m
+from common.ids import Incarnation
 
 _incarnations = itertools.count(1)
 
@@ -26,7 +27,7 @@ class ControlStub:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.incarnation = next(_incarnations)
+        self.incarnation = Incarnation(next(_incarnations))
         self.endpoint = f"tcp://127.0.0.1:{free_port()}"
         self.silent = False
         self.received: list[Any] = []

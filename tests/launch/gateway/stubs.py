@@ -43,7 +43,10 @@ class StubAgent(ControlStub):
     def answers(self, message: Any) -> list[Any]:
         match message:
             case m.Ping():
-                return [m.AgentHello(self.name, self.incarnation, "host:1"), self.status()]
+                return [
+                    m.AgentHello(self.name, self.incarnation, "host:1"),
+                    self.status(),
+                ]
             case m.Subscribe():
                 self.sequence = 0
                 return [self.announcement(self.held, snapshot=True)]
@@ -261,6 +264,8 @@ class StubCluster:
             scheduler=SchedulerOptions(heartbeat_timeout_s=heartbeat_timeout_s),
             **config,
         )
+        self.others: list[asyncio.Task[Any]] = []
+        """Requests beside the one that a test watches."""
         self.app = create_app(self.config)
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -292,7 +297,7 @@ class StubCluster:
         for engine in self.engines:
             await engine.start_http()
         with contextlib.suppress(AttributeError):  # uvicorn would take the test's signals
-            self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+            self._server.capture_signals = contextlib.nullcontext  # type: ignore
         self._server_task = asyncio.create_task(self._server.serve())
         self.http = ClientSession(f"http://127.0.0.1:{self.config.port}")
         await self.until(lambda: self._server.started)

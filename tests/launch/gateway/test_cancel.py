@@ -73,7 +73,6 @@ async def test_a_request_is_cancelled_wherever_it_is(place, way, monkeypatch) ->
     monkeypatch.setattr(request_walk, "ABORT_GRACE_S", 0.2)
     async with cluster_of(path_policy="prefill", heartbeat_timeout_s=10) as cluster:
         await cluster.announce("node-p", keys_of(PROMPT))
-        cluster.others = []
         there = await place(cluster)
         body = {**CHAT, "rid": "mine", "stream": place is _streaming}
         request = asyncio.create_task(post(cluster, "/v1/chat/completions", body))

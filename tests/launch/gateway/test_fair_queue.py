@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TypeVar
 
 import hypothesis.strategies as st
 from hypothesis import given
@@ -13,7 +14,10 @@ COST_MAX = 50
 TENANTS_MAX = 6
 
 
-def popped(queue: FairQueue[str]) -> Entry[str]:
+Item = TypeVar("Item")
+
+
+def popped(queue: FairQueue[Item]) -> Entry[Item]:
     entry = queue.pop()
     assert entry is not None
     return entry

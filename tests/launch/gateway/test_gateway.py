@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from common import messages as m
+from common.ids import Incarnation
 from launch.gateway.control import control_plane
 from tests.launch.gateway.client import (
     CHAT,
@@ -263,7 +264,7 @@ async def test_a_reader_that_restarts_is_not_waited_for() -> None:
         agent.slow = True
         request = asyncio.create_task(post(cluster, "/generate", GENERATE))
         await cluster.until(lambda: agent.got(m.ReadShare))
-        agent.incarnation += 1000
+        agent.incarnation = Incarnation(agent.incarnation + 1000)
         agent.held = []
         _, _, trace = await request
         assert trace["hit_blocks"] == 0 and trace["timings_s"]["read"] < 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from common.ids import Incarnation
 from launch.gateway.orders import Orders
 from scheduler.policies import UnknownPolicy
 from scheduler.scheduler import Scheduler
@@ -15,7 +16,7 @@ def seen(scheduler: Scheduler) -> set[str]:
     """Report two engines of one agent; those that may get requests."""
     scheduler.agent_report(
         "agent-d0",
-        incarnation=1,
+        incarnation=Incarnation(1),
         read_queue_bytes={},
         read_bytes_per_s={},
         deliver_queue_bytes=0,
@@ -29,7 +30,7 @@ def seen(scheduler: Scheduler) -> set[str]:
             name,
             role="decode",
             agent="agent-d0",
-            incarnation=1,
+            incarnation=Incarnation(1),
             sequences=0,
             pending_tokens=0,
             context_tokens=0,

@@ -18,7 +18,7 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 TIMINGS = ("started_at", "seconds", "turns")
 
 
-def write_jsonl(path: Path, rows: Sequence[dict[str, Any] | str]) -> Path:
+def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(line + "\n" for line in lines))
     return path

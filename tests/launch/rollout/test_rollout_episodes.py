@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ class Talker:
         if row.get("fail") == "build":
             raise KeyError("no such puzzle")
 
-    async def reply(self, reply: Reply) -> Say | Done:
+    async def reply(self, reply: Reply) -> Say | Done | str:
         assert reply.text == decode(reply.token_ids)
         if self.row.get("fail") == "reply" and reply.turn == 1:
             raise ValueError("out of cheese")
@@ -91,7 +92,7 @@ def test_text_rows_are_followed_by_plain_text_or_by_ids(stub, tmp_path):
 
 def test_an_environment_that_fails_fails_its_own_episode(stub, tmp_path):
     kinds = ["build", "reply", "slow", "nonsense", None]
-    rows = [{"messages": CHAT, "fail": kind} for kind in kinds]
+    rows: list[dict[str, Any]] = [{"messages": CHAT, "fail": kind} for kind in kinds]
     rows.append({"prompt": "text", "say": {"messages": CHAT}})
     source = write_jsonl(tmp_path / "in.jsonl", rows)
     Talker.closed = 0

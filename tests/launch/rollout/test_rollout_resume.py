@@ -35,7 +35,15 @@ def all_keys(rows: int, n: int) -> list[tuple[int, int]]:
 @pytest.mark.slow
 def test_killed_at_random_points_it_completes_what_is_missing(stub, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", text_rows(ROWS))
-    flags = ("--n", str(N), "--temperature", "0", "--max-new-tokens", "9", "--logprobs")
+    flags: tuple[str, ...] = (
+        "--n",
+        str(N),
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "9",
+        "--logprobs",
+    )
     flags += ("--concurrency", "4", "--shard-bytes", "3000")
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "killed"
     assert run(source, undisturbed, stub.url, *flags) == 0
@@ -96,7 +104,12 @@ def test_two_jobs_on_one_output(stub, tmp_path, capfd):
 
 def test_changed_settings_need_extend_or_overwrite(stub, tmp_path, capfd):
     source, output = write_jsonl(tmp_path / "in.jsonl", text_rows(4)), tmp_path / "out"
-    flags = ("--temperature", "0", "--max-new-tokens", "5")
+    flags: tuple[str, ...] = (
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "5",
+    )
     assert run(source, output, stub.url, *flags) == 0
     first = what_was_sampled(output)
     assert run(source, output, stub.url, "--n", "2", *flags[:3], "6") == 2

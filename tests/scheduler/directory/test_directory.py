@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.block import BlockKey, TierName
+from common.ids import Incarnation
 from common.messages import Holding
 from scheduler.directory.directory import Directory, Run
 from scheduler.directory.holder_sets import Holders
@@ -89,7 +90,7 @@ def equals_a_model(steps, alive):
             sequence[agent] = None
             continue
         if action == "report":
-            directory.renewed(agent, incarnation[agent])
+            directory.renewed(agent, Incarnation(incarnation[agent]))
             continue
         if action == "restart":
             incarnation[agent] += 1
@@ -97,7 +98,10 @@ def equals_a_model(steps, alive):
         expected = snapshot or (action == "change" and sequence[agent] is not None)
         number = 0 if snapshot else (sequence[agent] or 0) + (action == "gap")
         messages = [Holding(key(n), tier, is_held) for n, tier, is_held in changes]
-        assert directory.apply(agent, incarnation[agent], number, snapshot, messages) is expected
+        assert (
+            directory.apply(agent, Incarnation(incarnation[agent]), number, snapshot, messages)
+            is expected
+        )
         if expected:
             model.apply(agent, snapshot, changes)
         sequence[agent] = number + 1 if expected else None
@@ -115,10 +119,10 @@ def equals_a_model(steps, alive):
 
 def test_an_older_incarnation_changes_nothing():
     directory = Directory()
-    assert directory.apply("a", 5, 0, True, [held(1)])
-    assert not directory.apply("a", 4, 0, True, [held(2)])
-    assert not directory.apply("a", 4, 1, False, [held(2)])
-    assert directory.apply("a", 5, 1, False, [held(3)])
+    assert directory.apply("a", Incarnation(5), 0, True, [held(1)])
+    assert not directory.apply("a", Incarnation(4), 0, True, [held(2)])
+    assert not directory.apply("a", Incarnation(4), 1, False, [held(2)])
+    assert directory.apply("a", Incarnation(5), 1, False, [held(3)])
     assert [bool(directory.lookup([key(n)], frozenset("a"))) for n in (1, 2, 3)] == [
         True,
         False,
@@ -128,16 +132,16 @@ def test_an_older_incarnation_changes_nothing():
 
 def test_a_forgotten_incarnation_cannot_come_back():
     directory = Directory()
-    assert directory.apply("a", 5, 0, True, [held(1)])
-    directory.forget("a", incarnation=6)
-    assert not directory.apply("a", 5, 0, True, [held(1)])
-    assert directory.apply("a", 6, 0, True, [])
+    assert directory.apply("a", Incarnation(5), 0, True, [held(1)])
+    directory.forget("a", incarnation=Incarnation(6))
+    assert not directory.apply("a", Incarnation(5), 0, True, [held(1)])
+    assert directory.apply("a", Incarnation(6), 0, True, [])
     assert directory.lookup([key(1)], frozenset("a")) == []
 
 
 def test_remote_outlives_the_agent_that_announced_it():
     directory = Directory()
-    directory.apply("a", 1, 0, True, [held(1), held(1, TierName.REMOTE)])
+    directory.apply("a", Incarnation(1), 0, True, [held(1), held(1, TierName.REMOTE)])
     directory.forget("a")
     assert directory.lookup([key(1)], frozenset("b")) == [Run(0, 1, Holders(remote=True))]
     assert directory.lookup([key(1)], frozenset()) == [], "with no agent alive nobody can read it"
@@ -145,13 +149,13 @@ def test_remote_outlives_the_agent_that_announced_it():
 
 def test_lookup_stops_at_the_first_miss():
     directory = Directory()
-    directory.apply("a", 1, 0, True, [held(n) for n in (0, 1, 3)])
+    directory.apply("a", Incarnation(1), 0, True, [held(n) for n in (0, 1, 3)])
     assert blocks_of(directory.lookup([key(n) for n in range(4)], frozenset("a"))) == 2
 
 
 def test_the_bound_drops_the_oldest():
     directory = Directory(entries_max=100)
-    directory.apply("a", 1, 0, True, [held(n) for n in range(250)])
+    directory.apply("a", Incarnation(1), 0, True, [held(n) for n in range(250)])
     assert len(directory) <= 100
     assert directory.dropped_total == 250 - len(directory)
     assert directory.lookup([key(0)], frozenset("a")) == []
@@ -162,7 +166,7 @@ def test_the_bound_drops_the_oldest():
 
 def test_a_long_prompt_is_looked_up_in_milliseconds():
     directory = Directory()
-    directory.apply("a", 1, 0, True, [held(n, TierName.SSD) for n in range(200_000)])
+    directory.apply("a", Incarnation(1), 0, True, [held(n, TierName.SSD) for n in range(200_000)])
     wanted = [key(n) for n in range(50_000, 52_000)]
     times = []
     for _ in range(5):
@@ -184,12 +188,12 @@ def test_the_bound_holds_and_forgets_in_the_order_of_announcement(entries_max, s
     """Against a dict in order of announcement that drops its first ones."""
     directory, model = Directory(entries_max), {}
     for agent in AGENTS:
-        directory.apply(agent, 1, 0, True, [])
+        directory.apply(agent, Incarnation(1), 0, True, [])
     sequence = dict.fromkeys(AGENTS, 1)
     for agent, first, count, is_held in steps:
         for n in range(first, first + count):  # one by one, so that the drops come at one time
             change = held(n, TierName.REMOTE, is_held)
-            assert directory.apply(agent, 1, sequence[agent], False, [change])
+            assert directory.apply(agent, Incarnation(1), sequence[agent], False, [change])
             sequence[agent] += 1
             if is_held:
                 model.setdefault(n, None)
@@ -205,7 +209,7 @@ def test_the_bound_holds_and_forgets_in_the_order_of_announcement(entries_max, s
 
 def test_a_plan_is_expected_range_by_range():
     directory = Directory()
-    directory.apply("a", 1, 0, True, [held(n, TierName.REMOTE) for n in range(9)])
+    directory.apply("a", Incarnation(1), 0, True, [held(n, TierName.REMOTE) for n in range(9)])
     keys = [key(n) for n in range(10)]
     parts = [Range(0, 4, "a", TierName.REMOTE), Range(4, 6, "b", TierName.REMOTE)]
     directory.expect_read(keys, parts)
@@ -224,7 +228,7 @@ def test_many_blocks_survive_growth_restarts_and_churn_in_little_memory():
     for i in range(40):
         blocks = range(5000 * i, 5000 * i + 5000)
         changes = [held(n, tier) for n in blocks for tier in (TierName.SSD, TierName.REMOTE)]
-        assert directory.apply(f"agent-{i}", 1, 0, True, changes)
+        assert directory.apply(f"agent-{i}", Incarnation(1), 0, True, changes)
     assert len(directory) == 200_000
     assert directory.memory_bytes / len(directory) < 26
     directory.forget("agent-7")
@@ -234,5 +238,5 @@ def test_many_blocks_survive_growth_restarts_and_churn_in_little_memory():
     assert directory.lookup(other, alive) == [Run(0, 5000, Holders(ssd=("agent-8",), remote=True))]
     assert len(directory) == 200_000
     gone = [held(n, TierName.REMOTE, False) for n in range(35_000, 40_000)]
-    assert directory.apply("agent-8", 1, 1, False, gone)
+    assert directory.apply("agent-8", Incarnation(1), 1, False, gone)
     assert directory.lookup(own, alive) == [] and len(directory) == 195_000

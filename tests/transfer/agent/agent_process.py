@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import zmq
 
+from common.ids import PlanId
 from common.messages import (
     AgentHello,
     AgentStatus,
@@ -43,11 +44,11 @@ def free_port() -> int:
 class AgentProcess:
     """``start`` may be called again after ``kill``: same settings, newer incarnation."""
 
-    def __init__(self, folder: Path, slots: int = 64, **settings: object) -> None:
+    def __init__(self, folder: Path, slots: int = 64, **settings: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.control = f"tcp://127.0.0.1:{free_port()}"
         self.log_path = folder / "agent.log"
-        fields = {
+        fields: dict[str, Any] = {
             "name": "a0",
             "control": self.control,
             "host": "127.0.0.1",
@@ -114,7 +115,7 @@ class FakeGateway:
                     self.received.remove(message)
                     return message
             left_s = end - time.monotonic()
-            if left_s <= 0 or not self.socket.poll(left_s * 1000):
+            if left_s <= 0 or not self.socket.poll(int(left_s * 1000)):
                 raise TimeoutError(f"no such {kind.__name__} within {timeout_s} s")
             self.received.append(decode(self.socket.recv()))
 
@@ -131,7 +132,7 @@ class FakeGateway:
 
     def read(self, plan: int, blocks: range, deadline_s: float = 30) -> ShareRead:
         """Have blocks read; waits for the answer."""
-        self.send(ReadShare(plan, [key_of(block) for block in blocks], deadline_s))
+        self.send(ReadShare(PlanId(plan), [key_of(block) for block in blocks], deadline_s))
         return self.wait(ShareRead, lambda share: share.plan == plan)
 
     def holdings(self, wanted: int, tier: str, timeout_s: float = 10) -> set[bytes]:
@@ -149,7 +150,7 @@ class FakeGateway:
 
 
 @contextmanager
-def running_agent(folder: Path, slots: int = 64, **settings: object) -> Iterator[AgentProcess]:
+def running_agent(folder: Path, slots: int = 64, **settings: Any) -> Iterator[AgentProcess]:
     agent = AgentProcess(folder, slots, **settings)
     agent.start()
     try:

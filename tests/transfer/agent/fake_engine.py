@@ -15,6 +15,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +206,8 @@ def main() -> None:
     peer = TransferPeer(host, "tcp")
     memories = []
     for pool in pools:
-        for array in [pool.board, *(buffer for layer in pool.buffers for buffer in layer)]:
+        arrays: Iterable[np.ndarray] = chain([pool.board], *pool.buffers)
+        for array in arrays:
             peer.register(int(array.ctypes.data), array.nbytes)
         addresses = [[int(buffer.ctypes.data) for buffer in layer] for layer in pool.buffers]
         memories.append(RankMemory(peer.session_id, addresses, int(pool.board.ctypes.data)))
@@ -216,6 +219,7 @@ def main() -> None:
 
     links = AgentLinks(agents, hello, on_message)
     _say({"answer": memories[0].board_address})
+    answer: Any
     for line in sys.stdin:
         match json.loads(line):
             case ["incarnation", agent]:

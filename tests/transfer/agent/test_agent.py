@@ -11,6 +11,7 @@ import time
 import pytest
 
 from common.block import BlockLayout
+from common.ids import BoardSlot, JobId, PlanId
 from common.messages import (
     BOARD_WORD_BYTES,
     FAILED,
@@ -35,7 +36,7 @@ LAYERS = LAYOUT.num_layers
 
 def pull(engine, job: int, blocks: range, pages: range | None = None, deadline_s=10.0):
     keys = [key_of(block) for block in blocks]
-    engine.send("a0", PullBlocks(job, keys, list(pages or blocks), deadline_s))
+    engine.send("a0", PullBlocks(JobId(job), keys, list(pages or blocks), deadline_s))
 
 
 def store(engine, job: int, blocks: range) -> None:
@@ -48,7 +49,7 @@ def store(engine, job: int, blocks: range) -> None:
 def deliver(engine, job: int, plan: int, blocks: range, pages: range, slot: int = 0, **fields):
     keys = [key_of(block) for block in blocks]
     how = {"urgent": True, "deadline_s": 10.0, **fields}
-    engine.send("a0", Deliver(job, plan, keys, list(pages), slot, **how))
+    engine.send("a0", Deliver(JobId(job), PlanId(plan), keys, list(pages), BoardSlot(slot), **how))
 
 
 def assert_delivered(engine, pages: range, blocks: range) -> None:
@@ -141,12 +142,12 @@ def test_dram_for_less_than_two_shares_serves_both(gateway, start_engine, slots)
             lambda s, n=durable: s.counters['dualpath:agent_blocks{state="durable"}'] == n
         )
     assert gateway.read(1, range(6)).in_dram == [True] * 6
-    gateway.send(ReadShare(2, [key_of(block) for block in range(6, 12)], 10.0))
+    gateway.send(ReadShare(PlanId(2), [key_of(block) for block in range(6, 12)], 10.0))
     deliver(engine, 20, 1, range(6), range(20, 26))
     assert engine.wait_end(20).error == ""
     assert_delivered(engine, range(20, 26), range(6))
     gateway.status(lambda s: s.counters['dualpath:agent_plans{state="waiting"}'] == 1)
-    gateway.send(ReleasePlan(1))
+    gateway.send(ReleasePlan(PlanId(1)))
     share = gateway.wait(ShareRead)
     assert share.plan == 2 and share.in_dram == [True] * 6 and share.queue_s > 0
     deliver(engine, 21, 2, range(6, 12), range(30, 36))
@@ -206,7 +207,7 @@ def test_an_engine_killed_in_mid_delivery_leaves_nothing_behind(agent, gateway, 
     deliver(restarted, 6, 3, range(6), range(30, 36))
     assert restarted.wait_end(6).error == ""
     assert_delivered(restarted, range(30, 36), range(6))
-    gateway.send(ReleasePlan(3))
+    gateway.send(ReleasePlan(PlanId(3)))
     status = gateway.status(lambda s: s.dram_slots_free == s.dram_slots)
     assert status.counters["dualpath:agent_landing_jobs"] == 0
     assert status.counters['dualpath:agent_jobs{kind="delivery"}'] == 0
@@ -243,7 +244,7 @@ def test_what_is_no_message_is_counted_and_dropped(agent, gateway, start_engine)
     engine = start_engine("d0")
     noise = random.Random(1)
     frames = [noise.randbytes(noise.randrange(200)) for _ in range(50)]
-    frames += [b"", b"DP1", b"DP0" + encode(Ping())[3:], encode(PlanAccepted(1))]
+    frames += [b"", b"DP1", b"DP0" + encode(Ping())[3:], encode(PlanAccepted(PlanId(1)))]
     frames += [encode(Ping())[:-1], encode(Ping()) + b"x"]
     for frame in frames:
         gateway.socket.send(frame)
@@ -251,21 +252,21 @@ def test_what_is_no_message_is_counted_and_dropped(agent, gateway, start_engine)
         lambda s: s.counters["dualpath:agent_malformed_messages_total"] >= len(frames)
     )
     assert status.counters["dualpath:agent_malformed_messages_total"] == len(frames)
-    engine.send("a0", PullBlocks(50, [key_of(1)], [1, 2], 10.0))
+    engine.send("a0", PullBlocks(JobId(50), [key_of(1)], [1, 2], 10.0))
     assert engine.wait_end(50).held == [False]
     deliver(engine, 51, 1, range(3), range(1))
     assert engine.wait_end(51).error
     for job, page in ((52, 1 << 63), (53, -1)):
-        engine.send("a0", PullBlocks(job, [key_of(1)], [page], math.nan))
+        engine.send("a0", PullBlocks(JobId(job), [key_of(1)], [page], math.nan))
         assert engine.wait_end(job).held == [False]
     store(engine, 1, range(2))
 
 
 def test_jobs_of_a_stranger_are_answered_and_not_obeyed(agent, gateway):
-    gateway.send(PullBlocks(5, [key_of(1)], [1], 10.0))
+    gateway.send(PullBlocks(JobId(5), [key_of(1)], [1], 10.0))
     assert gateway.wait(UnknownEngine).job == 5
     # the job may be running for an engine that has only reconnected
-    gateway.send(CancelJob(5))
+    gateway.send(CancelJob(JobId(5)))
     assert gateway.wait(UnknownEngine).job == 0
     assert gateway.read(1, range(3)).in_dram == [False] * 3
 

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from common.block import TierName
+from common.ids import Incarnation
 from common.messages import AgentStatus
 from storage.store_events import HoldingChanged
 from tests.transfer.agent.fake_engine import key_of
@@ -29,7 +30,7 @@ def announce(sent):
         sent.append((identity, message))
         return identity != b"gone"
 
-    return Announcer(7, send)
+    return Announcer(Incarnation(7), send)
 
 
 async def test_a_large_snapshot_comes_in_parts_with_one_numbering(announce, sent, monkeypatch):
@@ -66,5 +67,5 @@ async def test_an_unchanged_status_is_told_once_a_second(announce, sent):
     announce.subscribe(b"g", [])
     sent.clear()
     for free in (3, 3, 3, 2, 2):
-        announce.status(AgentStatus(7, {}, {}, 0, 0.0, 4, free, {}))
+        announce.status(AgentStatus(Incarnation(7), {}, {}, 0, 0.0, 4, free, {}))
     assert [message.dram_slots_free for _, message in sent] == [3, 2]

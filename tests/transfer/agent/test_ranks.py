@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.block import BlockLayout
+from common.ids import Incarnation
 from common.messages import RankMemory, RegisterEngine
 from tests.transfer.agent.fake_engine import LAYOUT, content_of, namespace
 from tests.transfer.agent.test_agent import deliver, store
@@ -159,7 +160,9 @@ def test_registrations_that_split_no_heads_are_refused():
     addresses = [[0, 0]] * LAYERS
 
     def hello(shards: int, ranks: int) -> RegisterEngine:
-        return RegisterEngine("e", 1, namespace(), shards, [RankMemory("s", addresses, 0)] * ranks)
+        return RegisterEngine(
+            "e", Incarnation(1), namespace(), shards, [RankMemory("s", addresses, 0)] * ranks
+        )
 
     credits = CreditBoard(lambda address, length: None)
     engine = Engine(b"", hello(2, 4), credits)

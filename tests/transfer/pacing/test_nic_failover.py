@@ -11,13 +11,14 @@ import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
 from benchmarks.testbed.network import entered
 from benchmarks.traffic.hosts import Worker
 from common.block import BlockLayout
-from common.messages import Subscribe
+from common.messages import JobEnded, Subscribe
 from tests.transfer.agent.agent_process import FakeGateway, running_agent
 from tests.transfer.agent.fake_engine import FakeEngine
 from tests.transfer.agent.test_agent import deliver, store
@@ -128,7 +129,7 @@ def test_kv_goes_over_to_the_other_nic_and_stays_in_its_class(hosts):
 def test_an_agent_holds_deliveries_over_a_link_to_its_rate(hosts, tmp_path):
     blocks, rate = range(40), 400_000
     control = f"tcp://{HOSTS['a']}:30100"
-    here = {"host": HOSTS["a"], "control": control, "pace": str(rate)}
+    here: dict[str, Any] = {"host": HOSTS["a"], "control": control, "pace": str(rate)}
     with entered(namespace("a")), running_agent(tmp_path, **here):
         gateway = FakeGateway(control)
         gateway.send(Subscribe())
@@ -143,7 +144,8 @@ def test_an_agent_holds_deliveries_over_a_link_to_its_rate(hosts, tmp_path):
             for engine, least_s, most_s in ((own, 0.0, 0.5), (far, 0.8, 3.0)):
                 began = time.monotonic()
                 deliver(engine, 5, 7, blocks, blocks)
-                assert engine.wait_end(5).error == ""
+                ended = engine.wait_end(5)
+                assert isinstance(ended, JobEnded) and ended.error == ""
                 assert least_s * size(blocks) / rate <= time.monotonic() - began < most_s
             paced = 'dualpath:agent_pacer_bytes_total{nic="link0"}'
             gateway.status(lambda s: s.counters.get(paced) == size(blocks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from transfer.pacing.pacer import (
     WIRE_BYTES_PER_BYTE,
     FixedRate,
     Pacer,
+    Precedence,
     SpareRate,
     TokenBucket,
 )
@@ -171,7 +173,7 @@ def test_threads_share_the_rate_and_a_job_that_is_given_up_stops_waiting():
 
     def move(number: int) -> None:
         for _ in range(10):
-            pacer.wait((False, number, number), lambda: None, 10_000)
+            pacer.wait(Precedence(False, number, number), lambda: None, 10_000)
 
     threads = [threading.Thread(target=move, args=(n,)) for n in range(4)]
     for thread in threads:
@@ -185,7 +187,7 @@ def test_threads_share_the_rate_and_a_job_that_is_given_up_stops_waiting():
 
     pacer.spend(100_000_000)
     with pytest.raises(TimeoutError):
-        pacer.wait((False, 1, 1), gone, 10_000)
+        pacer.wait(Precedence(False, 1, 1), gone, 10_000)
     assert pacer.stats().waiting == 0
 
 
@@ -195,7 +197,7 @@ def test_threads_share_the_rate_and_a_job_that_is_given_up_stops_waiting():
 @pytest.fixture
 def world():
     pacer = Pacer(FixedRate(BATCH_BYTES_MIN * 1000.0))
-    made = World(pacer=pacer)
+    made: Any = World(pacer=pacer)
     made.pacer = pacer
     yield made
     made.step(1000)

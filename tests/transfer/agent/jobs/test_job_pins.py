@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from common.ids import BoardSlot, Incarnation, JobId, PlanId
 from common.messages import Deliver, PullBlocks, PullEnded, RankMemory, RegisterEngine
 from storage.slot_pool import SlotPool
 from storage.tiered_store import TieredStore
@@ -17,6 +18,7 @@ from transfer.agent.jobs import pull_jobs
 from transfer.agent.jobs.deliver_jobs import DeliverJobs
 from transfer.agent.jobs.reports import Reports
 from transfer.agent.jobs.transfer import JobCancelled
+from transfer.agent.jobs.transfer_queue import TransferQueue
 from transfer.agent.metrics import AgentCounters
 from transfer.credits import CreditBoard
 from transfer.mooncake import TransferFailed
@@ -24,7 +26,7 @@ from transfer.mooncake import TransferFailed
 SLOTS = 4
 
 
-class StoppedQueue:
+class StoppedQueue(TransferQueue):
     """Takes transfers and leaves their end to the test."""
 
     def __init__(self) -> None:
@@ -44,13 +46,13 @@ def world():
     replies, queue = [], StoppedQueue()
     addresses = np.zeros((LAYOUT.num_layers, 2), int).tolist()
     credits = CreditBoard(lambda address, length: None)
-    hello = RegisterEngine("p0", 1, namespace(), 1, [RankMemory("h:1", addresses, 0)])
+    hello = RegisterEngine("p0", Incarnation(1), namespace(), 1, [RankMemory("h:1", addresses, 0)])
     engine = Engine(b"id", hello, credits)
 
     def reply(engine, message) -> None:
         replies.append(message)
 
-    reports = Reports(1, AgentCounters(), reply, lambda news: None)
+    reports = Reports(Incarnation(1), AgentCounters(), reply, lambda news: None)
     return SimpleNamespace(
         store=store,
         engine=engine,
@@ -70,7 +72,10 @@ def deliver(world, job: int, plan: int, blocks: range):
     keys = [key_of(block) for block in blocks]
     world.store.admit(plan, keys, time.monotonic() + 10, time.monotonic())
     world.store.poll(time.monotonic())
-    world.deliveries.start(world.engine, Deliver(job, plan, keys, list(blocks), 8, True, 10.0))
+    world.deliveries.start(
+        world.engine,
+        Deliver(JobId(job), PlanId(plan), keys, list(blocks), BoardSlot(8), True, 10.0),
+    )
     return world.queue.transfers[-1]
 
 
@@ -99,9 +104,9 @@ def test_a_failed_write_is_over_once_the_engine_has_run_on_for_a_while(world, mo
 def test_a_failed_pull_keeps_its_slots_until_nothing_can_land(world, monkeypatch):
     monkeypatch.setattr(pull_jobs, "LANDED_AFTER_S", 0.05)
     keys = [key_of(block) for block in range(SLOTS)]
-    world.pulls.start(world.engine, PullBlocks(1, keys, list(range(SLOTS)), 10.0))
+    world.pulls.start(world.engine, PullBlocks(JobId(1), keys, list(range(SLOTS)), 10.0))
     world.queue.transfers[-1].ended(TransferFailed("h:1", "read", -1))
-    assert world.replies == [PullEnded(1, 1, [False] * SLOTS)]
+    assert world.replies == [PullEnded(Incarnation(1), JobId(1), [False] * SLOTS)]
     assert world.pulls.quarantined_slots == SLOTS
     world.pulls.release_quarantine()
     assert world.store.reserve([key_of(50)]) == {}
@@ -114,7 +119,9 @@ def test_a_failed_pull_keeps_its_slots_until_nothing_can_land(world, monkeypatch
 def test_pulled_blocks_know_their_parents_and_their_tenant(world):
     keys = [key_of(block) for block in range(3)]
     world.store.reserve(keys[1:2])  # on its way by another pull
-    world.pulls.start(world.engine, PullBlocks(1, keys, [0, 1, 2], 10.0, key_of(9), "ab" * 8))
+    world.pulls.start(
+        world.engine, PullBlocks(JobId(1), keys, [0, 1, 2], 10.0, key_of(9), "ab" * 8)
+    )
     world.queue.transfers[-1].ended(None)
     labels = [world.store.pool.label(key) for key in (keys[0], keys[2])]
     assert [label.parent for label in labels] == [key_of(9), keys[1]]
@@ -127,14 +134,16 @@ def test_pulls_stay_on_the_node_where_they_can(world, shards, read_from):
     addresses = np.zeros((LAYOUT.num_layers, 2), int).tolist()
     ranks = [RankMemory(session, addresses, 0) for session in ("away:1", "h:2")]
     credits = CreditBoard(lambda address, length: None)
-    engine = Engine(b"id", RegisterEngine("d0", 1, namespace(), shards, ranks), credits)
-    world.pulls.start(engine, PullBlocks(1, [key_of(0)], [0], 10.0))
+    engine = Engine(
+        b"id", RegisterEngine("d0", Incarnation(1), namespace(), shards, ranks), credits
+    )
+    world.pulls.start(engine, PullBlocks(JobId(1), [key_of(0)], [0], 10.0))
     assert {transfer.session_id for transfer in world.queue.transfers} == read_from
 
 
 def test_a_new_incarnation_ends_the_quarantine(world):
     keys = [key_of(0)]
-    world.pulls.start(world.engine, PullBlocks(1, keys, [0], 10.0))
+    world.pulls.start(world.engine, PullBlocks(JobId(1), keys, [0], 10.0))
     world.queue.transfers[-1].ended(TransferFailed("h:1", "read", -1))
     world.engine.is_gone = True
     world.pulls.release_quarantine()
@@ -143,16 +152,16 @@ def test_a_new_incarnation_ends_the_quarantine(world):
 
 def test_a_pull_that_waits_for_another_ends_with_it(world):
     keys = [key_of(block) for block in range(3)]
-    world.pulls.start(world.engine, PullBlocks(1, keys[:2], [0, 1], 10.0))
-    world.pulls.start(world.engine, PullBlocks(2, keys, [4, 5, 6], 10.0))
+    world.pulls.start(world.engine, PullBlocks(JobId(1), keys[:2], [0, 1], 10.0))
+    world.pulls.start(world.engine, PullBlocks(JobId(2), keys, [4, 5, 6], 10.0))
     first, second = world.queue.transfers
     assert second.pages.tolist() == [6]
     second.ended(None)
     assert not world.replies
     first.ended(JobCancelled("cancelled"))
     assert world.replies == [
-        PullEnded(1, 1, [False, False]),
-        PullEnded(1, 2, [False, False, True]),
+        PullEnded(Incarnation(1), JobId(1), [False, False]),
+        PullEnded(Incarnation(1), JobId(2), [False, False, True]),
     ]
 
 
@@ -162,7 +171,7 @@ def test_only_the_newest_incarnation_of_an_engine_is_known():
 
     def hello(incarnation: int, session: str) -> RegisterEngine:
         ranks = [RankMemory(session, addresses, 0)]
-        return RegisterEngine("p0", incarnation, namespace(), 1, ranks)
+        return RegisterEngine("p0", Incarnation(incarnation), namespace(), 1, ranks)
 
     old, _ = engines.register(b"a", hello(5, "h:1"))
     new, replaced = engines.register(b"b", hello(6, "h:2"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 import time
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.block import BlockLayout
+from common.ids import JobId
 from common.messages import FAILED, board_word
 from transfer.agent.jobs.transfer import DeadlinePassed, JobCancelled, QueueFull, Transfer
 from transfer.agent.jobs.transfer_queue import TransferQueue
@@ -133,7 +136,7 @@ class FakePeer:
             if session_id in self.fails:
                 raise PeerSuspended(session_id, 1.0)
             base = self._scratch[0][0]
-            words = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_uint64 * 4).from_address(base))
+            words = np.ctypeslib.as_array((ctypes.c_uint64 * 4).from_address(base))
             self.words.append(int(words[(src[0] - base) // 8]))
             return
         before_batch(int(lengths.sum()))
@@ -152,14 +155,14 @@ class World:
         self.ends: queue.Queue[tuple[int, Exception | None]] = queue.Queue()
         paced = {"own": None}
         post, towards = (lambda call: call()), (lambda session: paced.get(session, pacer))
-        self.queue = TransferQueue(self.peer, "test", threads, 4, post, towards)
+        self.queue = TransferQueue(cast(Any, self.peer), "test", threads, 4, post, towards)
         self.jobs = 0
 
     def submit(self, session="p0", plan=1, urgent=False, deadline_s=10.0, **fields):
         self.jobs += 1
         number = self.jobs
         job = Transfer(
-            number,
+            JobId(number),
             session,
             LAYOUT,
             np.zeros((3, 2), np.int64),
@@ -210,7 +213,7 @@ def test_layers_go_in_order_and_each_is_told_after_it_has_come(worlds):
     world.submit()
     assert world.end() == (1, None)
     assert [world.moved() for _ in range(3)] == [("p0", 1, layer) for layer in range(3)]
-    assert world.peer.words == [board_word(1, layers) for layers in (1, 2, 3)]
+    assert world.peer.words == [board_word(JobId(1), layers) for layers in (1, 2, 3)]
 
 
 def test_a_prefill_engine_overtakes_between_two_layers_and_older_plans_go_first(worlds):
@@ -248,7 +251,7 @@ def test_a_cancelled_job_stops_and_ends_once(worlds):
     world.step()
     ends = dict([world.end(), world.end()])
     assert all(isinstance(ends[job], JobCancelled) for job in (1, 2))
-    assert sorted(world.peer.words) == [board_word(1, FAILED), board_word(2, FAILED)]
+    assert sorted(world.peer.words) == [board_word(JobId(1), FAILED), board_word(JobId(2), FAILED)]
     world.step(10)
     assert world.ends.empty() and world.peer.transfers.empty() and len(world.queue) == 0
 
