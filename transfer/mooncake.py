@@ -12,11 +12,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
-from transfer.ranges import Addresses, cut_ranges
+from transfer.ranges import Addresses, Ranges, cut_ranges
 
 # Mooncake reads its environment once, when it is imported. Without these a hung peer holds a
 # thread for 30 s and more; with them a call fails once no byte has moved for 2 s.
@@ -38,6 +38,38 @@ LANDED_AFTER_S = float(os.environ["MC_TRANSFER_TIMEOUT"])
 """Bytes of a failed read may come in for about so long."""
 
 Operation = Literal["write", "read"]
+
+
+class MooncakeEngine(Protocol):
+    """What is used of Mooncake's ``TransferEngine`` (mooncake-integration/transfer_engine).
+
+    Lists have an entry for each range. Codes are 0 for success; batches are numbered from 1.
+    """
+
+    def initialize(self, host: str, metadata: str, protocol: str, devices: str, /) -> int: ...
+    def get_rpc_port(self) -> int: ...
+    def register_memory(self, address: int, length: int, /) -> int: ...
+    def batch_transfer_sync_write(
+        self, peer: str, src: list[int], dst: list[int], lengths: list[int], /
+    ) -> int: ...
+    def batch_transfer_sync_read(
+        self, peer: str, dst: list[int], src: list[int], lengths: list[int], /
+    ) -> int: ...
+    def batch_transfer_async_write(
+        self, peer: str, src: list[int], dst: list[int], lengths: list[int], /
+    ) -> int:
+        """Number of a batch; 0: not begun."""
+
+    def batch_transfer_async_read(
+        self, peer: str, dst: list[int], src: list[int], lengths: list[int], /
+    ) -> int:
+        """Number of a batch; 0: not begun."""
+
+    def get_batch_transfer_status(self, batches: list[int], /) -> int:
+        """Returns when they have ended."""
+
+    def transfer_check_status(self, batch: int, /) -> int:
+        """Of a batch of one range: 0 under way, 1 done, else it has failed."""
 
 
 class TransferFailed(Exception):
@@ -87,7 +119,7 @@ class TransferPeer:
             os.environ.setdefault("MC_FORCE_TCP", "1")
         from mooncake.engine import TransferEngine
 
-        self._engine = TransferEngine()
+        self._engine: MooncakeEngine = TransferEngine()
         code = self._engine.initialize(host, "P2PHANDSHAKE", protocol, devices)
         if code != 0:
             raise TransferFailed(host, f"start over {protocol}", code)
@@ -149,7 +181,7 @@ class TransferPeer:
         batch, with its bytes (at most ``batch_bytes``), and may raise to stop there. Raises
         :class:`TransferFailed`, :class:`PeerSuspended` or :class:`OutOfBounds`.
         """
-        self._transfer("write", session_id, (src, dst, lengths), before_batch, batch_bytes)
+        self._transfer("write", session_id, Ranges(src, dst, lengths), before_batch, batch_bytes)
 
     def read(
         self,
@@ -161,17 +193,17 @@ class TransferPeer:
         batch_bytes: int = BYTES_PER_BATCH,
     ) -> None:
         """Copy the peer's ranges ``src`` to local ``dst``; otherwise like :meth:`write`."""
-        self._transfer("read", session_id, (dst, src, lengths), before_batch, batch_bytes)
+        self._transfer("read", session_id, Ranges(dst, src, lengths), before_batch, batch_bytes)
 
     def _transfer(
         self,
         operation: Operation,
         session_id: str,
-        ranges: tuple[Addresses, Addresses, Addresses],
+        ranges: Ranges,
         before_batch: Callable[[int], None],
         batch_bytes: int,
     ) -> None:
-        self._check_bounds(ranges[0], ranges[2])
+        self._check_bounds(ranges.local, ranges.lengths)
         local, remote, lengths = cut_ranges(*ranges, batch_bytes)
         for part in batches(lengths, batch_bytes):
             nbytes = int(lengths[part].sum())
@@ -216,7 +248,7 @@ class TransferPeer:
 
 
 def transfer_batch(
-    engine: Any,
+    engine: MooncakeEngine,
     operation: Operation,
     session_id: str,
     local: Addresses,
@@ -230,21 +262,23 @@ def transfer_batch(
     machine from moving the bytes at all. Here the last range is a batch of its own, which
     can be asked for now and then; when it is there, the others are, or are about to be.
     """
-    synchronous = getattr(engine, f"batch_transfer_sync_{operation}")
-    ranges = local.tolist(), remote.tolist(), lengths.tolist()
-    submit = getattr(engine, f"batch_transfer_async_{operation}")
-    others, last = [r[:-1] for r in ranges], [r[-1:] for r in ranges]
-    batch = submit(session_id, *others) if len(lengths) > 1 else None
+    if operation == "write":
+        submit, synchronous = engine.batch_transfer_async_write, engine.batch_transfer_sync_write
+    else:
+        submit, synchronous = engine.batch_transfer_async_read, engine.batch_transfer_sync_read
+    here, there, sizes = local.tolist(), remote.tolist(), lengths.tolist()
+    batch = submit(session_id, here[:-1], there[:-1], sizes[:-1]) if len(sizes) > 1 else None
     if batch == 0:  # the synchronous call also drops what Mooncake knows of a peer that is gone
-        return int(synchronous(session_id, *ranges))
+        return synchronous(session_id, here, there, sizes)
+    last = here[-1:], there[-1:], sizes[-1:]
     last_batch = submit(session_id, *last)
     code = _wait_asleep(engine, last_batch) if last_batch else synchronous(session_id, *last)
     if batch is not None:
         code = engine.get_batch_transfer_status([batch]) or code
-    return int(code)
+    return code
 
 
-def _wait_asleep(engine: Any, batch: int) -> int:
+def _wait_asleep(engine: MooncakeEngine, batch: int) -> int:
     """Until a batch of one range has ended, 0 if well; no longer than Mooncake's own calls."""
     began_s = time.monotonic()
     while (status := engine.transfer_check_status(batch)) == 0:

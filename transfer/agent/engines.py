@@ -13,6 +13,7 @@ from common.ids import JobId
 from common.messages import JobEnded, PullEnded, RankMemory, RegisterEngine
 from transfer.agent.jobs.job import Job
 from transfer.credits import WORDS, CreditBoard, CreditWord
+from transfer.mooncake import host_of
 
 JOBS_REMEMBERED = 65536
 UNSENT_MAX = 4096
@@ -41,7 +42,7 @@ class Rank(msgspec.Struct, frozen=True, eq=False):
     @property
     def host(self) -> str:
         """Address that it has given to Mooncake."""
-        return self.session_id.rpartition(":")[0]
+        return host_of(self.session_id)
 
 
 class Engine:

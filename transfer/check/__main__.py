@@ -21,7 +21,7 @@ from transfer.check import probe
 from transfer.check.facts import ethernet_facts, roce_facts
 from transfer.check.findings import Finding, judge_ethernet, judge_gpus, judge_rdma
 from transfer.check.machine import Machine, read_machine
-from transfer.check.probe import Measured, ProbeFailed
+from transfer.check.probe import Measured, Node, ProbeFailed
 from transfer.check.report import Report
 from transfer.mooncake import TransferFailed
 from transfer.pacing.nics import SYSFS
@@ -143,16 +143,14 @@ def _measure(
 ) -> Measured:
     target = probe.ask_target(arguments.peer, arguments.port)
     host = arguments.host or probe.own_address(arguments.peer)
-    protocol = _protocol(arguments, machine)
+    node = Node(host, _protocol(arguments, machine), arguments.rdma_devices)
     with console.status("measuring") as status:
         return probe.measure(
             target,
-            host,
-            protocol,
-            arguments.rdma_devices,
+            node,
             settings,
             arguments.seconds,
-            lambda part: status.update(f"measuring over {protocol}: {part}"),
+            lambda part: status.update(f"measuring over {node.protocol}: {part}"),
         )
 
 
@@ -164,14 +162,13 @@ def _protocol(arguments: argparse.Namespace, machine: Machine) -> str:
 
 def _serve(arguments: argparse.Namespace, console: Console) -> int:
     protocol = _protocol(arguments, read_machine(arguments.sysfs))
+    node = Node(arguments.host or "127.0.0.1", protocol, arguments.rdma_devices)
 
     def ready(where: str) -> None:
         console.print(f"serving checks at {where} over {protocol}; Ctrl-C ends it")
 
     try:
-        probe.serve(
-            arguments.host or "127.0.0.1", arguments.port, protocol, arguments.rdma_devices, ready
-        )
+        probe.serve(node, arguments.port, ready)
     except KeyboardInterrupt:
         return 0
 

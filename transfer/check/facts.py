@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from typing import Any
+from collections.abc import Sequence
+
+import msgspec
 
 from transfer.check.findings import EthernetFacts, RoceFacts
 from transfer.traffic import cgroup
@@ -39,25 +40,34 @@ def _has_marks(host: Host, device: str) -> bool | None:
 
 def roce_facts(device: str) -> RoceFacts:
     """Of a RoCE device, by iproute2's ``dcb``."""
-    pfc = _dcb("pfc", "show", "dev", device, "prio-pfc").get("prio_pfc")
-    app = _dcb("app", "show", "dev", device, "dscp-prio").get("dscp_prio")
+    pfc = _dcb("pfc", "show", "dev", device, "prio-pfc").prio_pfc
+    app = _dcb("app", "show", "dev", device, "dscp-prio").dscp_prio
     return parse_dcb(pfc, app)
 
 
-def parse_dcb(pfc: list[Any] | None, app: list[list[int]] | None) -> RoceFacts:
-    """From ``dcb -j``: a switch for each priority; pairs of DSCP and priority."""
+Switch = bool | int | str
+
+
+class _Dcb(msgspec.Struct, frozen=True):
+    """What ``dcb -j`` prints: a switch for each priority; pairs of DSCP and priority."""
+
+    prio_pfc: list[Switch] | None = None
+    dscp_prio: list[tuple[int, int]] | None = None
+
+
+def parse_dcb(pfc: Sequence[Switch] | None, app: Sequence[Sequence[int]] | None) -> RoceFacts:
+    """From the fields of :class:`_Dcb`."""
     lossless = None
     if pfc is not None:
         lossless = [priority for priority, switch in enumerate(pfc) if switch in (True, "on")]
     return RoceFacts(lossless, None if app is None else {dscp: prio for dscp, prio in app})
 
 
-def _dcb(*words: str) -> dict[str, Any]:
+def _dcb(*words: str) -> _Dcb:
     """Empty where the tool is absent or the driver does not know DCB."""
     if shutil.which("dcb") is None:
-        return {}
+        return _Dcb()
     try:
-        found = json.loads(run(("dcb", "-j", "-N", *words)) or "{}")
-    except (CommandFailed, json.JSONDecodeError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return msgspec.json.decode(run(("dcb", "-j", "-N", *words)) or "{}", type=_Dcb)
+    except (CommandFailed, msgspec.DecodeError):
+        return _Dcb()

@@ -22,8 +22,8 @@ import numpy as np
 import zmq
 
 from transfer.check.findings import Finding, State
-from transfer.check.sender import Order, Sent, Target
-from transfer.mooncake import TransferPeer
+from transfer.check.sender import Phase, Sent, Target
+from transfer.mooncake import TransferPeer, host_of
 from transfer.traffic import cgroup
 from transfer.traffic.classes import BadMarks, TrafficSettings, rdma_env
 
@@ -43,6 +43,14 @@ FULL_MIN, FULL_MAX = 0.8, 1.25
 
 class ProbeFailed(Exception):
     """It could not be measured; the message says why."""
+
+
+class Node(msgspec.Struct, frozen=True):
+    """This machine, as Mooncake is to use it (:class:`transfer.mooncake.TransferPeer`)."""
+
+    host: str
+    protocol: str
+    devices: str
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -70,22 +78,20 @@ class Measured(msgspec.Struct, frozen=True):
 # ---- the other node ---------------------------------------------------------------------------
 
 
-def serve(
-    host: str, port: int, protocol: str, devices: str, ready: Callable[[str], None]
-) -> NoReturn:
+def serve(node: Node, port: int, ready: Callable[[str], None]) -> NoReturn:
     """Give memory to probes, until interrupted. Raises :class:`ProbeFailed`."""
     context = zmq.Context()
     control = context.socket(zmq.REP)
     try:
-        control.bind(f"tcp://{host}:{port}")
+        control.bind(f"tcp://{node.host}:{port}")
     except zmq.ZMQError as error:
         context.destroy(0)
-        raise ProbeFailed(f"cannot serve at {host}:{port}: {error}") from error
-    peer = TransferPeer(host, protocol, devices)
+        raise ProbeFailed(f"cannot serve at {node.host}:{port}: {error}") from error
+    peer = TransferPeer(node.host, node.protocol, node.devices)
     memory = np.zeros(TARGET_BYTES, np.uint8)
     peer.register(int(memory.ctypes.data), memory.nbytes)
     target = Target(peer.session_id, int(memory.ctypes.data), memory.nbytes)
-    ready(f"{host}:{port}")
+    ready(f"{node.host}:{port}")
     try:
         while True:
             control.recv()
@@ -129,14 +135,12 @@ def own_address(peer: str) -> str:
 
 
 class _Process:
-    """A sender of one class. Answers to one order at a time."""
+    """A sender of one class. Has one phase at a time."""
 
-    def __init__(
-        self, kind: str, host: str, protocol: str, devices: str, settings: TrafficSettings
-    ) -> None:
+    def __init__(self, kind: str, node: Node, settings: TrafficSettings) -> None:
         self._kind = kind
         try:
-            marks = rdma_env(kind, settings) if protocol == "rdma" else {}
+            marks = rdma_env(kind, settings) if node.protocol == "rdma" else {}
         except BadMarks as error:
             raise ProbeFailed(str(error)) from error
         name = settings.cgroup if kind == "agent" else ""
@@ -147,7 +151,14 @@ class _Process:
                     cgroup.join(group)
 
             self._process = subprocess.Popen(
-                (sys.executable, "-m", "transfer.check.sender", host, protocol, devices),
+                [
+                    sys.executable,
+                    "-m",
+                    "transfer.check.sender",
+                    node.host,
+                    node.protocol,
+                    node.devices,
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -160,9 +171,9 @@ class _Process:
         if self._line(START_TIMEOUT_S).strip() != "ready":
             raise ProbeFailed(f"the {self._kind}'s sender cannot start: is Mooncake installed?")
 
-    def begin(self, order: Order) -> None:
+    def begin(self, phase: Phase) -> None:
         assert self._process.stdin is not None
-        print(msgspec.json.encode(order).decode(), file=self._process.stdin, flush=True)
+        print(msgspec.json.encode(phase).decode(), file=self._process.stdin, flush=True)
 
     def end(self, seconds: float) -> Sent:
         sent = msgspec.json.decode(self._line(seconds + PHASE_EXTRA_S) or "{}", type=Sent)
@@ -183,13 +194,11 @@ class _Process:
 
 
 @contextlib.contextmanager
-def _senders(
-    host: str, protocol: str, devices: str, settings: TrafficSettings
-) -> Iterator[tuple[_Process, _Process]]:
+def _senders(node: Node, settings: TrafficSettings) -> Iterator[tuple[_Process, _Process]]:
     started: list[_Process] = []
     try:
         for kind in ("engine", "agent"):
-            started.append(_Process(kind, host, protocol, devices, settings))
+            started.append(_Process(kind, node, settings))
         for process in started:
             process.wait_ready()
         yield started[0], started[1]
@@ -200,25 +209,23 @@ def _senders(
 
 def measure(
     target: Target,
-    host: str,
-    protocol: str,
-    devices: str,
+    node: Node,
     settings: TrafficSettings,
     seconds: float,
     progress: Callable[[str], None],
 ) -> Measured:
-    """From this node, whose address is ``host``. Raises :class:`ProbeFailed`."""
-    with _senders(host, protocol, devices, settings) as (high, low):
+    """From this node, each part for so many seconds. Raises :class:`ProbeFailed`."""
+    with _senders(node, settings) as (high, low):
 
         def alone(sender: _Process, kind: Literal["stream", "messages"]) -> Sent:
-            sender.begin(Order(kind, target, seconds))
+            sender.begin(Phase(kind, target, seconds))
             return sender.end(seconds)
 
         def beside(kind: Literal["stream", "messages"]) -> tuple[Sent, Sent]:
             long = seconds + 2 * LEAD_S
-            low.begin(Order("stream", target, long))
+            low.begin(Phase("stream", target, long))
             time.sleep(LEAD_S)
-            high.begin(Order(kind, target, seconds))
+            high.begin(Phase(kind, target, seconds))
             return high.end(seconds), low.end(long)
 
         progress("the high class alone")
@@ -233,7 +240,7 @@ def measure(
         messages_beside, _ = beside("messages")
     during = high_beside.at_s[0] - high_beside.took_s[0], high_beside.at_s[-1]
     return Measured(
-        is_one_machine=target.session_id.rpartition(":")[0] == host,
+        is_one_machine=host_of(target.session_id) == node.host,
         high_alone_mbit=_rate_mbit(high_alone),
         low_alone_mbit=_rate_mbit(low_alone),
         high_beside_mbit=_rate_mbit(high_beside),

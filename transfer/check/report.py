@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 from rich.console import Console, Group
 from rich.table import Table
@@ -53,7 +51,7 @@ class Report(msgspec.Struct, frozen=True):
 
     def as_json(self) -> str:
         """For scripts."""
-        content: dict[str, Any] = {
+        content: dict[str, object] = {
             "state": self.state.name.lower(),
             "exit_code": self.exit_code,
             "network": self.machine.network,

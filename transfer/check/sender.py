@@ -30,7 +30,9 @@ class Target(msgspec.Struct, frozen=True):
     nbytes: int
 
 
-class Order(msgspec.Struct, frozen=True):
+class Phase(msgspec.Struct, frozen=True):
+    """What to send, where to, for how long."""
+
     kind: Literal["stream", "messages"]
     target: Target
     seconds: float
@@ -53,21 +55,21 @@ class Sender:
         peer.register(int(self._memory.ctypes.data), self._memory.nbytes)
         self._stream_bytes = STREAM_BYTES_MIN
 
-    def send(self, order: Order) -> Sent:
+    def send(self, phase: Phase) -> Sent:
         """Write one after the other for so long; a failure ends it."""
         sent = Sent()
-        end = time.monotonic() + order.seconds
+        end = time.monotonic() + phase.seconds
         while (began := time.monotonic()) < end:
-            nbytes = MESSAGE_BYTES if order.kind == "messages" else self._stream_bytes
+            nbytes = MESSAGE_BYTES if phase.kind == "messages" else self._stream_bytes
             try:
-                self._write(order.target, min(nbytes, order.target.nbytes))
+                self._write(phase.target, min(nbytes, phase.target.nbytes))
             except TransferFailed as error:
                 return msgspec.structs.replace(sent, error=str(error))
             now = time.monotonic()
             sent.at_s.append(now)
             sent.took_s.append(now - began)
             sent.nbytes.append(nbytes)
-            if order.kind == "messages":
+            if phase.kind == "messages":
                 time.sleep(max(0.0, began + MESSAGE_PERIOD_S - now))
             elif now - began < WRITE_S:
                 self._stream_bytes = min(2 * self._stream_bytes, STREAM_BYTES_MAX)
@@ -84,7 +86,7 @@ def main(host: str, protocol: str, devices: str) -> None:
     sender = Sender(TransferPeer(host, protocol, devices))
     print("ready", flush=True)
     for line in sys.stdin:
-        sent = sender.send(msgspec.json.decode(line, type=Order))
+        sent = sender.send(msgspec.json.decode(line, type=Phase))
         print(msgspec.json.encode(sent).decode(), flush=True)
 
 

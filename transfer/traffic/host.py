@@ -10,7 +10,8 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from transfer.traffic import cgroup
 from transfer.traffic.classes import TrafficClass, TrafficSettings
@@ -33,6 +34,14 @@ COMMAND_TIMEOUT_S = 20.0
 PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "nft": "nftables"}
 """What the rules are made with, and Debian's package of each."""
 _KERNEL_DEFAULT = "0:"
+
+
+class _Qdisc(msgspec.Struct, frozen=True):
+    """A queueing discipline, as ``tc -j`` prints it."""
+
+    kind: str
+    handle: str
+    root: bool = False
 
 
 class Refused(Exception):
@@ -99,7 +108,7 @@ class Host:
 
     def has_queues(self, device: str) -> bool:
         """Whether our classes share the device."""
-        return any(qdisc["handle"] == HANDLE for qdisc in self._qdiscs(device))
+        return any(qdisc.handle == HANDLE for qdisc in self._qdiscs(device))
 
     def has_marks(self, device: str) -> bool:
         """Whether nft marks what the low class sends through the device. Needs root."""
@@ -158,13 +167,14 @@ class Host:
     def _foreign_root(self, device: str) -> str:
         """Kind of a root discipline that is neither ours nor the kernel's own choice."""
         for qdisc in self._qdiscs(device):
-            if qdisc.get("root") and qdisc["handle"] not in (HANDLE, _KERNEL_DEFAULT):
-                return str(qdisc["kind"])
+            if qdisc.root and qdisc.handle not in (HANDLE, _KERNEL_DEFAULT):
+                return qdisc.kind
         return ""
 
-    def _qdiscs(self, device: str, *kinds: str) -> list[dict[str, Any]]:
-        found = json.loads(self._run("tc", "-j", "qdisc", "show", "dev", device) or "[]")
-        return [qdisc for qdisc in found if not kinds or qdisc["kind"] in kinds]
+    def _qdiscs(self, device: str, *kinds: str) -> list[_Qdisc]:
+        shown = self._run("tc", "-j", "qdisc", "show", "dev", device)
+        found = msgspec.json.decode(shown or "[]", type=list[_Qdisc])
+        return [qdisc for qdisc in found if not kinds or qdisc.kind in kinds]
 
     def _devices(self) -> list[str]:
         return [link["ifname"] for link in json.loads(self._run("ip", "-j", "link", "show"))]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.block import BlockLayout
-from transfer.mooncake import Addresses
+from transfer.ranges import Addresses, Ranges
 
 STAGING_BYTES = 4 << 20
 """Of each worker that needs one."""
@@ -73,11 +73,9 @@ class Staging:
         self._address = int(self._bytes.ctypes.data)
         register(self._address, self._bytes.nbytes)
 
-    def ranges(
-        self, blocks: OtherShards, kv_addresses: Addresses, layer: int
-    ) -> Iterator[tuple[Addresses, Addresses, Addresses]]:
-        """One layer of the blocks, some at a time: where the pages are here, where in the
-        rank's memory, how long. What one step gave is overwritten by the next."""
+    def ranges(self, blocks: OtherShards, kv_addresses: Addresses, layer: int) -> Iterator[Ranges]:
+        """One layer of the blocks, some at a time, from here into the rank's memory. What one
+        step gave is overwritten by the next."""
         for component, whole_bytes in enumerate(blocks.layout.component_bytes):
             page_bytes = whole_bytes // blocks.shards
             at_once = len(self._bytes) // page_bytes
@@ -88,4 +86,4 @@ class Staging:
                 blocks.gather(layer, component, rows, out)
                 local = self._address + np.arange(len(pages)) * page_bytes
                 remote = kv_addresses[layer, component] + pages * page_bytes
-                yield local, remote, np.full(len(pages), page_bytes)
+                yield Ranges(local, remote, np.full(len(pages), page_bytes))

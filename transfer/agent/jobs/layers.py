@@ -14,7 +14,7 @@ from transfer.agent.jobs.heads import Staging
 from transfer.agent.jobs.transfer import Transfer
 from transfer.mooncake import BYTES_PER_BATCH, PeerSuspended, TransferFailed, TransferPeer
 from transfer.pacing.pacer import Pacer
-from transfer.ranges import Addresses, layer_ranges
+from transfer.ranges import Ranges, layer_ranges
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class LayerMover:
             return lambda nbytes: transfer.check(), BYTES_PER_BATCH
         return partial(pacer.wait, transfer.precedence, transfer.check), pacer.batch_bytes
 
-    def _ranges(self, transfer: Transfer) -> Iterator[tuple[Addresses, Addresses, Addresses]]:
+    def _ranges(self, transfer: Transfer) -> Iterator[Ranges]:
         layer, kv_addresses = transfer.layers_done, transfer.kv_addresses
         if len(transfer.pages):
             yield layer_ranges(transfer.layout, kv_addresses, layer, transfer.slots, transfer.pages)
