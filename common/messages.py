@@ -12,12 +12,11 @@ that came before it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from common.block import NO_PARENT, BlockKey, Namespace, TierName
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
+from common.loads import AgentLoad, EngineLoad
 
 PROTOCOL = b"DP1"
 
@@ -117,18 +116,7 @@ class Delivered(_Message):
 class AgentStatus(_Message):
     """Pushed each 0.2 s while anything changes, each second otherwise."""
 
-    incarnation: Incarnation
-    read_queue_bytes: dict[TierName, int]
-    """Promised to be read from SSD, and from remote over the storage NIC, and not read yet."""
-    read_bytes_per_s: dict[TierName, float]
-    """Measured while there was something to read (exponential average; 0: not measured)."""
-    deliver_queue_bytes: int
-    """Of accepted deliveries, not written yet: the queue of the compute NIC."""
-    deliver_bytes_per_s: float
-    """Measured while there was something to write; 0: not measured."""
-    dram_slots: int
-    dram_slots_free: int
-    """Free or evictable now."""
+    load: AgentLoad
     counters: dict[str, float]
     """Prometheus sample name (with labels) -> value."""
 
@@ -258,39 +246,13 @@ class EndPlan(_Message):
 # ---- engine -> gateway ------------------------------------------------------------------
 
 
-class PrefillCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Fitted time of a prefill forward; common/prefill_cost.py says what the terms are."""
-
-    base_s: float
-    token_s: float
-    pair_s: float
-    request_s: float = 0.0
-    context_s: float = 0.0
-    prefix_pair_s: float = 0.0
-    own_pair_s: float = 0.0
-
-
 class EngineHello(_Message):
     """An engine's answer to ``Ping``."""
 
-    engine: str
-    role: str
-    """"prefill" or "decode"."""
-    incarnation: Incarnation
+    load: EngineLoad
     namespace: Namespace
     bootstrap_port: int
     """Prefill engines: SGLang's bootstrap server; 0 otherwise."""
-    group: str
-    """Engines that are scheduled as one (tensor or expert parallel); its leader reports."""
-    sequences: int
-    """Running and waiting."""
-    pending_tokens: int
-    """Prompt tokens not yet prefilled."""
-    context_tokens: int
-    """Held by running and waiting sequences (the paper's ``tok``)."""
-    free_tokens: int
-    prefill_cost: PrefillCost | None
-    """None until enough prefill forwards were measured, and of a decode engine."""
     counters: dict[str, float]
 
 
@@ -331,7 +293,7 @@ Message = (
 )
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
 def encode(message: Message) -> bytes:

@@ -7,25 +7,15 @@ and what is worth loading (``scheduler/cluster_state.py``).
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
+import msgspec
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-TERMS = (
-    "base_s",
-    "request_s",
-    "token_s",
-    "context_s",
-    "pair_s",
-    "prefix_pair_s",
-    "own_pair_s",
-)
+Floats = NDArray[np.float64]
 
 
-class ForwardCost(Protocol):
-    """Fitted coefficients, none negative: ``PrefillCost`` in common/messages.py.
+class PrefillCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Fitted coefficients of a forward's time, none negative.
 
     Attention is paid for by *pairs* of a new token and a token that it looks at. They have
     three prices, since kernels take other routes with a cached prefix than without: among
@@ -33,36 +23,31 @@ class ForwardCost(Protocol):
     (``pair_s + prefix_pair_s``), among new tokens after a prefix (``pair_s + own_pair_s``).
     """
 
-    @property
-    def base_s(self) -> float:
-        """For each forward."""
+    base_s: float
+    """For each forward."""
+    token_s: float
+    """For each new token."""
+    pair_s: float
+    request_s: float = 0.0
+    """For each request of the batch."""
+    context_s: float = 0.0
+    """For each cached token: its KV is read, however few tokens are new."""
+    prefix_pair_s: float = 0.0
+    own_pair_s: float = 0.0
 
-    @property
-    def request_s(self) -> float:
-        """For each request of the batch."""
+    def coefficients(self) -> Floats:
+        """In the order of ``TERMS``, shape (7,)."""
+        return np.array(msgspec.structs.astuple(self), np.float64)
 
-    @property
-    def token_s(self) -> float:
-        """For each new token."""
-
-    @property
-    def context_s(self) -> float:
-        """For each cached token: its KV is read, however few tokens are new."""
-
-    @property
-    def pair_s(self) -> float: ...
-    @property
-    def prefix_pair_s(self) -> float: ...
-    @property
-    def own_pair_s(self) -> float: ...
+    def batch_s(self, context: ArrayLike, new: ArrayLike) -> float:
+        """Time of a whole batch; arrays with an entry for each request."""
+        return float(self.coefficients() @ batch_terms(context, new))
 
 
-def coefficients(cost: ForwardCost) -> Floats:
-    """In the order of ``TERMS``, shape (7,)."""
-    return np.array([getattr(cost, name) for name in TERMS])
+TERMS = PrefillCost.__struct_fields__
 
 
-def request_terms(context: Any, new: Any) -> Floats:
+def request_terms(context: ArrayLike, new: ArrayLike) -> Floats:
     """What one request adds to its batch, in units of ``TERMS[1:]``: shape (6, *shape).
 
     ``context``, ``new``: cached and new tokens, numbers or arrays of one shape. Each term
@@ -71,9 +56,9 @@ def request_terms(context: Any, new: Any) -> Floats:
     new, context = np.broadcast_arrays(np.asarray(new, float), np.asarray(context, float))
     with_prefix, own = new * context, new * new / 2
     pairs = with_prefix + own
-    return np.stack([np.ones(new.shape), new, context, pairs, with_prefix, own * (context > 0)])
+    return np.stack([new, pairs, np.ones(new.shape), context, with_prefix, own * (context > 0)])
 
 
-def batch_terms(context: Any, new: Any) -> Floats:
+def batch_terms(context: ArrayLike, new: ArrayLike) -> Floats:
     """A whole batch in units of ``TERMS``, shape (7,); arrays with an entry for each request."""
     return np.append(1.0, request_terms(context, new).sum(axis=1))

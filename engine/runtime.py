@@ -18,6 +18,7 @@ import msgspec
 
 from common.block import BlockKey, Namespace, block_keys
 from common.ids import BoardSlot, JobId
+from common.loads import EngineLoad
 from common.messages import (
     AgentHello,
     EndPlan,
@@ -290,12 +291,11 @@ class EngineRuntime:
         running = list(scheduler.running_batch.reqs)
         chunked = [scheduler.chunked_req] if scheduler.chunked_req is not None else []
         is_prefill = self.config.role == "prefill"
-        return EngineHello(
+        load = EngineLoad(
             engine=self.name,
             role=self.config.role,
+            agent=self.config.agent,
             incarnation=self.incarnation,
-            namespace=self.namespace,
-            bootstrap_port=self._bootstrap_port(),
             group=self.config.name,
             sequences=len(running) + len(waiting),
             pending_tokens=sum(map(self._pending_tokens, waiting + chunked)) if is_prefill else 0,
@@ -304,6 +304,11 @@ class EngineRuntime:
             ),
             free_tokens=self.holds.free_tokens + scheduler.tree_cache.evictable_size(),
             prefill_cost=self.prefill_timing.forward.cost(),
+        )
+        return EngineHello(
+            load=load,
+            namespace=self.namespace,
+            bootstrap_port=self._bootstrap_port(),
             counters=self._counters(),
         )
 

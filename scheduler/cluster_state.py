@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from common.block import TierName
 from common.ids import NO_INCARNATION, Incarnation
+from common.loads import AgentLoad, EngineLoad
 from common.prefill_cost import TERMS, request_terms
 from scheduler.options import SchedulerOptions
 
@@ -175,6 +176,8 @@ class Engines(Processes):
         self.pending_tokens: Floats = np.empty(0)
         self.context_tokens: Floats = np.empty(0)
         self.free_tokens: Floats = np.empty(0)
+        self.chosen_total = 0
+        """Decisions made."""
         self.last_chosen: Floats = np.empty(0)
         """Number of the decision that last chose it: ties go to the one that waited longest."""
         self.prefill_cost: Floats = np.empty((0, len(TERMS)))
@@ -182,6 +185,11 @@ class Engines(Processes):
         self._columns += ["is_prefill", "agent_row", "group", "sequences", "pending_tokens"]
         self._columns += ["context_tokens", "free_tokens", "last_chosen"]
         self._columns += ["prefill_cost"]
+
+    def note_chosen(self, *rows: int) -> None:
+        """A decision chose these."""
+        self.chosen_total += 1
+        self.last_chosen[list(rows)] = self.chosen_total
 
     def compute_s(self, row: int | Rows, tokens: float | Floats, context: float | Floats) -> Floats:
         """Time of prefilling ``tokens`` after ``context`` tokens; 0 while not measured."""
@@ -243,6 +251,45 @@ class ClusterState:
         self.beta_tokens: Floats = np.empty(0)
         """A prefill engine with more to compute is full; infinite while not measured."""
         self._looked_s = -np.inf
+
+    def report_engine(self, load: EngineLoad, now: float) -> None:
+        """Take over a heartbeat, unless it is an earlier incarnation's."""
+        engines = self.engines
+        row = engines.report(load.engine, load.incarnation, now)
+        if row is None:
+            return
+        engines.is_prefill[row] = load.role == PREFILL
+        engines.agent_row[row] = self.agents.row(load.agent)
+        group = load.group or load.engine
+        engines.group[row] = engines.groups.setdefault(group, len(engines.groups))
+        engines.sequences[row] = load.sequences
+        engines.pending_tokens[row] = load.pending_tokens
+        engines.context_tokens[row] = load.context_tokens
+        engines.free_tokens[row] = load.free_tokens
+        if load.prefill_cost is not None:
+            engines.prefill_cost[row] = load.prefill_cost.coefficients()
+        self._notice(row, self.usable_engines)
+
+    def report_agent(self, load: AgentLoad, now: float) -> bool:
+        """The same for an agent; False if it is an earlier incarnation's."""
+        agents = self.agents
+        row = agents.report(load.agent, load.incarnation, now)
+        if row is None:
+            return False
+        for tier, device in DEVICE_OF.items():
+            agents.queue_bytes[row, device] = load.read_queue_bytes.get(tier, 0)
+            agents.measured(row, device, load.read_bytes_per_s.get(tier, 0.0), now)
+        agents.queue_bytes[row, Device.COMPUTE_OUT] = load.deliver_queue_bytes
+        agents.measured(row, Device.COMPUTE_OUT, load.deliver_bytes_per_s, now)
+        agents.dram_slots[row] = load.dram_slots
+        agents.dram_slots_free[row] = load.dram_slots_free
+        self._notice(row, self.usable_agents)
+        return True
+
+    def _notice(self, row: int, usable: Mask) -> None:
+        """A process that was not usable may be now; of others the numbers are read live."""
+        if row >= len(usable) or not usable[row]:
+            self.changed()
 
     def changed(self) -> None:
         """A report came, or a process went."""

@@ -3,15 +3,58 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import TypedDict
 
 import msgspec
 import numpy as np
 
 from common.ids import PlanId
+from common.json import JsonObject
 from scheduler.cluster_state import ClusterState, Device, Floats, Mask
 from scheduler.load_policy import LoadEstimate
 from scheduler.plan import Plan
+
+
+class CandidateView(TypedDict):
+    """An engine that could have been chosen."""
+
+    name: str
+    pending_tokens: float
+    context_tokens: float
+    sequences: float
+
+
+class ReaderView(TypedDict):
+    """An agent that could be given reads, its numbers by device, and what it was given."""
+
+    name: str
+    backlog_s: dict[str, float]
+    bytes_per_s: dict[str, float]
+    read_bytes: int
+
+
+class ChoiceView(TypedDict):
+    """One engine of several."""
+
+    chosen: str
+    candidates: list[CandidateView]
+
+
+class PlanView(TypedDict):
+    """Why a plan is as it is."""
+
+    plan: PlanId
+    rid: str
+    policy: str
+    age_s: float
+    prompt_tokens: int
+    prefill: ChoiceView
+    decode: ChoiceView
+    load: JsonObject | None
+    hit_blocks: int
+    estimated_read_s: float
+    agents: list[ReaderView]
+    ranges: list[JsonObject]
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -33,7 +76,7 @@ class Decision(msgspec.Struct, frozen=True):
     backlog_s: Floats
     bytes_per_s: Floats
 
-    def view(self, now: float) -> dict[str, Any]:
+    def view(self, now: float) -> PlanView:
         """JSON-able: candidates, backlogs, estimates, the choice."""
         plan = self.plan
         return {
@@ -51,7 +94,7 @@ class Decision(msgspec.Struct, frozen=True):
             "ranges": msgspec.to_builtins(plan.ranges),
         }
 
-    def _engines(self, prefill: bool) -> list[dict[str, Any]]:
+    def _engines(self, prefill: bool) -> list[CandidateView]:
         rows = np.flatnonzero(self.usable_engines & (self.is_prefill == prefill))
         return [
             {
@@ -63,7 +106,7 @@ class Decision(msgspec.Struct, frozen=True):
             for row in rows
         ]
 
-    def _agents(self) -> list[dict[str, Any]]:
+    def _agents(self) -> list[ReaderView]:
         given = self.plan.read_bytes()
         return [
             {
@@ -86,7 +129,7 @@ class Decisions:
 
     def __init__(self, kept: int) -> None:
         self._kept = kept
-        self._decisions: OrderedDict[int, Decision] = OrderedDict()
+        self._decisions: OrderedDict[PlanId, Decision] = OrderedDict()
 
     def note(
         self,
@@ -124,7 +167,7 @@ class Decisions:
     def find(self, plan: PlanId | str) -> Decision | None:
         """By plan number, or the latest of a request id."""
         if isinstance(plan, int):
-            return self._decisions.get(plan)
+            return self._decisions.get(PlanId(plan))
         found = (d for d in reversed(self._decisions.values()) if d.plan.rid == plan)
         return next(found, None)
 

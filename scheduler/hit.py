@@ -25,6 +25,20 @@ class Hit(msgspec.Struct, frozen=True):
     """Agents that may read."""
     block_bytes: int
 
+    @staticmethod
+    def of(
+        runs: list[Run], prefill: int, decode: int, block_bytes: int, state: ClusterState
+    ) -> Hit:
+        """For the engines in these rows."""
+        agents, of_engine = state.agents.names, state.engines.agent_row
+        return Hit(
+            runs=runs,
+            prefill_agent=agents[of_engine[prefill]],
+            decode_agent=agents[of_engine[decode]],
+            alive=state.alive_agents,
+            block_bytes=block_bytes,
+        )
+
     @property
     def blocks(self) -> int:
         return self.runs[-1].first + self.runs[-1].blocks if self.runs else 0

@@ -18,11 +18,21 @@ from scheduler.water_filling import WaterFilling
 
 
 class ReadPolicy(Protocol):
-    """Assigns readers."""
+    """Assigns readers. A class may also say ``zero_io = True`` or ``rotates_engines = True``."""
 
     def assign(self, hit: Hit, state: ClusterState) -> list[Range]:
         """Who reads what: covers a prefix of the hit, in order, each block once, and gives
         a block only to an agent for which :meth:`Holders.tier_at` has a tier."""
+
+
+def is_zero_io(policy: ReadPolicy) -> bool:
+    """Whether nothing is really read or delivered under this policy."""
+    return bool(getattr(policy, "zero_io", False))
+
+
+def rotates_engines(policy: ReadPolicy) -> bool:
+    """Whether engines are taken in turns too."""
+    return bool(getattr(policy, "rotates_engines", False))
 
 
 class UnknownPolicy(ValueError):

@@ -14,7 +14,7 @@ import bisect
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from common.prefill_cost import ForwardCost, coefficients, request_terms
+from common.prefill_cost import PrefillCost, request_terms
 
 
 class Chunk(NamedTuple):
@@ -32,8 +32,8 @@ class QuotaBatch:
     starved, and there is no empty batch while there is work.
     """
 
-    def __init__(self, cost: ForwardCost, quota_s: float, page_tokens: int) -> None:
-        self._coefficients = coefficients(cost)
+    def __init__(self, cost: PrefillCost, quota_s: float, page_tokens: int) -> None:
+        self._coefficients = cost.coefficients()
         self._quota_s = quota_s
         self.page_tokens = page_tokens
         self.spent_s = float(self._coefficients[0])

@@ -15,8 +15,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.trace import PAGE_TOKENS
-from common.messages import PrefillCost
-from common.prefill_cost import ForwardCost
+from common.prefill_cost import PrefillCost
 from scheduler.quota import Chunk, QuotaBatch, pack
 
 GPU = PrefillCost(base_s=0.001, token_s=0.0, pair_s=5.2e-9, context_s=1.3e-7)
@@ -48,7 +47,7 @@ class Estimated(msgspec.Struct, frozen=True):
 
 
 def run(
-    requests: Sequence[Chunk], ranks: int, cost: ForwardCost, quota_s: float, tokens_max: int
+    requests: Sequence[Chunk], ranks: int, cost: PrefillCost, quota_s: float, tokens_max: int
 ) -> Estimated:
     """Pack all requests, which are there from the beginning."""
     common, queues = deque(requests), [deque[Chunk]() for _ in range(ranks)]
@@ -93,7 +92,7 @@ def _hand_out(common: deque[Chunk], queues: Sequence[deque[Chunk]]) -> None:
         waiting[rank] += queues[rank][-1].new_tokens
 
 
-def _packed(queue: deque[Chunk], cost: ForwardCost, quota_s: float, tokens_max: int) -> QuotaBatch:
+def _packed(queue: deque[Chunk], cost: PrefillCost, quota_s: float, tokens_max: int) -> QuotaBatch:
     """Takes what joins the batch out of the queue; the rest of a cut request stays at its head."""
     batch = QuotaBatch(cost, quota_s, PAGE_TOKENS)
     pack(queue, batch, tokens_max)

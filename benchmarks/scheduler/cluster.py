@@ -8,7 +8,8 @@ import msgspec
 
 from common.block import KEY_BYTES, BlockKey, TierName
 from common.ids import Incarnation
-from common.messages import PrefillCost
+from common.loads import AgentLoad, EngineLoad
+from common.prefill_cost import PrefillCost
 from launch.cluster.layout import PAGE_TOKENS
 from scheduler.directory.directory import Directory, Run
 from scheduler.directory.holder_sets import Holders
@@ -78,18 +79,19 @@ class Cluster:
         context_tokens: int = 0,
     ) -> None:
         name, prefill = self.engines[row], self.engines[row].startswith("p")
-        self.scheduler.engine_report(
-            name,
+        load = EngineLoad(
+            engine=name,
             role="prefill" if prefill else "decode",
             agent=self.agents[row],
             incarnation=Incarnation(1),
+            group="",
             sequences=sequences,
             pending_tokens=pending_tokens,
             context_tokens=context_tokens,
             free_tokens=self.hardware.kv_tokens - context_tokens,
             prefill_cost=self.hardware.cost if prefill else None,
-            now=now,
         )
+        self.scheduler.report(load, now)
 
     def report_agent(
         self,
@@ -100,8 +102,8 @@ class Cluster:
         deliver_queue_bytes: float = 0.0,
     ) -> None:
         rate = read_bytes_per_s or self.hardware.storage_bytes_per_s
-        self.scheduler.agent_report(
-            self.agents[row],
+        load = AgentLoad(
+            agent=self.agents[row],
             incarnation=Incarnation(1),
             read_queue_bytes={TierName.REMOTE: int(read_queue_bytes)},
             read_bytes_per_s={TierName.REMOTE: rate},
@@ -109,8 +111,8 @@ class Cluster:
             deliver_bytes_per_s=self.hardware.compute_bytes_per_s,
             dram_slots=self.hardware.dram_slots,
             dram_slots_free=self.hardware.dram_slots,
-            now=now,
         )
+        self.scheduler.report(load, now)
 
     def request(
         self, rid: str, keys: list[BlockKey], prompt_tokens: int, max_new_tokens: int

@@ -9,8 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from common.messages import PrefillCost
-from common.prefill_cost import TERMS, Floats, batch_terms, coefficients
+from common.prefill_cost import TERMS, Floats, PrefillCost, batch_terms
 
 FORGET = 0.98
 """Weight of the past at each forward: about the last 50 count."""
@@ -21,7 +20,7 @@ JITTER_S = 0.01
 SURPRISE_MAX = 2.0
 """With a profile, a forward counts as so many times its estimate at most: one that was held up
 spoils little, and an engine that has become slower is still followed."""
-_RIDGE = np.array([1e-6, 1e-5, 1e-6, 1e-5, 1e-6, 1e-4, 1e-4])
+_RIDGE = np.array([1e-6, 1e-6, 1e-6, 1e-5, 1e-5, 1e-4, 1e-4])
 """Without a profile: of terms that the traffic does not tell apart, the first ones pay."""
 _PROFILE_WEIGHT = 0.02
 """With one: terms that the traffic tells apart by less than this keep the profile's ratio."""
@@ -43,7 +42,7 @@ class CostFit:
     def __init__(self, profile: PrefillCost | None = None) -> None:
         self._squares = np.zeros((len(TERMS), len(TERMS)))
         self._products = np.zeros(len(TERMS))
-        self._profile = None if profile is None else coefficients(profile)
+        self._profile = None if profile is None else profile.coefficients()
         self._samples = 0
         self._tokens = 0
         self._cost = profile
@@ -62,7 +61,7 @@ class CostFit:
         new = np.fromiter(new_tokens, float)
         row = batch_terms(np.fromiter(context_tokens, float), new)
         if self._profile is not None and (cost := self.cost()) is not None:
-            expected_s = float(coefficients(cost) @ row)
+            expected_s = float(cost.coefficients() @ row)
             seconds = min(seconds, SURPRISE_MAX * expected_s + JITTER_S)
         if weight is None:
             # Not one over what was measured: that would favour the times when it was fast.
@@ -77,7 +76,7 @@ class CostFit:
     def cost(self) -> PrefillCost | None:
         """The present fit; None while there is no profile and too little was measured."""
         if self._cost is None and self._is_known():
-            self._cost = PrefillCost(**dict(zip(TERMS, self._solve().tolist(), strict=True)))
+            self._cost = PrefillCost(*self._solve().tolist())
         return self._cost
 
     def _is_known(self) -> bool:

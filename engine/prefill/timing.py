@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
-from common.messages import PrefillCost
+from common.prefill_cost import PrefillCost
 from common.user_cache import keep
 from engine.prefill.cost_fit import CostFit, relative
 from engine.prefill.forward_clock import ForwardClock, ForwardSample, Waits

@@ -111,8 +111,8 @@ class _Decided(Collector):
             "gauge",
         )
         view = self._scheduler.cluster(time.monotonic())
-        for kind in ("engine", "agent"):
-            for peer in view[f"{kind}s"]:
+        for kind, peers in (("engine", view["engines"]), ("agent", view["agents"])):
+            for peer in peers:
                 draining.add_sample(draining.name, {kind: peer["name"]}, float(peer["draining"]))
         for agent in view["agents"]:
             backlog.add_sample(backlog.name, {"agent": agent["name"]}, agent["backlog_s"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from common.block import BlockKey, TierName
 from common.ids import NO_INCARNATION, Incarnation
+from common.messages import Holding
 from scheduler.directory.holder_sets import NOBODY, Holders, HolderSets, SetIds, run_starts
 from scheduler.directory.key_table import Fingerprints, KeyTable, Slots, fingerprints
 from scheduler.plan import Range
@@ -26,17 +26,6 @@ _CHANGES_AT_ONCE = 1 << 16
 _ENTRIES_MIN = 1 << 12
 _SETS_MIN = 1 << 16
 """Fewer sets than these are not looked through for unused ones."""
-
-
-class Change(Protocol):
-    """A block came to (``held``) or left a tier of the announcing agent."""
-
-    @property
-    def key(self) -> BlockKey: ...
-    @property
-    def tier(self) -> TierName: ...
-    @property
-    def held(self) -> bool: ...
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -98,7 +87,7 @@ class Directory:
         incarnation: Incarnation,
         sequence: int,
         snapshot: bool,
-        changes: Iterable[Change],
+        changes: Iterable[Holding],
     ) -> bool:
         """Take one announcement of ``agent``.
 
@@ -186,7 +175,7 @@ class Directory:
 
     # ---- inside -----------------------------------------------------------------------
 
-    def _merge(self, agent: str, changes: list[Change]) -> None:
+    def _merge(self, agent: str, changes: list[Holding]) -> None:
         dram: dict[BlockKey, bool] = {}
         ssd: dict[BlockKey, bool] = {}
         remote: dict[BlockKey, bool] = {}

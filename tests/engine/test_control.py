@@ -12,6 +12,7 @@ import zmq
 
 from common.block import BlockLayout, Namespace
 from common.ids import Incarnation, PlanId
+from common.loads import EngineLoad
 from common.messages import (
     EndPlan,
     EngineHello,
@@ -27,7 +28,8 @@ from engine.plans import Plans
 from engine.sglang import prefill_layer_hooks
 
 NAMESPACE = Namespace("model", "1", "float32", BlockLayout(64, 1, (8,)))
-HELLO = EngineHello("p0", "prefill", Incarnation(1), NAMESPACE, 8998, "", 0, 0, 0, 100, None, {})
+LOAD = EngineLoad("p0", "prefill", "agent-p0", Incarnation(1), "", 0, 0, 0, 100)
+HELLO = EngineHello(LOAD, NAMESPACE, 8998, {})
 
 
 @pytest.fixture

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import msgspec
 
 from common.block import BlockKey, TierName
 from common.ids import Incarnation
+from common.loads import AgentLoad, EngineLoad
 from common.messages import Holding
 from scheduler.cluster_state import ClusterState
 from scheduler.options import SchedulerOptions
@@ -22,41 +23,44 @@ def keys_of(count: int) -> list[BlockKey]:
 
 
 def request(rid: str = "r", blocks: int = 10, **changes) -> PlanRequest:
-    values: dict[str, Any] = {
-        "rid": rid,
-        "prompt_tokens": blocks * PAGE_TOKENS + 1,
-        "keys": keys_of(blocks),
-        "max_new_tokens": 16,
-        "page_tokens": PAGE_TOKENS,
-        "block_bytes": BLOCK_BYTES,
-    }
-    return PlanRequest(**(values | changes))
+    asked = PlanRequest(
+        rid=rid,
+        prompt_tokens=blocks * PAGE_TOKENS + 1,
+        keys=keys_of(blocks),
+        max_new_tokens=16,
+        page_tokens=PAGE_TOKENS,
+        block_bytes=BLOCK_BYTES,
+    )
+    return msgspec.structs.replace(asked, **changes)
 
 
 def report_engine(scheduler: Scheduler, name: str, now: float = 0.0, **changes) -> None:
-    values: dict[str, Any] = {
-        "role": "prefill" if name.startswith("p") else "decode",
-        "agent": f"agent-{name}",
-        "incarnation": 1,
-        "sequences": 0,
-        "pending_tokens": 0,
-        "context_tokens": 0,
-        "free_tokens": 100_000,
-    }
-    scheduler.engine_report(name, now=now, **(values | changes))
+    load = EngineLoad(
+        engine=name,
+        role="prefill" if name.startswith("p") else "decode",
+        agent=f"agent-{name}",
+        incarnation=Incarnation(1),
+        group="",
+        sequences=0,
+        pending_tokens=0,
+        context_tokens=0,
+        free_tokens=100_000,
+    )
+    scheduler.report(msgspec.structs.replace(load, **changes), now)
 
 
 def report_agent(scheduler: Scheduler, name: str, now: float = 0.0, **changes) -> None:
-    values: dict[str, Any] = {
-        "incarnation": 1,
-        "read_queue_bytes": {},
-        "read_bytes_per_s": {TierName.SSD: 1e6, TierName.REMOTE: 1e6},
-        "deliver_queue_bytes": 0,
-        "deliver_bytes_per_s": 1e7,
-        "dram_slots": 1000,
-        "dram_slots_free": 1000,
-    }
-    scheduler.agent_report(name, now=now, **(values | changes))
+    load = AgentLoad(
+        agent=name,
+        incarnation=Incarnation(1),
+        read_queue_bytes={},
+        read_bytes_per_s={TierName.SSD: 1e6, TierName.REMOTE: 1e6},
+        deliver_queue_bytes=0,
+        deliver_bytes_per_s=1e7,
+        dram_slots=1000,
+        dram_slots_free=1000,
+    )
+    scheduler.report(msgspec.structs.replace(load, **changes), now)
 
 
 def cluster(
@@ -84,16 +88,12 @@ def state_of(
     """Agents with (bytes queued at SSD and storage NIC each, bytes a second of each)."""
     scheduler = Scheduler("prefill", options)
     for name, (queue_bytes, rate) in queues.items():
-        scheduler.agent_report(
+        report_agent(
+            scheduler,
             name,
-            incarnation=Incarnation(1),
             read_queue_bytes={TierName.SSD: queue_bytes, TierName.REMOTE: queue_bytes},
             read_bytes_per_s={TierName.SSD: rate, TierName.REMOTE: rate},
-            deliver_queue_bytes=0,
             deliver_bytes_per_s=1e9,
-            dram_slots=1000,
-            dram_slots_free=1000,
-            now=0.0,
         )
     scheduler.state.look(0.0)
     return scheduler.state

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.messages import PrefillCost
-from common.prefill_cost import batch_terms, coefficients
+from common.prefill_cost import PrefillCost
 from scheduler.quota import Chunk, QuotaBatch, pack
 
 PAGE = 64
@@ -37,7 +36,7 @@ queues = st.lists(requests, min_size=1, max_size=12)
 def seconds(cost: PrefillCost, chunks: list[Chunk]) -> float:
     """A batch's estimate, straight from the formula of the whole batch."""
     context, new = (np.array(column, float) for column in zip(*chunks, strict=True))
-    return float(coefficients(cost) @ batch_terms(context, new))
+    return cost.batch_s(context, new)
 
 
 def packed(

@@ -9,10 +9,12 @@ import pytest
 
 from common.block import BlockKey, TierName
 from common.ids import Incarnation, PlanId
-from common.messages import Holding, PrefillCost
+from common.messages import Holding
+from common.prefill_cost import PrefillCost
+from scheduler.open_plans import UnknownPlan
 from scheduler.options import SchedulerOptions
 from scheduler.plan import NoEngine
-from scheduler.scheduler import Scheduler, UnknownPlan
+from scheduler.scheduler import Scheduler
 from tests.scheduler.clusters import (
     BLOCK_BYTES,
     PAGE_TOKENS,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from common.loads import AgentLoad
 from common.messages import (
     AgentHello,
     AgentStatus,
@@ -146,16 +147,19 @@ class Agent:
     # ---- status -------------------------------------------------------------------------
 
     def _status(self) -> AgentStatus:
-        stats = self._state.stats()
-        return AgentStatus(
-            self._resources.incarnation,
-            stats.read_queue_bytes,
-            stats.read_bytes_per_s,
-            *self._resources.deliver_queue.load(),
-            stats.slots,
-            stats.slots_available,
-            self._samples(stats),
+        resources, stats = self._resources, self._state.stats()
+        deliver_queue_bytes, deliver_bytes_per_s = resources.deliver_queue.load()
+        load = AgentLoad(
+            agent=resources.config.name,
+            incarnation=resources.incarnation,
+            read_queue_bytes=stats.read_queue_bytes,
+            read_bytes_per_s=stats.read_bytes_per_s,
+            deliver_queue_bytes=deliver_queue_bytes,
+            deliver_bytes_per_s=deliver_bytes_per_s,
+            dram_slots=stats.slots,
+            dram_slots_free=stats.slots_available,
         )
+        return AgentStatus(load, self._samples(stats))
 
     def _samples(self, stats: StoreStats) -> Samples:
         resources, state = self._resources, self._state

@@ -174,8 +174,8 @@ class ControlPlane:
             match message:
                 case AgentHello(incarnation=incarnation):
                     self._agent_renewed(agent, incarnation, now)
-                case AgentStatus():
-                    self._agent_renewed(agent, message.incarnation, now)
+                case AgentStatus() if message.load.agent == agent.name:
+                    self._agent_renewed(agent, message.load.incarnation, now)
                     self._agent_status(agent, message, now)
                 case Announcement():
                     self._agent_renewed(agent, message.incarnation, now)
@@ -198,17 +198,7 @@ class ControlPlane:
 
     def _agent_status(self, agent: AgentPeer, status: AgentStatus, now: float) -> None:
         agent.status = status
-        self.scheduler.agent_report(
-            agent.name,
-            incarnation=status.incarnation,
-            read_queue_bytes=status.read_queue_bytes,
-            read_bytes_per_s=status.read_bytes_per_s,
-            deliver_queue_bytes=status.deliver_queue_bytes,
-            deliver_bytes_per_s=status.deliver_bytes_per_s,
-            dram_slots=status.dram_slots,
-            dram_slots_free=status.dram_slots_free,
-            now=now,
-        )
+        self.scheduler.report(status.load, now)
         self.changed.set()
 
     def _announced(self, agent: AgentPeer, news: Announcement, now: float) -> None:
@@ -225,7 +215,7 @@ class ControlPlane:
             message = await engine.receive()
             engine.last_seen_s = time.monotonic()
             match message:
-                case EngineHello():
+                case EngineHello() if message.load.engine == engine.name:
                     self._engine_hello(engine, message)
                 case PlanAccepted() | PlanRefused():
                     future = self._accepts.get((message.plan, engine.name))
@@ -235,26 +225,15 @@ class ControlPlane:
                     engine.malformed_total += 1
 
     def _engine_hello(self, engine: EnginePeer, hello: EngineHello) -> None:
-        if hello.incarnation < engine.incarnation:
+        incarnation = hello.load.incarnation
+        if incarnation < engine.incarnation:
             return
-        if engine.renew(hello.incarnation):
-            log.info("engine joined engine=%s incarnation=%d", engine.name, hello.incarnation)
+        if engine.renew(incarnation):
+            log.info("engine joined engine=%s incarnation=%d", engine.name, incarnation)
         engine.hello = hello
         if not engine.http_alive:
             return
-        self.scheduler.engine_report(
-            engine.name,
-            role=engine.address.role,
-            agent=engine.address.agent,
-            incarnation=hello.incarnation,
-            sequences=hello.sequences,
-            pending_tokens=hello.pending_tokens,
-            context_tokens=hello.context_tokens,
-            free_tokens=hello.free_tokens,
-            now=engine.last_seen_s,
-            group=hello.group,
-            prefill_cost=hello.prefill_cost,
-        )
+        self.scheduler.report(hello.load, engine.last_seen_s)
         self.changed.set()
 
     # ---- one plan ---------------------------------------------------------------------

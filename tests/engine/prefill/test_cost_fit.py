@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.messages import PrefillCost
-from common.prefill_cost import batch_terms, coefficients
+from common.prefill_cost import PrefillCost
 from engine.prefill.cost_fit import CostFit, relative
 
 TRUTH = PrefillCost(0.02, 1e-4, 2e-8)
@@ -21,7 +20,7 @@ CPU_LIKE = PrefillCost(0.002, 1e-5, 4e-8, request_s=1e-3, prefix_pair_s=6e-8, ow
 def seconds_of(cost: PrefillCost, *chunks: tuple[int, int]) -> float:
     """Of a batch of (new, context)."""
     new, context = (np.array(column, float) for column in zip(*chunks, strict=True))
-    return float(coefficients(cost) @ batch_terms(context, new))
+    return cost.batch_s(context, new)
 
 
 def note(fit: CostFit, seconds: float, *chunks: tuple[int, int]) -> None:
@@ -117,4 +116,4 @@ def test_no_term_is_ever_negative(samples, profile):
     fit = CostFit(profile)
     for new, context, seconds in samples:
         note(fit, seconds, (new, context), (256, 0))
-    assert min(coefficients(fit.cost())) >= 0
+    assert min(fit.cost().coefficients()) >= 0

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.messages import PrefillCost
+from common.prefill_cost import PrefillCost
 from engine.prefill.cost_fit import CostFit
 from engine.prefill.forward_clock import ForwardSample
 from engine.prefill.quota_chunking import QuotaChunking

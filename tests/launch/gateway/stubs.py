@@ -13,11 +13,13 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import uvicorn
 from aiohttp import ClientSession, web
 
 from common import messages as m
 from common.block import BlockKey, BlockLayout, Namespace, TierName
+from common.loads import AgentLoad, EngineLoad
 from launch.gateway.app import create_app
 from launch.gateway.config import EngineAddress, GatewayConfig
 from scheduler.options import SchedulerOptions
@@ -57,7 +59,8 @@ class StubAgent(ControlStub):
     def status(self) -> m.AgentStatus:
         counters = {'dualpath:read_bytes_total{tier="ssd"}': 5.0, "dualpath:read_queue_bytes": 3.0}
         queued, rates = {TierName.SSD: 0}, {TierName.SSD: 1e9}
-        return m.AgentStatus(self.incarnation, queued, rates, 0, 1e9, 100, 100, counters)
+        load = AgentLoad(self.name, self.incarnation, queued, rates, 0, 1e9, 100, 100)
+        return m.AgentStatus(load, counters)
 
     def share(self, message: m.ReadShare) -> m.ShareRead:
         in_dram = [key not in self.lost for key in message.keys]
@@ -78,12 +81,14 @@ class StubEngine(ControlStub):
     def __init__(self, name: str, role: str, rooms: dict[int, asyncio.Event]) -> None:
         super().__init__(name)
         self.role = role
+        self.agent = "node-p" if role == "prefill" else "node-d"
         self.port = free_port()
         self.faults: list[str] = []
         self.word_delay_s = 0.0
         self.tokenizing: asyncio.Event | None = None
         self.break_after_words = len(WORDS) + 1
-        self.hello_changes: dict[str, Any] = {}
+        self.namespace = NAMESPACE
+        self.load_changes: dict[str, Any] = {}
         self.bodies: list[dict[str, Any]] = []
         self.aborted: list[str] = []
         self.flushed = 0
@@ -101,21 +106,20 @@ class StubEngine(ControlStub):
         return []
 
     def hello(self) -> m.EngineHello:
-        fields: dict[str, Any] = {
-            "engine": self.name,
-            "role": self.role,
-            "incarnation": self.incarnation,
-            "namespace": NAMESPACE,
-            "bootstrap_port": 8998,
-            "group": "",
-            "sequences": 0,
-            "pending_tokens": 0,
-            "context_tokens": 0,
-            "free_tokens": 100_000,
-            "prefill_cost": None,
-            "counters": {'dualpath:deliveries_total{result="ok"}': 2.0},
-        }
-        return m.EngineHello(**fields | self.hello_changes)
+        load = EngineLoad(
+            engine=self.name,
+            role=self.role,
+            agent=self.agent,
+            incarnation=self.incarnation,
+            group="",
+            sequences=0,
+            pending_tokens=0,
+            context_tokens=0,
+            free_tokens=100_000,
+        )
+        load = msgspec.structs.replace(load, **self.load_changes)
+        counters = {'dualpath:deliveries_total{result="ok"}': 2.0}
+        return m.EngineHello(load, self.namespace, 8998, counters)
 
     # ---- HTTP -------------------------------------------------------------------------
 
@@ -287,7 +291,7 @@ class StubCluster:
         return EngineAddress(
             name=engine.name,
             role=engine.role,
-            agent="node-p" if engine.role == "prefill" else "node-d",
+            agent=engine.agent,
             http=f"http://127.0.0.1:{engine.port}",
             control=engine.endpoint,
             bootstrap_host="127.0.0.1",

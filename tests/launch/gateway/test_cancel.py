@@ -20,7 +20,7 @@ FULL = {"free_tokens": 0, "sequences": 1}
 
 async def _fill(cluster: StubCluster) -> None:
     """No request finds an engine any more."""
-    cluster.decodes[0].hello_changes = FULL
+    cluster.decodes[0].load_changes = FULL
     known = cluster.services.scheduler.state.engines
     await cluster.until(lambda: known.free_tokens[known.row_of["d0"]] == 0)
 
@@ -97,7 +97,7 @@ async def _serve_again(cluster: StubCluster) -> None:
     """Whatever held the request is over; the next one is served."""
     cluster.agents["node-p"].slow = False
     for engine in cluster.engines:
-        engine.silent, engine.hello_changes, engine.word_delay_s = False, {}, 0.0
+        engine.silent, engine.load_changes, engine.word_delay_s = False, {}, 0.0
         if engine.tokenizing is not None:
             engine.tokenizing.set()
     assert (await post(cluster, "/v1/chat/completions", {**CHAT, "rid": "next"}))[0] == 200

@@ -300,12 +300,12 @@ async def test_engines_of_another_namespace_are_not_paired() -> None:
         other = msgspec.structs.replace(NAMESPACE, weight_version="2")
         first, second = cluster.decodes
         peers = cluster.services.plane.engines
-        first.hello_changes = {"namespace": other}
+        first.namespace = other
         await cluster.until(lambda: peers[first.name].hello.namespace == other)
         for _ in range(3):
             _, _, trace = await post(cluster, "/generate", GENERATE)
             assert trace["decode"] == second.name
-        second.hello_changes = {"namespace": other}
+        second.namespace = other
         await cluster.until(lambda: peers[second.name].hello.namespace == other)
         assert (await post(cluster, "/generate", GENERATE))[0] == 503
 
@@ -316,7 +316,7 @@ async def test_a_request_planned_for_weights_that_were_just_updated_is_planned_a
         monkeypatch.setattr(control_plane, "PING_S", 60.0)  # nobody tells the gateway
         updated = msgspec.structs.replace(NAMESPACE, weight_version="2")
         for engine in cluster.engines:
-            engine.hello_changes = {"namespace": updated}
+            engine.namespace = updated
         status, _, trace = await post(cluster, "/generate", GENERATE)
         assert (status, trace["attempts"]) == (200, 2)
         for engine in cluster.engines:

@@ -4,39 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from common.ids import Incarnation
 from launch.gateway.orders import Orders
 from scheduler.policies import UnknownPolicy
 from scheduler.scheduler import Scheduler
+from tests.scheduler.clusters import report_agent, report_engine
 
 NAMES = ("d0", "d1", "agent-d0")
 
 
 def seen(scheduler: Scheduler) -> set[str]:
     """Report two engines of one agent; those that may get requests."""
-    scheduler.agent_report(
-        "agent-d0",
-        incarnation=Incarnation(1),
-        read_queue_bytes={},
-        read_bytes_per_s={},
-        deliver_queue_bytes=0,
-        deliver_bytes_per_s=0.0,
-        dram_slots=1,
-        dram_slots_free=1,
-        now=0.0,
-    )
+    report_agent(scheduler, "agent-d0")
     for name in ("d0", "d1"):
-        scheduler.engine_report(
-            name,
-            role="decode",
-            agent="agent-d0",
-            incarnation=Incarnation(1),
-            sequences=0,
-            pending_tokens=0,
-            context_tokens=0,
-            free_tokens=1000,
-            now=0.0,
-        )
+        report_engine(scheduler, name, agent="agent-d0")
     view = scheduler.cluster(0.0)
     return {one["name"] for one in (*view["engines"], *view["agents"]) if not one["draining"]}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from common.messages import PrefillCost
+from common.prefill_cost import PrefillCost
 from tests.launch.gateway.client import CHAT, GENERATE, PROMPT, TEXT, keys_of, metric, post
 from tests.launch.gateway.stubs import StubCluster
 from tests.launch.gateway.stubs import running_cluster as cluster_of
@@ -20,7 +20,7 @@ Sent = asyncio.Task[tuple[int, Any, Any]]
 async def fill_up(cluster: StubCluster, full: bool) -> None:
     """No request finds a decode engine any more, or each one does again."""
     changes = {"free_tokens": 0, "sequences": 1} if full else {}
-    cluster.decodes[0].hello_changes = changes
+    cluster.decodes[0].load_changes = changes
     known = cluster.services.scheduler.state.engines
     await cluster.until(lambda: (known.sequences[known.row_of["d0"]] == 1) == full)
 
@@ -91,7 +91,7 @@ async def test_the_error_of_estimates_is_a_metric() -> None:
         agent = cluster.agents["node-p"]
         await cluster.announce(agent.name, keys_of(PROMPT))
         cost = PrefillCost(base_s=0.5, token_s=0.01, pair_s=0.0)
-        cluster.prefills[0].hello_changes = {"prefill_cost": cost}
+        cluster.prefills[0].load_changes = {"prefill_cost": cost}
         known = cluster.services.scheduler.state.engines
         await cluster.until(lambda: known.token_s[known.row_of["p0"]])
         _, _, trace = await post(cluster, "/generate", GENERATE)

@@ -208,7 +208,7 @@ def test_an_engine_killed_in_mid_delivery_leaves_nothing_behind(agent, gateway, 
     assert restarted.wait_end(6).error == ""
     assert_delivered(restarted, range(30, 36), range(6))
     gateway.send(ReleasePlan(PlanId(3)))
-    status = gateway.status(lambda s: s.dram_slots_free == s.dram_slots)
+    status = gateway.status(lambda s: s.load.dram_slots_free == s.load.dram_slots)
     assert status.counters["dualpath:agent_landing_jobs"] == 0
     assert status.counters['dualpath:agent_jobs{kind="delivery"}'] == 0
 

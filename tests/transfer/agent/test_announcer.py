@@ -8,6 +8,7 @@ import pytest
 
 from common.block import TierName
 from common.ids import Incarnation
+from common.loads import AgentLoad
 from common.messages import AgentStatus
 from storage.store_events import HoldingChanged
 from tests.transfer.agent.fake_engine import key_of
@@ -67,5 +68,5 @@ async def test_an_unchanged_status_is_told_once_a_second(announce, sent):
     announce.subscribe(b"g", [])
     sent.clear()
     for free in (3, 3, 3, 2, 2):
-        announce.status(AgentStatus(Incarnation(7), {}, {}, 0, 0.0, 4, free, {}))
-    assert [message.dram_slots_free for _, message in sent] == [3, 2]
+        announce.status(AgentStatus(AgentLoad("a0", Incarnation(7), {}, {}, 0, 0.0, 4, free), {}))
+    assert [message.load.dram_slots_free for _, message in sent] == [3, 2]

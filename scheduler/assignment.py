@@ -1,0 +1,60 @@
+"""Who reads what of as much of a request's hit as is worth loading."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from scheduler.cluster_state import Agents, ClusterState
+from scheduler.hit import Hit, Work
+from scheduler.load_policy import LoadEstimate, worth_loading
+from scheduler.plan import PlanRequest, Range
+from scheduler.policies import ReadPolicy, is_zero_io
+
+
+class Assignment(msgspec.Struct, frozen=True):
+    """The readers of a hit, what is asked of them, and why the hit is no longer."""
+
+    ranges: list[Range]
+    work: Work
+    load: LoadEstimate | None = None
+    """None where nothing was weighed."""
+
+
+def assign(
+    policy: ReadPolicy, hit: Hit, request: PlanRequest, prefill: int, state: ClusterState
+) -> Assignment:
+    """``prefill``: row of the engine that computes the rest."""
+    load_policy = state.options.load_policy
+    if not hit.runs or load_policy == "never":
+        return Assignment([], Work.of(hit, [], state))
+    ranges = _within_slots(policy.assign(hit, state), state.agents)
+    if is_zero_io(policy):
+        return Assignment(ranges, Work.of(hit, [], state))
+    work = Work.of(hit, ranges, state)
+    if not ranges or load_policy == "always":
+        return Assignment(ranges, work)
+    blocks = ranges[-1].first + ranges[-1].blocks
+    start_s = work.ends_s - work.added / state.bytes_per_s[work.rows]
+    first_s = float(start_s.min(where=work.added > 0, initial=math.inf))
+    load = worth_loading(state, request, prefill, blocks, first_s, float(work.ends_s.max()))
+    if load.load_blocks < blocks:
+        shorter = hit.leading(load.load_blocks)
+        ranges = _within_slots(policy.assign(shorter, state), state.agents)
+        work = Work.of(hit, ranges, state)
+    return Assignment(ranges, work, load)
+
+
+def _within_slots(ranges: list[Range], agents: Agents) -> list[Range]:
+    """End the hit where a reader's share would exceed its DRAM: it is held as a whole."""
+    left: dict[str, float] = {}
+    for index, part in enumerate(ranges):
+        room = left.get(part.agent)
+        if room is None:
+            room = float(agents.dram_slots[agents.row_of[part.agent]])
+        if part.blocks > room:
+            last = msgspec.structs.replace(part, blocks=int(room))
+            return [*ranges[:index], last] if room else ranges[:index]
+        left[part.agent] = room - part.blocks
+    return ranges

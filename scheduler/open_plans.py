@@ -1,0 +1,130 @@
+"""What engines and agents were promised for plans that have not finished."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+
+from common.block import BlockKey
+from common.ids import PlanId
+from scheduler.cluster_state import ClusterState, Device, Engines
+from scheduler.hit import Work
+from scheduler.plan import Plan, PlanRequest
+
+
+class UnknownPlan(KeyError):
+    """The plan has finished or never was."""
+
+
+class _Open(msgspec.Struct):
+    """A plan that has not finished, and how much of its hit still stands."""
+
+    plan: Plan
+    page_tokens: int
+    hit_blocks: int
+    engine_rows: tuple[int, int]
+    agent_rows: list[int]
+
+
+def _reading(plan: PlanId) -> int:
+    """Number of the promise to read for a plan ..."""
+    return plan
+
+
+def _moving(plan: PlanId) -> int:
+    """... and of the promise to send and to receive, which outlasts the reading."""
+    return ~plan
+
+
+class OpenPlans:
+    """Makes a plan's promises to the cluster's processes, and takes them back piece by piece."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self._state = state
+        self._open: dict[PlanId, _Open] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def promise(
+        self, plan: Plan, request: PlanRequest, rows: tuple[int, int], work: Work, now: float
+    ) -> None:
+        """Count the plan's work in. ``rows``: of its prefill and its decode engine."""
+        engines, agents, number = self._state.engines, self._state.agents, plan.id
+        miss = request.prompt_tokens - len(plan.keys) * request.page_tokens
+        needed = request.prompt_tokens + request.max_new_tokens
+        asked = np.array([[miss, 1, request.prompt_tokens], [0, 1, needed]], np.float64)
+        engines.promise(np.array(rows), number, asked, math.inf)
+        reading, moving = work.added.copy(), work.added.copy()
+        reading[:, Device.COMPUTE_OUT :] = 0
+        moving[:, : Device.COMPUTE_OUT] = 0
+        agents.promise(work.rows, _reading(number), reading, now)
+        agents.promise(work.rows, _moving(number), moving, math.inf)
+        agents.assigned_bytes[work.rows] += reading.sum(axis=1)
+        self._open[number] = _Open(
+            plan, request.page_tokens, len(plan.keys), rows, work.rows.tolist()
+        )
+
+    def share_settled(
+        self, plan: PlanId, agent: str, in_dram: list[bool]
+    ) -> tuple[int, list[BlockKey]]:
+        """How many leading blocks of the hit still stand, and what of the agent's share
+        ``in_dram`` does not reach or denies; raises ``UnknownPlan``."""
+        entry = self._entry(plan)
+        blocks = sum(part.blocks for part in entry.plan.ranges if part.agent == agent)
+        complete = all(in_dram) and len(in_dram) >= blocks
+        missing = [] if complete else _missing(entry.plan, agent, in_dram)
+        if missing:
+            self._cut(entry, missing[0])
+        self._state.agents.settle(self._state.agents.row_of[agent], _reading(plan))
+        return entry.hit_blocks, [entry.plan.keys[block] for block in missing]
+
+    def submitted(self, plan: PlanId, now: float) -> None:
+        """Reports soon show the work themselves; raises ``UnknownPlan``."""
+        entry = self._entry(plan)
+        for row in entry.engine_rows:
+            self._state.engines.handed_over(row, plan, now)
+        for row in entry.agent_rows:
+            self._state.agents.handed_over(row, _moving(plan), now)
+
+    def finished(self, plan: PlanId) -> None:
+        """Take back what is left. Again, or of an unknown plan: no effect."""
+        entry = self._open.pop(plan, None)
+        if entry is None:
+            return
+        for row in entry.engine_rows:
+            self._state.engines.settle(row, plan)
+        for row in entry.agent_rows:
+            self._state.agents.settle(row, _reading(plan))
+            self._state.agents.settle(row, _moving(plan))
+
+    def _entry(self, plan: PlanId) -> _Open:
+        if plan not in self._open:
+            raise UnknownPlan(plan)
+        return self._open[plan]
+
+    def _cut(self, entry: _Open, hit_blocks: int) -> None:
+        """What is no hit any more has to be computed by the prefill engine."""
+        lost_blocks = entry.hit_blocks - hit_blocks
+        if lost_blocks <= 0:
+            return
+        entry.hit_blocks = hit_blocks
+        engines, plan, row = self._state.engines, entry.plan.id, entry.engine_rows[0]
+        promised = engines.promised_to(row, plan)
+        if promised is not None:
+            engines.settle(row, plan)
+            promised[Engines.TOKENS] += lost_blocks * entry.page_tokens
+            engines.promise(np.array([row]), plan, promised[None], math.inf)
+
+
+def _missing(plan: Plan, agent: str, in_dram: list[bool]) -> list[int]:
+    """Blocks of the agent's share that it does not have in DRAM, in prompt order."""
+    mine = [
+        block
+        for part in plan.ranges
+        if part.agent == agent
+        for block in range(part.first, part.first + part.blocks)
+    ]
+    return [b for i, b in enumerate(mine) if i >= len(in_dram) or not in_dram[i]]
