@@ -66,7 +66,7 @@ class Bench:
         self._workers: list[Worker] = []
         try:
             self._start()
-        except BaseException:
+        except BaseException:  # those that have started must not stay behind
             self.close()
             raise
 

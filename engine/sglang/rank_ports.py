@@ -6,8 +6,7 @@ import os
 from collections.abc import MutableMapping
 from typing import Any
 
-_MIN_RPC_PORT, _MAX_RPC_PORT = "MC_MIN_RPC_PORT", "MC_MAX_RPC_PORT"
-"""Mooncake's variables, which :mod:`launch.cluster.ports` sets for all ranks of an engine."""
+from common import mooncake_ports
 
 
 def before_mooncake(*_: Any, **__: Any) -> None:
@@ -19,14 +18,6 @@ def before_mooncake(*_: Any, **__: Any) -> None:
 
 
 def take_own_ports(environ: MutableMapping[str, str], rank: int, ranks: int) -> None:
-    """Narrow an engine's range of ports for Mooncake to one rank's part of it.
-
-    Mooncake looks for a free port some time before it binds it: ranks that choose among the same
-    ports sometimes choose the same one, and the engine does not start.
-    """
-    if _MIN_RPC_PORT not in environ:
-        return
-    first, last = int(environ[_MIN_RPC_PORT]), int(environ[_MAX_RPC_PORT])
-    own = (last + 1 - first) // ranks
-    environ[_MIN_RPC_PORT] = str(first + rank * own)
-    environ[_MAX_RPC_PORT] = str(first + (rank + 1) * own - 1)
+    """Narrow an engine's range of ports for Mooncake to one rank's part of it."""
+    if (ports := mooncake_ports.from_env(environ)) is not None:
+        environ.update(mooncake_ports.to_env(mooncake_ports.of_rank(ports, rank, ranks)))

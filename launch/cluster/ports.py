@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from common import mooncake_ports
 from launch.cluster.process_record import ProcessRecord
 from launch.cluster.tensor_parallel import EngineRanks
 
@@ -20,7 +21,6 @@ _MEETING_PORTS = 14
 """That SGLang takes from its ``--dist-init-addr`` on (server_args.py, ``PortArgs``)."""
 
 BOOTSTRAP_FLAG = "--disaggregation-bootstrap-port"
-_MIN_RPC_PORT, _MAX_RPC_PORT = "MC_MIN_RPC_PORT", "MC_MAX_RPC_PORT"
 
 
 def block_ports(ranks: EngineRanks) -> int:
@@ -43,11 +43,8 @@ def meeting(ranks: EngineRanks) -> int:
 def mooncake_env(block_port: int, ranks: int) -> dict[str, str]:
     """For a process whose block begins at ``block_port``; :mod:`engine.sglang.rank_ports`
     shares the ports out among its ranks."""
-    return _mooncake_ports(block_port + _MOONCAKE, ranks * _MOONCAKE_PORTS)
-
-
-def _mooncake_ports(first: int, number: int) -> dict[str, str]:
-    return {_MIN_RPC_PORT: str(first), _MAX_RPC_PORT: str(first + number - 1)}
+    first = block_port + _MOONCAKE
+    return mooncake_ports.to_env(range(first, first + ranks * _MOONCAKE_PORTS))
 
 
 def respawn(record: ProcessRecord, restart_count: int) -> ProcessRecord:
@@ -59,10 +56,9 @@ def respawn(record: ProcessRecord, restart_count: int) -> ProcessRecord:
     dead one, all that it writes to the new one fails.
     """
     argv, env, ports = list(record.argv), dict(record.env), dict(record.ports)
-    if _MIN_RPC_PORT in env:
-        first = int(env[_MIN_RPC_PORT])
-        number = int(env[_MAX_RPC_PORT]) + 1 - first
-        env |= _mooncake_ports(first + restart_count % _MOONCAKE_STARTS * number, number)
+    if (first_start := mooncake_ports.from_env(env)) is not None:
+        later = restart_count % _MOONCAKE_STARTS * len(first_start)
+        env |= mooncake_ports.to_env(range(first_start.start + later, first_start.stop + later))
     if "bootstrap" in ports:
         first = ports["http"] - HTTP + BOOTSTRAP
         ports["bootstrap"] = first + restart_count % _BOOTSTRAP_PORTS

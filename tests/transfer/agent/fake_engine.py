@@ -37,6 +37,8 @@ from common.messages import (
 ROOT = Path(__file__).resolve().parents[3]
 LAYOUT = BlockLayout(page_tokens=4, num_layers=4, component_bytes=(4096, 2048))
 BOARD_WORDS = 64
+PAGES = 64
+"""Of its KV memory."""
 
 
 def namespace(layout: BlockLayout = LAYOUT) -> Namespace:
@@ -63,14 +65,13 @@ class FakeEngine:
         name: str,
         agents: dict[str, str],
         incarnation: int = 1,
-        pages: int = 64,
         layout: BlockLayout = LAYOUT,
         ranks: int = 1,
         host: str = "127.0.0.1",
     ) -> None:
         """``layout.shards`` is how many parts the ``ranks`` split a block into."""
         fields = [layout.page_tokens, layout.num_layers, layout.component_bytes, layout.shards]
-        config = json.dumps([name, agents, incarnation, pages, fields, ranks, host])
+        config = json.dumps([name, agents, incarnation, fields, ranks, host])
         self.layout = layout
         self.process = subprocess.Popen(
             [sys.executable, __file__, config],
@@ -175,10 +176,10 @@ def _say(record: dict[str, Any]) -> None:
 class _Pool:
     """One rank's memory; ``layout`` is that of a shard."""
 
-    def __init__(self, pages: int, layout: BlockLayout) -> None:
+    def __init__(self, layout: BlockLayout) -> None:
         self.layout = layout
         self.buffers = [
-            [np.zeros((pages, nbytes), np.uint8) for nbytes in layout.component_bytes]
+            [np.zeros((PAGES, nbytes), np.uint8) for nbytes in layout.component_bytes]
             for _ in range(layout.num_layers)
         ]
         self.board = np.zeros(BOARD_WORDS, np.uint64)
@@ -199,10 +200,10 @@ def main() -> None:
     from transfer.client import AgentLinks
     from transfer.mooncake import TransferPeer
 
-    name, agents, incarnation, pages, fields, ranks, host = json.loads(sys.argv[1])
+    name, agents, incarnation, fields, ranks, host = json.loads(sys.argv[1])
     layout = BlockLayout(fields[0], fields[1], tuple(fields[2]), fields[3])
     shard = layout.shard
-    pools = [_Pool(pages, shard) for _ in range(ranks)]
+    pools = [_Pool(shard) for _ in range(ranks)]
     peer = TransferPeer(host, "tcp")
     memories = []
     for pool in pools:
