@@ -17,6 +17,7 @@ import msgspec
 from common.block import NO_PARENT, BlockKey, Namespace, TierName
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
 from common.loads import AgentLoad, EngineLoad
+from common.samples import Sample
 
 PROTOCOL = b"DP1"
 
@@ -117,8 +118,7 @@ class AgentStatus(_Message):
     """Pushed each 0.2 s while anything changes, each second otherwise."""
 
     load: AgentLoad
-    counters: dict[str, float]
-    """Prometheus sample name (with labels) -> value."""
+    samples: list[Sample]
 
 
 # ---- engine -> agent --------------------------------------------------------------------
@@ -253,7 +253,7 @@ class EngineHello(_Message):
     namespace: Namespace
     bootstrap_port: int
     """Prefill engines: SGLang's bootstrap server; 0 otherwise."""
-    counters: dict[str, float]
+    samples: list[Sample]
 
 
 class PlanAccepted(_Message):

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from common.messages import (
 )
 from common.page_hashes import page_hashes
 from common.process_settings import incarnation
+from common.samples import Sample, reported, sample
 from engine.config import EngineConfig
 from engine.control import ControlServer
 from engine.decode.persist import Persister
@@ -309,7 +310,7 @@ class EngineRuntime:
             load=load,
             namespace=self.namespace,
             bootstrap_port=self._bootstrap_port(),
-            counters=self._counters(),
+            samples=reported(self._samples()),
         )
 
     def _pending_tokens(self, req: Any) -> int:
@@ -323,20 +324,18 @@ class EngineRuntime:
             return 0
         return int(self.scheduler.server_args.disaggregation_bootstrap_port)
 
-    def _counters(self) -> dict[str, float]:
-        prefill: dict[str, float] = {}
+    def _samples(self) -> Iterator[Sample]:
         if self.prefill_layers is not None:
-            prefill = self.prefill_layers.counters() | self.prefill_timing.counters()
-        return {
-            **prefill,
-            "dualpath:engine_deliveries_total": self.deliveries.started_total,
-            "dualpath:engine_deliveries_failed_total": self.deliveries.failed_total,
-            "dualpath:engine_open_jobs": len(self.jobs),
-            "dualpath:engine_quarantined_pages": self.holds.pages_of(self.jobs.overdue()),
-            "dualpath:engine_blocks_offered_total": self.persister.offered_blocks_total,
-            "dualpath:engine_blocks_stored_total": self.persister.stored_blocks_total,
-            "dualpath:engine_offers_deferred_total": self.persister.deferred_offers_total,
-        }
+            yield from self.prefill_layers.samples()
+            yield from self.prefill_timing.samples()
+        quarantined = self.holds.pages_of(self.jobs.overdue())
+        yield sample("engine_deliveries_total", self.deliveries.started_total)
+        yield sample("engine_deliveries_failed_total", self.deliveries.failed_total)
+        yield sample("engine_open_jobs", len(self.jobs))
+        yield sample("engine_quarantined_pages", quarantined)
+        yield sample("engine_blocks_offered_total", self.persister.offered_blocks_total)
+        yield sample("engine_blocks_stored_total", self.persister.stored_blocks_total)
+        yield sample("engine_offers_deferred_total", self.persister.deferred_offers_total)
 
     # ---- quarantine ----
 

@@ -144,7 +144,7 @@ class KvMovement(Source):
         end = time.monotonic() + QUEUE_STOP_S
         while len(self._queue) and time.monotonic() < end:
             time.sleep(0.01)
-        return pacer_samples(self._pacing.pacers())
+        return {s.spelled: s.value for s in pacer_samples(self._pacing.pacers())}
 
     def _needed_rate(self, now: float, counts: Any) -> float:
         return self._queue.needed_rate(now, counts)

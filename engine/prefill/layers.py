@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from common.samples import Sample, sample
 from engine.config import EngineConfig
 from engine.kv_memory import KvMemory
 from engine.prefill.layer_ring import LayerRing
@@ -148,23 +149,16 @@ class PrefillLayers:
             self.current.finish()
             self.current = None
 
-    def counters(self) -> dict[str, float]:
+    def samples(self) -> Iterator[Sample]:
         """For the metrics."""
-        kv_bytes = np.sum(self._pool.get_kv_size_bytes())
-        waited = {
-            f'dualpath:engine_kv_wait_seconds_total{{layer="{layer}"}}': seconds
-            for layer, seconds in enumerate(self._deliveries.waited_s)
-        }
-        return {
-            **waited,
-            **self.moved.samples(self.suffix.moved_bytes()),
-            "dualpath:engine_kv_bytes": int(kv_bytes),
-            "dualpath:engine_suffix_sent_bytes_total": self.suffix.sent_bytes_total,
-            "dualpath:engine_suffix_late_seconds_total": self.suffix.late_s_total,
-            "dualpath:engine_read_back_pages_total": (
-                self.window.read_back_pages_total if self.window is not None else 0
-            ),
-        }
+        for layer, seconds in enumerate(self._deliveries.waited_s):
+            yield sample("engine_kv_wait_seconds_total", seconds, layer=str(layer))
+        yield from self.moved.samples(self.suffix.moved_bytes())
+        read_back = self.window.read_back_pages_total if self.window is not None else 0
+        yield sample("engine_kv_bytes", int(np.sum(self._pool.get_kv_size_bytes())))
+        yield sample("engine_suffix_sent_bytes_total", self.suffix.sent_bytes_total)
+        yield sample("engine_suffix_late_seconds_total", self.suffix.late_s_total)
+        yield sample("engine_read_back_pages_total", read_back)
 
     def mark(self) -> Callable[[], None]:
         """Waits, in another thread, until the device has done what it was given so far."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
 import torch
 
 from common.prefill_cost import PrefillCost
+from common.samples import Sample, sample
 from common.user_cache import keep
 from engine.prefill.cost_fit import CostFit, relative
 from engine.prefill.forward_clock import ForwardClock, ForwardSample, Waits
@@ -72,21 +73,16 @@ class PrefillTiming:
         self.quota = QuotaChunking(self.attention, self._quota_s, page_tokens)
         log.info("prefill batches get quota_s=%g, reckoned by %s", self._quota_s, attention)
 
-    def counters(self) -> dict[str, float]:
-        """For the gateway's metrics. What forwards wait for KV is not in their seconds."""
-        forwards = {
-            "dualpath:engine_forwards_total": self._forwards,
-            "dualpath:engine_forward_requests_max": self._requests_max,
-            "dualpath:engine_forward_seconds_total": self._forward_s,
-        }
-        if self.quota is None:
-            return forwards
-        return forwards | {
-            "dualpath:engine_quota_batches_total": self.quota.batches_total,
-            "dualpath:engine_quota_exceeded_total": self.quota.over_quota_total,
-            "dualpath:engine_attention_seconds_total": self.quota.attention_s_total,
-            "dualpath:engine_attention_estimated_seconds_total": self.quota.estimated_s_total,
-        }
+    def samples(self) -> Iterator[Sample]:
+        """For the metrics. What forwards wait for KV is not in their seconds."""
+        yield sample("engine_forwards_total", self._forwards)
+        yield sample("engine_forward_requests_max", self._requests_max)
+        yield sample("engine_forward_seconds_total", self._forward_s)
+        if (quota := self.quota) is not None:
+            yield sample("engine_quota_batches_total", quota.batches_total)
+            yield sample("engine_quota_exceeded_total", quota.over_quota_total)
+            yield sample("engine_attention_seconds_total", quota.attention_s_total)
+            yield sample("engine_attention_estimated_seconds_total", quota.estimated_s_total)
 
     def _profile(self, model_digest: str) -> list[ForwardSample]:
         # Here, since it imports parts of SGLang that are not needed without a quota.
@@ -128,7 +124,7 @@ class PrefillTiming:
 
 def _fitted(samples: Iterable[ForwardSample], measured: str) -> PrefillCost | None:
     fit = CostFit()
-    for sample in samples:
-        if seconds := getattr(sample, measured):
-            fit.note(sample.new_tokens, sample.context_tokens, seconds, relative(seconds))
+    for forward in samples:
+        if seconds := getattr(forward, measured):
+            fit.note(forward.new_tokens, forward.context_tokens, seconds, relative(seconds))
     return fit.cost()

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import re
+import logging
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import Metric
+from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
+from common.metrics import METRICS, PREFIX
+from common.samples import Latencies
 from launch.gateway.admission import Admission
 from launch.gateway.control.control_plane import ControlPlane
 from launch.gateway.request.trace import Trace
 from scheduler.scheduler import Scheduler
 
-_SAMPLE = re.compile(r"(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})?")
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
-_TTFT_BUCKETS_S = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 120)
-_QUEUE_BUCKETS_S = (0.001, 0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
-_RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4, 10)
+log = logging.getLogger(__name__)
+
 _ESTIMATE_MIN_S = 0.001
 """Of shorter estimates the error says nothing."""
 
@@ -29,38 +30,27 @@ class GatewayMetrics:
 
     def __init__(self, plane: ControlPlane, admission: Admission) -> None:
         self._registry = CollectorRegistry()
-        self.requests = self._counter("requests", "Client requests.", "endpoint", "outcome")
-        self.retries = self._counter("retries", "Attempts after a failed one.")
-        self._hit_tokens = self._counter("hit_tokens", "Prompt tokens whose KV was in DRAM.")
-        self._recomputed = self._counter("recomputed_tokens", "Prompt tokens without such KV.")
-        self._reads = self._counter("planned_read_bytes", "Read for plans.", "agent", "tier")
-        self.queue_time = self._histogram(
-            "queue_time_seconds", "Wait for an engine, of each attempt.", _QUEUE_BUCKETS_S
-        )
-        self._ttft = self._histogram(
-            "time_to_first_token_seconds",
-            "From arrival to the first token (not streamed: to P's answer).",
-            _TTFT_BUCKETS_S,
-        )
-        self._read_ratio = self._histogram(
-            "read_time_ratio",
-            "Time until a plan's reads were done, measured / estimated.",
-            _RATIO_BUCKETS,
-        )
-        self._load_ratio = self._histogram(
-            "first_token_time_ratio",
-            "Time from the plan to the first token, measured / what the choice to load or to "
-            "recompute was made by.",
-            _RATIO_BUCKETS,
-        )
+        self.requests = self._counter("requests_total")
+        self.retries = self._counter("retries_total")
+        self._hit_tokens = self._counter("hit_tokens_total")
+        self._recomputed = self._counter("recomputed_tokens_total")
+        self._reads = self._counter("planned_read_bytes_total")
+        self.queue_time = self._histogram("queue_time_seconds")
+        self._ttft = self._histogram("time_to_first_token_seconds")
+        self._read_ratio = self._histogram("read_time_ratio")
+        self._load_ratio = self._histogram("first_token_time_ratio")
         self._registry.register(_Reported(plane))
         self._registry.register(_Decided(plane.scheduler, admission))
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"dualpath:{name}", text, labels, registry=self._registry)
+    def _counter(self, name: str) -> Counter:
+        metric = METRICS[name]
+        return Counter(PREFIX + name, metric.help, metric.labels, registry=self._registry)
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(f"dualpath:{name}", text, buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str) -> Histogram:
+        metric = METRICS[name]
+        return Histogram(
+            PREFIX + name, metric.help, buckets=metric.buckets, registry=self._registry
+        )
 
     def served(self, trace: Trace, page_tokens: int, first_token_s: float) -> None:
         """Count what a request that was answered hit and read, and its first token's time."""
@@ -94,69 +84,72 @@ class _Decided(Collector):
         self._scheduler = scheduler
         self._admission = admission
 
-    def collect(self) -> Iterator[Metric]:
-        yield _single("requests_in_flight", "Admitted parts of requests.", self._admission.admitted)
-        yield _single("requests_queued", "Waiting for an engine.", self._admission.queued)
-        yield _single("tenants_queued", "Whose requests wait.", self._admission.tenants_queued)
-        yield _single(
-            "requests_displaced",
-            "Turned away while queued, for a tenant that held less.",
-            self._admission.displaced_total,
-            "counter",
-        )
-        draining = Metric("dualpath:peer_draining", "Whether it gets nothing new.", "gauge")
-        backlog = Metric(
-            "dualpath:read_backlog_seconds",
-            "Bytes promised and not yet read, at the rate reckoned with.",
-            "gauge",
-        )
+    def collect(self) -> Iterator[_Family]:
+        for name, value in (
+            ("requests_in_flight", self._admission.admitted),
+            ("requests_queued", self._admission.queued),
+            ("tenants_queued", self._admission.tenants_queued),
+            ("requests_displaced_total", self._admission.displaced_total),
+        ):
+            family = _Family(name)
+            family.add({}, value)
+            yield family
+        draining, backlog = _Family("peer_draining"), _Family("read_backlog_seconds")
         view = self._scheduler.cluster(time.monotonic())
         for kind, peers in (("engine", view["engines"]), ("agent", view["agents"])):
             for peer in peers:
-                draining.add_sample(draining.name, {kind: peer["name"]}, float(peer["draining"]))
+                draining.add({kind: peer["name"]}, float(peer["draining"]))
         for agent in view["agents"]:
-            backlog.add_sample(backlog.name, {"agent": agent["name"]}, agent["backlog_s"])
+            backlog.add({"agent": agent["name"]}, agent["backlog_s"])
         yield draining
         yield backlog
 
 
-def _single(name: str, text: str, value: float, kind: str = "gauge") -> Metric:
-    metric = Metric(f"dualpath:{name}", text, kind)
-    metric.add_sample(metric.name + ("_total" if kind == "counter" else ""), {}, value)
-    return metric
-
-
 class _Reported(Collector):
-    """Liveness of every peer, and the counters of its last report with its name as a label."""
+    """Liveness of every peer, and the samples of its last report with its name as a label."""
 
     def __init__(self, plane: ControlPlane) -> None:
         self._plane = plane
 
-    def collect(self) -> Iterator[Metric]:
-        up = Metric("dualpath:peer_up", "Whether the process gives signs of life.", "gauge")
-        malformed = Metric(
-            "dualpath:malformed_messages", "Dropped messages from the process.", "counter"
-        )
-        families: dict[str, Metric] = {}
+    def collect(self) -> Iterator[_Family]:
+        up, malformed = _Family("peer_up"), _Family("malformed_messages_total")
+        reported: dict[str, _Family] = {}
         for peer in self._plane.peers():
-            label = {peer.kind: peer.name}
-            up.add_sample(up.name, label, float(self._plane.alive(peer)))
-            malformed.add_sample(f"{malformed.name}_total", label, peer.malformed_total)
-            for sample, value in peer.counters().items():
-                _add(families, sample, label, value)
-        yield up
-        yield malformed
-        yield from families.values()
+            own = {peer.kind: peer.name}
+            up.add(own, float(self._plane.alive(peer)))
+            malformed.add(own, peer.malformed_total)
+            for sample in peer.samples():
+                metric = sample.declared()
+                if metric is None:
+                    _complain(peer.name, sample.metric)
+                    continue
+                if metric.name not in reported:
+                    reported[metric.name] = _Family(metric.name)
+                labels = dict(zip(metric.labels, sample.labels, strict=True))
+                reported[metric.name].add(labels | own, sample.value)
+        yield from (up, malformed, *reported.values())
 
 
-def _add(families: dict[str, Metric], sample: str, label: dict[str, str], value: float) -> None:
-    match = _SAMPLE.fullmatch(sample)
-    if match is None:
-        return
-    name = match["name"]
-    kind = "counter" if name.endswith("_total") else "gauge"
-    family = name.removesuffix("_total")
-    if name not in families:
-        families[name] = Metric(family, "Reported by agents or engines.", kind)
-    labels = dict(_LABEL.findall(match["labels"] or ""))
-    families[name].add_sample(name, {**labels, **label}, value)
+@cache
+def _complain(peer: str, name: str) -> None:
+    """Once: Prometheus asks every few seconds."""
+    log.warning("left out of the metrics, as not declared here: %s of peer=%s", name, peer)
+
+
+class _Family(Family):
+    """All samples of one declared metric; a histogram's stay one."""
+
+    def __init__(self, name: str) -> None:
+        metric = METRICS[name]
+        super().__init__(PREFIX + name.removesuffix("_total"), metric.help, metric.kind.value)
+        self._spelling = PREFIX + name
+
+    def add(self, labels: dict[str, str], value: float | Latencies) -> None:
+        if not isinstance(value, Latencies):
+            self.add_sample(self._spelling, labels, value)
+            return
+        for bound, seen in value.cumulative():
+            le = f"{bound:g}" if bound < math.inf else "+Inf"
+            self.add_sample(f"{self._spelling}_bucket", labels | {"le": le}, seen)
+        self.add_sample(f"{self._spelling}_count", labels, value.count)
+        self.add_sample(f"{self._spelling}_sum", labels, value.sum_s)

@@ -19,7 +19,7 @@ from typing import Protocol
 import msgspec
 
 from common.block import UNLABELLED, BlockKey, BlockLabel, TierName
-from common.latency import Latencies
+from common.samples import Latencies
 from storage.index.owners import Selector
 
 

@@ -29,7 +29,7 @@ from engine.sglang import prefill_layer_hooks
 
 NAMESPACE = Namespace("model", "1", "float32", BlockLayout(64, 1, (8,)))
 LOAD = EngineLoad("p0", "prefill", "agent-p0", Incarnation(1), "", 0, 0, 0, 100)
-HELLO = EngineHello(LOAD, NAMESPACE, 8998, {})
+HELLO = EngineHello(LOAD, NAMESPACE, 8998, [])
 
 
 @pytest.fixture

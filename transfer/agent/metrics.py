@@ -1,14 +1,14 @@
-"""An agent's counters and gauges, as ready Prometheus samples."""
+"""What an agent reports of itself and of its store."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 from common.block import TierName
+from common.samples import Sample, histogram, sample
 from storage.store_events import StoreStats
 from storage.tiers.contract import EvictionCause, TierStats
-
-Samples = dict[str, float]
 
 
 class AgentCounters:
@@ -31,100 +31,93 @@ class AgentCounters:
         self._pulls["ok" if is_ok else "failed"] += 1
         self._pulled_bytes += nbytes
 
-    def samples(self) -> Samples:
-        """Sample name, with labels, -> value."""
-        samples: Samples = {
-            "dualpath:agent_malformed_messages_total": self.malformed_total,
-            "dualpath:agent_pulled_bytes_total": self._pulled_bytes,
-        }
-        for name, counter, label in (
-            ("deliveries", self._deliveries, "outcome"),
-            ("delivered_bytes", self._delivered_bytes, "engine"),
-            ("pulls", self._pulls, "outcome"),
-        ):
-            for value, count in counter.items():
-                samples[f'dualpath:agent_{name}_total{{{label}="{value}"}}'] = count
-        return samples
+    def samples(self) -> Iterator[Sample]:
+        yield sample("agent_malformed_messages_total", self.malformed_total)
+        yield sample("agent_pulled_bytes_total", self._pulled_bytes)
+        for outcome, count in self._deliveries.items():
+            yield sample("agent_deliveries_total", count, outcome=outcome)
+        for engine, nbytes in self._delivered_bytes.items():
+            yield sample("agent_delivered_bytes_total", nbytes, engine=engine)
+        for outcome, count in self._pulls.items():
+            yield sample("agent_pulls_total", count, outcome=outcome)
 
 
-def store_samples(stats: StoreStats) -> Samples:
+def store_samples(stats: StoreStats) -> Iterator[Sample]:
     """Everything that the tiered store counts."""
-    samples: Samples = {
-        'dualpath:agent_blocks{state="volatile"}': stats.volatile_blocks,
-        'dualpath:agent_blocks{state="durable"}': stats.durable_blocks,
-        "dualpath:agent_dram_slots": stats.slots,
-        "dualpath:agent_dram_slots_available": stats.slots_available,
-        "dualpath:agent_resident_blocks": stats.resident_blocks,
-        "dualpath:agent_persisting_blocks": stats.persisting_blocks,
-        'dualpath:agent_plans{state="waiting"}': stats.waiting_plans,
-        'dualpath:agent_plans{state="reading"}': stats.reading_plans,
-        'dualpath:agent_plans{state="pinning"}': stats.pinning_plans,
-        'dualpath:agent_evicted_blocks_total{tier="dram",cause="capacity"}': (
-            stats.evicted_blocks_total
-        ),
-        'dualpath:agent_tier_blocks{tier="dram"}': stats.resident_blocks,
-        'dualpath:agent_tier_bytes{tier="dram"}': stats.resident_blocks * stats.slot_bytes,
-        'dualpath:agent_tier_capacity_bytes{tier="dram"}': stats.slots * stats.slot_bytes,
-    }
-    for name in (
-        "joined_reads",
-        "unavailable_blocks",
-        "expired_plans",
-        "forgotten_plans",
-        "refused_plans",
-        "skipped_persists",
-        "failed_persists",
-    ):
-        samples[f"dualpath:agent_{name}_total"] = getattr(stats, f"{name}_total")
-    for tier, hits in stats.hits_total.items():
-        samples[f'dualpath:agent_hits_total{{tier="{tier.value}"}}'] = hits
-    for tier, of in stats.tiers.items():
+    yield from _plan_samples(stats)
+    yield from _dram_samples(stats)
+    for tier, of_tier in stats.tiers.items():
         queue_bytes, bytes_per_s = stats.read_queue_bytes[tier], stats.read_bytes_per_s[tier]
-        label = f'{{tier="{tier.value}"}}'
-        samples |= {
-            f"dualpath:agent_read_queue_bytes{label}": queue_bytes,
-            f"dualpath:agent_read_bytes_per_second{label}": bytes_per_s,
-            f"dualpath:agent_read_queue_seconds{label}": queue_bytes / max(bytes_per_s, 1.0),
-            **_tier_samples(tier, of),
-        }
-    return samples
+        queue_s = queue_bytes / max(bytes_per_s, 1.0)
+        yield sample("agent_read_queue_bytes", queue_bytes, tier=tier.value)
+        yield sample("agent_read_bytes_per_second", bytes_per_s, tier=tier.value)
+        yield sample("agent_read_queue_seconds", queue_s, tier=tier.value)
+        yield from _tier_samples(tier.value, of_tier)
+    if (ssd := stats.tiers.get(TierName.SSD)) is not None:
+        yield sample("agent_ssd_devices", ssd.devices, state="used")
+        yield sample("agent_ssd_devices", ssd.failed_devices, state="failed")
+    if (remote := stats.tiers.get(TierName.REMOTE)) is not None:
+        yield sample("agent_remote_packs", remote.packs)
+        yield sample("agent_remote_unreadable_packs_total", remote.unreadable_packs_total)
+        yield sample("agent_remote_hedged_reads_total", remote.hedged_reads_total)
 
 
-def _tier_samples(tier: TierName, stats: TierStats) -> Samples:
-    """What one tier below DRAM counts."""
-    label = f'tier="{tier.value}"'
-    samples: Samples = {
-        f"dualpath:agent_tier_bytes{{{label}}}": stats.used_bytes,
-        f"dualpath:agent_tier_capacity_bytes{{{label}}}": stats.capacity_bytes,
-        f"dualpath:agent_tier_blocks{{{label}}}": stats.blocks,
-        f"dualpath:agent_tier_write_queue_bytes{{{label}}}": stats.write_queue_bytes,
-        f'dualpath:agent_tier_blocks_in_flight{{{label},kind="read"}}': stats.reads_in_flight,
-        f'dualpath:agent_tier_blocks_in_flight{{{label},kind="write"}}': stats.writes_in_flight,
-        f"dualpath:agent_tier_hits_total{{{label}}}": stats.hits_total,
-        f"dualpath:agent_storage_read_bytes_total{{{label}}}": stats.read_bytes_total,
-        f"dualpath:agent_storage_write_bytes_total{{{label}}}": stats.write_bytes_total,
-        f"dualpath:agent_storage_read_errors_total{{{label}}}": stats.read_errors_total,
-        f"dualpath:agent_storage_write_errors_total{{{label}}}": stats.write_errors_total,
-        f"dualpath:agent_storage_retries_total{{{label}}}": stats.retries_total,
-        f"dualpath:agent_corrupt_blocks_total{{{label}}}": stats.corrupt_blocks_total,
-        f"dualpath:agent_missing_blocks_total{{{label}}}": stats.missing_blocks_total,
-        f"dualpath:agent_other_version_blocks_total{{{label}}}": stats.other_version_blocks_total,
-        **stats.read_latency.samples("dualpath:agent_storage_read_seconds", label),
-        **stats.write_latency.samples("dualpath:agent_storage_write_seconds", label),
-    }
-    for cause in EvictionCause:
-        count = stats.evictions_total.get(cause, 0)
-        name = f'dualpath:agent_evicted_blocks_total{{{label},cause="{cause.value}"}}'
-        samples[name] = count
-    if tier is TierName.SSD:
-        samples |= {
-            'dualpath:agent_ssd_devices{state="used"}': stats.devices,
-            'dualpath:agent_ssd_devices{state="failed"}': stats.failed_devices,
-        }
-    if tier is TierName.REMOTE:
-        samples |= {
-            "dualpath:agent_remote_packs": stats.packs,
-            "dualpath:agent_remote_unreadable_packs_total": stats.unreadable_packs_total,
-            "dualpath:agent_remote_hedged_reads_total": stats.hedged_reads_total,
-        }
-    return samples
+def _plan_samples(stats: StoreStats) -> list[Sample]:
+    return [
+        sample("agent_plans", stats.waiting_plans, state="waiting"),
+        sample("agent_plans", stats.reading_plans, state="reading"),
+        sample("agent_plans", stats.pinning_plans, state="pinning"),
+        sample("agent_joined_reads_total", stats.joined_reads_total),
+        sample("agent_unavailable_blocks_total", stats.unavailable_blocks_total),
+        sample("agent_expired_plans_total", stats.expired_plans_total),
+        sample("agent_forgotten_plans_total", stats.forgotten_plans_total),
+        sample("agent_refused_plans_total", stats.refused_plans_total),
+        *(sample("agent_hits_total", n, tier=tier.value) for tier, n in stats.hits_total.items()),
+    ]
+
+
+def _dram_samples(stats: StoreStats) -> list[Sample]:
+    blocks, slots, slot_bytes = stats.resident_blocks, stats.slots, stats.slot_bytes
+    evicted = stats.evicted_blocks_total
+    return [
+        sample("agent_blocks", stats.volatile_blocks, state="volatile"),
+        sample("agent_blocks", stats.durable_blocks, state="durable"),
+        sample("agent_persisting_blocks", stats.persisting_blocks),
+        sample("agent_skipped_persists_total", stats.skipped_persists_total),
+        sample("agent_failed_persists_total", stats.failed_persists_total),
+        sample("agent_dram_slots", slots),
+        sample("agent_dram_slots_available", stats.slots_available),
+        sample("agent_resident_blocks", blocks),
+        sample("agent_tier_blocks", blocks, tier="dram"),
+        sample("agent_tier_bytes", blocks * slot_bytes, tier="dram"),
+        sample("agent_tier_capacity_bytes", slots * slot_bytes, tier="dram"),
+        sample("agent_evicted_blocks_total", evicted, tier="dram", cause="capacity"),
+    ]
+
+
+def _tier_samples(tier: str, stats: TierStats) -> list[Sample]:
+    """What every tier below DRAM counts."""
+    evicted = stats.evictions_total
+    return [
+        sample("agent_tier_bytes", stats.used_bytes, tier=tier),
+        sample("agent_tier_capacity_bytes", stats.capacity_bytes, tier=tier),
+        sample("agent_tier_blocks", stats.blocks, tier=tier),
+        sample("agent_tier_write_queue_bytes", stats.write_queue_bytes, tier=tier),
+        sample("agent_tier_blocks_in_flight", stats.reads_in_flight, tier=tier, kind="read"),
+        sample("agent_tier_blocks_in_flight", stats.writes_in_flight, tier=tier, kind="write"),
+        sample("agent_tier_hits_total", stats.hits_total, tier=tier),
+        sample("agent_storage_read_bytes_total", stats.read_bytes_total, tier=tier),
+        sample("agent_storage_write_bytes_total", stats.write_bytes_total, tier=tier),
+        sample("agent_storage_read_errors_total", stats.read_errors_total, tier=tier),
+        sample("agent_storage_write_errors_total", stats.write_errors_total, tier=tier),
+        sample("agent_storage_retries_total", stats.retries_total, tier=tier),
+        sample("agent_corrupt_blocks_total", stats.corrupt_blocks_total, tier=tier),
+        sample("agent_missing_blocks_total", stats.missing_blocks_total, tier=tier),
+        sample("agent_other_version_blocks_total", stats.other_version_blocks_total, tier=tier),
+        histogram("agent_storage_read_seconds", stats.read_latency, tier=tier),
+        histogram("agent_storage_write_seconds", stats.write_latency, tier=tier),
+        *(
+            sample("agent_evicted_blocks_total", evicted.get(c, 0), tier=tier, cause=c.value)
+            for c in EvictionCause
+        ),
+    ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
 
 from common.loads import AgentLoad
 from common.messages import (
@@ -27,9 +28,10 @@ from common.messages import (
     Subscribe,
     decode,
 )
+from common.samples import Sample, reported, sample
 from storage.store_events import StoreStats
 from transfer.agent.config import AgentConfig
-from transfer.agent.metrics import Samples, store_samples
+from transfer.agent.metrics import store_samples
 from transfer.agent.resources import Resources
 from transfer.agent.serving import Serving, Unserved
 from transfer.pacing.nic_pacing import pacer_samples
@@ -159,20 +161,18 @@ class Agent:
             dram_slots=stats.slots,
             dram_slots_free=stats.slots_available,
         )
-        return AgentStatus(load, self._samples(stats))
+        return AgentStatus(load, reported(self._samples(stats)))
 
-    def _samples(self, stats: StoreStats) -> Samples:
+    def _samples(self, stats: StoreStats) -> Iterator[Sample]:
         resources, state = self._resources, self._state
-        deliver_queue_bytes, deliver_bytes_per_s = resources.deliver_queue.load()
-        return {
-            **resources.counters.samples(),
-            **store_samples(stats),
-            **resources.moved.samples(resources.peer.moved_bytes()),
-            **pacer_samples(resources.pacing.pacers()),
-            'dualpath:agent_jobs{kind="delivery"}': len(resources.deliver_queue),
-            'dualpath:agent_jobs{kind="pull"}': len(resources.pull_queue),
-            "dualpath:agent_deliver_queue_bytes": deliver_queue_bytes,
-            "dualpath:agent_deliver_bytes_per_second": deliver_bytes_per_s,
-            "dualpath:agent_landing_jobs": state.landing_jobs,
-            "dualpath:agent_quarantined_slots": state.quarantined_slots,
-        }
+        queue_bytes, bytes_per_s = resources.deliver_queue.load()
+        yield from resources.counters.samples()
+        yield from store_samples(stats)
+        yield from resources.moved.samples(resources.peer.moved_bytes())
+        yield from pacer_samples(resources.pacing.pacers())
+        yield sample("agent_jobs", len(resources.deliver_queue), kind="delivery")
+        yield sample("agent_jobs", len(resources.pull_queue), kind="pull")
+        yield sample("agent_deliver_queue_bytes", queue_bytes)
+        yield sample("agent_deliver_bytes_per_second", bytes_per_s)
+        yield sample("agent_landing_jobs", state.landing_jobs)
+        yield sample("agent_quarantined_slots", state.quarantined_slots)

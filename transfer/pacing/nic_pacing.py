@@ -11,9 +11,10 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from common.samples import Sample, sample
 from transfer.mooncake import host_of
 from transfer.pacing import nics
 from transfer.pacing.pacer import Cap, FixedRate, Pacer, SpareRate
@@ -164,36 +165,42 @@ class MovedBytes:
         self._book = book
         self._kind = kind
         # What an agent reads is sent by an engine, in the engine's class.
-        self._classes = {"write": CLASS_OF_KIND[kind], "read": CLASS_OF_KIND["engine"]}
+        self._classes = {
+            "write": CLASS_OF_KIND[kind].value,
+            "read": CLASS_OF_KIND["engine"].value,
+        }
         self._before: dict[tuple[str, str], int] = {}
         self._by_nic: Counter[tuple[str, str, str]] = Counter()
 
-    def samples(self, moved: Mapping[tuple[str, str], int]) -> dict[str, float]:
+    def samples(self, moved: Mapping[tuple[str, str], int]) -> list[Sample]:
         """``moved``: (operation, address of the peer) -> bytes so far."""
         for (operation, host), nbytes in moved.items():
             grown = nbytes - self._before.get((operation, host), 0)
             if grown:
                 self._by_nic[operation, self._book.towards(f"{host}:0"), host] += grown
         self._before = dict(moved)
-        return {
-            f'dualpath:{self._kind}_moved_bytes_total{{class="{self._classes[operation].value}",'
-            f'operation="{operation}",nic="{nic}",peer="{host}"}}': nbytes
-            for (operation, nic, host), nbytes in self._by_nic.items()
-        }
+        return [self._sample(*moved_to, n) for moved_to, n in self._by_nic.items()]
+
+    def _sample(self, operation: str, nic: str, peer: str, nbytes: int) -> Sample:
+        labels = {"class": self._classes[operation], "operation": operation, "nic": nic}
+        return sample(
+            "agent_moved_bytes_total" if self._kind == "agent" else "engine_moved_bytes_total",
+            nbytes,
+            **labels,
+            peer=peer,
+        )
 
 
-def pacer_samples(pacers: Mapping[str, Pacer]) -> dict[str, float]:
+def pacer_samples(pacers: Mapping[str, Pacer]) -> Iterator[Sample]:
     """State of every pacer."""
-    samples: dict[str, float] = {}
     for nic, pacer in pacers.items():
-        stats, label = pacer.stats(), f'{{nic="{nic}"}}'
-        samples |= {
-            f"dualpath:agent_pacer_bytes_per_second{label}": stats.rate,
-            f"dualpath:agent_pacer_floor_bytes_per_second{label}": stats.floor_rate,
-            f"dualpath:agent_pacer_others_bytes_per_second{label}": stats.others_rate,
-            f"dualpath:agent_pacer_waiting{label}": stats.waiting,
-            f"dualpath:agent_pacer_wait_seconds_total{label}": stats.waited_s_total,
-            f"dualpath:agent_pacer_bytes_total{label}": stats.bytes_total,
-            f"dualpath:agent_pacer_floor_hits_total{label}": stats.floor_hits_total,
-        }
-    return samples
+        stats = pacer.stats()
+        yield from [
+            sample("agent_pacer_bytes_per_second", stats.rate, nic=nic),
+            sample("agent_pacer_floor_bytes_per_second", stats.floor_rate, nic=nic),
+            sample("agent_pacer_others_bytes_per_second", stats.others_rate, nic=nic),
+            sample("agent_pacer_waiting", stats.waiting, nic=nic),
+            sample("agent_pacer_wait_seconds_total", stats.waited_s_total, nic=nic),
+            sample("agent_pacer_bytes_total", stats.bytes_total, nic=nic),
+            sample("agent_pacer_floor_hits_total", stats.floor_hits_total, nic=nic),
+        ]

@@ -25,6 +25,7 @@ from common.messages import (
     decode,
     encode,
 )
+from common.samples import Sample
 from launch.gateway.config import EngineAddress
 
 log = logging.getLogger(__name__)
@@ -108,8 +109,8 @@ class AgentPeer(Peer):
     snapshot_asked_s = -math.inf
     synced = False
 
-    def counters(self) -> dict[str, float]:
-        return self.status.counters if self.status is not None else {}
+    def samples(self) -> list[Sample]:
+        return self.status.samples if self.status is not None else []
 
     def resync(self, now: float) -> None:
         """Ask for a snapshot, unless one is on its way."""
@@ -130,8 +131,8 @@ class EnginePeer(Peer):
         self.hello: EngineHello | None = None
         self.http_alive = False
 
-    def counters(self) -> dict[str, float]:
-        return self.hello.counters if self.hello is not None else {}
+    def samples(self) -> list[Sample]:
+        return self.hello.samples if self.hello is not None else []
 
     def known(self) -> EngineHello:
         """Its last hello; only for engines that a plan names."""

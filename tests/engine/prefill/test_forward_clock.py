@@ -12,6 +12,7 @@ from common.user_cache import keep
 from engine.prefill.forward_clock import ForwardClock, ForwardSample, Waits
 from engine.prefill.timing import PrefillTiming, QuotaUnusable
 from engine.transfers.deliveries import Deliveries
+from tests.samples import by_name
 
 PAGE = 64
 
@@ -119,7 +120,7 @@ def test_a_kept_profile_is_read_and_packs(profile):
     timing.start_quota("a model", PAGE)
     # 1e-7 s a pair with the prefix: 0.3 s are 732 tokens after 4096.
     assert timing.quota.new_batch().room(4096, 10_000) == pytest.approx(732, abs=PAGE)
-    assert timing.counters()["dualpath:engine_quota_batches_total"] == 0
+    assert by_name(timing.samples())["dualpath:engine_quota_batches_total"] == 0
 
 
 def test_another_model_or_an_unreadable_file_is_profiled_anew(profile):
@@ -144,14 +145,14 @@ def test_without_a_quota_nothing_is_profiled(profile):
     timing = PrefillTiming(scheduler(), None)
     timing.start_quota("a model", PAGE)
     assert timing.quota is None
-    assert not [name for name in timing.counters() if "quota" in name]
+    assert not [name for name in by_name(timing.samples()) if "quota" in name]
 
 
 def test_forwards_are_counted_by_the_same_clock_that_the_costs_are_fitted_to():
     timing = PrefillTiming(scheduler(), None)
     timing.clock.forward(lambda: busy(0.02), forward_batch())
     timing.clock.forward(lambda: busy(0.02), forward_batch(new=(5,), context=(0,)))
-    counted = timing.counters()
+    counted = by_name(timing.samples())
     assert counted["dualpath:engine_forwards_total"] == 2
     assert counted["dualpath:engine_forward_requests_max"] == 2
     assert counted["dualpath:engine_forward_seconds_total"] >= 0.04

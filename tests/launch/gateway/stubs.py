@@ -20,6 +20,7 @@ from aiohttp import ClientSession, web
 from common import messages as m
 from common.block import BlockKey, BlockLayout, Namespace, TierName
 from common.loads import AgentLoad, EngineLoad
+from common.samples import sample
 from launch.gateway.app import create_app
 from launch.gateway.config import EngineAddress, GatewayConfig
 from scheduler.options import SchedulerOptions
@@ -40,6 +41,7 @@ class StubAgent(ControlStub):
         self.tier = TierName.SSD
         self.slow = False
         self.lost: set[BlockKey] = set()
+        self.samples = [sample("agent_storage_read_bytes_total", 5, tier="ssd")]
         self.sequence = 0
 
     def answers(self, message: Any) -> list[Any]:
@@ -57,10 +59,9 @@ class StubAgent(ControlStub):
         return []
 
     def status(self) -> m.AgentStatus:
-        counters = {'dualpath:read_bytes_total{tier="ssd"}': 5.0, "dualpath:read_queue_bytes": 3.0}
         queued, rates = {TierName.SSD: 0}, {TierName.SSD: 1e9}
         load = AgentLoad(self.name, self.incarnation, queued, rates, 0, 1e9, 100, 100)
-        return m.AgentStatus(load, counters)
+        return m.AgentStatus(load, self.samples)
 
     def share(self, message: m.ReadShare) -> m.ShareRead:
         in_dram = [key not in self.lost for key in message.keys]
@@ -89,6 +90,7 @@ class StubEngine(ControlStub):
         self.break_after_words = len(WORDS) + 1
         self.namespace = NAMESPACE
         self.load_changes: dict[str, Any] = {}
+        self.samples = [sample("engine_kv_wait_seconds_total", 2, layer="0")]
         self.bodies: list[dict[str, Any]] = []
         self.aborted: list[str] = []
         self.flushed = 0
@@ -118,8 +120,7 @@ class StubEngine(ControlStub):
             free_tokens=100_000,
         )
         load = msgspec.structs.replace(load, **self.load_changes)
-        counters = {'dualpath:deliveries_total{result="ok"}': 2.0}
-        return m.EngineHello(load, self.namespace, 8998, counters)
+        return m.EngineHello(load, self.namespace, 8998, self.samples)
 
     # ---- HTTP -------------------------------------------------------------------------
 

@@ -53,8 +53,10 @@ async def test_hits_travel_and_the_trace_says_so() -> None:
         assert prefill["bootstrap_port"] == 8998 and prefill["messages"] == CHAT["messages"]
         assert await metric(cluster, "dualpath:hit_tokens_total") == 8
         assert await metric(cluster, "dualpath:recomputed_tokens_total") == 5
-        assert await metric(cluster, 'dualpath:read_bytes_total{agent="node-d",tier="ssd"}') == 5
-        assert await metric(cluster, 'dualpath:deliveries_total{engine="p0",result="ok"}') == 2
+        read = 'dualpath:agent_storage_read_bytes_total{agent="node-d",tier="ssd"}'
+        assert await metric(cluster, read) == 5
+        waited = 'dualpath:engine_kv_wait_seconds_total{engine="p0",layer="0"}'
+        assert await metric(cluster, waited) == 2
 
 
 async def test_tenants_with_other_salts_miss() -> None:

@@ -28,6 +28,7 @@ from common.messages import (
     UnknownEngine,
     encode,
 )
+from tests.samples import by_name
 from tests.transfer.agent.agent_process import AgentProcess
 from tests.transfer.agent.fake_engine import LAYOUT, content_of, key_of
 
@@ -69,9 +70,10 @@ def test_what_one_engine_computed_reaches_another(agent, gateway, start_engine):
     assert_delivered(prefill, range(20, 30), range(10))
     delivered = 'dualpath:agent_delivered_bytes_total{engine="p0"}'
     volatile = 'dualpath:agent_blocks{state="volatile"}'
-    counters = gateway.status(
-        lambda s: delivered in s.counters and s.counters[volatile] == 0
-    ).counters
+    status = gateway.status(
+        lambda s: delivered in by_name(s.samples) and by_name(s.samples)[volatile] == 0
+    )
+    counters = by_name(status.samples)
     size = 10 * LAYOUT.block_bytes
     assert counters["dualpath:agent_pulled_bytes_total"] == size
     assert counters[delivered] == size
@@ -139,14 +141,14 @@ def test_dram_for_less_than_two_shares_serves_both(gateway, start_engine, slots)
         store(engine, 1 + first, range(first, first + 6))
         durable = first + 6
         gateway.status(
-            lambda s, n=durable: s.counters['dualpath:agent_blocks{state="durable"}'] == n
+            lambda s, n=durable: by_name(s.samples)['dualpath:agent_blocks{state="durable"}'] == n
         )
     assert gateway.read(1, range(6)).in_dram == [True] * 6
     gateway.send(ReadShare(PlanId(2), [key_of(block) for block in range(6, 12)], 10.0))
     deliver(engine, 20, 1, range(6), range(20, 26))
     assert engine.wait_end(20).error == ""
     assert_delivered(engine, range(20, 26), range(6))
-    gateway.status(lambda s: s.counters['dualpath:agent_plans{state="waiting"}'] == 1)
+    gateway.status(lambda s: by_name(s.samples)['dualpath:agent_plans{state="waiting"}'] == 1)
     gateway.send(ReleasePlan(PlanId(1)))
     share = gateway.wait(ShareRead)
     assert share.plan == 2 and share.in_dram == [True] * 6 and share.queue_s > 0
@@ -175,7 +177,7 @@ def test_a_hung_engine_does_not_stop_the_others(agent, gateway, start_engine):
         assert other.wait_end(job).error == ""
         assert time.monotonic() - started < 2.5  # a hung peer costs a worker 5 s
     assert_delivered(other, range(20, 26), range(6))
-    gateway.status(lambda s: s.counters["dualpath:agent_landing_jobs"] == 1)
+    gateway.status(lambda s: by_name(s.samples)["dualpath:agent_landing_jobs"] == 1)
     time.sleep(1.5)
     assert not hung.has_ended(4)  # its pages may still be written when it goes on
     hung.process.send_signal(signal.SIGCONT)
@@ -186,11 +188,11 @@ def test_a_pull_from_a_hung_engine_keeps_its_slots_out_of_use(agent, gateway, st
     hung, other = start_engine("d0"), start_engine("d1")
     hung.fill_all(range(5), 0)
     ask_then_stop(agent, hung, lambda: pull(hung, 4, range(5)))
-    gateway.status(lambda s: s.counters["dualpath:agent_quarantined_slots"] == 5)
+    gateway.status(lambda s: by_name(s.samples)["dualpath:agent_quarantined_slots"] == 5)
     store(other, 1, range(10, 14))
     hung.process.send_signal(signal.SIGCONT)
     assert hung.wait_end(4).held == [False] * 5
-    gateway.status(lambda s: s.counters["dualpath:agent_quarantined_slots"] == 0)
+    gateway.status(lambda s: by_name(s.samples)["dualpath:agent_quarantined_slots"] == 0)
     pull(hung, 6, range(5))
     assert hung.wait_end(6).held == [True] * 5
 
@@ -209,8 +211,8 @@ def test_an_engine_killed_in_mid_delivery_leaves_nothing_behind(agent, gateway, 
     assert_delivered(restarted, range(30, 36), range(6))
     gateway.send(ReleasePlan(PlanId(3)))
     status = gateway.status(lambda s: s.load.dram_slots_free == s.load.dram_slots)
-    assert status.counters["dualpath:agent_landing_jobs"] == 0
-    assert status.counters['dualpath:agent_jobs{kind="delivery"}'] == 0
+    assert by_name(status.samples)["dualpath:agent_landing_jobs"] == 0
+    assert by_name(status.samples)['dualpath:agent_jobs{kind="delivery"}'] == 0
 
 
 def test_a_block_that_two_engines_offer_is_pulled_once(agent, gateway, start_engine):
@@ -224,7 +226,8 @@ def test_a_block_that_two_engines_offer_is_pulled_once(agent, gateway, start_eng
         assert engine.wait_end(1).held == [True] * 12
     size = 12 * LAYOUT.block_bytes
     pulled = "dualpath:agent_pulled_bytes_total"
-    assert gateway.status(lambda s: s.counters[pulled] >= size).counters[pulled] == size
+    status = gateway.status(lambda s: by_name(s.samples)[pulled] >= size)
+    assert by_name(status.samples)[pulled] == size
 
 
 def test_a_job_number_is_used_once(gateway, start_engine):
@@ -249,9 +252,9 @@ def test_what_is_no_message_is_counted_and_dropped(agent, gateway, start_engine)
     for frame in frames:
         gateway.socket.send(frame)
     status = gateway.status(
-        lambda s: s.counters["dualpath:agent_malformed_messages_total"] >= len(frames)
+        lambda s: by_name(s.samples)["dualpath:agent_malformed_messages_total"] >= len(frames)
     )
-    assert status.counters["dualpath:agent_malformed_messages_total"] == len(frames)
+    assert by_name(status.samples)["dualpath:agent_malformed_messages_total"] == len(frames)
     engine.send("a0", PullBlocks(JobId(50), [key_of(1)], [1, 2], 10.0))
     assert engine.wait_end(50).held == [False]
     deliver(engine, 51, 1, range(3), range(1))
@@ -286,7 +289,7 @@ def test_announcements_are_numbered_for_each_subscriber(agent, gateway, start_en
     engine = start_engine("d0")
     assert (first := gateway.wait(Announcement)).snapshot and first.sequence == 0
     store(engine, 1, range(5))
-    gateway.status(lambda s: s.counters['dualpath:agent_blocks{state="durable"}'] == 5)
+    gateway.status(lambda s: by_name(s.samples)['dualpath:agent_blocks{state="durable"}'] == 5)
     numbers = [m.sequence for m in gateway.received if isinstance(m, Announcement)]
     gateway.received.clear()
     assert numbers == list(range(1, len(numbers) + 1))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from common.block import TierName
-from common.latency import Latencies
+from common.samples import Latencies
 from storage.index.holdings import Holdings
 from storage.read_share import ShareBook
 from storage.slot_pool import SlotPool
 from storage.store_events import StoreStats
 from storage.tiers.contract import EvictionCause, TierStats
+from tests.samples import by_name
 from transfer.agent.metrics import store_samples
 
 
@@ -21,7 +24,7 @@ def test_every_tier_says_what_it_holds_does_and_loses() -> None:
     stats = StoreStats(slots=pool.num_slots).snapshot(
         pool, Holdings(), ShareBook(), {TierName.SSD: ssd}, {TierName.SSD: 9.0}
     )
-    samples = store_samples(stats)
+    samples = by_name(store_samples(stats))
     for name, value in {
         'tier_bytes{tier="ssd"}': 50,
         'tier_blocks{tier="ssd"}': 5,
@@ -45,6 +48,6 @@ def test_a_latency_beyond_the_last_bucket_is_counted() -> None:
     for seconds in (0.0001, 0.002, 0.002, 99.0):
         latencies.note(seconds)
     assert latencies.quantile_s(0.5) == 0.0025 and latencies.quantile_s(1.0) is None
-    samples = latencies.samples("x", 'tier="ssd"')
-    assert samples['x_bucket{tier="ssd",le="10"}'] == 3
-    assert samples['x_bucket{tier="ssd",le="+Inf"}'] == samples['x_count{tier="ssd"}'] == 4
+    cumulative = dict(latencies.cumulative())
+    assert cumulative[10] == 3
+    assert cumulative[math.inf] == latencies.count == 4

@@ -68,5 +68,5 @@ async def test_an_unchanged_status_is_told_once_a_second(announce, sent):
     announce.subscribe(b"g", [])
     sent.clear()
     for free in (3, 3, 3, 2, 2):
-        announce.status(AgentStatus(AgentLoad("a0", Incarnation(7), {}, {}, 0, 0.0, 4, free), {}))
+        announce.status(AgentStatus(AgentLoad("a0", Incarnation(7), {}, {}, 0, 0.0, 4, free), []))
     assert [message.load.dram_slots_free for _, message in sent] == [3, 2]

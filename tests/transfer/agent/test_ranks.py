@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from common.block import BlockLayout
 from common.ids import Incarnation
 from common.messages import RankMemory, RegisterEngine
+from tests.samples import by_name
 from tests.transfer.agent.fake_engine import LAYOUT, content_of, namespace
 from tests.transfer.agent.test_agent import deliver, store
 from transfer.agent.engines import BadRegistration, Engine
@@ -97,9 +98,10 @@ def test_blocks_of_one_tensor_parallel_size_serve_another(gateway, start_engine,
         for block in range(10):
             expected = shard_of(content_of(block), in_shards(stored), wanted, rank)
             assert prefill.page_bytes(20 + block, rank) == expected
-    counters = gateway.status(
-        lambda s: 'dualpath:agent_delivered_bytes_total{engine="p0"}' in s.counters
-    ).counters
+    status = gateway.status(
+        lambda s: 'dualpath:agent_delivered_bytes_total{engine="p0"}' in by_name(s.samples)
+    )
+    counters = by_name(status.samples)
     whole_bytes = 10 * LAYOUT.block_bytes
     assert counters['dualpath:agent_delivered_bytes_total{engine="p0"}'] == whole_bytes
 
@@ -130,9 +132,10 @@ def test_replicated_kv_is_pulled_once_and_delivered_whole_to_each_rank(gateway, 
         assert [engine.page_bytes(20 + i, rank) for i in range(4)] == [
             content_of(i) for i in range(4)
         ]
-    counters = gateway.status(
-        lambda s: 'dualpath:agent_delivered_bytes_total{engine="d0"}' in s.counters
-    ).counters
+    status = gateway.status(
+        lambda s: 'dualpath:agent_delivered_bytes_total{engine="d0"}' in by_name(s.samples)
+    )
+    counters = by_name(status.samples)
     assert counters["dualpath:agent_pulled_bytes_total"] == 4 * LAYOUT.block_bytes
     delivered = counters['dualpath:agent_delivered_bytes_total{engine="d0"}']
     assert delivered == 2 * 4 * LAYOUT.block_bytes

@@ -19,6 +19,7 @@ from benchmarks.testbed.network import entered
 from benchmarks.traffic.hosts import Worker
 from common.block import BlockLayout
 from common.messages import JobEnded, Subscribe
+from tests.samples import by_name
 from tests.transfer.agent.agent_process import FakeGateway, running_agent
 from tests.transfer.agent.fake_engine import FakeEngine
 from tests.transfer.agent.test_agent import deliver, store
@@ -148,7 +149,7 @@ def test_an_agent_holds_deliveries_over_a_link_to_its_rate(hosts, tmp_path):
                 assert isinstance(ended, JobEnded) and ended.error == ""
                 assert least_s * size(blocks) / rate <= time.monotonic() - began < most_s
             paced = 'dualpath:agent_pacer_bytes_total{nic="link0"}'
-            gateway.status(lambda s: s.counters.get(paced) == size(blocks))
+            gateway.status(lambda s: by_name(s.samples).get(paced) == size(blocks))
         finally:
             gateway.close()
             own.kill()

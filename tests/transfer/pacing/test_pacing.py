@@ -6,6 +6,7 @@ import pytest
 
 from launch.cluster.config import load_config
 from launch.settings import BadConfig
+from tests.samples import by_name
 from tests.transfer.pacing.sysfs_tree import ethernet, hgx
 from transfer.pacing.nic_pacing import MovedBytes, NicBook, Pacing, pacer_samples
 from transfer.pacing.pacer import BadPace, read_pace
@@ -60,7 +61,7 @@ def test_off_paces_nothing_and_a_rate_paces_every_link(machine):
     first, second = fixed.towards("10.0.0.2:5"), fixed.towards("10.0.0.3:5")
     assert first is not None and second is not None and first is not second
     first.wait((False, 1, 1), lambda: None, 1000)
-    samples = pacer_samples(fixed.pacers())
+    samples = by_name(pacer_samples(fixed.pacers()))
     assert samples['dualpath:agent_pacer_bytes_per_second{nic="eth0"}'] == 2e6
     assert samples['dualpath:agent_pacer_bytes_total{nic="eth0"}'] == 1000
     assert samples['dualpath:agent_pacer_bytes_total{nic="eth1"}'] == 0
@@ -89,7 +90,7 @@ def test_bytes_count_for_class_nic_and_peer(machine):
     moved.samples({("write", "10.0.0.2"): 100, ("read", "10.0.0.1"): 7})
     machine.routes["10.0.0.2"] = "eth1"
     machine.now += 1
-    samples = moved.samples({("write", "10.0.0.2"): 150, ("read", "10.0.0.1"): 7})
+    samples = by_name(moved.samples({("write", "10.0.0.2"): 150, ("read", "10.0.0.1"): 7}))
     name = "dualpath:agent_moved_bytes_total"
     assert samples == {
         name + '{class="low",operation="write",nic="eth0",peer="10.0.0.2"}': 100,
