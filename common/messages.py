@@ -15,6 +15,7 @@ from __future__ import annotations
 import msgspec
 
 from common.block import NO_PARENT, BlockKey, Namespace, TierName
+from common.experiment import NO_EXPERIMENT, Experiment
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
 from common.loads import AgentLoad, EngineLoad
 from common.samples import Sample
@@ -62,9 +63,7 @@ class ReadShare(_Message):
     plan: PlanId
     keys: list[BlockKey]
     deadline_s: float
-    zero_io: bool = False
-    """Measure without I/O (the paper's Oracle): every block counts as read, and a delivery
-    for the plan writes its completion words but no KV."""
+    experiment: Experiment = NO_EXPERIMENT
 
 
 class ReleasePlan(_Message):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from common.experiment import NO_EXPERIMENT, Experiment
 from common.process_settings import ProcessSettings
 
 CPU_GROUPS_VARIABLE = "DUALPATH_CPU_GROUPS"
@@ -37,15 +38,7 @@ class EngineConfig(ProcessSettings, frozen=True):
     """Estimated attention time of each prefill batch; None: SGLang's fixed chunks."""
     layer_window: int = 0
     """Layers of KV that the pool of a prefill engine holds; 0: all."""
-    send_by_layer: bool = True
-    """False: SGLang sends a request's new KV after the forward (benchmarks)."""
-    load_by_layer: bool = True
-    """False: a forward's first layer waits for the hits of all layers (benchmarks)."""
     promise_planned_only: bool = False
     """A decode engine promises P no prefix of its own that the plan lacks: a prefill engine
     with a layer window brings a prefix from nowhere else."""
-    poison_kv: bool = False
-    """Tests: fill the KV pool with noise at start and after each flush."""
-    keep_prefixes: bool = True
-    """False: the engine's own cache forgets a prefix as soon as no request needs it, so that
-    every hit is delivered (benchmarks)."""
+    experiment: Experiment = NO_EXPERIMENT

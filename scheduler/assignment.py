@@ -10,7 +10,7 @@ from scheduler.cluster_state import Agents, ClusterState
 from scheduler.hit import Hit, Work
 from scheduler.load_policy import LoadEstimate, worth_loading
 from scheduler.plan import PlanRequest, Range
-from scheduler.policies import ReadPolicy, is_zero_io
+from scheduler.policies import ReadPolicy, experiment_of
 
 
 class Assignment(msgspec.Struct, frozen=True):
@@ -30,7 +30,7 @@ def assign(
     if not hit.runs or load_policy == "never":
         return Assignment([], Work.of(hit, [], state))
     ranges = _within_slots(policy.assign(hit, state), state.agents)
-    if is_zero_io(policy):
+    if experiment_of(policy).zero_io:
         return Assignment(ranges, Work.of(hit, [], state))
     work = Work.of(hit, ranges, state)
     if not ranges or load_policy == "always":

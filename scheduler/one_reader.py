@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from common.experiment import Experiment
 from scheduler.cluster_state import ClusterState
 from scheduler.directory.directory import Run
 from scheduler.directory.holder_sets import Holders
@@ -31,7 +32,7 @@ class Oracle(OneSide):
     """As if P's side had every hit block delivered for nothing: the zero-I/O bound of the
     paper's evaluation. Tokens are wrong by design; for benchmarks only."""
 
-    zero_io = True
+    experiment = Experiment(zero_io=True)
 
     def __init__(self) -> None:
         super().__init__("prefill")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from common.block import BlockKey, TierName
+from common.experiment import NO_EXPERIMENT, Experiment
 from common.ids import PlanId
 
 
@@ -64,8 +65,7 @@ class Plan(msgspec.Struct, frozen=True):
     block_bytes: int
     estimated_read_s: float = 0.0
     """Until the last block is in DRAM, as the scheduler sees it."""
-    zero_io: bool = False
-    """Nothing is really read or delivered: the upper bound of benchmarks."""
+    experiment: Experiment = NO_EXPERIMENT
 
     @property
     def agents(self) -> list[str]:
@@ -93,7 +93,7 @@ class Plan(msgspec.Struct, frozen=True):
         """Bytes that each reader is expected to read from storage, by tier; none for DRAM."""
         read: dict[str, dict[TierName, int]] = {agent: {} for agent in self.agents}
         for part in self.ranges:
-            if part.tier is not TierName.DRAM and not self.zero_io:
+            if part.tier is not TierName.DRAM and not self.experiment.zero_io:
                 by_tier = read[part.agent]
                 by_tier[part.tier] = by_tier.get(part.tier, 0) + part.blocks * self.block_bytes
         return read

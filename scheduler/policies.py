@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable
 from typing import Protocol
 
+from common.experiment import NO_EXPERIMENT, Experiment
 from scheduler.cluster_state import ClusterState
 from scheduler.hit import Hit
 from scheduler.one_reader import OneSide, Oracle, RoundRobin, ShorterQueue
@@ -18,16 +19,17 @@ from scheduler.water_filling import WaterFilling
 
 
 class ReadPolicy(Protocol):
-    """Assigns readers. A class may also say ``zero_io = True`` or ``rotates_engines = True``."""
+    """Assigns readers. A class may also have ``rotates_engines = True``, or an ``experiment``."""
 
     def assign(self, hit: Hit, state: ClusterState) -> list[Range]:
         """Who reads what: covers a prefix of the hit, in order, each block once, and gives
         a block only to an agent for which :meth:`Holders.tier_at` has a tier."""
 
 
-def is_zero_io(policy: ReadPolicy) -> bool:
-    """Whether nothing is really read or delivered under this policy."""
-    return bool(getattr(policy, "zero_io", False))
+def experiment_of(policy: ReadPolicy) -> Experiment:
+    """What a policy for measurements changes in the plans that it makes."""
+    experiment: Experiment = getattr(policy, "experiment", NO_EXPERIMENT)
+    return experiment
 
 
 def rotates_engines(policy: ReadPolicy) -> bool:

@@ -6,6 +6,7 @@ the ``now`` (seconds, monotonic) of each call. One thread.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from common.ids import FIRST_PLAN, Incarnation, PlanId
@@ -22,7 +23,9 @@ from scheduler.open_plans import OpenPlans
 from scheduler.options import SchedulerOptions
 from scheduler.placement import choose_decode, choose_prefill, in_turn
 from scheduler.plan import Plan, PlanRequest
-from scheduler.policies import is_zero_io, read_policy, rotates_engines
+from scheduler.policies import experiment_of, read_policy, rotates_engines
+
+log = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -46,6 +49,7 @@ class Scheduler:
     def set_policy(self, name: str) -> None:
         """Use another read assignment from the next plan on; raises ``UnknownPolicy``."""
         self._policy = read_policy(name)
+        experiment_of(self._policy).announce(log)
         self.policy = name
 
     # ---- what is known ----------------------------------------------------------------
@@ -174,5 +178,5 @@ class Scheduler:
             ranges=ranges,
             block_bytes=request.block_bytes,
             estimated_read_s=assigned.work.read_s,
-            zero_io=is_zero_io(self._policy),
+            experiment=experiment_of(self._policy),
         )

@@ -17,7 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.testbed.cluster import EngineChange, Gateway, cluster_config, records_on, total
+import msgspec
+
+from benchmarks.testbed.cluster import (
+    FORGETTING,
+    EngineChange,
+    Gateway,
+    cluster_config,
+    records_on,
+    total,
+)
 from benchmarks.testbed.network import Network
 from launch.cluster.layout import PAGE_TOKENS
 from launch.cluster.process_record import ProcessRecord
@@ -54,11 +63,15 @@ def make_records(network: Network, folder: Path) -> tuple[Any, list[ProcessRecor
     settings: dict[str, dict[str, Any]] = {
         "all": {},
         "window": {"layer_window": WINDOW},
-        "whole": {"load_by_layer": False, "send_by_layer": False},
+        "whole": {},
+    }
+    experiments = {
+        "whole": msgspec.structs.replace(FORGETTING, load_by_layer=False, send_by_layer=False)
     }
     changes = {
         name: EngineChange(
             settings[arm],
+            experiments.get(arm, FORGETTING),
             # On a CPU a forward ends before the next batch is formed, so there is nothing to
             # overlap; the schedule for it would only keep each batch's pages for a forward more.
             ("--max-total-tokens", str(tokens[arm]), "--disable-overlap-schedule"),

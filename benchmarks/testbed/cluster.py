@@ -15,6 +15,7 @@ import msgspec
 from benchmarks.own_cluster import ClusterFailed
 from benchmarks.supervised import Supervised, while_running
 from benchmarks.testbed.network import Network
+from common.experiment import Experiment
 from common.process_settings import ProcessSettings
 from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig
@@ -134,11 +135,15 @@ def cluster_config(
     )
 
 
+FORGETTING = Experiment(keep_prefixes=False)
+
+
 class EngineChange(NamedTuple):
     """How one engine differs from the others."""
 
     settings: dict[str, Any] = {}
     """Fields of :class:`EngineConfig`."""
+    experiment: Experiment = FORGETTING
     flags: tuple[str, ...] = ()
     """SGLang flags; they win."""
 
@@ -166,17 +171,16 @@ def _moved(
         return record
     env = dict(record.env)
     if record.kind == "agent":
-        _change(env, AgentConfig, dram_keep=dram_keep)
-    else:
-        _change(env, EngineConfig, keep_prefixes=False)
+        _change(env, AgentConfig, experiment=Experiment(dram_keep=dram_keep))
     argv = (*network.within(network.namespace(node)), *record.argv)
     return dataclasses.replace(record, argv=argv, env=env)
 
 
 def _changed(record: ProcessRecord, change: EngineChange) -> ProcessRecord:
+    if record.kind != "engine":
+        return record
     env = dict(record.env)
-    if change.settings:
-        _change(env, EngineConfig, **change.settings)
+    _change(env, EngineConfig, experiment=change.experiment, **change.settings)
     return dataclasses.replace(record, argv=(*record.argv, *change.flags), env=env)
 
 

@@ -112,7 +112,7 @@ class PrefillLayers:
             memory.layout.page_tokens,
             self.num_layers,
             scheduler.req_to_token_pool.req_to_token,
-            config.send_by_layer or config.layer_window > 0,
+            config.experiment.send_by_layer or config.layer_window > 0,
         )
         self.moved = MovedBytes(_nics_of(self.suffix), "engine")
         self._deliveries = deliveries

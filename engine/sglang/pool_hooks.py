@@ -51,14 +51,14 @@ def after_session_held(result: int, observer: Any) -> int:
 def after_flush(result: Any, scheduler: Any, *_: Any, **__: Any) -> None:
     """AFTER ``flush_cache``."""
     engine = runtime_if_up()
-    if result and engine is not None and engine.config.poison_kv:
+    if result and engine is not None and engine.config.experiment.poison_kv:
         poison(engine)
 
 
 def after_request_release(result: Any, tree: Any, *_: Any, **__: Any) -> None:
     """AFTER ``UnifiedRadixCache.on_release``: the request has let go of its prefix."""
     engine = runtime_if_up()
-    if engine is None or engine.config.keep_prefixes:
+    if engine is None or engine.config.experiment.keep_prefixes:
         return
     from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 

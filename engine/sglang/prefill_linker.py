@@ -49,7 +49,7 @@ class LayerGate:
         """Block the forward until the layer is ready for every request of the batch, or
         its delivery has failed; each delivery has its own timeout."""
         engine = runtime()
-        if not engine.config.load_by_layer:
+        if not engine.config.experiment.load_by_layer:
             layer = engine.memory.layout.num_layers - 1
         for delivery in self._of_index.get(self._consumer, ()):
             engine.deliveries.wait_layer(delivery, layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from sglang.srt.mem_cache.utils import get_hash_str
@@ -10,6 +11,8 @@ from engine.config import EngineConfig
 from engine.runtime import start_runtime
 from engine.sglang.border import Use
 from engine.sglang.pool_hooks import poison
+
+log = logging.getLogger(__name__)
 
 USES = (
     Use(
@@ -24,5 +27,6 @@ def after_init_disaggregation(result: Any, scheduler: Any) -> None:
     engine = start_runtime(EngineConfig.from_env(), scheduler)
     if engine.config.role == "prefill":
         get_hash_str([0])
-    if engine.config.poison_kv:
+    engine.config.experiment.announce(log)
+    if engine.config.experiment.poison_kv:
         poison(engine)

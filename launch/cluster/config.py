@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.experiment import Experiment
 from common.sizes import parse_size
 from common.user_cache import cache_folder
 from launch import settings
@@ -282,6 +283,11 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def experiment(self) -> Experiment:
+        """Of every engine."""
+        return Experiment(poison_kv=self.poison_kv)
 
     @property
     def layer_window(self) -> int:

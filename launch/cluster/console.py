@@ -16,6 +16,7 @@ from launch.cluster.config import ClusterConfig
 from launch.cluster.engine_command import served_model_name
 from launch.cluster.hardware import Hardware
 from launch.cluster.process_record import ProcessRecord
+from scheduler.policies import experiment_of, read_policy
 from transfer.traffic import cgroup
 
 _LEVELS = ("debug", "info", "warning", "error", "none")
@@ -45,12 +46,19 @@ def make_summary(
         ("transfer", f"{hardware.transfer}: {hardware.reason}"),
         ("traffic", _traffic(config, hardware)),
         ("tiers", _tiers(config)),
+        *(("EXPERIMENT", f"not the product: {what}") for what in experiments(config)),
         *(("unused", f"{folder} {_UNUSED}") for folder in config.unused_stores),
         ("policy", f"{config.path_policy} reads hit blocks"),
         ("logs", str(config.log_folder)),
     ):
         table.add_row(name, "", text)
     return table
+
+
+def experiments(config: ClusterConfig) -> list[str]:
+    """What departs from the product, of the engines and of the path policy's plans."""
+    planned = experiment_of(read_policy(config.path_policy))
+    return config.experiment.departures + planned.departures
 
 
 def gateway_url(config: ClusterConfig) -> str:

@@ -109,7 +109,7 @@ class _Records:
             prefill_quota_s=self._quota_s() if role == "prefill" else None,
             layer_window=self._config.layer_window if role == "prefill" else 0,
             promise_planned_only=role == "decode" and bool(self._config.layer_window),
-            poison_kv=self._config.poison_kv,
+            experiment=self._config.experiment,
         )
         offsets = {"control": CONTROL, "http": HTTP, "rendezvous": RENDEZVOUS}
         if role == "prefill":

@@ -252,8 +252,9 @@ def test_each_process_runs_on_its_host_and_keeps_nothing(tmp_path: Path):
         assert records[name].argv[:4] == ("ip", "netns", "exec", network.namespace(host))
         assert records[name].host == network.compute_address(host)
     agent = json.loads(records["agent-p0"].env["DUALPATH_AGENT"])
-    assert (agent["dram_keep"], agent["ssd_dirs"]) == (False, [])
-    assert json.loads(records["d0"].env["DUALPATH_ENGINE"])["keep_prefixes"] is False
+    assert (agent["experiment"]["dram_keep"], agent["ssd_dirs"]) == (False, [])
+    engine = json.loads(records["d0"].env["DUALPATH_ENGINE"])
+    assert engine["experiment"]["keep_prefixes"] is False
     assert records["gateway"].argv[0] == sys.executable
 
 

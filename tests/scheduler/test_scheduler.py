@@ -215,7 +215,7 @@ def test_the_oracle_reads_nothing():
     scheduler = cluster("oracle")
     hold(scheduler, "agent-p1", 10, TierName.REMOTE)
     plan = scheduler.plan(request(), now=0.0)
-    assert plan.zero_io and len(plan.keys) == 10 and plan.estimated_read_s == 0
+    assert plan.experiment.zero_io and len(plan.keys) == 10 and plan.estimated_read_s == 0
     assert all(agent["backlog_bytes"] == 0 for agent in scheduler.cluster(0.0)["agents"])
 
 

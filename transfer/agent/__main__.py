@@ -41,6 +41,7 @@ async def run(config: AgentConfig) -> None:
     """Serve until SIGTERM or SIGINT."""
     if config.dram_bytes <= 0:
         raise BadSettings("dram_bytes is 0, but an agent cannot do without DRAM")
+    config.experiment.announce(log)
     agent = Agent(config)
     serving = asyncio.create_task(agent.serve())
 

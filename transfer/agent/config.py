@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from common.experiment import NO_EXPERIMENT, Experiment
 from common.process_settings import ProcessSettings
 from storage.index.owners import Quota
 from storage.remote.settings import RemoteSettings
@@ -28,8 +29,6 @@ class AgentConfig(ProcessSettings, frozen=True):
     """How KV movement is held back, and the rate of each NIC: :mod:`transfer.pacing.nic_pacing`."""
     nic_bytes_per_s: int = 0
     dram_bytes: int = 0
-    dram_keep: bool = True
-    """False: blocks stay in DRAM only while a plan or a write needs them."""
     ssd_dirs: list[str] = []
     """One folder a disk; no folders switch the tier off."""
     ssd_bytes: int = 0
@@ -46,3 +45,4 @@ class AgentConfig(ProcessSettings, frozen=True):
     deliver_threads: int = 4
     cgroup: str = ""
     """Control group of the low traffic class, in which this process should be where it exists."""
+    experiment: Experiment = NO_EXPERIMENT

@@ -108,7 +108,7 @@ class Serving:
             pool,
             resources.ssd,
             resources.remote,
-            keep_in_dram=config.dram_keep,
+            keep_in_dram=config.experiment.dram_keep,
             write_policy=config.write_policy,
             promotion_policy=config.promotion_policy,
         )

@@ -52,7 +52,7 @@ class Shares:
         loop = asyncio.get_running_loop()
         timer = loop.call_later(message.deadline_s, self._overdue, message.plan)
         self._shares[message.plan] = _Share(client, message.keys, timer)
-        if message.zero_io:
+        if message.experiment.zero_io:
             self._zero_io.add(message.plan)
             everything = [True] * len(message.keys)
             self._reply(client, ShareRead(message.plan, everything, {}, 0.0, 0.0))

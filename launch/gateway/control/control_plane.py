@@ -245,7 +245,7 @@ class ControlPlane:
             future = asyncio.get_running_loop().create_future()
             futures[agent] = self._shares[plan.id, agent] = future
             try:
-                self.agents[agent].send(ReadShare(plan.id, keys, HOLD_S, plan.zero_io))
+                self.agents[agent].send(ReadShare(plan.id, keys, HOLD_S, plan.experiment))
             except PeerUnreachable as error:
                 log.warning("share not sent plan=%d peer=%s", plan.id, error)
                 future.set_result(None)
