@@ -152,9 +152,9 @@ class Deliver(_Message):
     """Write blocks ``keys[i]`` into the sender's pages ``pages[i]``, layer by layer.
 
     After each layer's batch for a rank has completed, the agent writes
-    ``board_word(job, layers)`` into slot ``board_slot`` of the rank's completion board; on
-    failure ``board_word(job, FAILED)``. ``JobEnded`` follows when no byte of this job can
-    land any more, at any rank.
+    ``board_word(job, layers)`` (:mod:`common.board_word`) into slot ``board_slot`` of the rank's
+    completion board; on failure ``board_word(job, FAILED)``. ``JobEnded`` follows when no byte
+    of this job can land any more, at any rank.
     """
 
     job: JobId
@@ -308,20 +308,3 @@ def decode(frame: bytes) -> Message:
         return _decoder.decode(memoryview(frame)[len(PROTOCOL) :])
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise MalformedMessage(str(error)) from error
-
-
-# ---- the completion board ---------------------------------------------------------------
-
-FAILED = 0xFFFF
-"""Board code of a job that will not complete; otherwise the code is the layers delivered."""
-
-
-BOARD_WORD_BYTES = 8
-
-
-def board_word(job: JobId, code: int) -> int:
-    """uint64 of the completion board: job number in the upper 48 bits, code in the lower 16.
-
-    The job number makes a stale word of an earlier job in the same slot harmless.
-    """
-    return job << 16 | code

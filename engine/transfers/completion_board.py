@@ -1,9 +1,7 @@
 """The completion board: words that agents write one-sidedly into an engine's memory.
 
-One uint64 for each delivery job: job number in the upper 48 bits, layers delivered (or
-FAILED) in the lower 16. Job numbers are never reused, so a word that an earlier job left
-in a slot says nothing about the present one. A slot is given back only when its job has
-ended, that is, when no write to it can be in flight.
+One word (:mod:`common.board_word`) for each delivery. A slot is given back only when its job
+has ended, that is, when no write to it can be in flight.
 """
 
 from __future__ import annotations
@@ -13,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from common.board_word import BOARD_WORD_BYTES, FAILED, board_word, code_for
 from common.ids import BoardSlot, JobId
-from common.messages import BOARD_WORD_BYTES, FAILED, board_word
 
 
 class BoardFull(Exception):
@@ -48,8 +46,7 @@ class CompletionBoard:
 
     def layers_delivered(self, slot: BoardSlot, job: JobId) -> int:
         """Layers of ``job`` that are in device memory; ``FAILED`` once it has failed."""
-        word = int(self._words[slot])
-        return word & FAILED if word >> 16 == job else 0
+        return code_for(job, int(self._words[slot]))
 
 
 class OtherBoards:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
+from common.board_word import FAILED
 from common.ids import NO_INCARNATION, NO_JOB, BoardSlot, JobId, PlanId
-from common.messages import FAILED, CancelJob, Deliver
+from common.messages import CancelJob, Deliver
 from engine.plans import HeldPlan
 from engine.prefill.forward_clock import Waits
 from engine.ranks.group import SilentLinks
@@ -148,7 +149,7 @@ class Deliveries:
         job = self._jobs.open(agent, incarnation, pages, self._timeout_s, ended, failed)
         writer.job = job
         delivery.writers.append(writer)
-        order = Deliver(
+        message = Deliver(
             job=job,
             plan=plan,
             keys=keys,
@@ -158,7 +159,7 @@ class Deliveries:
             deadline_s=self._timeout_s,
             first_position=delivery.first_position,
         )
-        if not self._links.send(agent, order):
+        if not self._links.send(agent, message):
             self._jobs.over(job, f"agent {agent} is not reachable")
 
     def abandon(self, delivery: Delivery) -> None:

@@ -11,11 +11,21 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.transfer.agent.fake_engine import LAYOUT, FakeEngine
 from transfer import memory
 from transfer.memory import HostMemory, NotEnoughMemory
-from transfer.mooncake import OutOfBounds, PeerSuspended, TransferFailed, TransferPeer
+from transfer.mooncake import (
+    BYTES_PER_BATCH,
+    DESCRIPTORS_PER_BATCH,
+    OutOfBounds,
+    PeerSuspended,
+    TransferFailed,
+    TransferPeer,
+    batches,
+)
 
 
 class Clock:
@@ -156,3 +166,14 @@ def test_memory_that_the_host_lacks_is_refused_before_it_is_touched(monkeypatch)
     monkeypatch.setattr(memory, "_meminfo_bytes", lambda field: 1 << 20)
     with pytest.raises(NotEnoughMemory, match="choose a smaller"):
         HostMemory(2 << 20)
+
+
+@given(st.lists(st.integers(1, 3 * BYTES_PER_BATCH), max_size=40), st.integers(1, 5000))
+def test_batches_cover_all_ranges_within_the_limits(lengths, times):
+    ranges = np.array((lengths * times)[:5000], np.int64)
+    parts = batches(ranges)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(len(ranges)))
+    for part in parts:
+        count = part.stop - part.start
+        assert 0 < count <= DESCRIPTORS_PER_BATCH
+        assert count == 1 or ranges[part].sum() <= BYTES_PER_BATCH

@@ -147,48 +147,46 @@ def _queues(rules: EthernetRules, device: str, rate_mbit: float) -> list[Command
     burst_bytes = max(BURST_BYTES_MIN, round(rate_mbit * 1e6 / 8 * BURST_S))
     share = rules.settings.low_share_percent / 100
 
-    def htb(parent: str, name: str, part: float, *more: str) -> Command:
-        return (
-            *("tc", "class", "add", "dev", device, "parent", parent, "classid", name, "htb"),
-            *("rate", _mbit(rate_mbit * part), "ceil", _mbit(rate_mbit)),
-            *("burst", str(burst_bytes), "cburst", str(burst_bytes)),
-            *("quantum", str(BURST_BYTES_MIN), *more),
+    def htb(parent: str, name: str, part: float, more: str = "") -> Command:
+        return _words(
+            f"tc class add dev {device} parent {parent} classid {name} htb "
+            f"rate {_mbit(rate_mbit * part)} ceil {_mbit(rate_mbit)} "
+            f"burst {burst_bytes} cburst {burst_bytes} quantum {BURST_BYTES_MIN} {more}"
         )
 
     default = HIGH.removeprefix(HANDLE)
     return [
-        ("tc", "qdisc", "add", "dev", device, "root", "handle", HANDLE, "htb", "default", default),
+        _words(f"tc qdisc add dev {device} root handle {HANDLE} htb default {default}"),
         htb(HANDLE, ROOT, 1),
-        htb(ROOT, HIGH, 1 - share, "prio", "0"),
-        htb(ROOT, LOW, share, "prio", "7"),
+        htb(ROOT, HIGH, 1 - share, "prio 0"),
+        htb(ROOT, LOW, share, "prio 7"),
     ]
 
 
 def _receiving(rules: EthernetRules) -> list[Command]:
     device, receiver = rules.device, receiver_of(rules.device)
 
-    def low(protocol: str, *words: str) -> Command:
-        family = "ip" if protocol == "ip" else "ip6"
-        return (
-            *("tc", "filter", "add", "dev", receiver, "parent", HANDLE, "protocol", protocol),
-            *("prio", "1" if protocol == "ip" else "2", "u32", "match", family, *words),
-            *("flowid", LOW),
+    def low(version: int, match: str) -> Command:
+        protocol, family = ("ip", "ip") if version == 4 else ("ipv6", "ip6")
+        priority = 1 if version == 4 else 2
+        return _words(
+            f"tc filter add dev {receiver} parent {HANDLE} protocol {protocol} prio {priority} "
+            f"u32 match {family} {match} flowid {LOW}"
         )
 
     dscp = f"{rules.settings.low.traffic_class:#04x}"
     sources = [ipaddress.ip_network(network) for network in rules.store]
     return [
-        ("ip", "link", "add", "name", receiver, "type", "ifb"),
-        ("ip", "link", "set", "dev", receiver, "up"),
+        _words(f"ip link add name {receiver} type ifb"),
+        _words(f"ip link set dev {receiver} up"),
         *_queues(rules, receiver, rules.rate_mbit * RECEIVE_SHARE),
-        low("ip", "dsfield", dscp, "0xfc"),
-        low("ipv6", "priority", dscp, "0xfc"),
-        *(low("ip" if source.version == 4 else "ipv6", "src", str(source)) for source in sources),
-        ("tc", "qdisc", "add", "dev", device, "handle", "ffff:", "ingress"),
-        (
-            *("tc", "filter", "add", "dev", device, "parent", "ffff:", "protocol", "all"),
-            *("prio", "1", "u32", "match", "u32", "0", "0"),
-            *("action", "mirred", "egress", "redirect", "dev", receiver),
+        low(4, f"dsfield {dscp} 0xfc"),
+        low(6, f"priority {dscp} 0xfc"),
+        *(low(source.version, f"src {source}") for source in sources),
+        _words(f"tc qdisc add dev {device} handle ffff: ingress"),
+        _words(
+            f"tc filter add dev {device} parent ffff: protocol all prio 1 u32 match u32 0 0 "
+            f"action mirred egress redirect dev {receiver}"
         ),
     ]
 
@@ -201,6 +199,11 @@ def script(rules: EthernetRules) -> str:
         lines.append(shlex.join(("mkdir", "-p", str(root / rules.settings.cgroup))))
     lines += map(shlex.join, sharing(rules))
     return "\n".join(lines) + f"\nnft -f - <<'END'\n{marking(rules)}END\n"
+
+
+def _words(line: str) -> Command:
+    """Of a command without spaces inside its words."""
+    return tuple(line.split())
 
 
 def _mbit(rate: float) -> str:

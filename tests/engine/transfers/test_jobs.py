@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from common.block import BlockKey
+from common.board_word import FAILED, board_word
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
-from common.messages import FAILED, EnginePlan, board_word
+from common.messages import EnginePlan
 from engine.plans import PLANS_MAX, Plans
 from engine.transfers.completion_board import BoardFull, CompletionBoard
 from engine.transfers.jobs import DEATH_GRACE_S, Jobs

@@ -11,10 +11,9 @@ import time
 import pytest
 
 from common.block import BlockLayout
+from common.board_word import BOARD_WORD_BYTES, FAILED
 from common.ids import BoardSlot, JobId, PlanId
 from common.messages import (
-    BOARD_WORD_BYTES,
-    FAILED,
     Announcement,
     CancelJob,
     Deliver,

@@ -14,8 +14,9 @@ from functools import partial
 import msgspec
 import numpy as np
 
+from common.board_word import BOARD_WORD_BYTES
 from common.ids import JobId, PlanId
-from common.messages import BOARD_WORD_BYTES, Deliver, Delivered, JobEnded
+from common.messages import Deliver, Delivered, JobEnded
 from storage.slot_pool import SlotPool
 from transfer.agent.engines import BadPages, Engine, Rank, page_array
 from transfer.agent.jobs.heads import OtherShards

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from common.messages import FAILED, board_word
+from common.board_word import BOARD_WORD_BYTES, FAILED, board_word
 from transfer.agent.jobs.heads import Staging
 from transfer.agent.jobs.transfer import Transfer
 from transfer.mooncake import BYTES_PER_BATCH, PeerSuspended, TransferFailed, TransferPeer
@@ -17,8 +17,6 @@ from transfer.pacing.pacer import Pacer
 from transfer.ranges import Ranges, layer_ranges
 
 log = logging.getLogger(__name__)
-
-_WORD_BYTES = 8
 
 
 class LayerMover:
@@ -71,8 +69,8 @@ class LayerMover:
 
     def _write_word(self, transfer: Transfer, code: int) -> None:
         self._words[transfer.scratch] = board_word(transfer.job, code)
-        source = int(self._words.ctypes.data) + transfer.scratch * _WORD_BYTES
-        word = np.array([[source], [transfer.board_address], [_WORD_BYTES]], np.int64)
+        source = int(self._words.ctypes.data) + transfer.scratch * BOARD_WORD_BYTES
+        word = np.array([[source], [transfer.board_address], [BOARD_WORD_BYTES]], np.int64)
         self._peer.write(transfer.session_id, *word)
 
     def _say_failed(self, transfer: Transfer, error: Exception) -> Exception:

@@ -1,4 +1,4 @@
-"""Address maths, and the order in which a queue transfers layers."""
+"""The order in which a queue transfers layers, and how transfers end."""
 
 from __future__ import annotations
 
@@ -10,107 +10,18 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from common.block import BlockLayout
+from common.board_word import FAILED, board_word
 from common.ids import JobId
-from common.messages import FAILED, board_word
 from transfer.agent.jobs.transfer import DeadlinePassed, JobCancelled, QueueFull, Transfer
 from transfer.agent.jobs.transfer_queue import TransferQueue
-from transfer.mooncake import (
-    BYTES_PER_BATCH,
-    DESCRIPTORS_PER_BATCH,
-    PeerSuspended,
-    TransferFailed,
-    batches,
-)
+from transfer.mooncake import PeerSuspended, TransferFailed
 from transfer.pacing.pacer import Pacer
-from transfer.ranges import cut_ranges, layer_ranges
 
 LAYOUT = BlockLayout(4, 3, (64, 32))
 BOARD = 1 << 40
 """Board addresses are far from all others."""
-
-
-# ---- addresses --------------------------------------------------------------------------
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_ranges_move_each_layer_block_to_its_page(data):
-    sizes = tuple(data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=3)))
-    layout = BlockLayout(4, data.draw(st.integers(1, 4)), sizes)
-    pages_total = 12
-    pages = data.draw(st.permutations(range(pages_total)))[: data.draw(st.integers(0, 12))]
-    slot_bytes = layout.block_bytes + data.draw(st.sampled_from([0, 7]))
-    slots = data.draw(st.permutations(range(pages_total)))[: len(pages)]
-    gap = data.draw(st.sampled_from([0, 5]))
-    host = np.random.default_rng(0).integers(0, 256, pages_total * slot_bytes, np.uint8)
-    bases, end = [], 0
-    for _ in range(layout.num_layers):
-        bases.append([end := end + gap])
-        end += pages_total * sizes[0]
-        for size in sizes[1:]:
-            bases[-1].append(end)
-            end += pages_total * size
-    device = np.zeros(end, np.uint8)
-    expected = device.copy()
-    for layer in range(layout.num_layers):
-        local, remote, lengths = layer_ranges(
-            layout,
-            np.array(bases),
-            layer,
-            np.array(slots, np.int64) * slot_bytes,
-            np.array(pages, np.int64),
-        )
-        assert lengths.sum() == len(pages) * layout.layer_bytes
-        for source, target, length in zip(local, remote, lengths, strict=True):
-            device[target : target + length] = host[source : source + length]
-    for slot, page in zip(slots, pages, strict=True):
-        offset = slot * slot_bytes
-        for layer in range(layout.num_layers):
-            for base, size in zip(bases[layer], sizes, strict=True):
-                target = base + page * size
-                expected[target : target + size] = host[offset : offset + size]
-                offset += size
-    assert np.array_equal(device, expected)
-
-
-def test_neighbours_on_both_sides_are_one_range():
-    latent = BlockLayout(4, 1, (64,))
-    addresses = np.array([[1000]])
-    slots, pages = np.array([0, 64, 128, 640]), np.array([3, 4, 6, 7])
-    local, remote, lengths = layer_ranges(latent, addresses, 0, slots, pages)
-    assert local.tolist() == [0, 128, 640]
-    assert remote.tolist() == [1192, 1384, 1448]
-    assert lengths.tolist() == [128, 64, 64]
-
-
-@given(st.lists(st.integers(1, 3 * BYTES_PER_BATCH), max_size=40), st.integers(1, 5000))
-def test_batches_cover_all_ranges_within_the_limits(lengths, times):
-    ranges = np.array((lengths * times)[:5000], np.int64)
-    parts = batches(ranges)
-    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(len(ranges)))
-    for part in parts:
-        count = part.stop - part.start
-        assert 0 < count <= DESCRIPTORS_PER_BATCH
-        assert count == 1 or ranges[part].sum() <= BYTES_PER_BATCH
-
-
-@given(st.lists(st.integers(0, 50), max_size=20), st.integers(1, 20))
-def test_cut_ranges_are_the_same_bytes_in_small_parts(sizes, bytes_max):
-    lengths = np.array(sizes, np.int64)
-    local = np.cumsum(lengths) + 1000
-    remote = -local
-    parts = cut_ranges(local, remote, lengths, bytes_max)
-    assert all(0 < length <= bytes_max for length in parts[2])
-    moved = [(a + n, b + n) for a, b, length in zip(*parts, strict=True) for n in range(length)]
-    ranges = zip(local, remote, lengths, strict=True)
-    assert moved == [(a + n, b + n) for a, b, length in ranges for n in range(length)]
-
-
-# ---- the queue --------------------------------------------------------------------------
 
 
 class FakePeer:
