@@ -76,7 +76,8 @@ class ReleasePlan(_Message):
 
 
 class Holding(_Message):
-    """A block came to or left a tier of the announcing agent."""
+    """A block came to or left a tier of the announcing agent; SSD and remote gain it when it is
+    durable there."""
 
     key: BlockKey
     tier: TierName

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from common.block import BlockKey, TierName
+from common.block import TierName
 from common.ids import PlanId
+from common.messages import Holding
 from storage.index.holdings import Holdings
 from storage.read_share import ShareBook
 from storage.slot_pool import SlotPool
@@ -25,15 +26,7 @@ class ShareSettled(msgspec.Struct, frozen=True):
     read_s: float
 
 
-class HoldingChanged(msgspec.Struct, frozen=True):
-    """A tier gained or lost a block; SSD and REMOTE gain it when it is durable there."""
-
-    key: BlockKey
-    tier: TierName
-    held: bool
-
-
-StoreEvent = ShareSettled | HoldingChanged
+StoreEvent = ShareSettled | Holding
 
 
 class StoreStats(msgspec.Struct):
@@ -89,7 +82,7 @@ class StoreStats(msgspec.Struct):
     ) -> StoreStats:
         """A copy with the gauges of the store's parts."""
         queues = {
-            name: tier.read_queue_bytes + shares.promised_blocks[name] * pool.block_bytes
+            name: tier.io.read_queue_bytes + shares.promised_blocks[name] * pool.block_bytes
             for name, tier in tiers.items()
         }
         return msgspec.structs.replace(

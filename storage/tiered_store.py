@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from common.block import UNLABELLED, BlockKey, BlockLabel, TierName
 from common.ids import PlanId
+from common.messages import Holding
 from common.rate import RateMeter
 from storage.index.holdings import Holdings
 from storage.index.owners import Selector
 from storage.read_share import Fill, ReadShare, ShareBook
 from storage.slot_pool import SlotPool
-from storage.store_events import HoldingChanged, ShareSettled, StoreEvent, StoreStats
+from storage.store_events import ShareSettled, StoreEvent, StoreStats
 from storage.tiers.contract import BlockIO, Completion, Tier
 from storage.write_behind import WriteBehind
 
@@ -257,7 +258,7 @@ class TieredStore:
 
     def _drop_in_dram(self, selector: Selector) -> None:
         for key in self.pool.drop(selector):
-            self._note_holding(key, TierName.DRAM, False)
+            self._note(Holding(key, TierName.DRAM, False))
 
     # ---- progress ---------------------------------------------------------------------
 
@@ -270,7 +271,7 @@ class TieredStore:
         for name, tier in self._tiers.items():
             completions, read_bytes = tier.poll(), 0
             for change in tier.take_changes():
-                self._note_holding(change.key, name, change.held)
+                self._note(change)
             for selector in tier.take_drops():
                 self._drop_in_dram(selector)
             for completion in completions:
@@ -287,7 +288,7 @@ class TieredStore:
         self._settle_ready(now)
         if not self._keep_in_dram:
             for key in self.pool.evict_all():
-                self._note_holding(key, TierName.DRAM, False)
+                self._note(Holding(key, TierName.DRAM, False))
         events, self._events = self._events, []
         return events
 
@@ -308,7 +309,7 @@ class TieredStore:
     def _begin_fill(self, key: BlockKey, tier: TierName | None) -> None:
         if (evicted := self.pool.begin_fill(key)) is not None:
             self._stats.evicted_blocks_total += 1
-            self._note_holding(evicted, TierName.DRAM, False)
+            self._note(Holding(evicted, TierName.DRAM, False))
         self._fills[key] = Fill(tier)
         if tier is not None:
             self._reads[tier] += 1
@@ -318,7 +319,7 @@ class TieredStore:
         fill = self._fills.pop(key)
         if label is not None:
             self.pool.commit(key, label)
-            self._note_holding(key, TierName.DRAM, True)
+            self._note(Holding(key, TierName.DRAM, True))
         else:
             self.pool.abandon(key)
         for plan in sorted(fill.plans):
@@ -352,9 +353,9 @@ class TieredStore:
             self._end_fill(key, None)
         return 0
 
-    def _note_holding(self, key: BlockKey, tier: TierName, held: bool) -> None:
-        if self._holdings.change(key, tier, held):
-            self._events.append(HoldingChanged(key, tier, held))
+    def _note(self, change: Holding) -> None:
+        if self._holdings.change(change.key, change.tier, change.held):
+            self._events.append(change)
 
     def _count_hit(self, tier: TierName, blocks: int) -> None:
         hits = self._stats.hits_total
@@ -378,12 +379,10 @@ class TieredStore:
             self.offset(key)
         return self.pool.offsets(keys)
 
-    def holdings(self) -> list[HoldingChanged]:
-        """Everything held, for an announcement from scratch.
-
-        Events that ``poll`` has not returned yet are in it already, and harmless after it.
-        """
-        return [HoldingChanged(key, tier, True) for key, tier in self._holdings]
+    def holdings(self) -> list[Holding]:
+        """Everything held, for an announcement from scratch. Events that ``poll`` has not
+        returned yet are in it already, and harmless after it."""
+        return [Holding(key, tier, True) for key, tier in self._holdings]
 
     def stats(self) -> StoreStats:
         """Present counters; a copy."""

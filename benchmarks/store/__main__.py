@@ -92,10 +92,10 @@ def _measure_size(
             if block_bytes in BUSY_BYTES:
                 with busy_thread():
                     seen["read beside a busy thread"].append(load.read())
-            before = _written_bytes(), load.tier.stats().write_bytes_total
+            before = _written_bytes(), load.tier.stats().io.write_bytes_total
             seen["write"].append(load.write())
             written_bytes += _written_bytes() - before[0]
-            payload_bytes += load.tier.stats().write_bytes_total - before[1]
+            payload_bytes += load.tier.stats().io.write_bytes_total - before[1]
             seen["raw write"].append(raw.write(block_bytes, WRITE_THREADS))
     finally:
         load.tier.close()

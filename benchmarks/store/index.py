@@ -32,7 +32,7 @@ def measure_index(folder: Path) -> dict[str, Any]:
     tier = SsdTier(folder, 2 * BLOCKS * slot_bytes_for(BLOCK_BYTES), lambda: None)
     restart_s = time.perf_counter() - start
     try:
-        held = tier.stats().blocks
+        held = tier.stats().room.blocks
         if held != BLOCKS:
             raise RuntimeError(f"{held} of {BLOCKS} blocks were found")
         resident_bytes = _resident_bytes() - before_bytes
@@ -101,7 +101,7 @@ def measure_lost_tables(folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     tier = SsdTier(folder, LOST_BLOCKS * slot_bytes_for(BLOCK_BYTES), lambda: None)
     seconds = time.perf_counter() - start
-    found = tier.stats().blocks
+    found = tier.stats().room.blocks
     tier.close()
     if found != LOST_BLOCKS:
         raise RuntimeError(f"{found} of {LOST_BLOCKS} blocks were found")

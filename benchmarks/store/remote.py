@@ -132,12 +132,12 @@ def _slow_answers(gateway: RadosGateway, memory: Memory) -> Figures:
         load = RemoteLoad(url, options, memory, SMALL_BYTES, settings)
         load.find(SMALL_BLOCKS)
         proxy.judge = _late_answers()
-        latencies_s = load.latencies_s(HEDGED_READS)
+        latencies_s, packs = load.latencies_s(HEDGED_READS), load.tier.stats().packs
         proxy.judge = lambda method, path: Verdict()
         figures[name] = {
             "p50_ms": latencies_s[len(latencies_s) // 2] * 1e3,
             "p99_ms": latencies_s[len(latencies_s) * 99 // 100] * 1e3,
-            "asked_twice": load.tier.stats().hedged_reads_total,
+            "asked_twice": packs.hedged_reads_total if packs else 0,
         }
         load.tier.close()
     proxy.close()

@@ -270,7 +270,7 @@ def main(argument: str) -> int:
         if job.beside_uploads:
             load.begin_uploads(2 * READ_BLOCKS)
         rate = load.read_some(job.read_blocks)
-        written_bytes = load.tier.stats().write_bytes_total
+        written_bytes = load.tier.stats().io.write_bytes_total
         figures = {**rate._asdict(), "uploaded_bytes": written_bytes}
         print(msgspec.json.encode(figures).decode())
     finally:

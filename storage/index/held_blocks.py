@@ -3,76 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.block import UNLABELLED, BlockKey, BlockLabel, BlockOwner
+from common.block import UNLABELLED, BlockKey, BlockLabel, BlockOwner, TierName
+from common.messages import Holding
 from storage.index.index import BlockIndex
 from storage.index.owners import OwnerBook, Quota, Selector
-from storage.tiers.contract import HoldingChange, TierFull
+from storage.tiers.contract import TierFull
 
 IsIdle = Callable[[BlockKey], bool]
 RECLAIM_BLOCKS = 1024
 """Dropped blocks that go at once."""
 
 
+class FoundBlocks(NamedTuple):
+    """What an earlier process left: different keys, the oldest first. Block i takes
+    ``stored_bytes[i]`` and belongs to ``owners[owner_of[i]]``; arrays of shape (blocks,)."""
+
+    keys: Sequence[BlockKey]
+    places: NDArray[np.int64]
+    parents: Sequence[BlockKey]
+    stored_bytes: NDArray[np.int64]
+    owners: Sequence[BlockOwner]
+    owner_of: NDArray[np.int64]
+
+
 class HeldBlocks:
     """As a container it has the blocks that may be read. Those of dropped owners are not
     among them; they still lie in their places until :meth:`pop` takes them out.
 
-    ``bytes_at`` tells what a place takes.
+    ``tier`` is whose they are, in what changes; ``bytes_at`` tells what a place takes.
+    ``index`` has them all, dropped ones too, with the order in which they go.
     """
 
-    def __init__(self, bytes_at: Callable[[int], int], quotas: Sequence[Quota] = ()) -> None:
-        self._index = BlockIndex()
+    def __init__(
+        self, tier: TierName, bytes_at: Callable[[int], int], quotas: Sequence[Quota] = ()
+    ) -> None:
+        self.index = BlockIndex()
+        self._tier = tier
         self._bytes_at = bytes_at
         self.owners = OwnerBook(quotas)
         self._dropped: set[int] = set()
         """Groups whose blocks are still to be taken out."""
         self._reclaimable: list[BlockKey] = []
-        self._changes: list[HoldingChange] = []
+        self._changes: list[Holding] = []
 
     def __len__(self) -> int:
         """Dropped ones included."""
-        return len(self._index)
+        return len(self.index)
 
     def __contains__(self, key: object) -> bool:
         if not self._dropped:
-            return key in self._index
-        return key in self._index and not self.is_dropped(key)  # type: ignore[arg-type]
+            return key in self.index
+        return key in self.index and not self.is_dropped(key)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[BlockKey]:
-        return iter(filter(self.__contains__, self._index) if self._dropped else self._index)
+        return iter(filter(self.__contains__, self.index) if self._dropped else self.index)
 
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
-        test = self.__contains__ if self._dropped else self._index.__contains__
+        test = self.__contains__ if self._dropped else self.index.__contains__
         return list(map(test, keys))
 
     def get(self, key: BlockKey) -> int | None:
         """The block's place; None if it may not be read here."""
-        return self._index.get(key) if not self._dropped or key in self else None
-
-    def place(self, key: BlockKey) -> int:
-        """Where the block lies, dropped or not; KeyError if it does not."""
-        place = self._index.get(key)
-        if place is None:
-            raise KeyError(f"block {key.hex()} is not here")
-        return place
-
-    def lies_here(self, key: BlockKey) -> bool:
-        """Does a block have a place here, dropped or not?"""
-        return key in self._index
+        return self.index.get(key) if not self._dropped or key in self else None
 
     def is_dropped(self, key: BlockKey) -> bool:
         """Does a block lie here that has been dropped?"""
-        return key in self._index and self._index.group(key) in self._dropped
+        return key in self.index and self.index.group(key) in self._dropped
 
     def add(self, key: BlockKey, place: int, label: BlockLabel = UNLABELLED) -> None:
         group = self.owners.group_of(label.owner)
-        self._index.add(key, place, label.parent, group)
+        self.index.add(key, place, label.parent, group)
         self.owners.note(group, 1, self._bytes_at(place))
-        self._changes.append(HoldingChange(key, True))
+        self._changes.append(Holding(key, self._tier, True))
 
     def add_many(
         self, keys: Sequence[BlockKey], places: NDArray[np.int64], nbytes: int, label: BlockLabel
@@ -80,59 +87,35 @@ class HeldBlocks:
         """See :meth:`storage.index.index.BlockIndex.add_many`; all have one label, and take
         ``nbytes`` together."""
         group = self.owners.group_of(label.owner)
-        self._index.add_many(keys, places, group)
+        self.index.add_many(keys, places, group)
         self.owners.note(group, len(keys), nbytes)
-        self._changes += [HoldingChange(key, True) for key in keys]
+        self._changes += [Holding(key, self._tier, True) for key in keys]
 
     def pop(self, key: BlockKey) -> int | None:
         """Take a block out, dropped or not; returns its place, or None."""
-        if key not in self._index:
+        if key not in self.index:
             return None
-        group = self._index.group(key)
-        place = self._index.pop(key)
+        group = self.index.group(key)
+        place = self.index.pop(key)
         assert place is not None
         self.owners.note(group, -1, -self._bytes_at(place))
-        self._changes.append(HoldingChange(key, False))
+        self._changes.append(Holding(key, self._tier, False))
         return place
 
-    def take_changes(self) -> list[HoldingChange]:
+    def take_changes(self) -> list[Holding]:
         """Gains and losses since the last call."""
         changes, self._changes = self._changes, []
         return changes
 
-    def load(
-        self,
-        keys: Sequence[BlockKey],
-        places: NDArray[np.int64],
-        parents: Sequence[BlockKey],
-        stored_bytes: NDArray[np.int64],
-        owners: Sequence[BlockOwner],
-        owner_of: NDArray[np.int64],
-    ) -> None:
-        """Fill it at a start, with different keys, the oldest first. No change is reported.
-
-        Block i takes ``stored_bytes[i]`` and belongs to ``owners[owner_of[i]]``.
-        """
+    def load(self, found: FoundBlocks) -> None:
+        """Fill it at a start. No change is reported."""
+        owners, owner_of = found.owners, found.owner_of
         groups = np.array([self.owners.group_of(owner) for owner in owners], np.int32)
-        self._index.load(keys, places, parents, groups[owner_of])
+        self.index.load(found.keys, found.places, found.parents, groups[owner_of])
         blocks = np.bincount(owner_of, minlength=len(owners)).tolist()
-        nbytes = np.bincount(owner_of, stored_bytes, len(owners)).tolist()
+        nbytes = np.bincount(owner_of, found.stored_bytes, len(owners)).tolist()
         for group, count, total in zip(groups.tolist(), blocks, nbytes, strict=True):
             self.owners.note(group, count, int(total))
-
-    # ---- order ------------------------------------------------------------------------
-
-    def touch(self, keys: Sequence[BlockKey]) -> None:
-        """See :meth:`storage.index.index.BlockIndex.touch`."""
-        self._index.touch(keys)
-
-    def refresh(self, keys: Sequence[BlockKey]) -> None:
-        """See :meth:`storage.index.index.BlockIndex.refresh`."""
-        self._index.refresh(keys)
-
-    def victims(self, is_idle: IsIdle) -> Iterator[BlockKey]:
-        """See :meth:`storage.index.index.BlockIndex.victims`."""
-        return self._index.victims(is_idle)
 
     def quota_victim(self, group: int, nbytes: int, is_idle: IsIdle) -> BlockKey | None:
         """Who has to go before owner ``group`` may have ``nbytes`` more; None: nobody has to.
@@ -142,14 +125,10 @@ class HeldBlocks:
         groups = self.owners.over_quota(group, nbytes)
         if groups is None:
             return None
-        victim = next(self._index.victims(is_idle, groups), None)
+        victim = next(self.index.victims(is_idle, groups), None)
         if victim is None:
             raise TierFull(f"a quota leaves no room for {nbytes} bytes")
         return victim
-
-    def between(self, first: int, last: int) -> list[BlockKey]:
-        """All that lie in places of [first, last)."""
-        return self._index.between(first, last)
 
     # ---- bulk drop ----------------------------------------------------------------------
 
@@ -164,7 +143,7 @@ class HeldBlocks:
         if not self._dropped:
             return []
         if not self._reclaimable:
-            self._reclaimable = self._index.of_groups(self._dropped)
+            self._reclaimable = self.index.of_groups(self._dropped)
             if not self._reclaimable:
                 self._dropped.clear()
         part = self._reclaimable[-RECLAIM_BLOCKS:]

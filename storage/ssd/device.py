@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,8 @@ from storage.ssd.notes import FolderNotes
 from storage.ssd.slab import Slab, Written, slots_within
 from storage.ssd.slab_records import apply_drops
 from storage.ssd.slab_table import owner_number
-from storage.tiers.io_threads import IoThreads
+from storage.tiers.io_threads import CLOSE_TIMEOUT_S, IoThreads
 from storage.tiers.operation import Operation
-from storage.tiers.queued_tier import CLOSE_TIMEOUT_S
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +41,19 @@ SPARE_PART = 0.01
 """Of a disk's free space, for the file system's own needs."""
 
 
-class SsdDevice:
-    """Slabs in one folder, up to ``capacity_bytes`` or what the disk has room for.
+class DeviceOptions(NamedTuple):
+    """What every disk of a tier gets."""
 
-    On a disk shared with others, ``min_free_bytes`` stay free: below that nothing grows, and
-    the owner is told to give a slab back.
+    capacity_bytes: int
+    min_free_bytes: int
+    """Stay free on the disk, whoever else fills it."""
+    threads: int
+    """Readers; half as many writers."""
+
+
+class SsdDevice:
+    """Slabs in one folder, up to the capacity or what the disk has room for. Where less than
+    the minimum is free nothing grows, and the owner is told to give a slab back.
 
     Slots are given out, and health is judged, by the owner's thread. ``hand_back`` is called
     from an I/O thread with each write that is durable or failed. Raises
@@ -53,12 +61,7 @@ class SsdDevice:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        capacity_bytes: int,
-        min_free_bytes: int,
-        threads: int,
-        hand_back: Callable[[Operation], None],
+        self, folder: Path, options: DeviceOptions, hand_back: Callable[[Operation], None]
     ) -> None:
         self.path = folder
         self.is_failed = False
@@ -71,8 +74,8 @@ class SsdDevice:
         """Owners that the folder has noted, with their numbers in tables."""
         self._owners_lock = threading.Lock()
         self._hand_back = hand_back
-        self._min_free_bytes = min_free_bytes
-        self._capacity_bytes = capacity_bytes
+        self._min_free_bytes = options.min_free_bytes
+        self._capacity_bytes = options.capacity_bytes
         try:
             self._folder = SsdFolder(folder)
             try:
@@ -85,8 +88,8 @@ class SsdDevice:
         self._slab_bytes = self.capacity_bytes // SLABS_PER_DEVICE
         self._next_number = max(self.slabs, default=-1) + 1
         # writes sync, and so take long: with threads of their own they do not delay reads
-        self.readers = IoThreads(f"read {folder}", threads)
-        self.writers = IoThreads(f"write {folder}", max(1, threads // 2))
+        self.readers = IoThreads(f"read {folder}", options.threads)
+        self.writers = IoThreads(f"write {folder}", max(1, options.threads // 2))
         self._syncers = IoThreads(f"sync {folder}", SYNC_THREADS)
 
     # ---- start and end --------------------------------------------------------------

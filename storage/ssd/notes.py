@@ -36,7 +36,12 @@ class Counters(msgspec.Struct, frozen=True):
 
     at_ms: int
     process: int
-    stats: TierStats
+    stats: dict[str, object]
+    """Of all parts of its TierStats, by name."""
+
+    def part(self, kind: type[T]) -> T:
+        """One part, such as RoomStats."""
+        return msgspec.convert(self.stats, kind)
 
 
 class FolderNotes:
@@ -70,7 +75,14 @@ class FolderNotes:
 
     def note_counters(self, stats: TierStats) -> None:
         """Seen as a whole or not at all; not durable."""
-        counters = Counters(time.time_ns() // 1_000_000, os.getpid(), stats)
+        parts = (stats.room, stats.io, stats.devices, stats.packs)
+        named = {
+            name: value
+            for part in parts
+            if part is not None
+            for name, value in msgspec.structs.asdict(part).items()
+        }
+        counters = Counters(time.time_ns() // 1_000_000, os.getpid(), named)
         temporary = self._counters.with_suffix(".new")
         temporary.write_bytes(msgspec.json.encode(counters))
         temporary.rename(self._counters)

@@ -19,6 +19,7 @@ from typing import Protocol
 import msgspec
 
 from common.block import UNLABELLED, BlockKey, BlockLabel, TierName
+from common.messages import Holding
 from common.samples import Latencies
 from storage.index.owners import Selector
 
@@ -74,19 +75,23 @@ class Completion(msgspec.Struct, frozen=True):
     """Of a block that was read."""
 
 
-class HoldingChange(msgspec.Struct, frozen=True):
-    """A tier gained (durably) or lost a block."""
-
-    key: BlockKey
-    held: bool
-
-
-class TierStats(msgspec.Struct):
-    """Counters and gauges; every one becomes a metric."""
+class RoomStats(msgspec.Struct):
+    """What a tier holds, may hold, and has let go."""
 
     capacity_bytes: int = 0
+    """0: not bounded."""
     used_bytes: int = 0
     blocks: int = 0
+    evictions_total: dict[EvictionCause, int] = {}
+
+    @property
+    def evicted_blocks_total(self) -> int:
+        return sum(self.evictions_total.values())
+
+
+class IoStats(msgspec.Struct):
+    """Reads and writes: under way, ended, and how."""
+
     read_queue_bytes: int = 0
     """Promised to be read and not read yet."""
     write_queue_bytes: int = 0
@@ -98,7 +103,6 @@ class TierStats(msgspec.Struct):
     missing_blocks_total: int = 0
     other_version_blocks_total: int = 0
     """Missing because they have another format version."""
-    evictions_total: dict[EvictionCause, int] = {}
     hits_total: int = 0
     """Blocks that were read, whole."""
     reads_in_flight: int = 0
@@ -109,29 +113,41 @@ class TierStats(msgspec.Struct):
     read_latency: Latencies = msgspec.field(default_factory=Latencies)
     """From submission to the end, of blocks read whole."""
     write_latency: Latencies = msgspec.field(default_factory=Latencies)
+
+    def snapshot(self) -> IoStats:
+        """A copy that later counting does not change."""
+        return msgspec.structs.replace(
+            self, read_latency=self.read_latency.copy(), write_latency=self.write_latency.copy()
+        )
+
+
+class DeviceStats(msgspec.Struct):
+    """The disks of a tier."""
+
     devices: int = 0
-    """Disks of the tier that are in use."""
+    """In use."""
     failed_devices: int = 0
-    """Disks that were taken out, with all that they held."""
+    """Taken out, with all that they held."""
+
+
+class PackStats(msgspec.Struct):
+    """The objects of a remote tier."""
+
     packs: int = 0
-    """Objects of a remote tier that are known."""
+    """That are known."""
     unreadable_packs_total: int = 0
     """Damaged beyond use, or of another format version."""
     hedged_reads_total: int = 0
     """Asked for a second time because the first answer was late."""
 
-    @property
-    def evicted_blocks_total(self) -> int:
-        return sum(self.evictions_total.values())
 
-    def snapshot(self) -> TierStats:
-        """A copy that later counting does not change."""
-        return msgspec.structs.replace(
-            self,
-            evictions_total=dict(self.evictions_total),
-            read_latency=self.read_latency.copy(),
-            write_latency=self.write_latency.copy(),
-        )
+class TierStats(msgspec.Struct):
+    """Counters and gauges, of what a tier has; every one becomes a metric."""
+
+    room: RoomStats = msgspec.field(default_factory=RoomStats)
+    io: IoStats = msgspec.field(default_factory=IoStats)
+    devices: DeviceStats | None = None
+    packs: PackStats | None = None
 
 
 class Tier(Protocol):
@@ -156,8 +172,8 @@ class Tier(Protocol):
     def poll(self) -> list[Completion]:
         """Completions since the last call, without waiting."""
 
-    def take_changes(self) -> list[HoldingChange]:
-        """Holdings gained or lost since the last call (eviction, corruption, writes)."""
+    def take_changes(self) -> list[Holding]:
+        """Blocks gained (durably) or lost since the last call (eviction, corruption, writes)."""
 
     def drop(self, selector: Selector) -> None:
         """From now on the blocks of these owners are not here; their room comes back bit by

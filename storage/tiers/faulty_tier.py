@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from common.block import BlockKey
+from common.messages import Holding
 from storage.index.owners import Selector
 from storage.tiers.contract import (
     BlockCorrupt,
     BlockIO,
     Completion,
-    HoldingChange,
     Tier,
     TierFull,
     TierStats,
@@ -62,7 +62,7 @@ class FaultyTier:
         completions, self._completions = self._completions, []
         return completions + self.inner.poll()
 
-    def take_changes(self) -> list[HoldingChange]:
+    def take_changes(self) -> list[Holding]:
         return self.inner.take_changes()
 
     def drop(self, selector: Selector) -> None:

@@ -9,6 +9,9 @@ from collections.abc import Callable
 
 Work = Callable[[], None]
 
+CLOSE_TIMEOUT_S = 3.0
+"""For the calls that run when a tier closes."""
+
 SWITCH_INTERVAL_S = 5e-4
 """For ``sys.setswitchinterval`` in a process with such threads: with Python's 5 ms, an I/O
 thread that comes back from a call waits so long for each busy Python thread."""
@@ -51,10 +54,3 @@ class IoThreads:
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:
             work()
-
-
-class CallerThread:
-    """Runs work at once, where it is submitted: for tiers whose calls do not block."""
-
-    def submit(self, work: Work) -> None:
-        work()

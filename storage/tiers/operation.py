@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from enum import Enum
 
 import numpy as np
@@ -50,6 +51,15 @@ class Operation:
         self._given_up = False
         self._finished = False
         self._lock = threading.Lock()
+
+    def run(self, work: Callable[[Operation], None]) -> None:
+        """Have ``work`` done in the calling thread; how long it took and its error are noted."""
+        start = self.started_s = time.monotonic()
+        try:
+            work(self)
+        except Exception as error:  # whatever a file system raises ends this block alone
+            self.error = error
+        self.seconds = time.monotonic() - start
 
     @property
     def buffer(self) -> memoryview:

@@ -12,6 +12,7 @@ from storage.block_format import MAGIC, VERSION
 from storage.ssd.folder import FolderState
 from storage.ssd.notes import FolderNotes
 from storage.ssd.slab import Slab
+from storage.tiers.contract import DeviceStats, IoStats, RoomStats
 from storage.tools.finding import Finding, Findings, Verdict
 
 HEADERS_MAX = 20_000
@@ -92,29 +93,30 @@ def _counters(notes: FolderNotes) -> Findings:
     if counters is None:
         yield Finding("counters", Verdict.GOOD, "no tier has noted any yet")
         return
-    stats = counters.stats
-    used = f"{format_size(stats.used_bytes)} of {format_size(stats.capacity_bytes)}"
-    by_cause = Counter({cause.value: count for cause, count in stats.evictions_total.items()})
+    room, io = counters.part(RoomStats), counters.part(IoStats)
+    used = f"{format_size(room.used_bytes)} of {format_size(room.capacity_bytes)}"
+    by_cause = Counter({cause.value: count for cause, count in room.evictions_total.items()})
     evicted = ", ".join(f"{count} for {cause}" for cause, count in by_cause.most_common())
-    is_full = stats.used_bytes > 0.98 * stats.capacity_bytes
+    is_full = room.used_bytes > 0.98 * room.capacity_bytes
     yield Finding(
         "capacity",
-        Verdict.DOUBTFUL if is_full and stats.evictions_total else Verdict.GOOD,
+        Verdict.DOUBTFUL if is_full and room.evictions_total else Verdict.GOOD,
         f"{used} used when process {counters.process} last said; evicted: {evicted or 'none'}",
         "full: what was used least goes for what is new; more --ssd-bytes would keep more"
-        if is_full and stats.evictions_total
+        if is_full and room.evictions_total
         else "",
     )
-    if stats.hits_total == 0 and stats.write_bytes_total:
-        found = f"{stats.write_bytes_total} bytes were written and no block was read"
+    if io.hits_total == 0 and io.write_bytes_total:
+        found = f"{io.write_bytes_total} bytes were written and no block was read"
         advice = "do prompts repeat, and with the same cache_salt? See `stats` for the owners"
         yield Finding("hits", Verdict.DOUBTFUL, found, advice)
     else:
-        yield Finding("hits", Verdict.GOOD, f"{stats.hits_total} blocks were read whole")
-    failures = stats.corrupt_blocks_total + stats.write_errors_total
-    if stats.failed_devices or failures:
+        yield Finding("hits", Verdict.GOOD, f"{io.hits_total} blocks were read whole")
+    failures = io.corrupt_blocks_total + io.write_errors_total
+    failed_devices = counters.part(DeviceStats).failed_devices
+    if failed_devices or failures:
         found = (
-            f"{stats.failed_devices} disks taken out, {stats.corrupt_blocks_total} damaged blocks, "
-            f"{stats.write_errors_total} failed writes"
+            f"{failed_devices} disks taken out, {io.corrupt_blocks_total} damaged blocks, "
+            f"{io.write_errors_total} failed writes"
         )
         yield Finding("errors", Verdict.BAD, found, "look at the agent's log and at the disk")

@@ -25,13 +25,13 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_tier_is_read_and_overwritten(tmp_path: Path) -> None:
     load = SsdLoad(tmp_path / "ssd", BLOCK_BYTES, 2 * DEPTH, Memory(DEPTH * BLOCK_BYTES))
     before = load.tier.stats()
-    assert before.blocks == 2 * DEPTH and before.evicted_blocks_total == 0
+    assert before.room.blocks == 2 * DEPTH and before.room.evicted_blocks_total == 0
     assert load.read() > 0 and load.write() > 0
     with busy_thread():
         assert load.read() > 0
     after = load.tier.stats()
-    assert after.read_bytes_total > 0 and after.read_errors_total == 0
-    assert after.evicted_blocks_total > 0
+    assert after.io.read_bytes_total > 0 and after.io.read_errors_total == 0
+    assert after.room.evicted_blocks_total > 0
     load.tier.close()
 
 

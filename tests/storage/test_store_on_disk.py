@@ -12,11 +12,12 @@ import pytest
 
 from common.block import BlockKey, TierName
 from common.ids import PlanId
+from common.messages import Holding
 from storage.block_format import HEADER_BYTES
 from storage.remote.tier import RemoteTier
 from storage.slot_pool import SlotPool
 from storage.ssd.tier import SsdTier
-from storage.store_events import HoldingChanged, ShareSettled, StoreEvent
+from storage.store_events import ShareSettled, StoreEvent
 from storage.tiered_store import TieredStore
 from tests.storage.conftest import QUICK, key_of, payload_of
 from tests.storage.remote import pack_files
@@ -72,7 +73,7 @@ def _fill(root: Path) -> None:
     for start in range(0, len(KEYS), 6):
         node.persist(KEYS[start : start + 6])
         while node.store.stats().persisting_blocks:
-            node.run_until(1, HoldingChanged)
+            node.run_until(1, Holding)
     assert node.store.stats().durable_blocks == len(KEYS)
     node.store.close()
 
@@ -89,7 +90,7 @@ def test_blocks_come_from_ssd_then_remote_then_ssd_again(tmp_path: Path) -> None
     node = Node(tmp_path)
     assert node.read(1, KEYS[:6]).read_bytes == {TierName.REMOTE: 6 * NBYTES}
     while node.store.stats().persisting_blocks:
-        node.run_until(1, HoldingChanged)
+        node.run_until(1, Holding)
     assert node.read(2, KEYS[6:14]).read_bytes == {TierName.REMOTE: 8 * NBYTES}
     assert node.read(3, KEYS[:6]).read_bytes == {TierName.SSD: 6 * NBYTES}
     node.store.close()
@@ -103,7 +104,7 @@ def test_a_slow_ssd_costs_deadlines_while_the_rest_goes_on(
     node = Node(tmp_path)
     node.read(1, KEYS[:3])
     while node.store.stats().persisting_blocks:
-        node.run_until(1, HoldingChanged)
+        node.run_until(1, Holding)
     node.store.close()
     node = Node(tmp_path)  # with three blocks on SSD
     with monkeypatch.context() as patched:
@@ -127,9 +128,9 @@ def test_damage_on_ssd_is_healed_from_remote(tmp_path: Path) -> None:
     node = Node(tmp_path)
     event = node.read(1, KEYS[:6])
     assert event.in_dram == [True] * 6 and event.read_bytes == {TierName.REMOTE: 6 * NBYTES}
-    assert node.store.stats().tiers[TierName.SSD].corrupt_blocks_total == 6
+    assert node.store.stats().tiers[TierName.SSD].io.corrupt_blocks_total == 6
     while node.store.stats().persisting_blocks:
-        node.run_until(1, HoldingChanged)
+        node.run_until(1, Holding)
     node.read(2, KEYS[6:14])
     assert node.read(3, KEYS[:6]).read_bytes == {TierName.SSD: 6 * NBYTES}
     node.store.close()
@@ -145,7 +146,7 @@ def test_damage_everywhere_is_a_miss_of_that_block_alone(tmp_path: Path) -> None
     assert node.store.stats().unavailable_blocks_total == 1
     node.persist([KEYS[2]])
     while node.store.stats().persisting_blocks:
-        node.run_until(1, HoldingChanged)
+        node.run_until(1, Holding)
     node.store.close()
     node = Node(tmp_path)
     assert node.read(1, KEYS[:6]).in_dram == [True] * 6

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from common.ids import PlanId
+from common.messages import Holding
 from storage.slot_pool import SlotPool
-from storage.store_events import HoldingChanged, ShareSettled
+from storage.store_events import ShareSettled
 from storage.tiered_store import TieredStore
 from storage.tiers.contract import BlockIO
 from storage.tiers.memory_tier import MemoryTier
@@ -38,11 +39,11 @@ def test_a_resident_block_is_never_read() -> None:
     bench.admit(1, [A, B])
     bench.admit(2, [B, A])
     assert bench.settled[2].in_dram == [True, True] and bench.settled[2].read_bytes == {}
-    assert bench.ssd_memory.stats().read_bytes_total == 2 * NBYTES
+    assert bench.ssd_memory.stats().io.read_bytes_total == 2 * NBYTES
     bench.store.release(PlanId(1))
     bench.store.release(PlanId(2))
     bench.admit(3, [A])
-    assert bench.ssd_memory.stats().read_bytes_total == 2 * NBYTES
+    assert bench.ssd_memory.stats().io.read_bytes_total == 2 * NBYTES
 
 
 def test_plans_share_a_read_in_flight() -> None:
@@ -57,7 +58,7 @@ def test_plans_share_a_read_in_flight() -> None:
     bench.poll()
     assert bench.settled.keys() == {2}
     assert bench.settled[2].read_bytes == {SSD: 2 * NBYTES}, "the first that still waited"
-    assert bench.ssd_memory.stats().read_bytes_total == 3 * NBYTES
+    assert bench.ssd_memory.stats().io.read_bytes_total == 3 * NBYTES
     assert bench.store.is_resident([A, B, C]) == [True] * 3
     assert bench.store.stats().slots_available == 2, "the released plan's block is evictable"
 
@@ -237,7 +238,7 @@ def test_what_is_on_ssd_at_start_is_held() -> None:
     ssd.poll()
     ssd.take_changes()
     store = TieredStore(SlotPool(memoryview(bytearray(8192)), NBYTES), ssd, None)
-    assert store.holdings() == [HoldingChanged(A, SSD, True)]
+    assert store.holdings() == [Holding(A, SSD, True)]
     assert store.poll(0.0) == [] and store.stats().durable_blocks == 1
     with pytest.raises(KeyError):
         store.offset(A)

@@ -10,9 +10,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from common.block import BlockKey, TierName
 from common.ids import PlanId
+from common.messages import Holding
 from storage.block_format import HEADER_BYTES, encode_header
 from storage.slot_pool import SlotPool
-from storage.store_events import HoldingChanged, ShareSettled
+from storage.store_events import ShareSettled
 from storage.tiered_store import TieredStore
 from storage.tiers.contract import BlockIO, Completion
 from storage.tiers.faulty_tier import FaultyTier
@@ -160,7 +161,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
         self.pinned[event.plan] = here
         self.held_until[event.plan] = self.now + HOLD_S
 
-    def _changed(self, event: HoldingChanged) -> None:
+    def _changed(self, event: Holding) -> None:
         entry = (event.key, event.tier)
         assert (entry in self.announced) != event.held, "announced twice"
         (self.announced.add if event.held else self.announced.discard)(entry)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 from common.ids import Incarnation
 from common.messages import AgentStatus, Announcement, Holding, Message
-from storage.store_events import HoldingChanged
 
 FLUSH_AFTER_S = 0.005
 """Changes are announced together, at most so long after the first of them."""
@@ -33,21 +32,20 @@ class Announcer:
         self._last_status: AgentStatus | None = None
         self._status_due = 0.0
 
-    def subscribe(self, identity: bytes, holdings: Sequence[HoldingChanged]) -> None:
+    def subscribe(self, identity: bytes, holdings: Sequence[Holding]) -> None:
         """Begin, or begin anew, with everything that is held now."""
         self._flush()
         self._next_sequence[identity] = 0
-        snapshot = [Holding(h.key, h.tier, h.held) for h in holdings]
-        self._announce(identity, snapshot[:CHANGES_MAX])
-        for start in range(CHANGES_MAX, len(snapshot), CHANGES_MAX):
-            self._announce(identity, snapshot[start : start + CHANGES_MAX])
+        self._announce(identity, list(holdings[:CHANGES_MAX]))
+        for start in range(CHANGES_MAX, len(holdings), CHANGES_MAX):
+            self._announce(identity, list(holdings[start : start + CHANGES_MAX]))
         self._last_status = None
 
-    def note(self, change: HoldingChanged) -> None:
+    def note(self, change: Holding) -> None:
         """A holding has changed."""
         if not self._pending:
             asyncio.get_running_loop().call_later(FLUSH_AFTER_S, self._flush)
-        self._pending.append(Holding(change.key, change.tier, change.held))
+        self._pending.append(change)
 
     def status(self, status: AgentStatus) -> None:
         """Tell the present status, unless it is known and was told less than a second ago."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from common.block import TierName
 from common.samples import Sample, histogram, sample
 from storage.store_events import StoreStats
-from storage.tiers.contract import EvictionCause, TierStats
+from storage.tiers.contract import EvictionCause, IoStats, RoomStats, TierStats
 
 
 class AgentCounters:
@@ -53,13 +52,6 @@ def store_samples(stats: StoreStats) -> Iterator[Sample]:
         yield sample("agent_read_bytes_per_second", bytes_per_s, tier=tier.value)
         yield sample("agent_read_queue_seconds", queue_s, tier=tier.value)
         yield from _tier_samples(tier.value, of_tier)
-    if (ssd := stats.tiers.get(TierName.SSD)) is not None:
-        yield sample("agent_ssd_devices", ssd.devices, state="used")
-        yield sample("agent_ssd_devices", ssd.failed_devices, state="failed")
-    if (remote := stats.tiers.get(TierName.REMOTE)) is not None:
-        yield sample("agent_remote_packs", remote.packs)
-        yield sample("agent_remote_unreadable_packs_total", remote.unreadable_packs_total)
-        yield sample("agent_remote_hedged_reads_total", remote.hedged_reads_total)
 
 
 def _plan_samples(stats: StoreStats) -> list[Sample]:
@@ -95,29 +87,46 @@ def _dram_samples(stats: StoreStats) -> list[Sample]:
     ]
 
 
-def _tier_samples(tier: str, stats: TierStats) -> list[Sample]:
-    """What every tier below DRAM counts."""
-    evicted = stats.evictions_total
+def _tier_samples(tier: str, stats: TierStats) -> Iterator[Sample]:
+    """What a tier below DRAM counts."""
+    yield from _room_samples(tier, stats.room)
+    yield from _io_samples(tier, stats.io)
+    if (disks := stats.devices) is not None:
+        yield sample("agent_ssd_devices", disks.devices, state="used")
+        yield sample("agent_ssd_devices", disks.failed_devices, state="failed")
+    if (packs := stats.packs) is not None:
+        yield sample("agent_remote_packs", packs.packs)
+        yield sample("agent_remote_unreadable_packs_total", packs.unreadable_packs_total)
+        yield sample("agent_remote_hedged_reads_total", packs.hedged_reads_total)
+
+
+def _room_samples(tier: str, room: RoomStats) -> list[Sample]:
+    evicted = room.evictions_total
     return [
-        sample("agent_tier_bytes", stats.used_bytes, tier=tier),
-        sample("agent_tier_capacity_bytes", stats.capacity_bytes, tier=tier),
-        sample("agent_tier_blocks", stats.blocks, tier=tier),
-        sample("agent_tier_write_queue_bytes", stats.write_queue_bytes, tier=tier),
-        sample("agent_tier_blocks_in_flight", stats.reads_in_flight, tier=tier, kind="read"),
-        sample("agent_tier_blocks_in_flight", stats.writes_in_flight, tier=tier, kind="write"),
-        sample("agent_tier_hits_total", stats.hits_total, tier=tier),
-        sample("agent_storage_read_bytes_total", stats.read_bytes_total, tier=tier),
-        sample("agent_storage_write_bytes_total", stats.write_bytes_total, tier=tier),
-        sample("agent_storage_read_errors_total", stats.read_errors_total, tier=tier),
-        sample("agent_storage_write_errors_total", stats.write_errors_total, tier=tier),
-        sample("agent_storage_retries_total", stats.retries_total, tier=tier),
-        sample("agent_corrupt_blocks_total", stats.corrupt_blocks_total, tier=tier),
-        sample("agent_missing_blocks_total", stats.missing_blocks_total, tier=tier),
-        sample("agent_other_version_blocks_total", stats.other_version_blocks_total, tier=tier),
-        histogram("agent_storage_read_seconds", stats.read_latency, tier=tier),
-        histogram("agent_storage_write_seconds", stats.write_latency, tier=tier),
+        sample("agent_tier_bytes", room.used_bytes, tier=tier),
+        sample("agent_tier_capacity_bytes", room.capacity_bytes, tier=tier),
+        sample("agent_tier_blocks", room.blocks, tier=tier),
         *(
             sample("agent_evicted_blocks_total", evicted.get(c, 0), tier=tier, cause=c.value)
             for c in EvictionCause
         ),
+    ]
+
+
+def _io_samples(tier: str, io: IoStats) -> list[Sample]:
+    return [
+        sample("agent_tier_write_queue_bytes", io.write_queue_bytes, tier=tier),
+        sample("agent_tier_blocks_in_flight", io.reads_in_flight, tier=tier, kind="read"),
+        sample("agent_tier_blocks_in_flight", io.writes_in_flight, tier=tier, kind="write"),
+        sample("agent_tier_hits_total", io.hits_total, tier=tier),
+        sample("agent_storage_read_bytes_total", io.read_bytes_total, tier=tier),
+        sample("agent_storage_write_bytes_total", io.write_bytes_total, tier=tier),
+        sample("agent_storage_read_errors_total", io.read_errors_total, tier=tier),
+        sample("agent_storage_write_errors_total", io.write_errors_total, tier=tier),
+        sample("agent_storage_retries_total", io.retries_total, tier=tier),
+        sample("agent_corrupt_blocks_total", io.corrupt_blocks_total, tier=tier),
+        sample("agent_missing_blocks_total", io.missing_blocks_total, tier=tier),
+        sample("agent_other_version_blocks_total", io.other_version_blocks_total, tier=tier),
+        histogram("agent_storage_read_seconds", io.read_latency, tier=tier),
+        histogram("agent_storage_write_seconds", io.write_latency, tier=tier),
     ]

@@ -18,6 +18,7 @@ from common.ids import NO_JOB, PlanId
 from common.messages import (
     CancelJob,
     Deliver,
+    Holding,
     JobEnded,
     MalformedMessage,
     PullBlocks,
@@ -28,7 +29,7 @@ from common.messages import (
     UnknownEngine,
 )
 from storage.slot_pool import SlotPool
-from storage.store_events import HoldingChanged, StoreStats
+from storage.store_events import StoreStats
 from storage.tiered_store import TieredStore
 from transfer.agent.engines import BadRegistration, Engine, Engines
 from transfer.agent.jobs.deliver_jobs import DeliverJobs
@@ -72,7 +73,7 @@ class Unserved:
     def heard(self, client: bytes) -> None:
         """Of no engine."""
 
-    def holdings(self) -> Sequence[HoldingChanged]:
+    def holdings(self) -> Sequence[Holding]:
         return ()
 
     def read_share(self, client: bytes, message: ReadShare) -> None:
@@ -214,7 +215,7 @@ class Serving:
 
     # ---- the store ----------------------------------------------------------------------
 
-    def holdings(self) -> Sequence[HoldingChanged]:
+    def holdings(self) -> Sequence[Holding]:
         """Everything held now."""
         return self._store.holdings()
 
@@ -227,7 +228,7 @@ class Serving:
     def poll(self) -> None:
         """Act on what the store has to tell."""
         for event in self._store.poll(time.monotonic()):
-            if isinstance(event, HoldingChanged):
+            if isinstance(event, Holding):
                 self._resources.announcer.note(event)
             else:
                 self._shares.settled(event)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from fsspec.core import url_to_fs
 from fsspec.spec import AbstractFileSystem
@@ -27,7 +26,7 @@ class FsspecStore:
         self._visible_as_a_whole = bool(protocols & _VISIBLE_AS_A_WHOLE)
 
     @classmethod
-    def open(cls, url: str, options: dict[str, Any]) -> FsspecStore:
+    def open(cls, url: str, options: Mapping[str, object]) -> FsspecStore:
         """Raises :class:`RemoteUnusable`."""
         if url.partition("://")[0] in ("file", "local"):
             options = {"auto_mkdir": True, **options}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from storage.remote.objects.fsspec_store import FsspecStore
 from storage.remote.objects.object_store import ObjectStore, RemoteUnusable
@@ -18,7 +17,7 @@ OLD_FOLDER = "blocks"
 
 
 def open_store(
-    url: str, options: dict[str, Any], timeout_s: float, read_only: bool = False
+    url: str, options: Mapping[str, object], timeout_s: float, read_only: bool = False
 ) -> ObjectStore:
     """The store at a URL, once it has been seen to work: unless ``read_only``, by writing to it.
     Raises :class:`RemoteUnusable`."""

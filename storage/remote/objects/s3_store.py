@@ -9,14 +9,18 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 from storage.block_format import Buffer
 from storage.remote.objects.object_store import RemoteUnusable, StoredObject
+
+if TYPE_CHECKING:
+    from obstore.store import S3Credential
+    from obstore.store import S3Store as Bucket
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +40,7 @@ _OF_NO_MEANING = {
 class S3Store:
     """One bucket's objects below a prefix. Nothing is tried twice here: the caller does."""
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Bucket) -> None:
         self._store = store
 
     def read(self, path: str, start: int, nbytes: int) -> Buffer:
@@ -59,7 +63,9 @@ class S3Store:
             return
         everything = itertools.chain(head, source)
         obstore.put(
-            *(self._store, path, everything),
+            self._store,
+            path,
+            everything,
             use_multipart=True,
             chunk_size=PART_BYTES,
             max_concurrency=1,
@@ -102,7 +108,7 @@ def _first_bytes(source: Iterator[Buffer], nbytes: int) -> list[Buffer]:
     return head
 
 
-def open_s3(url: str, options: dict[str, Any], timeout_s: float) -> S3Store | None:
+def open_s3(url: str, options: Mapping[str, object], timeout_s: float) -> S3Store | None:
     """None if the URL, or an option, is not for this way. Raises :class:`RemoteUnusable`."""
     parts = urlsplit(url)
     if parts.scheme not in ("s3", "s3a"):
@@ -141,21 +147,21 @@ def open_s3(url: str, options: dict[str, Any], timeout_s: float) -> S3Store | No
 class S3Settings:
     """s3fs's options in obstore's words; ``unknown`` are those that have none."""
 
-    def __init__(self, bucket: str, options: dict[str, Any]) -> None:
-        client = dict(options.pop("client_kwargs", None) or {})
-        config = dict(options.pop("config_kwargs", None) or {})
-        s3 = dict(config.pop("s3", None) or {})
+    def __init__(self, bucket: str, options: dict[str, object]) -> None:
+        client = _pop_mapping(options, "client_kwargs")
+        config = _pop_mapping(options, "config_kwargs")
+        s3 = _pop_mapping(config, "s3")
         for name in _OF_NO_MEANING:
             options.pop(name, None)
-        self.config: dict[str, Any] = {}
-        self.client: dict[str, Any] = {}
-        self.credentials: Any = None
-        profile = options.pop("profile", None)
-        endpoint = client.pop("endpoint_url", None)
-        endpoint = options.pop("endpoint_url", None) or endpoint or _environment_endpoint()
+        self.config: dict[str, object] = {}
+        self.client: dict[str, object] = {}
+        self.credentials: Callable[[], S3Credential] | None = None
+        profile = _pop_text(options, "profile")
+        of_client = _pop_text(client, "endpoint_url")
+        endpoint = _pop_text(options, "endpoint_url") or of_client or _environment_endpoint()
         self._set_credentials(options, client, profile)
-        self._set_region(client.pop("region_name", None), profile)
-        self._set_endpoint(bucket, endpoint, s3.pop("addressing_style", "auto"))
+        self._set_region(_pop_text(client, "region_name"), profile)
+        self._set_endpoint(bucket, endpoint, _pop_text(s3, "addressing_style") or "auto")
         self._set_trust(client.pop("verify", None))
         if config.get("signature_version") in ("s3v4", None):
             config.pop("signature_version", None)
@@ -163,7 +169,7 @@ class S3Settings:
         self.unknown = sorted([*options, *client, *config, *s3])
 
     def _set_credentials(
-        self, options: dict[str, Any], client: dict[str, Any], profile: str | None
+        self, options: dict[str, object], client: dict[str, object], profile: str | None
     ) -> None:
         names = {
             "access_key_id": ("key", "username", "aws_access_key_id"),
@@ -198,7 +204,7 @@ class S3Settings:
         self.config["endpoint"] = endpoint
         self.client["allow_http"] = endpoint.startswith("http://")
 
-    def _set_trust(self, verify: bool | str | None) -> None:
+    def _set_trust(self, verify: object) -> None:
         """A private certificate authority, as botocore takes it."""
         if verify is False:
             self.client["allow_invalid_certificates"] = True
@@ -208,19 +214,56 @@ class S3Settings:
             self.client["root_certificate"] = Path(bundle).read_bytes()
 
 
+def _pop_mapping(options: dict[str, object], name: str) -> dict[str, object]:
+    """Options within an option; what is none stays, and counts as unknown."""
+    value = options.get(name) or {}
+    if not isinstance(value, Mapping):
+        return {}
+    options.pop(name, None)
+    return dict(value)
+
+
+def _pop_text(options: dict[str, object], name: str) -> str | None:
+    value = options.pop(name, None)
+    return str(value) if value else None
+
+
+class _FrozenCredentials(Protocol):
+    """What we read of botocore's ReadOnlyCredentials, ..."""
+
+    access_key: str
+    secret_key: str
+    token: str | None
+
+
+class _Credentials(Protocol):
+    """... of its Credentials, ..."""
+
+    def get_frozen_credentials(self) -> _FrozenCredentials: ...
+
+
+class _Session(Protocol):
+    """... and of its Session."""
+
+    def get_config_variable(self, name: str) -> str | None: ...
+
+    def get_credentials(self) -> _Credentials | None: ...
+
+
 def _environment_endpoint() -> str | None:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
-def _botocore_session(profile: str | None) -> Any:
+def _botocore_session(profile: str | None) -> _Session | None:
     try:
         from botocore.session import Session
     except ImportError:
         return None
-    return Session(profile=profile)
+    session: _Session = Session(profile=profile)
+    return session
 
 
-def _botocore_credentials(profile: str | None) -> Any:
+def _botocore_credentials(profile: str | None) -> Callable[[], S3Credential] | None:
     """What finds them where s3fs would: environment, files, SSO, roles, instance metadata.
 
     None where botocore is missing or finds nothing: obstore then looks for itself.
@@ -230,7 +273,7 @@ def _botocore_credentials(profile: str | None) -> Any:
     if found is None:
         return None
 
-    def provide() -> dict[str, Any]:
+    def provide() -> S3Credential:
         frozen = found.get_frozen_credentials()  # renewed by botocore when they expire
         return {
             "access_key_id": frozen.access_key,

@@ -10,7 +10,7 @@ import pytest
 from common.block import TierName, tenant_digest
 from storage.block_format import HEADER_BYTES
 from storage.index.owners import BadSelector, Quota, Selector
-from storage.ssd import tier as ssd_tier
+from storage.ssd import backend as ssd_backend
 from storage.ssd.notes import FolderNotes
 from storage.ssd.slab import slot_bytes_for
 from storage.ssd.tier import SsdTier
@@ -24,7 +24,7 @@ SLOT_BYTES = slot_bytes_for(BLOCK_BYTES)
 
 
 def reclaimed(tier: Tier) -> None:
-    settle(tier, lambda: tier.stats().blocks == len(tier.keys()))
+    settle(tier, lambda: tier.stats().room.blocks == len(tier.keys()))
 
 
 @pytest.mark.parametrize("kind", ["memory", "ssd"])
@@ -41,7 +41,7 @@ def test_a_full_quota_takes_from_its_own_tenant(kind: str, tmp_path: Path) -> No
     assert held(tier) == {0, 1, 2, 12, 13, 14}
     write_as(tier, label(ANN), 3)
     assert held(tier) == {1, 2, 3, 12, 13, 14}
-    assert tier.stats().evictions_total == {EvictionCause.QUOTA: 3}
+    assert tier.stats().room.evictions_total == {EvictionCause.QUOTA: 3}
     tier.close()
 
 
@@ -85,7 +85,20 @@ def test_what_is_being_written_is_dropped_too(tmp_path: Path) -> None:
     tier.submit_writes([BlockIO(key, memoryview(payload_of(key)), label(ANN))])
     tier.drop(Selector.parse("tenant:*"))
     assert finish(tier, 1)[key].error is None
-    assert held(tier) == set() and tier.stats().used_bytes == 0
+    assert held(tier) == set() and tier.stats().room.used_bytes == 0
+    tier.close()
+
+
+def test_what_is_being_read_is_dropped_too(tmp_path: Path) -> None:
+    tier = SsdTier(tmp_path, 40 * SLOT_BYTES, no_wake, threads=2)
+    write_as(tier, label(ANN), 1)
+    buffer = bytearray(BLOCK_BYTES)
+    tier.submit_reads([BlockIO(key_of(1), memoryview(buffer))])
+    tier.drop(Selector.parse("tenant:*"))
+    assert finish(tier, 1)[key_of(1)].error is None and buffer == payload_of(key_of(1))
+    assert held(tier) == set()
+    reclaimed(tier)
+    assert tier.stats().room.used_bytes == 0
     tier.close()
 
 
@@ -108,14 +121,14 @@ def test_what_was_dropped_stays_away_after_a_restart(tmp_path: Path, tables: str
     }
     tier.drop(Selector.parse("tenant:*"))
     reclaimed(tier)
-    assert tier.stats().used_bytes == 0
+    assert tier.stats().room.used_bytes == 0
     tier.close()
 
 
 def test_another_process_may_ask_for_a_drop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssd_tier, "FOLDER_CHECK_S", 0.01)
+    monkeypatch.setattr(ssd_backend, "FOLDER_CHECK_S", 0.01)
     tier = SsdTier(tmp_path, 40 * SLOT_BYTES, no_wake, threads=2)
     write_as(tier, label(ANN), *range(4))
     write_as(tier, label(BOB), 5)

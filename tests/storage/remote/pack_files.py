@@ -8,6 +8,7 @@ from typing import NamedTuple
 from common.block import BlockKey
 from storage.remote.packs.format import TRAILER_BYTES, decode_footer, footer_bytes
 from storage.remote.packs.pack import Pack
+from storage.tiers.contract import PackStats, Tier
 
 
 class Place(NamedTuple):
@@ -45,3 +46,10 @@ def flip(place: Place, at: int) -> None:
     data = bytearray(place.path.read_bytes())
     data[place.offset + (at if at >= 0 else place.nbytes + at)] ^= 1
     place.path.write_bytes(data)
+
+
+def pack_stats(tier: Tier) -> PackStats:
+    """What only a remote tier counts."""
+    packs = tier.stats().packs
+    assert packs is not None
+    return packs

@@ -210,9 +210,11 @@ def test_the_store_stays_within_its_capacity(open_remote: Open, tmp_path: Path) 
     def stored_bytes() -> int:
         return sum(path.stat().st_size for path in packs_in(tmp_path / "remote"))
 
-    settle(
-        tier, lambda: stored_bytes() <= capacity_bytes and tier.stats().used_bytes == stored_bytes()
-    )
+    def is_within() -> bool:
+        stored = stored_bytes()
+        return stored <= capacity_bytes and tier.stats().room.used_bytes == stored
+
+    settle(tier, is_within)
     assert read(tier, key_of(29))[1] == payload_of(key_of(29)), "the youngest stays"
     assert isinstance(read(tier, key_of(0))[0].error, BlockMissing)
 

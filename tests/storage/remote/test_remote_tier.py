@@ -16,11 +16,12 @@ import msgspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from common.block import BlockLabel, BlockLayout
+from common.block import BlockLabel, BlockLayout, TierName
+from common.messages import Holding
 from storage.block_format import HEADER_BYTES
 from storage.index.owners import Selector
 from storage.remote.tier import RemoteTier, RemoteUnusable
-from storage.tiers.contract import BlockCorrupt, BlockIO, BlockMissing, HoldingChange
+from storage.tiers.contract import BlockCorrupt, BlockIO, BlockMissing
 from tests.storage.conftest import (
     BLOCK_BYTES,
     QUICK,
@@ -32,7 +33,7 @@ from tests.storage.conftest import (
     settle,
     write,
 )
-from tests.storage.remote.pack_files import flip, packs_in, places_in
+from tests.storage.remote.pack_files import flip, pack_stats, packs_in, places_in
 
 STALE_S = 0.4
 
@@ -91,7 +92,7 @@ def test_what_another_agent_uploads_is_found(open_remote: Open, url: str) -> Non
     assert ours.contains([key_of(1)]) == [False]
     completion, data = read(ours, key_of(1))
     assert completion.error is None and data == payload_of(key_of(1))
-    assert ours.take_changes() == [HoldingChange(key_of(1), True)]
+    assert ours.take_changes() == [Holding(key_of(1), TierName.REMOTE, True)]
 
 
 def test_a_start_announces_earlier_blocks_up_to_a_bound(open_remote: Open, url: str) -> None:
@@ -112,7 +113,7 @@ def test_blocks_written_together_share_a_pack(open_remote: Open, url: str, tmp_p
     tier = open_remote(url, linger_s=0.2)
     write(tier, *(key_of(i) for i in range(20)))
     assert len(packs_in(tmp_path / "remote")) == 1
-    assert tier.stats().packs == 1
+    assert pack_stats(tier).packs == 1
     small = open_remote(url, pack_bytes=5 * BLOCK_BYTES, linger_s=5.0)
     write(small, *(key_of(i) for i in range(100, 120)))
     assert len(packs_in(tmp_path / "remote")) == 5, "a full pack does not wait"
@@ -143,14 +144,14 @@ def test_a_damaged_block_is_a_miss_until_it_is_written_anew(
     tier.take_changes()
     flip(places_in(tmp_path / "remote")[key][0], at)
     assert isinstance(read(tier, key)[0].error, BlockCorrupt)
-    assert tier.take_changes() == [HoldingChange(key, False)]
-    assert tier.stats().corrupt_blocks_total == 1
+    assert tier.take_changes() == [Holding(key, TierName.REMOTE, False)]
+    assert tier.stats().io.corrupt_blocks_total == 1
     assert isinstance(read(tier, key)[0].error, BlockMissing)
     assert read(tier, neighbour)[1] == payload_of(neighbour)
     write(tier, key)
     assert read(tier, key)[1] == payload_of(key)
     again = open_remote(url)
-    settle(again, lambda: again.stats().packs == 2)
+    settle(again, lambda: pack_stats(again).packs == 2)
     assert read(again, key)[1] == payload_of(key), "the later pack counts for others too"
 
 
@@ -165,7 +166,7 @@ def test_a_newer_block_format_is_missing_and_left_alone(
     place.path.write_bytes(data)
     assert isinstance(read(tier, key)[0].error, BlockMissing)
     assert place.path.read_bytes() == data
-    assert tier.stats().other_version_blocks_total == 1
+    assert tier.stats().io.other_version_blocks_total == 1
 
 
 def test_a_newer_pack_format_is_left_alone(open_remote: Open, url: str, tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_a_newer_pack_format_is_left_alone(open_remote: Open, url: str, tmp_path
     path.write_bytes(data)
     tier = open_remote(url)
     assert isinstance(read(tier, key_of(1))[0].error, BlockMissing)
-    assert tier.stats().unreadable_packs_total == 1 and path.read_bytes() == data
+    assert pack_stats(tier).unreadable_packs_total == 1 and path.read_bytes() == data
 
 
 def test_folders_show_only_whole_packs(open_remote: Open, url: str, tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_a_late_read_never_touches_the_buffer(open_remote: Open) -> None:
     HangingFileSystem.gate.set()
     time.sleep(0.2)
     assert all(not any(buffer) for buffer in buffers)
-    assert tier.poll() == [] and tier.stats().read_queue_bytes == 0
+    assert tier.poll() == [] and tier.stats().io.read_queue_bytes == 0
     assert read(tier, key)[1] == payload_of(key), "the threads came back"
 
 
@@ -259,7 +260,7 @@ def test_a_late_write_uploads_only_right_bytes(open_remote: Open) -> None:
     for key in buffers:
         completion, data = read(tier, key)
         assert isinstance(completion.error, BlockMissing) or data == payload_of(key)
-    assert tier.stats().corrupt_blocks_total == 0
+    assert tier.stats().io.corrupt_blocks_total == 0
 
 
 def test_the_owner_is_woken_for_a_deadline() -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from storage.ssd import tier as ssd_tier
+from storage.ssd import backend as ssd_backend
 from storage.ssd.device import ERRORS_MAX
 from storage.ssd.slab import slot_bytes_for
 from storage.ssd.slab_table import table_bytes_for
 from storage.ssd.tier import DirectoryLocked, DirectoryUnusable, SsdTier
-from storage.tiers.contract import BlockIO, TierFull
+from storage.tiers.contract import BlockIO, DeviceStats, TierFull
 from tests.storage.conftest import finish, key_of, no_wake, payload_of, read, settle, write
 from tests.storage.ssd.slab_files import lose_tables, slow_down, stored
 
@@ -34,6 +34,12 @@ def open_ssd(folders: list[Path], closing: Callable[[SsdTier], SsdTier]) -> Call
         return closing(SsdTier(folders, blocks * SLOT_BYTES, no_wake, threads=2))
 
     return open_with
+
+
+def devices_of(tier: SsdTier) -> DeviceStats:
+    devices = tier.stats().devices
+    assert devices is not None
+    return devices
 
 
 def _fail(monkeypatch: pytest.MonkeyPatch, names: Sequence[str], folder: Path, number: int) -> None:
@@ -56,7 +62,7 @@ def test_blocks_are_striped_and_found_again(
     keys = [key_of(i) for i in range(30)]
     write(tier, *keys)
     assert [len(list(stored(folder))) for folder in folders] == [10, 10, 10]
-    assert tier.stats().devices == 3
+    assert devices_of(tier).devices == 3
     tier.close()
     again = open_ssd()
     assert sorted(again.keys()) == sorted(keys)
@@ -69,7 +75,7 @@ def test_the_capacity_is_that_of_all_disks(open_ssd: Callable[..., SsdTier]) -> 
     for key in keys:
         write(tier, key)
     assert sorted(tier.keys()) == sorted(keys[-12:])
-    assert tier.stats().used_bytes == tier.stats().capacity_bytes == 12 * SLOT_BYTES
+    assert tier.stats().room.used_bytes == tier.stats().room.capacity_bytes == 12 * SLOT_BYTES
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS])
@@ -90,8 +96,8 @@ def test_a_disk_that_fails_is_taken_out(
     tier.submit_reads([BlockIO(key, memoryview(buffers[key])) for key in keys])
     completions = finish(tier, len(keys))
     assert {key for key in keys if completions[key].error is not None} == on_failing
-    stats = tier.stats()
-    assert (stats.devices, stats.failed_devices) == (2, 1)
+    stats = tier.stats().room
+    assert devices_of(tier) == DeviceStats(devices=2, failed_devices=1)
     assert stats.capacity_bytes == 200 * SLOT_BYTES and stats.used_bytes == 40 * SLOT_BYTES
     assert {change.key for change in tier.take_changes() if not change.held} == on_failing
     assert [r.levelno for r in caplog.records if "taken out" in r.message] == [logging.ERROR]
@@ -113,7 +119,7 @@ def test_errors_now_and_then_do_not_take_a_disk_out(
             _fail(patched, ["preadv"], folders[0], errno.EIO)
             assert read(tier, bad)[0].error is not None
         assert read(tier, good)[0].error is None
-    assert tier.stats().failed_devices == 0
+    assert devices_of(tier).failed_devices == 0
 
 
 def test_a_slow_disk_delays_its_own_blocks_alone(
@@ -135,7 +141,7 @@ def test_a_slow_disk_delays_its_own_blocks_alone(
     gate.set()
     late = finish(tier, 40)
     assert all(completion.error is None for completion in late.values()) and slow < late.keys()
-    assert tier.stats().failed_devices == 0
+    assert devices_of(tier).failed_devices == 0
     assert all(buffer == payload_of(key) for key, buffer in buffers.items())
 
 
@@ -144,7 +150,7 @@ def test_the_tier_starts_without_a_dead_disk(
 ) -> None:
     folders[1].write_text("not a folder")
     tier = open_ssd()
-    assert tier.stats().devices == 2 and tier.stats().failed_devices == 1
+    assert devices_of(tier).devices == 2 and devices_of(tier).failed_devices == 1
     assert "goes on without" in caplog.text and str(folders[1]) in caplog.text
     assert write(tier, key_of(1))[key_of(1)].error is None
 
@@ -167,7 +173,7 @@ def test_headers_that_cannot_be_read_lose_those_blocks_alone(
 
     monkeypatch.setattr(os, "preadv", bad_sector)
     tier = SsdTier(folder, 1000 * SLOT_BYTES, no_wake)
-    assert len(tier.keys()) == 9 and tier.stats().devices == 1
+    assert len(tier.keys()) == 9 and devices_of(tier).devices == 1
     tier.close()
 
 
@@ -221,13 +227,13 @@ def test_a_disk_smaller_than_the_capacity_goes_on(
     small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tier = SsdTier(small_disk, 1 << 40, no_wake, threads=1)
-    assert tier.stats().capacity_bytes <= 1 << 20 and "has room for" in caplog.text
+    assert tier.stats().room.capacity_bytes <= 1 << 20 and "has room for" in caplog.text
     (small_disk / "of somebody else").write_bytes(bytes(200_000))
     for i in range(200):
         assert write(tier, key_of(i))[key_of(i)].error is None, "old blocks make way for new"
     held = tier.keys()
     assert len(held) >= 30 and all(read(tier, key)[1] == payload_of(key) for key in held)
-    assert tier.stats().used_bytes == len(held) * SLOT_BYTES
+    assert tier.stats().room.used_bytes == len(held) * SLOT_BYTES
     tier.close()
 
 
@@ -247,9 +253,9 @@ def test_a_disk_that_another_fills_at_the_same_time_goes_on(
     errors = [write(tier, key_of(i))[key_of(i)].error for i in range(50)]
     assert [i for i, error in enumerate(errors) if error is not None] == [10]
     assert isinstance(errors[10], TierFull) and "is full" in caplog.text
-    stats = tier.stats()
+    stats = tier.stats().room
     assert stats.used_bytes == stats.capacity_bytes == 10 * SLOT_BYTES
-    assert stats.devices == 1 and stats.write_errors_total == 1
+    assert devices_of(tier).devices == 1 and tier.stats().io.write_errors_total == 1
     assert all(read(tier, key)[1] == payload_of(key) for key in tier.keys())
     tier.close()
     assert len(list((tmp_path / "ssd").glob("*.slab"))) == 10
@@ -258,23 +264,23 @@ def test_a_disk_that_another_fills_at_the_same_time_goes_on(
 def test_a_shared_disk_keeps_its_minimum_free(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssd_tier, "FOLDER_CHECK_S", 0.0)
+    monkeypatch.setattr(ssd_backend, "FOLDER_CHECK_S", 0.0)
     min_free_bytes = 300_000
     tier = SsdTier(small_disk, 1 << 40, no_wake, min_free_bytes=min_free_bytes)
     for i in range(100):
         assert write(tier, key_of(i))[key_of(i)].error is None
     assert _free_bytes(small_disk) >= min_free_bytes
-    before = tier.stats()
+    before = tier.stats().room
     (small_disk / "of somebody else").write_bytes(bytes(200_000))
     settle(tier, lambda: _free_bytes(small_disk) >= min_free_bytes)
-    after = tier.stats()
+    after = tier.stats().room
     assert 0 < after.used_bytes <= after.capacity_bytes < before.capacity_bytes - 150_000
     assert tier.contains([key_of(99)]) == [True], "the least recently used ones went"
     assert all(read(tier, key)[1] == payload_of(key) for key in tier.keys())
     (small_disk / "of somebody else").unlink()
     for i in range(100, 200):
         write(tier, key_of(i))
-    assert tier.stats().used_bytes == before.used_bytes, "it grows again"
+    assert tier.stats().room.used_bytes == before.used_bytes, "it grows again"
     tier.close()
 
 
@@ -293,7 +299,7 @@ def test_a_disk_that_tells_and_removes_nothing_does_not_stop_the_tier(
         large = BlockIO(key_of(100), memoryview(bytes(3 * SLOT_BYTES)))
         tier.submit_writes([large])
         finish(tier, 1)
-        assert tier.stats().devices == 1 and "a slab stays" in caplog.text
+        assert devices_of(tier).devices == 1 and "a slab stays" in caplog.text
     assert all(read(tier, key)[1] == payload_of(key) for key in tier.keys() if key != large.key)
     tier.close()
 

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.block import BlockKey, BlockLabel, BlockLayout
+from common.block import BlockKey, BlockLabel, BlockLayout, TierName
+from common.messages import Holding
 from storage.block_format import HEADER_BYTES, decode_header
 from storage.ssd.direct_io import PAGE_BYTES
 from storage.ssd.folder import FORMAT
 from storage.ssd.slab import slot_bytes_for
 from storage.ssd.slab_table import table_bytes_for
 from storage.ssd.tier import DirectoryLocked, DirectoryUnusable, SsdTier
-from storage.tiers.contract import BlockCorrupt, BlockIO, BlockMissing, HoldingChange, TierFull
+from storage.tiers.contract import BlockCorrupt, BlockIO, BlockMissing, TierFull
 from tests.storage.conftest import (
     BLOCK_BYTES,
     finish,
@@ -85,13 +86,13 @@ def test_a_damaged_block_is_dropped(open_ssd: OpenSsd, directory: Path, how: str
     tier.take_changes()
     _damage(directory, key, how)
     assert isinstance(read(tier, key)[0].error, BlockCorrupt)
-    assert tier.take_changes() == [HoldingChange(key, False)]
-    assert tier.stats().corrupt_blocks_total == 1
+    assert tier.take_changes() == [Holding(key, TierName.SSD, False)]
+    assert tier.stats().io.corrupt_blocks_total == 1
     assert isinstance(read(tier, key)[0].error, BlockMissing)
     assert read(tier, other)[1] == payload_of(other)
     assert write(tier, key)[key].error is None
     assert read(tier, key)[1] == payload_of(key)
-    settle(tier, lambda: tier.stats().used_bytes == 2 * SLOT_BYTES)
+    settle(tier, lambda: tier.stats().room.used_bytes == 2 * SLOT_BYTES)
 
 
 def test_a_dropped_block_is_not_found_by_a_later_start(open_ssd: OpenSsd, directory: Path) -> None:
@@ -99,7 +100,7 @@ def test_a_dropped_block_is_not_found_by_a_later_start(open_ssd: OpenSsd, direct
     write(tier, key)
     _damage(directory, key, "payload bit")
     assert isinstance(read(tier, key)[0].error, BlockCorrupt)
-    settle(tier, lambda: tier.stats().used_bytes == 0)
+    settle(tier, lambda: tier.stats().room.used_bytes == 0)
     assert not list(stored(directory))
     tier.close()
     assert open_ssd().keys() == []
@@ -117,9 +118,9 @@ def test_another_format_version_is_a_counted_miss(
         tier.close()
         tier = open_ssd()
     assert isinstance(read(tier, key)[0].error, BlockMissing)
-    stats = tier.stats()
+    stats = tier.stats().io
     assert stats.other_version_blocks_total == 1 and stats.corrupt_blocks_total == 0
-    settle(tier, lambda: tier.stats().used_bytes == 0)
+    settle(tier, lambda: tier.stats().room.used_bytes == 0)
 
 
 def test_a_block_says_what_it_is(open_ssd: OpenSsd, directory: Path) -> None:
@@ -140,8 +141,8 @@ def test_the_least_recently_used_block_is_evicted(open_ssd: OpenSsd) -> None:
     read(tier, a)
     write(tier, d)
     assert tier.contains([a, b, c, d]) == [True, False, True, True]
-    assert HoldingChange(b, False) in tier.take_changes()
-    assert tier.stats().evicted_blocks_total == 1
+    assert Holding(b, TierName.SSD, False) in tier.take_changes()
+    assert tier.stats().room.evicted_blocks_total == 1
 
 
 def test_of_a_prefix_that_was_read_the_end_goes_first(open_ssd: OpenSsd) -> None:
@@ -158,11 +159,11 @@ def test_files_never_exceed_the_capacity(open_ssd: OpenSsd, directory: Path) -> 
     tier = open_ssd(blocks=5)
     for start in range(0, 60, 4):
         write(tier, *(key_of(i) for i in range(start, start + 4)))
-        assert tier.stats().used_bytes <= 5 * SLOT_BYTES
+        assert tier.stats().room.used_bytes <= 5 * SLOT_BYTES
     assert {key for key, _ in stored(directory)} == set(tier.keys())
     sizes = [path.stat().st_blocks * 512 for path in directory.glob("*.slab")]
     tables_bytes = len(sizes) * PAGE_BYTES
-    assert sum(sizes) - tables_bytes == tier.stats().used_bytes == 5 * SLOT_BYTES
+    assert sum(sizes) - tables_bytes == tier.stats().room.used_bytes == 5 * SLOT_BYTES
 
 
 def test_slots_of_another_size_make_way(open_ssd: OpenSsd, directory: Path) -> None:
@@ -176,7 +177,7 @@ def test_slots_of_another_size_make_way(open_ssd: OpenSsd, directory: Path) -> N
         tier.submit_writes([BlockIO(key, memoryview(payload))])
         assert finish(tier, 1)[key].error is None
     assert tier.contains(large) == [True] * 3 and 0 < sum(tier.contains(old)) < 12
-    assert tier.stats().used_bytes <= 12 * SLOT_BYTES
+    assert tier.stats().room.used_bytes <= 12 * SLOT_BYTES
     for key in large:
         buffer = bytearray(3 * BLOCK_BYTES)
         tier.submit_reads([BlockIO(key, memoryview(buffer))])
@@ -202,7 +203,7 @@ def test_more_in_flight_than_the_capacity_is_refused(open_ssd: OpenSsd) -> None:
     errors = [completion.error for completion in write(tier, *keys).values()]
     assert sum(error is None for error in errors) >= 2
     assert all(error is None or isinstance(error, TierFull) for error in errors)
-    assert tier.stats().used_bytes <= 2 * SLOT_BYTES
+    assert tier.stats().room.used_bytes <= 2 * SLOT_BYTES
 
 
 def test_a_block_being_read_is_not_evicted(
@@ -288,7 +289,7 @@ def test_a_failed_sync_acknowledges_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(os, "fdatasync", failing)
         assert isinstance(write(tier, key)[key].error, OSError)
-    assert tier.keys() == [] and tier.stats().used_bytes == 0
+    assert tier.keys() == [] and tier.stats().room.used_bytes == 0
     assert write(tier, key)[key].error is None
 
 
@@ -304,7 +305,7 @@ def test_a_restart_finds_blocks_and_keeps_the_bounds(
         lose_tables(directory)
     again = open_ssd(blocks=4)
     assert again.contains([key_of(i) for i in range(6)]) == [False, False, True, True, True, True]
-    assert again.stats().used_bytes == 4 * SLOT_BYTES
+    assert again.stats().room.used_bytes == 4 * SLOT_BYTES
     assert again.take_changes() == []
     assert read(again, key_of(5))[1] == payload_of(key_of(5))
     write(again, key_of(7))
@@ -325,7 +326,7 @@ def test_of_two_slots_with_a_block_the_later_one_counts(open_ssd: OpenSsd, direc
     lose_tables(directory)
     again = open_ssd(blocks=640)
     assert sorted(again.keys()) == sorted([key, key_of(2)])
-    assert again.stats().used_bytes == 2 * slot_bytes
+    assert again.stats().room.used_bytes == 2 * slot_bytes
     assert read(again, key)[1] == payload_of(key)
 
 

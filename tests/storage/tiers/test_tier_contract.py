@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from storage.tiers.contract import BlockIO, BlockMissing, HoldingChange, Tier
+from common.messages import Holding
+from storage.tiers.contract import BlockIO, BlockMissing, Tier
 from storage.tiers.memory_tier import MemoryTier
 from tests.storage.conftest import BLOCK_BYTES, finish, key_of, payload_of, read, settle, write
 
@@ -36,15 +37,15 @@ def test_an_absent_block_fails_alone(tier: Tier) -> None:
     completions = finish(tier, 2)
     assert completions[here].error is None and bytes(buffers[0]) == payload_of(here)
     assert isinstance(completions[absent].error, BlockMissing)
-    assert tier.stats().missing_blocks_total == 1
+    assert tier.stats().io.missing_blocks_total == 1
 
 
 def test_a_block_held_already_completes_at_once(tier: Tier) -> None:
     key = key_of(1)
     write(tier, key)
-    written_bytes = tier.stats().write_bytes_total
+    written_bytes = tier.stats().io.write_bytes_total
     assert write(tier, key)[key].error is None
-    assert tier.stats().write_bytes_total == written_bytes
+    assert tier.stats().io.write_bytes_total == written_bytes
 
 
 def test_the_same_block_written_twice_at_once_is_stored_once(tier: Tier) -> None:
@@ -57,7 +58,7 @@ def test_the_same_block_written_twice_at_once_is_stored_once(tier: Tier) -> None
         completions += tier.poll()
         time.sleep(0.001)
     assert [c.error for c in completions] == [None] * 3
-    assert tier.stats().write_bytes_total == BLOCK_BYTES
+    assert tier.stats().io.write_bytes_total == BLOCK_BYTES
 
 
 def test_holdings_are_announced_once_they_are_durable(tier: Tier) -> None:
@@ -89,10 +90,10 @@ def test_queues_and_sizes_are_counted(tier: Tier) -> None:
     key = key_of(1)
     write(tier, key)
     read(tier, key)
-    stats = tier.stats()
+    stats, room = tier.stats().io, tier.stats().room
     assert stats.read_queue_bytes == 0 and stats.write_queue_bytes == 0
     assert stats.read_bytes_total == BLOCK_BYTES and stats.write_bytes_total == BLOCK_BYTES
-    assert stats.blocks == 1 and stats.used_bytes >= BLOCK_BYTES
+    assert room.blocks == 1 and room.used_bytes >= BLOCK_BYTES
     assert stats.read_errors_total == stats.write_errors_total == 0
 
 
@@ -102,7 +103,7 @@ def test_a_block_of_another_size_is_never_delivered(tier: Tier) -> None:
     buffer = bytearray(BLOCK_BYTES - 1)
     tier.submit_reads([BlockIO(key, memoryview(buffer))])
     assert finish(tier, 1)[key].error is not None
-    assert HoldingChange(key, False) in tier.take_changes()
+    assert Holding(key, tier.name, False) in tier.take_changes()
 
 
 def test_a_lost_block_can_be_stored_again(tier: Tier) -> None:

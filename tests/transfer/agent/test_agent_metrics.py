@@ -10,16 +10,17 @@ from storage.index.holdings import Holdings
 from storage.read_share import ShareBook
 from storage.slot_pool import SlotPool
 from storage.store_events import StoreStats
-from storage.tiers.contract import EvictionCause, TierStats
+from storage.tiers.contract import EvictionCause, IoStats, RoomStats, TierStats
 from tests.samples import by_name
 from transfer.agent.metrics import store_samples
 
 
 def test_every_tier_says_what_it_holds_does_and_loses() -> None:
-    ssd = TierStats(capacity_bytes=100, used_bytes=50, blocks=5, reads_in_flight=3, hits_total=7)
-    ssd.evictions_total[EvictionCause.QUOTA] = 2
-    ssd.corrupt_blocks_total, ssd.retries_total = 1, 4
-    ssd.read_latency.note(0.003)
+    room = RoomStats(capacity_bytes=100, used_bytes=50, blocks=5)
+    room.evictions_total[EvictionCause.QUOTA] = 2
+    io = IoStats(reads_in_flight=3, hits_total=7, corrupt_blocks_total=1, retries_total=4)
+    io.read_latency.note(0.003)
+    ssd = TierStats(room, io)
     pool = SlotPool(memoryview(bytearray(3 * 8192)), 5000)
     stats = StoreStats(slots=pool.num_slots).snapshot(
         pool, Holdings(), ShareBook(), {TierName.SSD: ssd}, {TierName.SSD: 9.0}

@@ -9,15 +9,14 @@ import pytest
 from common.block import TierName
 from common.ids import Incarnation
 from common.loads import AgentLoad
-from common.messages import AgentStatus
-from storage.store_events import HoldingChanged
+from common.messages import AgentStatus, Holding
 from tests.transfer.agent.fake_engine import key_of
 from transfer.agent import announcer
 from transfer.agent.announcer import Announcer
 
 
-def changes(blocks: range) -> list[HoldingChanged]:
-    return [HoldingChanged(key_of(block), TierName.DRAM, True) for block in blocks]
+def changes(blocks: range) -> list[Holding]:
+    return [Holding(key_of(block), TierName.DRAM, True) for block in blocks]
 
 
 @pytest.fixture
