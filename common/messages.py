@@ -235,6 +235,10 @@ class EnginePlan(_Message):
     reader: list[int]
     deadline_s: float
 
+    def reader_of(self, block: int) -> str:
+        """The agent that delivers a block."""
+        return self.agents[self.reader[block]]
+
 
 class EndPlan(_Message):
     """The request is over or was cancelled: forget the plan."""

@@ -28,18 +28,18 @@ _QUEUE_MAX = 1000
 
 class ControlServer:
     """A ROUTER socket served by one thread of its own. ``on_plan`` is called there, with plans
-    for the present ``namespace_digest``; others are refused."""
+    that the engine ``accepts``, which those for other weights are not."""
 
     def __init__(
         self,
         endpoint: str,
         on_plan: Callable[[EnginePlan | EndPlan], None],
         hello: Callable[[], EngineHello],
-        namespace_digest: Callable[[], bytes],
+        accepts: Callable[[EnginePlan], bool],
     ) -> None:
         self._on_plan = on_plan
         self._hello = hello
-        self._namespace_digest = namespace_digest
+        self._accepts = accepts
         self.malformed_total = 0
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -66,7 +66,7 @@ class ControlServer:
             case Ping():
                 return [self._hello()]
             case EnginePlan():
-                if message.namespace_digest != self._namespace_digest():
+                if not self._accepts(message):
                     return [self._hello(), PlanRefused(message.id)]
                 self._on_plan(message)
                 return [PlanAccepted(message.id)]

@@ -7,10 +7,12 @@ Source: sglang/srt/mem_cache/memory_pool.py (``get_contiguous_buf_infos``).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 
 from common.block import BlockLayout
 from transfer.mooncake import Addresses
@@ -96,3 +98,14 @@ def page_runs(
     remote = remote_bases[:, None] + remote_pages * page_bytes[:, None]
     lengths = np.broadcast_to(page_bytes[:, None], local.shape)
     return merge_adjacent(local.ravel(), remote.ravel(), lengths.ravel())
+
+
+def poison(buffers: Iterable[torch.Tensor], page_tokens: int, kept_pages: Sequence[int]) -> None:
+    """Fill buffers of KV rows, (rows, ...) each, with noise, except those pages. For tests:
+    a delivery that never happened is seen then."""
+    pages = torch.tensor(kept_pages, dtype=torch.int64)
+    kept = (pages[:, None] * page_tokens + torch.arange(page_tokens)).reshape(-1)
+    for buffer in buffers:
+        rows = buffer[kept].clone()
+        buffer.normal_(0, 3)
+        buffer[kept] = rows

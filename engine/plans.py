@@ -1,71 +1,128 @@
-"""Plans that the gateway has announced for requests about to arrive."""
+"""Plans that the gateway has announced for requests about to arrive, and whether they fit.
+
+A plan is a hint. Whoever acts on one asks here first whether it was made for this engine's
+weights (:meth:`Plans.accepts`, :meth:`Plans.is_outdated`) and for this request's prompt
+(:meth:`Plans.fit`, :meth:`Plans.fit_tail`).
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
 
 import msgspec
 
-from common.block import BlockKey
-from common.ids import PlanId
+from common.block import block_keys
 from common.messages import EnginePlan
+from common.page_hashes import page_hashes
+from engine.sglang.views import Request
+from engine.weights import Weights
+
+log = logging.getLogger(__name__)
 
 PLANS_MAX = 4096
 
 
-class HeldPlan(msgspec.Struct, frozen=True):
-    """The hit prefix of one request: block i of its prompt is ``keys[i]``, in the DRAM of
-    ``agents[reader[i]]``. A hint: whoever uses it checks the keys."""
+class Fit(msgspec.Struct, frozen=True):
+    """Blocks of a plan that are a request's own: block ``first_block + i`` of its prompt has the
+    page hash ``hashes[i]``, and the key that the plan names."""
 
-    id: PlanId
-    rid: str
-    namespace_digest: bytes
-    keys: list[BlockKey]
-    agents: list[str]
-    reader: list[int]
+    plan: EnginePlan
+    first_block: int
+    hashes: list[bytes]
+
+    @property
+    def blocks(self) -> int:
+        return len(self.hashes)
+
+
+class _Held(msgspec.Struct):
+    plan: EnginePlan
     expires_at: float
-
-    def reader_of(self, block: int) -> str:
-        """The agent that delivers a block."""
-        return self.agents[self.reader[block]]
+    is_compared: bool = False
+    """With the prompt: it is hashed once, however often it is asked about."""
+    fit: Fit | None = None
 
 
 class Plans:
-    """By request id; bounded. Thread-safe."""
+    """By request id; bounded. Thread-safe, but for the fits: these are the scheduler's."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Weights, page_tokens: int) -> None:
+        self.weights = weights
+        self.page_tokens = page_tokens
         self._lock = threading.Lock()
-        self._by_rid: OrderedDict[str, HeldPlan] = OrderedDict()
+        self._by_rid: OrderedDict[str, _Held] = OrderedDict()
 
-    def put(self, message: EnginePlan) -> None:
+    def put(self, plan: EnginePlan) -> None:
         """Hold a plan; at the bound the oldest is forgotten (its request recomputes)."""
-        held = HeldPlan(
-            message.id,
-            message.rid,
-            message.namespace_digest,
-            message.keys,
-            message.agents,
-            message.reader,
-            time.monotonic() + message.deadline_s,
-        )
+        held = _Held(plan, time.monotonic() + plan.deadline_s)
         with self._lock:
-            self._by_rid[message.rid] = held
+            self._by_rid[plan.rid] = held
             while len(self._by_rid) > PLANS_MAX:
                 self._by_rid.popitem(last=False)
 
-    def get(self, rid: str) -> HeldPlan | None:
+    def get(self, rid: str) -> EnginePlan | None:
         """The plan of a request, if there is one."""
-        return self._by_rid.get(rid)
+        held = self._by_rid.get(rid)
+        return held.plan if held is not None else None
 
-    def expired(self) -> list[HeldPlan]:
+    def expired(self) -> list[EnginePlan]:
         """Plans whose deadline has passed: whoever sees them has them dropped."""
         now = time.monotonic()
         with self._lock:
-            return [held for held in self._by_rid.values() if now > held.expires_at]
+            return [held.plan for held in self._by_rid.values() if now > held.expires_at]
 
     def drop(self, rid: str) -> None:
         """The request is over."""
         with self._lock:
             self._by_rid.pop(rid, None)
+
+    # ---- does it fit? ----
+
+    def accepts(self, plan: EnginePlan) -> bool:
+        """Whether a plan was made for the weights that this engine has now."""
+        return plan.namespace_digest == self.weights.digest
+
+    def is_outdated(self, rid: str) -> bool:
+        """Whether a request was planned under other weights than this engine's."""
+        held = self._by_rid.get(rid)
+        return held is not None and not self.accepts(held.plan)
+
+    def fit(self, request: Request) -> Fit | None:
+        """What a request's plan holds of its prompt, from block 0 on. None where there is no
+        plan, or one of other weights, or of another prompt."""
+        held = self._by_rid.get(request.rid)
+        if held is None or not self.accepts(held.plan):
+            return None
+        if not held.is_compared:
+            held.fit = self._compare(held.plan, request)
+            held.is_compared = True
+        return held.fit
+
+    def _compare(self, plan: EnginePlan, request: Request) -> Fit | None:
+        page = self.page_tokens
+        tokens = request.origin_input_ids[: len(plan.keys) * page]
+        hashes = page_hashes(tokens, page, request.extra_key, request.cache_salt)
+        if block_keys(self.weights.digest, hashes) != plan.keys[: len(hashes)]:
+            log.warning("plan of another prompt ignored rid=%s plan=%d", plan.rid, plan.id)
+            return None
+        return Fit(plan, 0, hashes)
+
+    def fit_tail(self, rid: str, hashes: list[bytes]) -> Fit | None:
+        """The same where SGLang has hashed the part of the prompt that its own cache lacks:
+        ``hashes`` are of consecutive pages, the first of them somewhere in the prompt."""
+        held = self._by_rid.get(rid)
+        if held is None or not hashes or not self.accepts(held.plan):
+            return None
+        keys = held.plan.keys
+        (first_key,) = block_keys(self.weights.digest, hashes[:1])
+        if first_key not in keys:
+            return None  # the cache already has all that the plan offers
+        first = keys.index(first_key)
+        asked = block_keys(self.weights.digest, hashes[: len(keys) - first])
+        alike = 0
+        while alike < len(asked) and asked[alike] == keys[first + alike]:
+            alike += 1
+        return Fit(held.plan, first, hashes[:alike])

@@ -10,13 +10,13 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from common.block import BlockKey, Namespace, block_keys
+from common.block import Namespace
 from common.ids import BoardSlot, JobId
 from common.loads import EngineLoad
 from common.messages import (
@@ -31,23 +31,25 @@ from common.messages import (
     RegisterEngine,
     UnknownEngine,
 )
-from common.page_hashes import page_hashes
 from common.process_settings import incarnation
 from common.samples import Sample, reported, sample
 from engine.config import EngineConfig
 from engine.control import ControlServer
 from engine.decode.persist import Persister
+from engine.decode.restore import Restores
 from engine.kv_memory import KvMemory
 from engine.model_digest import model_digest
 from engine.plans import Plans
+from engine.prefill.hit_loads import HitLoads
 from engine.prefill.layer_window import LayerWindow
 from engine.prefill.layers import PrefillLayers
 from engine.prefill.timing import PrefillTiming
-from engine.ranks.group import CreditsAt, Event, JobOver, RankGroup, SilentLinks
+from engine.ranks.group import CreditsAt, Event, JobOver, Links, RankGroup, SilentLinks
 from engine.transfers.completion_board import CompletionBoard, OtherBoards
 from engine.transfers.deliveries import Deliveries
 from engine.transfers.jobs import Jobs
 from engine.transfers.page_holds import PageHolds
+from engine.weights import Weights
 from transfer.client import AgentLinks
 
 log = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ def start_runtime(config: EngineConfig, scheduler: Any) -> EngineRuntime:
     global _runtime
     _runtime = EngineRuntime(config, scheduler)
     _runtime.prefill_timing.start_quota(
-        _runtime.namespace.model_digest, _runtime.memory.layout.page_tokens
+        _runtime.weights.namespace.model_digest, _runtime.memory.layout.page_tokens
     )
     return _runtime
 
@@ -107,10 +109,8 @@ class EngineRuntime:
         self.memory = KvMemory.of_pool(allocator.get_kvcache(), kv_heads)
         group = scheduler.attn_tp_group
         self.ranks = RankGroup(group.rank_in_group, group.world_size, group.cpu_group, self._apply)
-        self.namespace = self._first_namespace()
-        self.namespace_digest = self.namespace.digest()
-        self._weight_updates = 0
-        self.plans = Plans()
+        self.weights = Weights(self._first_namespace(), f"{self.name}-{self.incarnation}")
+        self.plans = Plans(self.weights, self.memory.layout.page_tokens)
         self.credits_at: dict[str, CreditsAt] = {}
         """By agent; of an engine with a layer window."""
         self.prefill_timing = PrefillTiming(
@@ -131,26 +131,27 @@ class EngineRuntime:
             transfer_engine.transfer_sync,
         )
         self.links = self._open_links()
+        self.weights.on_change = lambda: self.links.set_hello(self._registration())
         self.deliveries = Deliveries(
-            board,
-            self.jobs,
-            self.links,
-            self.memory.layout.num_layers,
-            config.deliver_timeout_s,
-            urgent=config.role == "prefill",
-            tell_failure=others.fail,
+            config, board, self.jobs, self.links, self.memory.layout.num_layers, others.fail
         )
-        self.persister = self._open_persister()
+        self.persister = Persister(
+            config, scheduler.req_to_token_pool.req_to_token, self.jobs, self.links, self.plans
+        )
         self.prefill_layers = self._open_prefill_layers()
+        self.hit_loads = HitLoads(config, self.plans, self.deliveries, self.layer_window)
+        """Used by a prefill engine."""
+        self.restores = Restores(config, self.plans, self.deliveries, self.persister, self.links)
+        """Used by a decode engine."""
         if self.ranks.is_leader:
             self._listen(config.controls[attention_group])
         self._say_up()
 
     def _listen(self, endpoint: str) -> None:
-        ControlServer(endpoint, self.ranks.post, self.hello, lambda: self.namespace_digest)
+        ControlServer(endpoint, self.ranks.post, self.hello, self.plans.accepts)
         threading.Thread(target=self._watch, name="dualpath-watch", daemon=True).start()
 
-    def _open_links(self) -> AgentLinks | SilentLinks:
+    def _open_links(self) -> Links:
         if not self.ranks.is_leader:
             return SilentLinks()
         return AgentLinks(
@@ -173,21 +174,15 @@ class EngineRuntime:
             self.credits_at,
         )
 
-    def _open_persister(self) -> Persister:
-        return Persister(
-            self.config,
-            self.memory.layout.page_tokens,
-            self.scheduler.req_to_token_pool.req_to_token,
-            self.jobs,
-            self.links,
-            lambda: self.namespace_digest,
-        )
-
     def _say_up(self) -> None:
         log.info(
             "dualpath engine up name=%s role=%s rank=%d of=%d shards=%d namespace=%s",
-            *(self.name, self.config.role, self.ranks.rank, self.ranks.size),
-            *(self.memory.layout.shards, self.namespace_digest.hex()[:16]),
+            self.name,
+            self.config.role,
+            self.ranks.rank,
+            self.ranks.size,
+            self.memory.layout.shards,
+            self.weights.digest.hex()[:16],
         )
 
     @property
@@ -207,42 +202,13 @@ class EngineRuntime:
             msgspec.structs.replace(self.memory.layout, shards=1),
         )
 
-    def keys_of(self, hashes: Iterable[bytes]) -> list[BlockKey]:
-        """Block keys of SGLang page hashes, under the present weights."""
-        return block_keys(self.namespace_digest, hashes)
-
-    def prompt_keys(self, req: Any, blocks: int) -> list[BlockKey]:
-        """Keys of the first ``blocks`` full blocks of a request's prompt."""
-        page = self.memory.layout.page_tokens
-        tokens = req.origin_input_ids[: blocks * page]
-        return self.keys_of(page_hashes(tokens, page, req.extra_key, req.cache_salt))
-
-    def weights_changed(self, version: str | None, model_path: str | None) -> None:
-        """The next request sees other weights: every older block becomes unreachable.
-
-        Weights from a folder are named by their digest. Others without a version get a
-        namespace of this engine's own: nothing is shared until the next update names one.
-        """
-        digest = model_digest(Path(model_path)) if model_path else self.namespace.model_digest
-        if version is None:
-            # The same name at every rank of this engine, and at no other engine.
-            unnamed = f"unnamed-{self.name}-{self.incarnation}-{self._weight_updates}"
-            version = "" if model_path else unnamed
-        self._weight_updates += 1
-        self.namespace = msgspec.structs.replace(
-            self.namespace, model_digest=digest, weight_version=version
-        )
-        self.namespace_digest = self.namespace.digest()
-        self.links.set_hello(self._registration())
-        log.info("weights changed: new namespace=%s", self.namespace_digest.hex()[:16])
-
     # ---- messages ----
 
     def _registration(self) -> RegisterEngine:
         return RegisterEngine(
             self.name,
             self.incarnation,
-            self.namespace,
+            self.weights.namespace,
             self.memory.layout.shards,
             self._rank_memories,
         )
@@ -276,7 +242,7 @@ class EngineRuntime:
                     self.persister.pull_ended(message)
                     self.jobs.over(message.job)
             case UnknownEngine():
-                # A restarted agent got an order meant for its predecessor: it started nothing.
+                # A restarted agent got a job meant for its predecessor: it started nothing.
                 self.jobs.over(message.job, f"agent {agent} restarted")
 
     def hello(self) -> EngineHello:
@@ -308,7 +274,7 @@ class EngineRuntime:
         )
         return EngineHello(
             load=load,
-            namespace=self.namespace,
+            namespace=self.weights.namespace,
             bootstrap_port=self._bootstrap_port(),
             samples=reported(self._samples()),
         )

@@ -13,22 +13,21 @@ planned under other weights than this engine's.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from itertools import chain, islice
-from typing import Any
+from collections.abc import Iterable
+from itertools import chain
 
 import msgspec
 import torch
 
 from common.block import NO_PARENT, BlockKey, block_keys, tenant_digest
-from common.ids import NO_INCARNATION
+from common.ids import NO_INCARNATION, JobId
 from common.messages import PullBlocks, PullEnded
 from common.page_hashes import continue_chain, namespace_seed
 from engine.config import EngineConfig
-from engine.plans import HeldPlan
-from engine.ranks.group import SilentLinks
+from engine.plans import Plans
+from engine.ranks.group import Links
+from engine.sglang.views import Request
 from engine.transfers.jobs import Jobs
-from transfer.client import AgentLinks
 
 PULLS_OPEN_MAX = 64
 PULL_BLOCKS_MAX = 256
@@ -56,71 +55,67 @@ class Persister:
     def __init__(
         self,
         config: EngineConfig,
-        page_tokens: int,
         req_to_token: torch.Tensor,
         jobs: Jobs,
-        links: AgentLinks | SilentLinks,
-        namespace_digest: Callable[[], bytes],
+        links: Links,
+        plans: Plans,
     ) -> None:
-        """``req_to_token``: SGLang's table, [requests, positions]. ``namespace_digest``: that
-        of the present weights."""
+        """``req_to_token``: SGLang's table, [requests, positions]."""
         self._config = config
-        self._page_tokens = page_tokens
         self._req_to_token = req_to_token
         self._jobs = jobs
         self._links = links
-        self._namespace_digest = namespace_digest
+        self._plans = plans
+        self._page_tokens = plans.page_tokens
         self._progress: OrderedDict[str, _Progress] = OrderedDict()
-        self._open_pulls: set[int] = set()
+        self._open_pulls: set[JobId] = set()
         self.offered_blocks_total = 0
         self.stored_blocks_total = 0
         self.deferred_offers_total = 0
 
-    def begin(self, req: Any, plan: HeldPlan | None) -> None:
-        """The prompt's KV is in this engine; the blocks that the plan names are in the store,
+    def begin(self, request: Request) -> None:
+        """The prompt's KV is in this engine; the blocks that its plan names are in the store,
         the others are offered from now on."""
-        page, namespace_digest = self._page_tokens, self._namespace_digest()
-        if plan is not None and plan.namespace_digest != namespace_digest:
+        if self._plans.is_outdated(request.rid):
             return  # the prefill engine has computed with other weights
-        keys = plan.keys if plan is not None else []
-        last_hash = namespace_seed(req.extra_key, req.cache_salt)
-        stored = continue_chain(last_hash, req.origin_input_ids[: len(keys) * page], page)
-        if block_keys(namespace_digest, stored) != keys:
-            stored = []  # a plan of another prompt
-        salt = req.cache_salt or req.extra_key
-        progress = _Progress(
-            *(namespace_digest, len(stored), stored[-1] if stored else last_hash),
-            tenant_digest(salt) if salt else "",
+        fit = self._plans.fit(request)
+        stored = fit.hashes if fit is not None else []
+        seed = namespace_seed(request.extra_key, request.cache_salt)
+        salt = request.cache_salt or request.extra_key
+        self._progress[request.rid] = _Progress(
+            namespace_digest=self._plans.weights.digest,
+            blocks_done=len(stored),
+            last_hash=stored[-1] if stored else seed,
+            tenant=tenant_digest(salt) if salt else "",
         )
-        self._progress[req.rid] = progress
         while len(self._progress) > REQUESTS_MAX:
             self._progress.popitem(last=False)
-        self.advance(req, len(req.origin_input_ids))
+        self.advance(request, len(request.origin_input_ids))
 
-    def advance(self, req: Any, tokens: int) -> None:
+    def advance(self, request: Request, tokens: int) -> None:
         """The KV of the request's first ``tokens`` tokens is complete: offer full blocks."""
-        progress = self._progress.get(req.rid)
-        page = self._page_tokens
+        progress = self._progress.get(request.rid)
         if progress is None:
             return
-        if progress.namespace_digest != self._namespace_digest():
-            self.end(req)
+        if progress.namespace_digest != self._plans.weights.digest:
+            self.end(request)
             return
-        while tokens // page > progress.blocks_done:
+        full = tokens // self._page_tokens
+        while full > progress.blocks_done:
             if len(self._open_pulls) >= PULLS_OPEN_MAX:
                 self.deferred_offers_total += 1
                 return
-            self._offer(req, progress, min(tokens // page, progress.blocks_done + PULL_BLOCKS_MAX))
+            self._offer(request, progress, min(full, progress.blocks_done + PULL_BLOCKS_MAX))
 
-    def end(self, req: Any) -> None:
+    def end(self, request: Request) -> None:
         """The request leaves this engine."""
-        self._progress.pop(req.rid, None)
+        self._progress.pop(request.rid, None)
 
-    def _offer(self, req: Any, progress: _Progress, end: int) -> None:
+    def _offer(self, request: Request, progress: _Progress, end: int) -> None:
         start, page = progress.blocks_done, self._page_tokens
-        tokens = islice(chain(req.origin_input_ids, req.output_ids), start * page, end * page)
+        tokens = _tokens(request, start * page, end * page)
         hashes = continue_chain(progress.last_hash, tokens, page)
-        rows = self._req_to_token[req.kv.req_pool_idx, start * page : end * page : page]
+        rows = self._req_to_token[request.kv.req_pool_idx, start * page : end * page : page]
         keys = block_keys(progress.namespace_digest, hashes)
         parent = progress.last_key
         progress.blocks_done, progress.last_hash = end, hashes[-1]
@@ -143,3 +138,10 @@ class Persister:
     def pull_ended(self, message: PullEnded) -> None:
         """Count what the agent now holds (link thread)."""
         self.stored_blocks_total += sum(message.held)
+
+
+def _tokens(request: Request, start: int, end: int) -> Iterable[int]:
+    """Tokens ``start`` to ``end`` of prompt and output, as if they were one."""
+    prompt = len(request.origin_input_ids)
+    of_output = request.output_ids[max(0, start - prompt) : max(0, end - prompt)]
+    return chain(request.origin_input_ids[start:end], of_output)

@@ -22,8 +22,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from common.messages import EnginePlan
 from engine.kv_memory import KvMemory
-from engine.plans import PLANS_MAX, HeldPlan
+from engine.plans import PLANS_MAX
 from engine.prefill.layer_ring import LayerRing, RingStuck
 from engine.prefill.session_workers import SessionWorkers
 from engine.prefill.suffix_send import Earlier, SuffixSender
@@ -40,7 +41,7 @@ READ_TIMEOUT_S = 20.0
 class _Hit(msgspec.Struct, frozen=True):
     """The first ``pages`` pages of a request's prompt are those of the plan."""
 
-    plan: HeldPlan
+    plan: EnginePlan
     pages: int
 
 
@@ -141,7 +142,7 @@ class LayerWindow:
         self._open: list[WindowForward] = []
         self.read_back_pages_total = 0
 
-    def note_hit(self, plan: HeldPlan, pages: int) -> None:
+    def note_hit(self, plan: EnginePlan, pages: int) -> None:
         """The linker has found that the first ``pages`` pages of a request are the plan's."""
         self._hits[plan.rid] = _Hit(plan, pages)
         while len(self._hits) > PLANS_MAX:

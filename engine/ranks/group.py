@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import torch
 import torch.distributed
 
 from common.ids import Incarnation, JobId
-from common.messages import EndPlan, EnginePlan
+from common.messages import EndPlan, EnginePlan, Message, RegisterEngine
 
 T = TypeVar("T")
 
@@ -117,15 +117,28 @@ class RankGroup:
         return [bool(flag) for flag in least.tolist()]
 
 
+class Links(Protocol):
+    """The engine's links to agents, or what stands for them."""
+
+    def send(self, agent: str, message: Message) -> bool:
+        """Whether the message is on its way."""
+
+    def incarnation(self, agent: str) -> Incarnation | None:
+        """The newest one seen."""
+
+    def set_hello(self, hello: RegisterEngine) -> None:
+        """Register anew with every agent."""
+
+
 class SilentLinks:
     """Stands for the links to agents at a rank that is not the leader: it sends nothing, and
     takes every message for sent. What did not reach an agent becomes known as an event."""
 
-    def send(self, agent: str, message: object) -> bool:
+    def send(self, agent: str, message: Message) -> bool:
         return True
 
     def incarnation(self, agent: str) -> Incarnation | None:
         return None
 
-    def set_hello(self, hello: object) -> None:
+    def set_hello(self, hello: RegisterEngine) -> None:
         return

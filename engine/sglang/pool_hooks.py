@@ -9,8 +9,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
+from engine.kv_memory import poison
 from engine.runtime import EngineRuntime, runtime, runtime_if_up
+from engine.sglang.border import Use
+
+_ALLOCATOR = "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator."
+_TREE = "mem_cache.unified_radix_cache.UnifiedRadixCache."
+
+USES = (
+    Use(_ALLOCATOR + "_release_page_ids", "give back pages whose transfers have ended"),
+    Use(_ALLOCATOR + "free_pages", "of which dtype and where page numbers are"),
+    Use(_ALLOCATOR + "get_kvcache", "the pool that is poisoned"),
+    Use(_ALLOCATOR + "page_size", "tokens of a page there"),
+    Use("mem_cache.memory_pool.MLATokenToKVPool.kv_buffer", "its memory"),
+    Use("mem_cache.memory_pool.MHATokenToKVPool.k_buffer", "its memory"),
+    Use("mem_cache.memory_pool.MHATokenToKVPool.v_buffer", "its memory"),
+    Use("mem_cache.base_prefix_cache.EvictParams.num_tokens", "evict all that may be"),
+    Use(_TREE + "evict", "benchmarks: forget prefixes"),
+    Use(_TREE + "evictable_size", "how much that is"),
+    Use("managers.io_struct.UpdateWeightFromDiskReqInput.weight_version", "the version's name"),
+    Use("managers.io_struct.UpdateWeightFromDiskReqInput.model_path", "the weights' folder"),
+)
 
 
 def _engine_of(allocator: Any) -> EngineRuntime | None:
@@ -52,7 +73,7 @@ def after_flush(result: Any, scheduler: Any, *_: Any, **__: Any) -> None:
     """AFTER ``flush_cache``."""
     engine = runtime_if_up()
     if result and engine is not None and engine.config.experiment.poison_kv:
-        poison(engine)
+        poison_pool(engine)
 
 
 def after_request_release(result: Any, tree: Any, *_: Any, **__: Any) -> None:
@@ -60,31 +81,23 @@ def after_request_release(result: Any, tree: Any, *_: Any, **__: Any) -> None:
     engine = runtime_if_up()
     if engine is None or engine.config.experiment.keep_prefixes:
         return
-    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-
     tree.evict(EvictParams(num_tokens=tree.evictable_size()))
 
 
-def poison(engine: EngineRuntime) -> None:
+def poison_pool(engine: EngineRuntime) -> None:
     """Fill the pool with noise, except pages that an agent is still reading."""
     allocator = engine.holds.allocator
     pool = allocator.get_kvcache()
-    page = allocator.page_size
     buffers = pool.kv_buffer if hasattr(pool, "kv_buffer") else [*pool.k_buffer, *pool.v_buffer]
-    held = engine.holds.held_pages()
-    kept = torch.tensor([p * page + i for p in held for i in range(page)], dtype=torch.int64)
-    for buffer in buffers:
-        rows = buffer[kept].clone()
-        buffer.normal_(0, 3)
-        buffer[kept] = rows
+    poison(buffers, allocator.page_size, engine.holds.held_pages())
 
 
 def after_update_from_disk(result: Any, updater: Any, recv_req: Any) -> None:
     """AFTER ``update_weights_from_disk``: the new weights are those of a folder."""
     if result.success:
-        runtime().weights_changed(recv_req.weight_version, recv_req.model_path)
+        runtime().weights.changed(recv_req.weight_version, recv_req.model_path)
 
 
 def after_weight_version(result: Any, updater: Any, weight_version: str | None) -> None:
     """AFTER ``record_weight_version_after_update`` (called by every kind of update)."""
-    runtime().weights_changed(weight_version, None)
+    runtime().weights.changed(weight_version, None)

@@ -67,10 +67,7 @@ def _refuse_other_weights(req: Any) -> None:
     """Abort a request whose plan was accepted before the last weight update: its decode engine
     would take this engine's KV for that of the older weights. The gateway plans it again."""
     engine = runtime_if_up()
-    if engine is None:
-        return
-    plan = engine.plans.get(req.rid)
-    if plan is not None and plan.namespace_digest != engine.namespace_digest:
+    if engine is not None and engine.plans.is_outdated(req.rid):
         reason = "the weights were updated after this request was planned"
         req.set_finish_with_abort(reason, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError")
 

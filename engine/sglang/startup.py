@@ -10,7 +10,7 @@ from sglang.srt.mem_cache.utils import get_hash_str
 from engine.config import EngineConfig
 from engine.runtime import start_runtime
 from engine.sglang.border import Use
-from engine.sglang.pool_hooks import poison
+from engine.sglang.pool_hooks import poison_pool
 
 log = logging.getLogger(__name__)
 
@@ -29,4 +29,4 @@ def after_init_disaggregation(result: Any, scheduler: Any) -> None:
         get_hash_str([0])
     engine.config.experiment.announce(log)
     if engine.config.experiment.poison_kv:
-        poison(engine)
+        poison_pool(engine)

@@ -37,3 +37,5 @@ class Request(Protocol):
     extra_key: str | None
     cache_salt: str | None
     kv: RequestKv
+    finished_reason: object | None
+    """Why it has ended, also by a failure; None as long as it has not."""

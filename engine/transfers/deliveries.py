@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
+from common.block import BlockKey
 from common.board_word import FAILED
-from common.ids import NO_INCARNATION, NO_JOB, BoardSlot, JobId, PlanId
-from common.messages import CancelJob, Deliver
-from engine.plans import HeldPlan
+from common.ids import NO_INCARNATION, NO_JOB, BoardSlot, JobId
+from common.messages import CancelJob, Deliver, EnginePlan
+from engine.config import EngineConfig
 from engine.prefill.forward_clock import Waits
-from engine.ranks.group import SilentLinks
+from engine.ranks.group import Links
 from engine.transfers.completion_board import BoardFull, CompletionBoard
 from engine.transfers.jobs import Jobs
-from transfer.client import AgentLinks
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ _POLL_S = 0.0002
 
 class _Writer(msgspec.Struct):
     agent: str
+    slot: BoardSlot
     job: JobId = NO_JOB
-    slot: BoardSlot = BoardSlot(0)
     has_ended: bool = False
     """Ended well: every layer is delivered, and the slot may serve another job."""
 
@@ -81,12 +81,11 @@ class Deliveries:
 
     def __init__(
         self,
+        config: EngineConfig,
         board: CompletionBoard,
         jobs: Jobs,
-        links: AgentLinks | SilentLinks,
+        links: Links,
         num_layers: int,
-        timeout_s: float,
-        urgent: bool,
         tell_failure: Callable[[BoardSlot, JobId], None],
     ) -> None:
         """``tell_failure(slot, job)`` lets the other ranks' boards say that a job failed."""
@@ -94,9 +93,9 @@ class Deliveries:
         self.board = board
         self._jobs = jobs
         self._links = links
-        self._num_layers = num_layers
-        self._timeout_s = timeout_s
-        self._urgent = urgent
+        self.num_layers = num_layers
+        self._timeout_s = config.deliver_timeout_s
+        self._urgent = config.role == "prefill"
         self.started_total = 0
         self.failed_total = 0
         self.waited_s = [0.0] * num_layers
@@ -104,7 +103,7 @@ class Deliveries:
         self._waited_cpu_s = 0.0
 
     def start(
-        self, plan: HeldPlan, first_block: int, pages: Sequence[int], first_position: int = -1
+        self, plan: EnginePlan, first_block: int, pages: Sequence[int], first_position: int = -1
     ) -> Delivery:
         """Have blocks ``first_block ...`` of the plan written into ``pages``; into a layer
         window from ``first_position`` on, as its credits allow (-1: at once).
@@ -112,55 +111,58 @@ class Deliveries:
         Never raises for a transfer's sake: what cannot start is a failed delivery.
         """
         deadline = time.monotonic() + self._timeout_s
-        delivery = Delivery(plan.rid, self._num_layers, deadline, first_position)
+        delivery = Delivery(plan.rid, self.num_layers, deadline, first_position)
         self.started_total += 1
         share: dict[str, list[int]] = defaultdict(list)
         for offset in range(len(pages)):
             share[plan.reader_of(first_block + offset)].append(offset)
         for agent, offsets in share.items():
             keys = [plan.keys[first_block + offset] for offset in offsets]
-            self._add_writer(delivery, plan.id, agent, keys, [pages[o] for o in offsets])
+            try:
+                writer = _Writer(agent, self.board.take())
+            except BoardFull as error:
+                delivery.fail(str(error))
+                continue
+            self._start_writer(delivery, writer, plan, keys, [pages[o] for o in offsets])
         if delivery.error:
             self.abandon(delivery)
         return delivery
 
-    def _add_writer(
-        self, delivery: Delivery, plan: PlanId, agent: str, keys: list, pages: list[int]
+    def _start_writer(
+        self,
+        delivery: Delivery,
+        writer: _Writer,
+        plan: EnginePlan,
+        keys: list[BlockKey],
+        pages: list[int],
     ) -> None:
-        try:
-            slot = self.board.take()
-        except BoardFull as error:
-            delivery.fail(str(error))
-            return
-
-        writer = _Writer(agent, slot=slot)
-
         def failed(reason: str) -> None:
             delivery.fail(reason)
-            self._tell_failure(slot, job)
+            self._tell_failure(writer.slot, writer.job)
 
         def ended(reason: str) -> None:
             if reason:
                 delivery.fail(reason)
             writer.has_ended = not reason
-            self.board.give_back(slot)
+            self.board.give_back(writer.slot)
 
-        incarnation = self._links.incarnation(agent) or NO_INCARNATION
-        job = self._jobs.open(agent, incarnation, pages, self._timeout_s, ended, failed)
-        writer.job = job
+        incarnation = self._links.incarnation(writer.agent) or NO_INCARNATION
+        writer.job = self._jobs.open(
+            writer.agent, incarnation, pages, self._timeout_s, ended, failed
+        )
         delivery.writers.append(writer)
         message = Deliver(
-            job=job,
-            plan=plan,
+            job=writer.job,
+            plan=plan.id,
             keys=keys,
             pages=pages,
-            board_slot=slot,
+            board_slot=writer.slot,
             urgent=self._urgent,
             deadline_s=self._timeout_s,
             first_position=delivery.first_position,
         )
-        if not self._links.send(agent, message):
-            self._jobs.over(job, f"agent {agent} is not reachable")
+        if not self._links.send(writer.agent, message):
+            self._jobs.over(writer.job, f"agent {writer.agent} is not reachable")
 
     def abandon(self, delivery: Delivery) -> None:
         """Nobody wants the rest: stop the writers. Pages stay held until they have."""

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
-import msgspec
 import pytest
 import zmq
 
@@ -26,6 +25,7 @@ from common.messages import (
 from engine.control import ControlServer
 from engine.plans import Plans
 from engine.sglang import prefill_layer_hooks
+from engine.weights import Weights
 
 NAMESPACE = Namespace("model", "1", "float32", BlockLayout(64, 1, (8,)))
 LOAD = EngineLoad("p0", "prefill", "agent-p0", Incarnation(1), "", 0, 0, 0, 100)
@@ -52,12 +52,12 @@ def test_an_answer_that_fails_does_not_end_the_thread(client, tmp_path, caplog):
             raise answer
         return answer
 
-    plans = Plans()
+    plans = Plans(Weights(NAMESPACE), page_tokens=64)
 
     def on_plan(message: EnginePlan | EndPlan) -> None:
         plans.put(message) if isinstance(message, EnginePlan) else plans.drop(message.rid)
 
-    server = ControlServer(endpoint, on_plan, hello, NAMESPACE.digest)
+    server = ControlServer(endpoint, on_plan, hello, plans.accepts)
     client.connect(endpoint)
     client.send(encode(Ping()))
     client.send(b"rubbish")
@@ -76,8 +76,8 @@ def test_an_answer_that_fails_does_not_end_the_thread(client, tmp_path, caplog):
 
 def test_a_plan_for_other_weights_is_refused_and_the_present_ones_are_told(client, tmp_path):
     endpoint = f"ipc://{tmp_path}/control"
-    plans = Plans()
-    ControlServer(endpoint, cast(Any, plans.put), lambda: HELLO, NAMESPACE.digest)
+    plans = Plans(Weights(NAMESPACE), page_tokens=64)
+    ControlServer(endpoint, cast(Any, plans.put), lambda: HELLO, plans.accepts)
     client.connect(endpoint)
     client.send(encode(EnginePlan(PlanId(7), "rid", b"earlier weights", [], [], [], 60.0)))
     assert decode(client.recv()) == HELLO
@@ -87,10 +87,10 @@ def test_a_plan_for_other_weights_is_refused_and_the_present_ones_are_told(clien
 
 @pytest.mark.parametrize(("weights", "aborted"), [("1", 0), ("2", 1)])
 def test_a_request_that_arrives_after_a_weight_update_is_aborted(weights, aborted, monkeypatch):
-    plans, aborts = Plans(), []
+    plans, aborts = Plans(Weights(NAMESPACE), page_tokens=64), []
     plans.put(EnginePlan(PlanId(7), "rid", NAMESPACE.digest(), [], [], [], 60.0))
-    present = msgspec.structs.replace(NAMESPACE, weight_version=weights).digest()
-    engine = SimpleNamespace(plans=plans, namespace_digest=present, prefill_layers=None)
+    plans.weights.changed(weights, None)
+    engine = SimpleNamespace(plans=plans, prefill_layers=None)
     monkeypatch.setattr(prefill_layer_hooks, "runtime_if_up", lambda: engine)
     for rid in ("rid", "without a plan"):
         req = SimpleNamespace(rid=rid, set_finish_with_abort=lambda *reason: aborts.append(reason))

@@ -1,4 +1,4 @@
-"""What a decode engine offers to its agent: all full blocks that the store does not have."""
+"""What a decode engine offers to its agent: all full blocks that the store does not have, once."""
 
 from __future__ import annotations
 
@@ -7,78 +7,223 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from common.block import BlockKey, block_keys
-from common.ids import Incarnation, PlanId
+from common.block import NO_PARENT, BlockKey, block_keys, tenant_digest
+from common.ids import Incarnation
+from common.messages import PullBlocks, PullEnded
 from common.page_hashes import page_hashes
-from engine.config import EngineConfig
-from engine.decode.persist import Persister
-from engine.plans import HeldPlan
-from engine.transfers.jobs import Jobs
+from engine import runtime
+from engine.decode import persist
+from engine.sglang import persist_hooks
+from tests.engine.parts import EARLIER_WEIGHTS, PAGE, Parts, Request, keys_of
 
-PAGE = 4
 PROMPT = list(range(18))
-WEIGHTS, EARLIER_WEIGHTS = b"n" * 32, b"e" * 32
-
-
-class Links:
-    """Keeps what is sent."""
-
-    def __init__(self) -> None:
-        self.offered: list[BlockKey] = []
-
-    def incarnation(self, agent):
-        return 1
-
-    def send(self, agent, message):
-        self.offered += message.keys
-        return True
+OUTPUT = list(range(500, 540))
 
 
 @pytest.fixture
-def links():
-    return Links()
+def engine(monkeypatch) -> Parts:
+    engine = Parts("decode")
+    monkeypatch.setattr(runtime, "_runtime", engine)
+    # Position p of the request's row is row 10 * PAGE + p: its pages are 10, 11 and so on.
+    engine.table[0] = torch.arange(10 * PAGE, 10 * PAGE + engine.table.shape[1])
+    return engine
 
 
-@pytest.fixture
-def persister(links):
-    config = EngineConfig(name="d0", role="decode", agent="agent-d0", agents={}, controls=[])
-    holds: Any = SimpleNamespace(hold=lambda job, pages: None, release=lambda job: None)
-    jobs = Jobs(Incarnation(1), holds, tell=lambda job, reason: None)
-    rows = torch.arange(64).reshape(1, 64)
-    return Persister(config, PAGE, rows, jobs, links, lambda: WEIGHTS)
+def request_of(prompt: list[int] = PROMPT, **other: str) -> Any:
+    return Request("rid", list(prompt), **other)
 
 
-def keys(tokens: list[int], weights: bytes = WEIGHTS) -> list[BlockKey]:
-    return block_keys(weights, page_hashes(tokens[: len(tokens) // PAGE * PAGE], PAGE, None, None))
+def offers(engine: Parts) -> list[PullBlocks]:
+    return [message for _, message in engine.links.of(PullBlocks)]
 
 
-def plan(planned: list[BlockKey], weights: bytes = WEIGHTS) -> HeldPlan:
-    return HeldPlan(PlanId(1), "rid", weights, planned, ["agent-d0"], [0] * len(planned), 1e9)
+def offered(engine: Parts) -> list[BlockKey]:
+    return [key for offer in offers(engine) for key in offer.keys]
 
 
-def begin(persister: Persister, held: HeldPlan | None) -> None:
-    kv = SimpleNamespace(req_pool_idx=0)
-    req = SimpleNamespace(rid="rid", origin_input_ids=PROMPT, output_ids=[], kv=kv)
-    req.extra_key = req.cache_salt = None
-    persister.begin(req, held)
+def keys(tokens: list[int], engine: Parts) -> list[BlockKey]:
+    hashes = page_hashes(tokens[: len(tokens) // PAGE * PAGE], PAGE, None, None)
+    return block_keys(engine.weights.digest, hashes)
 
 
-def test_blocks_from_the_store_are_not_offered_again(persister, links):
-    begin(persister, plan(keys(PROMPT)[:3]))
-    assert links.offered == keys(PROMPT)[3:]
+def decode_steps(engine: Parts, request: Any, tokens: list[int]) -> None:
+    """SGLang's decode batches: each adds a token, whose KV the next one computes."""
+    for token in tokens:
+        request.output_ids.append(token)
+        persist_hooks.after_batch_result(None, None, SimpleNamespace(reqs=[request]))
 
 
-def test_without_a_plan_every_block_is_offered(persister, links):
-    begin(persister, None)
-    assert links.offered == keys(PROMPT)
+# ---- the prompt ----
 
 
-def test_a_plan_of_another_prompt_does_not_stand_for_this_one(persister, links):
-    begin(persister, plan(keys(PROMPT[1:])[:3]))
-    assert links.offered == keys(PROMPT)
+def test_blocks_from_the_store_are_not_offered_again(engine):
+    request = request_of()
+    engine.plan(request, 3)
+    engine.persister.begin(request)
+    assert offered(engine) == keys(PROMPT, engine)[3:]
 
 
-def test_nothing_is_stored_of_a_prompt_that_was_planned_under_other_weights(persister, links):
-    begin(persister, plan(keys(PROMPT, EARLIER_WEIGHTS)[:3], EARLIER_WEIGHTS))
-    assert links.offered == []
+def test_without_a_plan_every_block_is_offered(engine):
+    engine.persister.begin(request_of())
+    assert offered(engine) == keys(PROMPT, engine)
+    assert offers(engine)[0].parent == NO_PARENT
+
+
+def test_a_plan_of_another_prompt_does_not_stand_for_this_one(engine):
+    request = request_of()
+    engine.plan(request, 3, keys=keys(PROMPT[1:], engine)[:3])
+    engine.persister.begin(request)
+    assert offered(engine) == keys(PROMPT, engine)
+
+
+def test_nothing_is_stored_of_a_prompt_that_was_planned_under_other_weights(engine):
+    request = request_of()
+    engine.plan(request, 3, namespace_digest=EARLIER_WEIGHTS)
+    engine.persister.begin(request)
+    decode_steps(engine, request, OUTPUT)
+    assert offered(engine) == []
+
+
+def test_a_tenants_blocks_have_its_keys_and_its_digest(engine):
+    request = request_of(cache_salt="alice")
+    engine.persister.begin(request)
+    assert offered(engine) == keys_of(request, engine.weights.digest)
+    assert set(offered(engine)).isdisjoint(keys(PROMPT, engine))
+    assert offers(engine)[0].tenant == tenant_digest("alice")
+
+
+# ---- while it decodes ----
+
+
+def test_blocks_are_offered_when_they_are_full_once_and_in_order(engine):
+    request = request_of()
+    engine.plan(request, 2)
+    engine.persister.begin(request)
+    # 18 tokens of prompt: the fifth block is full with the second token of output, whose own
+    # KV comes with the third.
+    decode_steps(engine, request, OUTPUT[:2])
+    assert len(offered(engine)) == 2
+    decode_steps(engine, request, OUTPUT[2:3])
+    assert len(offered(engine)) == 3
+    decode_steps(engine, request, OUTPUT[3:])
+    everything = keys(PROMPT + OUTPUT[:-1], engine)
+    assert offered(engine) == everything[2:]
+    pages = [page for offer in offers(engine) for page in offer.pages]
+    assert pages == [10 + block for block in range(2, len(everything))]
+    for offer in offers(engine):
+        assert offer.parent == everything[everything.index(offer.keys[0]) - 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompt=st.integers(1, 40),
+    output=st.integers(0, 60),
+    planned=st.integers(0, 10),
+    steps=st.lists(st.integers(1, 30), max_size=8),
+)
+def test_however_tokens_come_each_block_is_offered_once(prompt, output, planned, steps):
+    engine = Parts("decode")
+    tokens = list(range(7, 7 + prompt + output))
+    request = request_of(tokens[:prompt])
+    engine.plan(request, planned)
+    engine.persister.begin(request)
+    request.output_ids = tokens[prompt:]
+    done = prompt
+    for step in (*steps, len(tokens)):
+        done = min(len(tokens), done + step)
+        engine.persister.advance(request, done)
+    everything = keys(tokens, engine)
+    assert offered(engine) == everything[min(planned, prompt // PAGE) :]
+
+
+def test_the_last_blocks_are_offered_before_the_request_loses_its_pages(engine):
+    request = request_of()
+    engine.persister.begin(request)
+    request.output_ids = OUTPUT[:6]
+    request.finished_reason = "length"
+    persist_hooks.after_batch_result(None, None, SimpleNamespace(reqs=[request]))
+    assert len(offered(engine)) == 4  # a finished request's pages may be others' already
+    persist_hooks.before_checkpoint(None, request, up_to=24)
+    assert offered(engine) == keys(PROMPT + OUTPUT[:6], engine)
+    persist_hooks.before_checkpoint(None, request, up_to=24)
+    engine.persister.advance(request, 24)
+    assert len(offered(engine)) == 6
+
+
+def test_a_request_that_goes_on_after_a_checkpoint_is_still_followed(engine):
+    request = request_of()
+    engine.persister.begin(request)
+    persist_hooks.before_checkpoint(None, request, up_to=18)
+    decode_steps(engine, request, OUTPUT[:3])
+    assert offered(engine) == keys(PROMPT + OUTPUT[:2], engine)
+
+
+def test_nothing_is_offered_after_a_weight_update_nor_when_it_is_taken_back(engine):
+    request = request_of()
+    engine.persister.begin(request)
+    before = offered(engine)
+    engine.weights.changed("2", None)
+    decode_steps(engine, request, OUTPUT[:8])
+    engine.weights.changed("1", None)
+    decode_steps(engine, request, OUTPUT[8:])
+    persist_hooks.before_checkpoint(None, request, up_to=40)
+    assert offered(engine) == before == keys(PROMPT, engine)
+
+
+def test_a_request_that_never_began_is_not_offered(engine):
+    decode_steps(engine, request_of(), OUTPUT)
+    assert engine.links.sent == []
+
+
+# ---- pulls ----
+
+
+def test_with_too_many_pulls_open_blocks_are_offered_later(engine, monkeypatch):
+    monkeypatch.setattr(persist, "PULLS_OPEN_MAX", 1)
+    request = request_of(list(range(100, 108)))
+    engine.persister.begin(request)
+    (first,) = offers(engine)
+    decode_steps(engine, request, OUTPUT[:9])
+    assert len(offers(engine)) == 1 and engine.persister.deferred_offers_total > 0
+    engine.persister.pull_ended(PullEnded(Incarnation(5), first.job, [True, False]))
+    engine.jobs.over(first.job)
+    decode_steps(engine, request, OUTPUT[9:10])
+    assert offered(engine) == keys(request.origin_input_ids + OUTPUT[:9], engine)
+    assert engine.persister.stored_blocks_total == 1
+
+
+def test_a_long_prompt_is_offered_in_parts(engine, monkeypatch):
+    monkeypatch.setattr(persist, "PULL_BLOCKS_MAX", 3)
+    engine.persister.begin(request_of())
+    assert [len(offer.keys) for offer in offers(engine)] == [3, 1]
+    assert offered(engine) == keys(PROMPT, engine)
+    assert offers(engine)[1].parent == keys(PROMPT, engine)[2]
+
+
+def test_pages_are_held_until_the_pull_has_ended(engine):
+    engine.persister.begin(request_of())
+    assert sorted(engine.holds.held_pages()) == [10, 11, 12, 13]
+    (offer,) = offers(engine)
+    engine.jobs.over(offer.job)
+    assert engine.holds.held_pages() == []
+
+
+def test_an_agent_that_is_away_costs_the_blocks_and_nothing_else(engine):
+    engine.links.reachable = False
+    engine.persister.begin(request_of())
+    assert engine.persister.offered_blocks_total == 0
+    assert len(engine.jobs) == 0 and engine.holds.held_pages() == []
+
+
+def test_requests_are_bounded_and_the_oldest_is_given_up(engine, monkeypatch):
+    monkeypatch.setattr(persist, "REQUESTS_MAX", 1)
+    first, second = Request("r", PROMPT[:3]), Request("s", PROMPT[:3])
+    for request in (first, second):
+        engine.persister.begin(request)
+        request.output_ids = OUTPUT[:5]
+    for request in (first, second):
+        engine.persister.advance(request, 8)
+    assert len(offered(engine)) == 2  # of the second one

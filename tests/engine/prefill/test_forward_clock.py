@@ -11,7 +11,7 @@ import pytest
 from common.user_cache import keep
 from engine.prefill.forward_clock import ForwardClock, ForwardSample, Waits
 from engine.prefill.timing import PrefillTiming, QuotaUnusable
-from engine.transfers.deliveries import Deliveries
+from tests.engine.parts import Parts
 from tests.samples import by_name
 
 PAGE = 64
@@ -32,7 +32,7 @@ def busy(seconds: float) -> None:
 
 
 def test_attention_is_a_part_of_the_forward_and_waiting_is_no_part_of_either():
-    deliveries, seen = Deliveries(None, None, None, 1, 1.0, urgent=True, tell_failure=print), []
+    deliveries, seen = Parts("prefill").deliveries, []
     clock = ForwardClock("cpu", deliveries.waits, lambda seconds: seconds, seen.append)
 
     def layer():

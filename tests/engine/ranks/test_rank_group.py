@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from common.block import BlockKey
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
-from common.messages import EndPlan
-from engine.plans import HeldPlan
+from common.messages import EndPlan, EnginePlan
+from engine.config import EngineConfig
 from engine.ranks.group import Events, JobOver, RankGroup, SilentLinks
 from engine.transfers.completion_board import CompletionBoard, OtherBoards
 from engine.transfers.deliveries import Deliveries
@@ -25,6 +25,9 @@ from engine.transfers.jobs import Jobs
 from engine.transfers.page_holds import PageHolds
 
 PAGE = 4
+CONFIG = EngineConfig(
+    name="p0", role="prefill", controls=[], agent="a", agents={}, deliver_timeout_s=10.0
+)
 
 
 class Allocator:
@@ -64,12 +67,11 @@ class Rank:
         self.links = cast(Any, Links() if rank == 0 else SilentLinks())
         self.told: list[tuple[int, int]] = []
         self.deliveries = Deliveries(
+            CONFIG,
             self.board,
             self.jobs,
             self.links,
-            3,
-            10.0,
-            urgent=True,
+            num_layers=3,
             tell_failure=lambda *failure: self.told.append(failure),
         )
 
@@ -93,7 +95,7 @@ class Rank:
     def start(self, pages: list[int], agents: list[str]):
         reader = [i % len(agents) for i in range(len(pages))]
         keys = [BlockKey(bytes([p]) * 32) for p in pages]
-        plan = HeldPlan(PlanId(1), "r", b"n" * 32, keys, agents, reader, 1e9)
+        plan = EnginePlan(PlanId(1), "r", b"n" * 32, keys, agents, reader, 60.0)
         return self.deliveries.start(plan, 0, pages)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.block import BlockKey
+from common.block import BlockKey, BlockLayout, Namespace
 from common.board_word import FAILED, board_word
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
 from common.messages import EnginePlan
@@ -14,6 +14,7 @@ from engine.plans import PLANS_MAX, Plans
 from engine.transfers.completion_board import BoardFull, CompletionBoard
 from engine.transfers.jobs import DEATH_GRACE_S, Jobs
 from engine.transfers.page_holds import PageHolds
+from engine.weights import Weights
 
 
 class _Clock:
@@ -129,7 +130,8 @@ def _plan(number, rid, deadline_s=10.0):
 
 
 def test_plans_are_bounded_and_expire():
-    plans = Plans()
+    layout = BlockLayout(64, 1, (8,))
+    plans = Plans(Weights(Namespace("model", "1", "float32", layout)), layout.page_tokens)
     for number in range(PLANS_MAX + 1):
         plans.put(_plan(number, f"r{number}"))
     assert plans.get("r0") is None

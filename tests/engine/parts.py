@@ -1,0 +1,164 @@
+"""An engine's own parts, real, between an SGLang and agents that are made up."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from common.block import BlockKey, BlockLayout, Namespace, block_keys
+from common.board_word import board_word
+from common.ids import BoardSlot, Incarnation, PlanId
+from common.messages import Deliver, EnginePlan, Message, RegisterEngine
+from common.page_hashes import page_hashes
+from engine.config import EngineConfig
+from engine.decode.persist import Persister
+from engine.plans import Plans
+from engine.transfers.completion_board import CompletionBoard
+from engine.transfers.deliveries import Deliveries
+from engine.transfers.jobs import Jobs
+from engine.transfers.page_holds import PageHolds
+from engine.weights import Weights
+
+T = TypeVar("T")
+PAGE = 4
+LAYERS = 3
+NAMESPACE = Namespace("model", "1", "float32", BlockLayout(PAGE, LAYERS, (8, 8)))
+EARLIER_WEIGHTS = b"e" * 32
+
+
+@dataclass
+class Kv:
+    """SGLang's ReqKvInfo."""
+
+    req_pool_idx: int = 0
+    cache_protected_len: int = 0
+
+
+@dataclass
+class _Request:
+    """SGLang's Req, as far as it is looked at."""
+
+    rid: str
+    origin_input_ids: list[int]
+    output_ids: list[int] = field(default_factory=list)
+    extra_key: str | None = None
+    cache_salt: str | None = None
+    kv: Kv = field(default_factory=Kv)
+    finished_reason: object | None = None
+
+    def finished(self) -> bool:
+        return self.finished_reason is not None
+
+
+Request: Any = _Request
+"""Untyped, as SGLang's own is."""
+
+
+class Allocator:
+    """SGLang's list of free pages; page 0 is its padding."""
+
+    page_size = PAGE
+
+    def __init__(self, pages: int) -> None:
+        self.free_pages = torch.arange(1, pages + 1)
+        self.num_staged_pages = 0
+
+    def alloc(self, tokens: int) -> torch.Tensor | None:
+        pages = self.free_pages[: tokens // PAGE]
+        if len(pages) * PAGE < tokens:
+            return None
+        self.free_pages = self.free_pages[len(pages) :]
+        return (pages[:, None] * PAGE + torch.arange(PAGE)).reshape(-1)
+
+
+class Links:
+    """Keeps what is sent, in order; reaches every agent or, once told so, none."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, Message]] = []
+        self.reachable = True
+
+    def incarnation(self, agent: str) -> Incarnation | None:
+        return Incarnation(5)
+
+    def send(self, agent: str, message: Message) -> bool:
+        if self.reachable:
+            self.sent.append((agent, message))
+        return self.reachable
+
+    def set_hello(self, hello: RegisterEngine) -> None:
+        self.sent.append(("every agent", hello))
+
+    def of(self, kind: type[T]) -> list[tuple[str, T]]:
+        return [(agent, message) for agent, message in self.sent if isinstance(message, kind)]
+
+
+class Parts:
+    """The parts of one engine of one rank, and what its agents do."""
+
+    def __init__(self, role: str = "decode", pages: int = 64, **settings: Any) -> None:
+        self.config = EngineConfig(
+            name="e0", role=role, controls=[], agent="own", agents={}, **settings
+        )
+        self.weights = Weights(NAMESPACE, "e0")
+        self.plans = Plans(self.weights, PAGE)
+        self.allocator = Allocator(pages)
+        self.holds = PageHolds(self.allocator)
+        self.jobs = Jobs(Incarnation(1), self.holds)
+        self.board = CompletionBoard(8, lambda address, length: None)
+        self.links = Links()
+        self.deliveries = Deliveries(
+            self.config,
+            self.board,
+            self.jobs,
+            self.links,
+            LAYERS,
+            tell_failure=lambda slot, job: None,
+        )
+        self.table = torch.zeros((4, 256), dtype=torch.int64)
+        self.persister = Persister(self.config, self.table, self.jobs, self.links, self.plans)
+
+    # ---- the gateway ----
+
+    def plan(
+        self,
+        request: Any,
+        blocks: int,
+        readers: tuple[str, ...] = ("a",),
+        keys: list[BlockKey] | None = None,
+        namespace_digest: bytes | None = None,
+    ) -> EnginePlan:
+        """Announce that the request's first blocks are with the readers, in turns."""
+        namespace_digest = namespace_digest or self.weights.digest
+        if keys is None:
+            keys = keys_of(request, namespace_digest)[:blocks]
+        reader = [block % len(readers) for block in range(len(keys))]
+        plan = EnginePlan(
+            PlanId(7), request.rid, namespace_digest, keys, list(readers), reader, 60.0
+        )
+        self.plans.put(plan)
+        return plan
+
+    # ---- the agents ----
+
+    def jobs_sent(self) -> list[tuple[str, Deliver]]:
+        return self.links.of(Deliver)
+
+    def write(self, job: Deliver, layers: int) -> None:
+        """An agent's word that so many layers are here (or FAILED)."""
+        word = np.uint64(board_word(job.job, layers)).tobytes()
+        ctypes.memmove(self.board.address(BoardSlot(job.board_slot)), word, len(word))
+
+
+def hashes_of(request: Any) -> list[bytes]:
+    """Page hashes of the prompt."""
+    prompt = request.origin_input_ids
+    return page_hashes(prompt, PAGE, request.extra_key, request.cache_salt)
+
+
+def keys_of(request: Any, namespace_digest: bytes) -> list[BlockKey]:
+    return block_keys(namespace_digest, hashes_of(request))
