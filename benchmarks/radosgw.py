@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import shutil
 import socket
 import subprocess
 import time
@@ -20,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph")
 START_TIMEOUT_S = 60.0
 _PORTS = range(10240, 16384)
 
@@ -167,11 +165,6 @@ class RadosGateway:
             )
         self._processes.append(process)
         return process
-
-
-def missing_programs() -> list[str]:
-    """Those without which no gateway can be started here."""
-    return [program for program in PROGRAMS if shutil.which(program) is None]
 
 
 def _free_port() -> int:

@@ -17,6 +17,7 @@ import msgspec
 from rich.console import Console
 from tqdm import tqdm
 
+from benchmarks import tools
 from benchmarks.goals import Goal, goals_table, write_report
 from benchmarks.layer_window.arms import LAYERS, WINDOW, Arms, make_records
 from benchmarks.layer_window.cores import CoresNotApart
@@ -32,11 +33,13 @@ FAILURES = (ClusterFailed, CoresNotApart, IperfFailed, NetworkFailed, StartFaile
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 once measured, 1 if a part of it failed; what was measured is written either way."""
+    """0 once measured, 1 if a part of it failed (what was measured is written either way), 2
+    where this machine lacks something."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layer_window", description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--plot", type=Path, help="folder for the picture")
     arguments = parser.parse_args(argv)
+    tools.need(*tools.ENGINES, *tools.NETWORK, root=True)
     results, status = Results(), 0
     try:
         _measure(results)

@@ -1,6 +1,7 @@
 """``python -m benchmarks.quota --json OUT``: see docs/prefill.md. About 6 minutes on two cores.
 
-Exit status: 0 once everything was measured, 1 if something failed on the way.
+Exit status: 0 once everything was measured, 1 if something failed on the way, 2 where this
+machine lacks something.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import tools
 from benchmarks.goals import Goal, goals_table, write_report
 from benchmarks.own_cluster import ClusterFailed, tail
 from benchmarks.quota import estimate, measure
@@ -39,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="OUT", required=True)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="each arm's turns")
     arguments = parser.parse_args(argv)
+    tools.need(*tools.ENGINES)
     console, status = Console(stderr=True), 0
     requests = trace_chunks()
     estimates = {ranks: estimate.compare(requests, ranks) for ranks in GROUP_SIZES}

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks import tools
 from benchmarks.goals import Goal, write_report
 from benchmarks.own_cluster import ClusterFailed, own_cluster
 from benchmarks.replay.client import Outcome, replay, summary
@@ -59,8 +60,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 once everything was measured, 1 if a cluster failed, 2 for a bad trace."""
+    """Exit status: 0 once everything was measured, 1 if a cluster failed, 2 for a bad trace
+    or where this machine lacks something."""
     arguments = parse_arguments(argv)
+    if not arguments.endpoint:
+        tools.need(*tools.ENGINES)
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from benchmarks import tools
 from benchmarks.goals import Goal, goals_table, write_report
 from benchmarks.own_cluster import ClusterFailed, own_cluster
 from benchmarks.rollout.turns import TURNS, VOCABULARY
@@ -43,12 +44,14 @@ START_TIMEOUT_S = 240.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure and report; returns the exit code (1: something could not be measured)."""
+    """Measure and report; returns the exit code (1: something could not be measured, 2: this
+    machine lacks something)."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the report here")
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     arguments = parser.parse_args(argv)
+    tools.need(*tools.ENGINES)
     console = Console(stderr=True)
     pairs: dict[str, Any] = {}
     episodes: dict[str, Any] = {}

@@ -45,7 +45,7 @@ def balance(
     progress: Progress,
 ) -> tuple[Balance, NDArray[np.float64]]:
     """Also each NIC's use over time, shape (NICs, seconds): the part of its rate."""
-    fluid = Fluid(policy, *nodes, Workload(load))
+    fluid = Fluid(policy, nodes, Workload(load))
     _run(fluid, WARM_UP_S + seconds, progress)
     samples, rate = np.array(fluid.samples).T, fluid.hardware.storage_bytes_per_s
     every = round(1 / SAMPLE_PERIOD_S)
@@ -73,7 +73,7 @@ def job_times(
     times = {}
     for pooled in (True, False):
         workload = Workload(load, turns=turns)
-        fluid = Fluid(policy, *nodes, workload, slowdown={0: slow_part}, pooled=pooled)
+        fluid = Fluid(policy, nodes, workload, slowdown={0: slow_part}, pooled=pooled)
         times[pooled] = fluid.run_job(JOB_LIMIT_S)
     measured, ideal = times[False], times[True]
     ratio = measured / ideal if measured and ideal else None
@@ -110,7 +110,7 @@ def step(
     policy: str, nodes: tuple[int, int], load: float, progress: Progress, seed: int = 0
 ) -> Step:
     """Shares around a step of one node's rate down to a tenth and, 80 s later, up again."""
-    fluid = Fluid(policy, *nodes, Workload(load), seed=seed)
+    fluid = Fluid(policy, nodes, Workload(load), seed=seed)
     fluid.clock.after(LEAD_S, fluid.set_rate, 0, SLOW_PART)
     fluid.clock.after(BACK_S, fluid.set_rate, 0, 1.0)
     agents = fluid.cluster.scheduler.state.agents

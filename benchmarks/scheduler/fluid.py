@@ -142,15 +142,13 @@ class Turn(msgspec.Struct):
 
 
 class Fluid:
-    """A cluster of ``prefill`` and ``decode`` nodes and the agents that keep it busy."""
+    """A cluster of (prefill, decode) ``nodes`` and the agents that keep it busy."""
 
     def __init__(
         self,
         policy: str,
-        prefill: int,
-        decode: int,
+        nodes: tuple[int, int],
         workload: Workload,
-        hardware: Hardware | None = None,
         slowdown: dict[int, float] | None = None,
         pooled: bool = False,
         seed: int = 0,
@@ -159,12 +157,10 @@ class Fluid:
         NIC with the rates of all reads everything: the ideal that no policy can beat."""
         self.clock = Clock()
         self.workload = workload
-        self.cluster = Cluster(
-            policy, prefill, decode, SchedulerOptions(load_policy="always"), hardware
-        )
+        self.cluster = Cluster(policy, *nodes, SchedulerOptions(load_policy="always"))
         self.cluster.scheduler.directory = RemoteStore()
         self.hardware = self.cluster.hardware
-        self.nodes = prefill + decode
+        self.nodes = sum(nodes)
         parts = [(slowdown or {}).get(node, 1.0) for node in range(self.nodes)]
         rates = [part * self.hardware.storage_bytes_per_s for part in parts]
         self.nics = [Nic(self.clock, rate) for rate in ([sum(rates)] if pooled else rates)]

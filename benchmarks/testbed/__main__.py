@@ -18,12 +18,13 @@ import msgspec
 from rich.console import Console
 from tqdm import tqdm
 
+from benchmarks import tools
 from benchmarks.goals import Goal, goals_table, write_report
 from benchmarks.own_cluster import ClusterFailed, tail
 from benchmarks.radosgw import RadosGateway
 from benchmarks.testbed import machine, report
 from benchmarks.testbed.iperf import IperfFailed
-from benchmarks.testbed.network import Network, NetworkFailed, Rates, remove_leftovers
+from benchmarks.testbed.network import Network, NetworkFailed, Rates, remove_leftovers, within
 from benchmarks.testbed.offline import AGENTS_PER_PREFILL, Plan, Race
 from benchmarks.testbed.results import ARMS, Shape, ShapeResult
 from launch.cluster.supervisor import StartFailed
@@ -52,13 +53,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Measure, and say what was measured."""
     arguments = parse_arguments(argv)
+    tools.need(*tools.ENGINES, *tools.NETWORK, *tools.S3_SERVER, root=True)
     console, began = Console(stderr=True), time.monotonic()
     shapes = [SHAPES[name] for name in arguments.shapes]
     for name in remove_leftovers(Path(tempfile.gettempdir())):
         console.print(f"removed what a dead run has left: {name}", highlight=False)
     if troubles := machine.troubles(max(len(shape.nodes) for shape in shapes)):
         console.print(*troubles, sep="\n", style="red", highlight=False)
-        return 2
+        return tools.CANNOT_RUN
     plan = Plan(shapes, [arm for arm in ARMS if arm in arguments.arms], arguments.rounds)
     results: list[ShapeResult] = []
     status = 0
@@ -83,7 +85,7 @@ def _measure(plan: Plan, rates: Rates, results: list[ShapeResult]) -> None:
     ):
         (Path(scratch) / "s3").mkdir()
         s3 = RadosGateway(
-            Path(scratch) / "s3", network.store_address, network.within(network.store), STORE_BYTES
+            Path(scratch) / "s3", network.store_address, within(network.store), STORE_BYTES
         )
         _end_on_sigterm()
         network.build()

@@ -14,7 +14,7 @@ import msgspec
 
 from benchmarks.own_cluster import ClusterFailed
 from benchmarks.supervised import Supervised, while_running
-from benchmarks.testbed.network import Network
+from benchmarks.testbed.network import Network, within
 from common.experiment import Experiment
 from common.process_settings import ProcessSettings
 from engine.config import EngineConfig
@@ -172,7 +172,7 @@ def _moved(
     env = dict(record.env)
     if record.kind == "agent":
         _change(env, AgentConfig, experiment=Experiment(dram_keep=dram_keep))
-    argv = (*network.within(network.namespace(node)), *record.argv)
+    argv = (*within(network.namespace(node)), *record.argv)
     return dataclasses.replace(record, argv=argv, env=env)
 
 

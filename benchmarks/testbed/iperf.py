@@ -6,7 +6,7 @@ import json
 import subprocess
 from typing import Any
 
-from benchmarks.testbed.network import Network
+from benchmarks.testbed.network import Network, within
 
 PORT = 5201
 OMIT_S = 1
@@ -35,7 +35,7 @@ def compute_rates(network: Network, nodes: list[str], seconds: int) -> dict[str,
 
 def _rate(network: Network, source: str, node: str, address: str, seconds: int) -> float:
     server = subprocess.Popen(
-        [*network.within(source), "iperf3", "-s", "-1", "-p", str(PORT), "--forceflush"],
+        [*within(source), "iperf3", "-s", "-1", "-p", str(PORT), "--forceflush"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -44,7 +44,7 @@ def _rate(network: Network, source: str, node: str, address: str, seconds: int) 
         _wait_listening(server)
         test = ("-c", address, "-p", str(PORT), "-R", "-t", str(seconds), "-O", str(OMIT_S), "-J")
         done = subprocess.run(
-            [*network.within(network.namespace(node)), "iperf3", *test],
+            [*within(network.namespace(node)), "iperf3", *test],
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S + seconds,

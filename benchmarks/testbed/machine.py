@@ -1,13 +1,11 @@
-"""What the testbed needs of a machine, checked before anything is started."""
+"""What the testbed needs of a machine beside programs, checked before anything is started."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 
-from benchmarks import radosgw
 from benchmarks.testbed.network import PREFIX, Network, NetworkFailed, Rates
 from launch.cluster.preflight import available_memory_bytes
 
@@ -15,27 +13,18 @@ ENGINE_BYTES = 2_300_000_000
 """Resident memory of a SGLang engine with the model ``tiny`` and of its agent, measured."""
 REST_BYTES = 2_500_000_000
 """S3 server with a job's blocks, gateway, the benchmark itself."""
-PROGRAMS = {
-    "ip": "iproute2",
-    "tc": "iproute2",
-    "iperf3": "iperf3",
-    **dict.fromkeys(radosgw.PROGRAMS, "radosgw ceph-mon ceph-osd ceph-common"),
-}
 
 
 def troubles(engines_max: int) -> list[str]:
     """Sentences that say why the testbed cannot run here; empty when it can."""
-    if os.geteuid() != 0:
-        return ["namespaces need root: run this as root"]
-    absent = {package for program, package in PROGRAMS.items() if shutil.which(program) is None}
-    found = [f"install the system packages {' '.join(sorted(absent))}"] if absent else []
+    found = []
     needed, available = REST_BYTES + engines_max * ENGINE_BYTES, available_memory_bytes()
     if available < needed:
         found.append(
             f"{engines_max} engines need {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB "
             "are available: leave shapes out with --shapes"
         )
-    if not absent and (reason := _no_limited_links()):
+    if reason := _no_limited_links():
         found.append(f"the kernel makes no rate-limited link between namespaces: {reason}")
     return found
 

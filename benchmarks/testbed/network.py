@@ -62,16 +62,13 @@ class Network:
     def __init__(self, nodes: Sequence[str], rates: Rates) -> None:
         self.nodes = list(nodes)
         self.rates = rates
-        self.control = self._name("control")
-        self.store = self._name("store")
-
-    def _name(self, host: str) -> str:
-        return f"{PREFIX}{os.getpid()}-{host}"
+        self.control = _name("control")
+        self.store = _name("store")
 
     # ---- addresses ----------------------------------------------------------------------
 
     def namespace(self, node: str) -> str:
-        return self._name(node)
+        return _name(node)
 
     def compute_address(self, node: str) -> str:
         return f"{_SUBNET[_COMPUTE]}.{_FIRST_NODE + self.nodes.index(node)}"
@@ -84,17 +81,13 @@ class Network:
         """Of the S3 server, on the storage network."""
         return f"{_SUBNET[_STORAGE]}.{_STORE_HOST}"
 
-    def within(self, namespace: str) -> tuple[str, ...]:
-        """What goes before a command that is to run in the namespace."""
-        return ("ip", "netns", "exec", namespace)
-
     # ---- life ---------------------------------------------------------------------------
 
     def build(self) -> None:
         """Everything at once; what was built is removed if something fails."""
         try:
             self._build()
-        except BaseException:
+        except BaseException:  # a part is built, or none; a signal may have come
             self.remove()
             raise
 
@@ -105,7 +98,7 @@ class Network:
         for kind, subnet in _SUBNET.items():
             switch = f"{kind}-switch"
             _run("ip", "-n", self.control, "link", "add", "name", switch, "type", "bridge")
-            self._address(self.control, switch, f"{subnet}.{_CONTROL_HOST}")
+            _give_address(self.control, switch, f"{subnet}.{_CONTROL_HOST}")
         self._plug(self.store, _STORAGE, "store", _STORE_HOST, None)
         for number, node in enumerate(self.nodes, _FIRST_NODE):
             space = self.namespace(node)
@@ -121,14 +114,10 @@ class Network:
         _run("ip", "-n", namespace, "link", "add", "name", kind, *cable)
         switch = f"{kind}-switch"
         _run("ip", "-n", self.control, "link", "set", "dev", port, "master", switch, "up")
-        self._address(namespace, kind, f"{_SUBNET[kind]}.{number}")
+        _give_address(namespace, kind, f"{_SUBNET[kind]}.{number}")
         if rate_mbit is not None:
             for space, device in ((namespace, kind), (self.control, port)):
                 _limit("add", space, device, rate_mbit)
-
-    def _address(self, namespace: str, device: str, address: str) -> None:
-        _run("ip", "-n", namespace, "address", "add", f"{address}/24", "dev", device)
-        _run("ip", "-n", namespace, "link", "set", "dev", device, "up")
 
     def remove(self) -> None:
         """Also ends whatever still runs in the namespaces."""
@@ -165,17 +154,15 @@ class Network:
 
     def storage_counters(self) -> dict[str, Counter]:
         """Of every node's storage NIC. To be called inside :meth:`entered`."""
-        return self._counters(_STORAGE)
-
-    def compute_counters(self) -> dict[str, Counter]:
-        """Of every node's compute NIC. To be called inside :meth:`entered`."""
-        return self._counters(_COMPUTE)
-
-    def _counters(self, kind: str) -> dict[str, Counter]:
         # Counted at the switch's ports, all in one file: what a port sends, the node receives.
         ports = parse_counters(Path("/proc/thread-self/net/dev").read_text())
-        found = {node: ports[_port(kind, node)] for node in self.nodes}
+        found = {node: ports[_port(_STORAGE, node)] for node in self.nodes}
         return {node: Counter(c.sent_bytes, c.received_bytes) for node, c in found.items()}
+
+
+def within(namespace: str) -> tuple[str, ...]:
+    """What goes before a command that is to run in the namespace."""
+    return ("ip", "netns", "exec", namespace)
 
 
 def parse_counters(text: str) -> dict[str, Counter]:
@@ -186,6 +173,15 @@ def parse_counters(text: str) -> dict[str, Counter]:
         values = fields.split()
         counters[device.strip()] = Counter(int(values[0]), int(values[8]))
     return counters
+
+
+def _name(host: str) -> str:
+    return f"{PREFIX}{os.getpid()}-{host}"
+
+
+def _give_address(namespace: str, device: str, address: str) -> None:
+    _run("ip", "-n", namespace, "address", "add", f"{address}/24", "dev", device)
+    _run("ip", "-n", namespace, "link", "set", "dev", device, "up")
 
 
 def _port(kind: str, host: str) -> str:

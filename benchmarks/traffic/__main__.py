@@ -7,8 +7,6 @@ Needs root (network namespaces with rate-limited links) and takes about 15 minut
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -18,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from tqdm import tqdm
 
+from benchmarks import tools
 from benchmarks.goals import goals_table, write_report
 from benchmarks.own_cluster import ClusterFailed
 from benchmarks.testbed import machine
@@ -38,10 +37,11 @@ PARTS = ("link", "engine", "cluster")
 
 def main(argv: Sequence[str]) -> int:
     arguments = parse_arguments(argv)
+    tools.need(*tools.ENGINES, *tools.NETWORK, *PROGRAMS, "taskset", root=True)
     console, found, status = Console(stderr=True), Results(), 0
-    if troubles := _troubles():
-        console.print(*troubles, sep="\n", style="red", highlight=False)
-        return 2
+    if cgroup.mount_point() is None:
+        console.print("cgroup v2 is not mounted: the senders' classes cannot be told apart")
+        return tools.CANNOT_RUN
     remove_leftovers(Path(tempfile.gettempdir()))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for part in arguments.parts:
@@ -62,18 +62,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.5, help="of each arm of a round")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     return parser.parse_args(argv)
-
-
-def _troubles() -> list[str]:
-    if os.geteuid() != 0:
-        return ["namespaces and queues need root: run this as root"]
-    found = []
-    absent = {package for name, package in PROGRAMS.items() if shutil.which(name) is None}
-    if absent:
-        found.append(f"install the system packages {' '.join(sorted(absent))}")
-    if cgroup.mount_point() is None:
-        found.append("cgroup v2 is not mounted: the senders' classes cannot be told apart")
-    return found
 
 
 def _measure(part: str, arguments: argparse.Namespace, found: Results) -> None:

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from benchmarks.testbed.network import within
 from benchmarks.traffic.hosts import DEVICE, RECEIVER, SENDER, Link, Worker
 from benchmarks.traffic.measure import INFERENCE_CORE, SETTLE_S, Arm, Bench, Rounds, Sample
 from engine.config import EngineConfig
@@ -115,7 +116,7 @@ def _command(link: Link, rank: int, node: str) -> list[str]:
     # SGLang's stand-in for a prefill engine does not go with it.
     argv = [word for word in _record(link).argv if not word.endswith("enable-radix-cache")]
     return [
-        *link.network.within(link.network.namespace(node)),
+        *within(link.network.namespace(node)),
         *_OWN_SHARED_MEMORY,
         *("taskset", "-c", str(INFERENCE_CORE), *argv),
         *(*ends, "fake", *nodes, "--dist-init-addr", rendezvous),

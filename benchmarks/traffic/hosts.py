@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.testbed.network import Network, Rates
+from benchmarks.testbed.network import Network, Rates, within
 from transfer.traffic import cgroup
 from transfer.traffic.classes import TrafficClass, TrafficSettings
 from transfer.traffic.ethernet import make_rules
@@ -83,7 +83,7 @@ class Link:
     ) -> Worker:
         """A worker on a host; ``low``: in the control group of the low class."""
         argv = [
-            *self.network.within(self.network.namespace(node)),
+            *within(self.network.namespace(node)),
             *(sys.executable, "-m", "benchmarks.traffic.worker"),
             *(role, self.address(node, on_storage), str(core)),
         ]

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.radosgw import missing_programs
+from benchmarks import tools
 from benchmarks.store import remote as store_remote
 from benchmarks.store.remote import measure_remote, remote_goals
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(missing_programs()), reason="needs a real S3 server")
+@pytest.mark.skipif(bool(tools.missing(*tools.S3_SERVER)), reason="needs a real S3 server")
 def test_clients_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_remote, "BLOCKS", 72)
     monkeypatch.setattr(store_remote, "READ_BLOCKS", 16)

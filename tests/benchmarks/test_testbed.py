@@ -323,10 +323,10 @@ def test_opened_links_are_faster_and_closed_again(network: Network):
 def test_what_a_killed_run_has_left_is_removed_with_its_processes(tmp_path: Path):
     script = (
         "import os, subprocess, time\n"
-        "from benchmarks.testbed.network import Network, Rates\n"
+        "from benchmarks.testbed.network import Network, Rates, within\n"
         "network = Network(['p0'], Rates(50, 400))\n"
         "network.build()\n"
-        "place = network.within(network.namespace('p0'))\n"
+        "place = within(network.namespace('p0'))\n"
         "print(subprocess.Popen([*place, 'sleep', '300']).pid, flush=True)\n"
         "time.sleep(300)\n"
     )

@@ -31,7 +31,7 @@ def test_a_nic_of_the_model_serves_in_turn_at_its_present_rate():
 
 def test_the_model_reads_what_its_turns_hit(monkeypatch):
     """Every turn that was asked for ends, and each hit block came over one NIC."""
-    fluid = Fluid("n-way", 1, 2, Workload(load=0.5, turns=40))
+    fluid = Fluid("n-way", (1, 2), Workload(load=0.5, turns=40))
     asked = []
     plan = fluid.cluster.scheduler.plan
 

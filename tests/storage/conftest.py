@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.radosgw import RadosGateway, missing_programs
+from benchmarks import tools
+from benchmarks.radosgw import RadosGateway
 from common.block import BlockKey, TierName
 from storage.cli import main as cli_main
 from storage.remote.tier import RemoteSettings, RemoteTier
@@ -86,7 +87,7 @@ def closing() -> Iterator[Callable[[SsdTier], SsdTier]]:
 
 @pytest.fixture(scope="session")
 def radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RadosGateway]:
-    if missing := missing_programs():
+    if missing := tools.missing(*tools.S3_SERVER):
         pytest.skip(
             f"{', '.join(missing)} not installed: "
             "apt-get install --no-install-recommends radosgw ceph-mon ceph-osd ceph-common"

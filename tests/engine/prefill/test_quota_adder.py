@@ -66,9 +66,8 @@ def adder_class():
         yield prefill_hooks, Adder
 
 
-def a_pass(hooks, adder_class, quota, waiting, chunked, chunk_tokens, align):
-    """One scheduler pass (managers/scheduler.py, _get_new_batch_prefill_raw)."""
-    from sglang.srt.managers.schedule_policy import AddReqResult
+def make_adder(adder_class, quota, chunk_tokens):
+    """Of one scheduler pass, with memory for whatever is added."""
     from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
     tree = mock.MagicMock(disable=False, page_size=PAGE)
@@ -79,13 +78,20 @@ def a_pass(hooks, adder_class, quota, waiting, chunked, chunk_tokens, align):
     allocator.request_slot_reserve.return_value = 0
     allocator.create_prefill_budget.side_effect = lambda tree, **kw: PrefillBudget(allocator, tree)
     engine = SimpleNamespace(prefill_timing=SimpleNamespace(quota=quota))
+    hooks, adder = adder_class
     with (
         mock.patch.object(hooks, "runtime", return_value=engine),
         mock.patch(
             "sglang.srt.managers.schedule_policy.page_interleave_shard_size", return_value=1
         ),
     ):
-        adder = adder_class(PAGE, tree, allocator, None, 1.0, 16_384, chunk_tokens)
+        return adder(PAGE, tree, allocator, None, 1.0, 16_384, chunk_tokens)
+
+
+def a_pass(adder, waiting, chunked, align):
+    """One scheduler pass (managers/scheduler.py, _get_new_batch_prefill_raw)."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
     if chunked is not None:
         chunked = adder.add_chunked_req(chunked)
     for request in waiting:
@@ -99,11 +105,11 @@ def a_pass(hooks, adder_class, quota, waiting, chunked, chunk_tokens, align):
 
 def run_all(adder_class, requests, chunk_tokens, align=None):
     """Pass after pass; the chunks of every batch."""
-    hooks, adder = adder_class
     quota = QuotaChunking(CostFit(COST), QUOTA_S, PAGE)
     waiting, chunked, batches = deque(requests), None, []
     while waiting or chunked is not None:
-        running, chunked = a_pass(hooks, adder, quota, waiting, chunked, chunk_tokens, align)
+        adder = make_adder(adder_class, quota, chunk_tokens)
+        running, chunked = a_pass(adder, waiting, chunked, align)
         assert running, "an empty batch while there is work"
         batches.append([Chunk(request.prefix_len, request.extend_len) for request in running])
         new, context = zip(*((c.new_tokens, c.context_tokens) for c in batches[-1]), strict=True)
