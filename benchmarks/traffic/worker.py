@@ -17,6 +17,7 @@ import os
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,9 @@ from common.ids import JobId, PlanId
 from transfer.agent.jobs.transfer import Transfer
 from transfer.agent.jobs.transfer_queue import TransferQueue
 from transfer.mooncake import TransferPeer
-from transfer.pacing.nic_pacing import NicBook, Pacing, pacer_samples
+from transfer.pacing.agent_pacing import AgentPacing, PaceSettings, pacer_samples
 from transfer.pacing.pacer import read_pace
+from transfer.pacing.peer_nics import PeerNics
 
 SINK_BYTES = 64 << 20
 STREAM_BYTES = 256 << 10
@@ -108,11 +110,11 @@ class KvMovement(Source):
     def __init__(self, host: str) -> None:
         super().__init__(host, PAGES * PAGE_BYTES * LAYERS)
         self._layout = BlockLayout(1, LAYERS, (PAGE_BYTES,))
-        self._book = NicBook(self.peer.is_local, is_rdma=False)
+        self._nics = PeerNics(self.peer.is_local, is_rdma=False)
         self._numbers = itertools.count(1)
         self._failures = 0
         self._transfers: dict[int, Transfer] = {}
-        self._pacing = Pacing("off", self._book, self._needed_rate)
+        self._pacing = AgentPacing(PaceSettings("off"), self._nics, self._needed_rate)
         # One for all arms: what it registers with Mooncake is never given back.
         self._queue = TransferQueue(
             self.peer,
@@ -120,21 +122,20 @@ class KvMovement(Source):
             threads=4,
             transfers_max=2 * JOBS,
             post=lambda call: call(),
-            pacer_towards=lambda session_id: self._pacing.towards(session_id),
+            pacer_towards=lambda session_id: self._pacing.pacer_towards(session_id),
         )
 
     def start(self, target: Target, pace: str, nic_bytes_per_s: float) -> dict[str, Any]:
         self._target, self._is_on = target, True
-        self._pacing = Pacing(
-            read_pace(pace), self._book, self._needed_rate, nic_bytes_per_s=nic_bytes_per_s
-        )
+        settings = PaceSettings(read_pace(pace), nic_bytes_per_s)
+        self._pacing = AgentPacing(settings, self._nics, self._needed_rate)
         for _ in range(JOBS):
             self._submit()
         return {}
 
     def count(self) -> dict[str, Any]:
         moved = sum(self.peer.moved_bytes().values())
-        nic = self._book.towards(self._target.session_id)
+        nic = self._nics.nic_towards(self._target.session_id)
         return {"bytes": moved, "at": time.monotonic(), "failures": self._failures, "nic": nic}
 
     def stop(self) -> dict[str, Any]:
@@ -146,7 +147,7 @@ class KvMovement(Source):
             time.sleep(0.01)
         return {s.spelled: s.value for s in pacer_samples(self._pacing.pacers())}
 
-    def _needed_rate(self, now: float, counts: Any) -> float:
+    def _needed_rate(self, now: float, counts: Callable[[str], bool]) -> float:
         return self._queue.needed_rate(now, counts)
 
     def _submit(self) -> None:

@@ -25,7 +25,7 @@ from engine.prefill.session_workers import SessionWorkers
 from engine.prefill.suffix_send import LayerSend, SuffixSender
 from engine.ranks.group import CreditsAt
 from engine.transfers.deliveries import Deliveries
-from transfer.pacing.nic_pacing import MovedBytes, NicBook
+from transfer.pacing.peer_nics import MovedBytes, PeerNics
 
 
 class PrefillForward:
@@ -84,10 +84,10 @@ class PrefillForward:
             self.window.layer_left(layer)
 
 
-def _nics_of(suffix: SuffixSender) -> NicBook:
+def _nics_of(suffix: SuffixSender) -> PeerNics:
     """For the metrics. The launcher names the protocol where it is not RDMA."""
     is_rdma = os.environ.get("MOONCAKE_PROTOCOL", "rdma") == "rdma"
-    return NicBook(suffix.is_local, is_rdma)
+    return PeerNics(suffix.is_local, is_rdma)
 
 
 class PrefillLayers:

@@ -22,8 +22,9 @@ from transfer.credits import CreditBoard
 from transfer.memory import HostMemory
 from transfer.mooncake import TransferPeer
 from transfer.pacing import nics
-from transfer.pacing.nic_pacing import MovedBytes, NicBook, Pacing
+from transfer.pacing.agent_pacing import AgentPacing, PaceSettings
 from transfer.pacing.pacer import read_pace
+from transfer.pacing.peer_nics import MovedBytes, PeerNics
 from transfer.traffic.host import keeps_apart
 
 log = logging.getLogger(__name__)
@@ -52,14 +53,12 @@ class Resources:
         self.peer.register(self.memory.address, self.memory.size_bytes)
         self.credits = CreditBoard(self.peer.register)
         self.ssd, self.remote = _open_tiers(config, wake)
-        nic_book = NicBook(self.peer.is_local, is_rdma=config.protocol == "rdma")
-        self.moved = MovedBytes(nic_book, "agent")
-        self.pacing = Pacing(
-            read_pace(config.pace),
-            nic_book,
+        peer_nics = PeerNics(self.peer.is_local, is_rdma=config.protocol == "rdma")
+        self.moved = MovedBytes(peer_nics, "agent")
+        self.pacing = AgentPacing(
+            PaceSettings(read_pace(config.pace), config.nic_bytes_per_s, config.rdma_devices),
+            peer_nics,
             self._needed_rate,
-            config.nic_bytes_per_s,
-            config.rdma_devices,
             partial(keeps_apart, group=config.cgroup),
         )
         self.deliver_queue = self._queue("deliver", config.deliver_threads)
@@ -69,7 +68,9 @@ class Resources:
         def post(call: Callable[[], None]) -> None:
             self._loop.call_soon_threadsafe(call)
 
-        return TransferQueue(self.peer, name, threads, TRANSFERS_MAX, post, self.pacing.towards)
+        return TransferQueue(
+            self.peer, name, threads, TRANSFERS_MAX, post, self.pacing.pacer_towards
+        )
 
     def _needed_rate(self, now: float, counts: Callable[[str], bool]) -> float:
         return self.deliver_queue.needed_rate(now, counts)

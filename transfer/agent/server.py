@@ -34,7 +34,7 @@ from transfer.agent.config import AgentConfig
 from transfer.agent.metrics import store_samples
 from transfer.agent.resources import Resources
 from transfer.agent.serving import Serving, Unserved
-from transfer.pacing.nic_pacing import pacer_samples
+from transfer.pacing.agent_pacing import pacer_samples
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -54,10 +54,15 @@ class BadPace(ValueError):
     """No way to pace; the message says what there is."""
 
 
-def read_pace(text: str) -> str | float:
-    """ "auto", "on", "off", or bytes a second. Raises :class:`BadPace`."""
-    if text in ("auto", "on", "off"):
-        return text
+Pace = Literal["auto", "on", "off"] | float
+"""How KV movement is held back: a rate is in bytes a second."""
+_PACE_WORDS: dict[str, Pace] = {"auto": "auto", "on": "on", "off": "off"}
+
+
+def read_pace(text: str) -> Pace:
+    """As an operator writes it. Raises :class:`BadPace`."""
+    if (word := _PACE_WORDS.get(text)) is not None:
+        return word
     try:
         rate = float(parse_size(text))
     except ValueError as error:

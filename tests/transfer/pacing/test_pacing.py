@@ -8,8 +8,9 @@ from launch.cluster.config import load_config
 from launch.settings import BadConfig
 from tests.samples import by_name
 from tests.transfer.pacing.sysfs_tree import ethernet, hgx
-from transfer.pacing.nic_pacing import MovedBytes, NicBook, Pacing, pacer_samples
+from transfer.pacing.agent_pacing import AgentPacing, PaceSettings, pacer_samples
 from transfer.pacing.pacer import BadPace, read_pace
+from transfer.pacing.peer_nics import MovedBytes, PeerNics
 
 
 class Machine:
@@ -19,7 +20,7 @@ class Machine:
         self.sysfs = sysfs
         self.routes = {"10.0.0.2": "eth0", "10.0.0.3": "eth1"}
         self.now = 0.0
-        self.book = NicBook(self.is_local, is_rdma, self.lookup, lambda: self.now)
+        self.nics = PeerNics(self.is_local, is_rdma, self.lookup, lambda: self.now)
 
     def is_local(self, session: str) -> bool:
         return session.startswith("10.0.0.1:")
@@ -30,11 +31,12 @@ class Machine:
         return self.routes[host]
 
     def pacing(self, pace, classes=(), **fields):
-        return Pacing(
-            *(pace, self.book, lambda now, counts: 0.0),
+        return AgentPacing(
+            PaceSettings(pace, **fields),
+            self.nics,
+            lambda now, counts: 0.0,
             has_classes=lambda device: device in classes,
             sysfs=self.sysfs,
-            **fields,
         )
 
 
@@ -46,19 +48,19 @@ def machine(tmp_path):
 
 def test_auto_paces_links_without_classes_whose_rate_is_known(machine):
     pacing = machine.pacing("auto")
-    assert pacing.towards("10.0.0.2:5") is pacing.towards("10.0.0.2:6") is not None
+    assert pacing.pacer_towards("10.0.0.2:5") is pacing.pacer_towards("10.0.0.2:6") is not None
     for session in ("10.0.0.1:5", "10.0.0.3:5", "10.0.0.9:5"):  # own node; no rate; no way
-        assert pacing.towards(session) is None
+        assert pacing.pacer_towards(session) is None
     assert list(pacing.pacers()) == ["eth0"]
-    assert machine.pacing("auto", classes=["eth0"]).towards("10.0.0.2:5") is None
-    assert machine.pacing("on", classes=["eth0"]).towards("10.0.0.2:5") is not None
-    assert machine.pacing("auto", nic_bytes_per_s=1e6).towards("10.0.0.3:5") is not None
+    assert machine.pacing("auto", classes=["eth0"]).pacer_towards("10.0.0.2:5") is None
+    assert machine.pacing("on", classes=["eth0"]).pacer_towards("10.0.0.2:5") is not None
+    assert machine.pacing("auto", nic_bytes_per_s=1e6).pacer_towards("10.0.0.3:5") is not None
 
 
 def test_off_paces_nothing_and_a_rate_paces_every_link(machine):
-    assert machine.pacing("off").towards("10.0.0.2:5") is None
+    assert machine.pacing("off").pacer_towards("10.0.0.2:5") is None
     fixed = machine.pacing(2e6, classes=["eth0", "eth1"])
-    first, second = fixed.towards("10.0.0.2:5"), fixed.towards("10.0.0.3:5")
+    first, second = fixed.pacer_towards("10.0.0.2:5"), fixed.pacer_towards("10.0.0.3:5")
     assert first is not None and second is not None and first is not second
     first.wait((False, 1, 1), lambda: None, 1000)
     samples = by_name(pacer_samples(fixed.pacers()))
@@ -69,8 +71,8 @@ def test_off_paces_nothing_and_a_rate_paces_every_link(machine):
 
 def test_rdma_is_paced_only_when_asked_to(tmp_path):
     machine = Machine(hgx(tmp_path), is_rdma=True)
-    assert machine.pacing("auto").towards("10.0.0.2:5") is None
-    pacer = machine.pacing("on", rdma_devices="mlx5_0,mlx5_1").towards("10.0.0.2:5")
+    assert machine.pacing("auto").pacer_towards("10.0.0.2:5") is None
+    pacer = machine.pacing("on", rdma_devices="mlx5_0,mlx5_1").pacer_towards("10.0.0.2:5")
     assert pacer is not None
     pacer.wait((False, 1, 1), lambda: None, 1000)
     assert 0.8 * 100e9 < pacer.stats().rate < 100e9
@@ -78,15 +80,15 @@ def test_rdma_is_paced_only_when_asked_to(tmp_path):
 
 def test_when_the_route_moves_the_other_nics_pacer_is_used(machine):
     pacing = machine.pacing(2e6)
-    before = pacing.towards("10.0.0.2:5")
+    before = pacing.pacer_towards("10.0.0.2:5")
     machine.routes["10.0.0.2"] = "eth1"
-    assert pacing.towards("10.0.0.2:5") is before
+    assert pacing.pacer_towards("10.0.0.2:5") is before
     machine.now += 1
-    assert pacing.towards("10.0.0.2:5") is pacing.pacers()["eth1"]
+    assert pacing.pacer_towards("10.0.0.2:5") is pacing.pacers()["eth1"]
 
 
 def test_bytes_count_for_class_nic_and_peer(machine):
-    moved = MovedBytes(machine.book, "agent")
+    moved = MovedBytes(machine.nics, "agent")
     moved.samples({("write", "10.0.0.2"): 100, ("read", "10.0.0.1"): 7})
     machine.routes["10.0.0.2"] = "eth1"
     machine.now += 1
