@@ -26,7 +26,7 @@ class AgentConfig(ProcessSettings, frozen=True):
     gpus: list[int] = []
     """Of the node's engine, in order of PCI addresses: NICs near them are used first."""
     pace: str = "off"
-    """How KV movement is held back, and the rate of each NIC: :mod:`transfer.pacing.agent_pacing`."""
+    """How KV movement is held back (:mod:`transfer.pacing.agent_pacing`), and each NIC's rate."""
     nic_bytes_per_s: int = 0
     dram_bytes: int = 0
     ssd_dirs: list[str] = []
