@@ -8,7 +8,7 @@ from common.block import TierName
 from common.ids import PlanId
 from common.messages import Holding
 from storage.index.holdings import Holdings
-from storage.read_share import ShareBook
+from storage.share_queue import ShareQueue
 from storage.slot_pool import SlotPool
 from storage.tiers.contract import TierStats
 
@@ -72,11 +72,15 @@ class StoreStats(msgspec.Struct):
     """Writes to SSD or remote that ended with an error."""
     tiers: dict[TierName, TierStats] = {}
 
+    def count_hits(self, tier: TierName, blocks: int) -> None:
+        """So many more were found in a tier."""
+        self.hits_total[tier] = self.hits_total.get(tier, 0) + blocks
+
     def snapshot(
         self,
         pool: SlotPool,
         holdings: Holdings,
-        shares: ShareBook,
+        shares: ShareQueue,
         tiers: dict[TierName, TierStats],
         rates: dict[TierName, float],
     ) -> StoreStats:

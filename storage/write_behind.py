@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from common.block import BlockKey, TierName
 from storage.index.holdings import Holdings
 from storage.slot_pool import SlotPool
+from storage.store_options import StoreOptions
 from storage.tiers.contract import BlockIO, Tier
 
 _OWNER = -1
@@ -29,18 +30,16 @@ class WriteBehind:
         pool: SlotPool,
         tiers: Mapping[TierName, Tier],
         holdings: Holdings,
-        queue_blocks_max: int,
-        write_policy: str = "everywhere",
-        promotion_policy: str = "always",
+        options: StoreOptions,
     ) -> None:
-        _check(write_policy, WRITE_POLICIES)
-        _check(promotion_policy, PROMOTION_POLICIES)
+        _check(options.write_policy, WRITE_POLICIES)
+        _check(options.promotion_policy, PROMOTION_POLICIES)
         self._pool = pool
         self._tiers = tiers
         self._holdings = holdings
-        self._queue_blocks_max = queue_blocks_max
-        self._remote_waits_for_use = write_policy == "reused" and len(tiers) > 1
-        self._promotion_policy = promotion_policy
+        self._queue_blocks_max = options.write_queue_blocks
+        self._remote_waits_for_use = options.write_policy == "reused" and len(tiers) > 1
+        self._promotion_policy = options.promotion_policy
         self._targets: dict[BlockKey, set[TierName]] = {}
         self.skipped_total = 0
         """Blocks that were not written for want of room in the queue."""

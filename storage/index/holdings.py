@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common.block import BlockKey, TierName
+from common.messages import Holding
 
 _BITS = {TierName.DRAM: 1, TierName.SSD: 2, TierName.REMOTE: 4}
 _DRAM_ONLY = _BITS[TierName.DRAM]
@@ -16,6 +17,7 @@ class Holdings:
     def __init__(self) -> None:
         self._held: dict[BlockKey, int] = {}
         self._volatile = 0
+        self._changes: list[Holding] = []
 
     @property
     def volatile(self) -> int:
@@ -33,18 +35,24 @@ class Holdings:
     def has_any(self, key: BlockKey) -> bool:
         return key in self._held
 
-    def change(self, key: BlockKey, tier: TierName, held: bool) -> bool:
-        """Note a gain or loss; False if it was known already."""
+    def change(self, holding: Holding) -> None:
+        """Note a gain or loss; nothing happens if it was known already."""
+        key, bit = holding.key, _BITS[holding.tier]
         before = self._held.get(key, 0)
-        after = before | _BITS[tier] if held else before & ~_BITS[tier]
+        after = before | bit if holding.held else before & ~bit
         if after == before:
-            return False
+            return
         self._volatile += (after == _DRAM_ONLY) - (before == _DRAM_ONLY)
         if after:
             self._held[key] = after
         else:
             del self._held[key]
-        return True
+        self._changes.append(holding)
+
+    def take_changes(self) -> list[Holding]:
+        """Gains and losses since the last call."""
+        changes, self._changes = self._changes, []
+        return changes
 
     def __iter__(self) -> Iterator[tuple[BlockKey, TierName]]:
         """Every (block, tier)."""

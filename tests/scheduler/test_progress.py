@@ -17,6 +17,7 @@ from scheduler.scheduler import Scheduler
 from storage.block_format import encode_header
 from storage.slot_pool import SlotPool
 from storage.store_events import ShareSettled
+from storage.store_options import StoreOptions
 from storage.tiered_store import TieredStore
 from storage.tiers.memory_tier import MemoryTier
 from tests.scheduler.clusters import cluster, report_agent, report_engine, request
@@ -98,12 +99,10 @@ class Readers:
     def _store(objects: dict) -> TieredStore:
         pool = SlotPool(memoryview(bytearray(SLOTS * 4096)), BLOCK_BYTES)
         assert pool.num_slots == SLOTS
-        tiers = [
-            MemoryTier(TierName.SSD, lambda: None, capacity_bytes=0),
-            MemoryTier(TierName.REMOTE, lambda: None, index_is_complete=False),
-        ]
-        tiers[1].blocks.update(objects)
-        return TieredStore(pool, *tiers, write_queue_blocks=1, hold_s=1e9)
+        ssd = MemoryTier(TierName.SSD, lambda: None, capacity_bytes=0)
+        remote = MemoryTier(TierName.REMOTE, lambda: None, index_is_complete=False)
+        remote.blocks.update(objects)
+        return TieredStore(pool, ssd, remote, StoreOptions(write_queue_blocks=1, hold_s=1e9))
 
     def admit(self, plan: Plan) -> None:
         for agent, keys in plan.shares().items():

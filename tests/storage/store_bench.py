@@ -9,6 +9,7 @@ from common.ids import PlanId
 from storage.block_format import HEADER_BYTES, encode_header
 from storage.slot_pool import SlotPool
 from storage.store_events import ShareSettled
+from storage.store_options import StoreOptions
 from storage.tiered_store import TieredStore
 from storage.tiers.contract import BlockIO
 from storage.tiers.faulty_tier import FaultyTier
@@ -34,7 +35,7 @@ class Bench:
         self.ssd = FaultyTier(self.ssd_memory, clock=lambda: self.now)
         self.remote = FaultyTier(self.remote_memory, clock=lambda: self.now)
         remote_tier = self.remote if remote else None
-        self.store = TieredStore(self.pool, self.ssd, remote_tier, **options)  # type: ignore[arg-type]
+        self.store = TieredStore(self.pool, self.ssd, remote_tier, StoreOptions(**options))  # type: ignore[arg-type]
         self.settled: dict[int, ShareSettled] = {}
         self.changes: list[tuple[BlockKey, TierName, bool]] = []
 
@@ -71,7 +72,7 @@ class Bench:
                     self.changes.append((event.key, event.tier, event.held))
 
     def check_bytes(self, key: BlockKey) -> None:
-        offset = self.store.offset(key)
+        offset = self.store.pool.offset(key)
         assert self.memory[offset : offset + NBYTES] == payload_of(key, NBYTES)
 
 

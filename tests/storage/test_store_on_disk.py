@@ -62,7 +62,7 @@ class Node:
         assert isinstance(event, ShareSettled) and event.plan == plan
         for key, in_dram in zip(keys, event.in_dram, strict=True):
             if in_dram:
-                offset = self.store.offset(key)
+                offset = self.store.pool.offset(key)
                 assert self.memory[offset : offset + NBYTES] == payload_of(key, NBYTES)
         self.store.release(PlanId(plan))
         return event

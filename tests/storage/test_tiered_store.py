@@ -241,7 +241,7 @@ def test_what_is_on_ssd_at_start_is_held() -> None:
     assert store.holdings() == [Holding(A, SSD, True)]
     assert store.poll(0.0) == [] and store.stats().durable_blocks == 1
     with pytest.raises(KeyError):
-        store.offset(A)
+        store.pool.offset(A)
     store.close()
 
 
@@ -253,4 +253,4 @@ def test_dram_alone_serves_what_engines_gave() -> None:
     store.admit(PlanId(1), [A, B], 10.0, 0.0)
     (event,) = [e for e in store.poll(0.0) if isinstance(e, ShareSettled)]
     assert event.in_dram == [True, False]
-    assert store.offsets([A]).tolist() == [store.offset(A)]
+    assert store.pool.offsets([A]).tolist() == [store.pool.offset(A)]

@@ -14,6 +14,7 @@ from common.messages import Holding
 from storage.block_format import HEADER_BYTES, encode_header
 from storage.slot_pool import SlotPool
 from storage.store_events import ShareSettled
+from storage.store_options import StoreOptions
 from storage.tiered_store import TieredStore
 from storage.tiers.contract import BlockIO, Completion
 from storage.tiers.faulty_tier import FaultyTier
@@ -61,10 +62,9 @@ class TieredStoreMachine(RuleBasedStateMachine):
         self.tiers = [WatchedTier(tier, 1, lambda: self.now) for tier in (ssd, remote)]
         self.store = TieredStore(
             self.pool,
-            *self.tiers,
-            write_queue_blocks=3,
-            hold_s=HOLD_S,
-            keep_in_dram=self.keep_in_dram,
+            self.tiers[0],
+            self.tiers[1],
+            StoreOptions(write_queue_blocks=3, hold_s=HOLD_S, keep_in_dram=self.keep_in_dram),
         )
         reading: set[BlockKey] = set()
         for tier in self.tiers:
@@ -170,7 +170,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
     def pinned_blocks_hold_their_bytes(self) -> None:
         for keys in self.pinned.values():
             for key in keys:
-                offset = self.store.offset(key)
+                offset = self.store.pool.offset(key)
                 assert self.memory[offset : offset + NBYTES] == PAYLOADS[key]
 
     @invariant()

@@ -30,6 +30,7 @@ from common.messages import (
 )
 from storage.slot_pool import SlotPool
 from storage.store_events import StoreStats
+from storage.store_options import StoreOptions
 from storage.tiered_store import TieredStore
 from transfer.agent.engines import BadRegistration, Engine, Engines
 from transfer.agent.jobs.deliver_jobs import DeliverJobs
@@ -105,14 +106,12 @@ class Serving:
         config, address = resources.config, resources.memory.address
         self._resources = resources
         self._engines = Engines(resources.credits)
-        self._store = TieredStore(
-            pool,
-            resources.ssd,
-            resources.remote,
+        options = StoreOptions(
             keep_in_dram=config.experiment.dram_keep,
             write_policy=config.write_policy,
             promotion_policy=config.promotion_policy,
         )
+        self._store = TieredStore(pool, resources.ssd, resources.remote, options)
         self._shares = Shares(self._store, resources.socket.send, self.poll, self._engines.can_take)
         reports = Reports(
             resources.incarnation, resources.counters, self._reply, resources.announcer.tell

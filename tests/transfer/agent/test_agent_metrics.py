@@ -7,7 +7,7 @@ import math
 from common.block import TierName
 from common.samples import Latencies
 from storage.index.holdings import Holdings
-from storage.read_share import ShareBook
+from storage.share_queue import ShareQueue
 from storage.slot_pool import SlotPool
 from storage.store_events import StoreStats
 from storage.tiers.contract import EvictionCause, IoStats, RoomStats, TierStats
@@ -23,7 +23,7 @@ def test_every_tier_says_what_it_holds_does_and_loses() -> None:
     ssd = TierStats(room, io)
     pool = SlotPool(memoryview(bytearray(3 * 8192)), 5000)
     stats = StoreStats(slots=pool.num_slots).snapshot(
-        pool, Holdings(), ShareBook(), {TierName.SSD: ssd}, {TierName.SSD: 9.0}
+        pool, Holdings(), ShareQueue(), {TierName.SSD: ssd}, {TierName.SSD: 9.0}
     )
     samples = by_name(store_samples(stats))
     for name, value in {

@@ -10,17 +10,7 @@ from common.block import BlockKey, TierName
 from common.ids import PlanId
 
 
-class Fill:
-    """A slot that is being filled: from ``tier``, or from an engine where that is None."""
-
-    __slots__ = ("tier", "plans")
-
-    def __init__(self, tier: TierName | None) -> None:
-        self.tier = tier
-        self.plans: set[PlanId] = set()
-
-
-class ReadShare:
+class ShareState:
     """The blocks that one plan wants in DRAM: queued, then reading, then settled."""
 
     def __init__(self, plan: PlanId, keys: list[BlockKey], deadline_s: float, now: float) -> None:
@@ -39,13 +29,13 @@ class ReadShare:
         """Blocks to be read for it, as far as is known before it gets its slots."""
 
 
-class ShareBook:
+class ShareQueue:
     """Every plan that wants or pins blocks; first come, first served."""
 
     def __init__(self) -> None:
-        self._shares: dict[int, ReadShare] = {}
-        self._queue: OrderedDict[int, ReadShare] = OrderedDict()
-        self._timers: list[tuple[float, int]] = []
+        self._shares: dict[PlanId, ShareState] = {}
+        self._queue: OrderedDict[int, ShareState] = OrderedDict()
+        self._timers: list[tuple[float, PlanId]] = []
         self._settled = 0
         self.promised_blocks: Counter[TierName] = Counter()
         """Of all queued shares."""
@@ -65,37 +55,37 @@ class ShareBook:
     def __contains__(self, plan: PlanId) -> bool:
         return plan in self._shares
 
-    def get(self, plan: PlanId) -> ReadShare | None:
+    def get(self, plan: PlanId) -> ShareState | None:
         return self._shares.get(plan)
 
-    def head(self) -> ReadShare | None:
+    def head(self) -> ShareState | None:
         """The share that gets slots next."""
         return next(iter(self._queue.values()), None)
 
-    def enqueue(self, share: ReadShare) -> None:
+    def enqueue(self, share: ShareState) -> None:
         self._shares[share.plan] = share
         self._queue[share.plan] = share
         self.promised_blocks.update(share.promised_blocks)
         heapq.heappush(self._timers, (share.deadline_s, share.plan))
 
-    def dequeue(self, share: ReadShare) -> None:
+    def dequeue(self, share: ShareState) -> None:
         """The share waits for slots no longer; nothing happens if it did not."""
         if self._queue.pop(share.plan, None) is not None:
             self.promised_blocks.subtract(share.promised_blocks)
 
-    def mark_settled(self, share: ReadShare, now: float, hold_s: float) -> None:
+    def mark_settled(self, share: ShareState, now: float, hold_s: float) -> None:
         """It will be due again after ``hold_s`` unless it is removed."""
         self.dequeue(share)
         share.settled_s = now
         self._settled += 1
         heapq.heappush(self._timers, (now + hold_s, share.plan))
 
-    def remove(self, share: ReadShare) -> None:
+    def remove(self, share: ShareState) -> None:
         self.dequeue(share)
         del self._shares[share.plan]
         self._settled -= share.settled_s is not None
 
-    def due(self, now: float) -> Iterator[ReadShare]:
+    def due(self, now: float) -> Iterator[ShareState]:
         """Shares of which some time has passed: a deadline, or the hold after settlement."""
         while self._timers and self._timers[0][0] <= now:
             _, plan = heapq.heappop(self._timers)
