@@ -2,7 +2,7 @@
 
 One delivery serves one request and has one writer (an agent, with a job of its own) for
 each reader in the request's plan. Layer ``l`` is ready when every writer's word on the
-completion board says so.
+completion board says so. The agents' end is ``transfer/agent/jobs/deliver_jobs.py``.
 """
 
 from __future__ import annotations
