@@ -18,10 +18,7 @@ import msgspec
 PREFIX = "dualpath:"
 """Of every name, where users see it."""
 
-LATENCY_BUCKETS_S = (
-    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
-    *(0.1, 0.25, 0.5, 1.0, 2.5, 10.0),
-)
+LATENCY_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 _TTFT_BUCKETS_S = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 120)
 _QUEUE_BUCKETS_S = (0.001, 0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
 _RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4, 10)
@@ -112,7 +109,8 @@ _TABLE = (
         "malformed_messages_total",
         "messages",
         "Dropped messages from the process.",
-        *("agent", "engine"),
+        "agent",
+        "engine",
     ),
     _gauge(
         "read_backlog_seconds",
@@ -121,7 +119,7 @@ _TABLE = (
         "agent",
     ),
     # ---- agent: DRAM and plans
-    _gauge("agent_dram_slots", "slots", "Slots of DRAM."),
+    _gauge("agent_dram_slots", "slots", "Blocks that DRAM has room for."),
     _gauge("agent_dram_slots_available", "slots", "Those that are free or evictable now."),
     _gauge("agent_resident_blocks", "blocks", "Blocks in DRAM."),
     _gauge(
@@ -131,9 +129,7 @@ _TABLE = (
         "state",
     ),
     _gauge(
-        "agent_persisting_blocks",
-        "blocks",
-        "Being pulled out of an engine, or written behind.",
+        "agent_persisting_blocks", "blocks", "Being pulled out of an engine, or written behind."
     ),
     _gauge(
         "agent_plans",
@@ -142,10 +138,7 @@ _TABLE = (
         "state",
     ),
     _counter(
-        "agent_hits_total",
-        "blocks",
-        "Blocks of plans, by the tier where they were found.",
-        "tier",
+        "agent_hits_total", "blocks", "Blocks of plans, by the tier where they were found.", "tier"
     ),
     _counter(
         "agent_joined_reads_total",
@@ -159,9 +152,7 @@ _TABLE = (
     ),
     _counter("agent_expired_plans_total", "plans", "Settled by their deadline."),
     _counter(
-        "agent_forgotten_plans_total",
-        "plans",
-        "Released by the store because nobody else did.",
+        "agent_forgotten_plans_total", "plans", "Released by the store because nobody else did."
     ),
     _counter(
         "agent_refused_plans_total",
@@ -174,43 +165,38 @@ _TABLE = (
         "Not pulled or not written for want of a slot or of room in the write queue.",
     ),
     _counter(
-        "agent_failed_persists_total",
-        "blocks",
-        "Writes to SSD or remote that ended with an error.",
+        "agent_failed_persists_total", "blocks", "Writes to SSD or remote that ended with an error."
     ),
     # ---- agent: each tier
-    _gauge("agent_tier_bytes", "bytes", "Used.", "tier"),
+    _gauge("agent_tier_bytes", "bytes", "Room that its blocks take.", "tier"),
     _gauge("agent_tier_capacity_bytes", "bytes", "What the tier may come to hold.", "tier"),
-    _gauge("agent_tier_blocks", "blocks", "Held.", "tier"),
+    _gauge("agent_tier_blocks", "blocks", "Blocks that it holds.", "tier"),
     _gauge(
         "agent_tier_blocks_in_flight",
         "blocks",
         "Whose read or write was asked for and has not ended.",
-        *("tier", "kind"),
+        "tier",
+        "kind",
     ),
-    _counter("agent_tier_hits_total", "blocks", "Read, whole.", "tier"),
+    _counter("agent_tier_hits_total", "blocks", "Blocks that were read, whole.", "tier"),
     _counter(
         "agent_evicted_blocks_total",
         "blocks",
         "That went, by cause: capacity, quota, slot-size, disk-space, dropped.",
-        *("tier", "cause"),
+        "tier",
+        "cause",
     ),
     _gauge("agent_read_queue_bytes", "bytes", "Promised to plans and not read yet.", "tier"),
-    _gauge(
-        "agent_read_queue_seconds",
-        "s",
-        "The same at the measured rate.",
-        "tier",
-    ),
+    _gauge("agent_read_queue_seconds", "s", "The same at the measured rate.", "tier"),
     _gauge(
         "agent_read_bytes_per_second",
         "bytes/s",
-        "Measured while reads were outstanding; 0 until something was read.",
+        "Measured while reads were outstanding; 0 until then.",
         "tier",
     ),
     _gauge("agent_tier_write_queue_bytes", "bytes", "To be written yet.", "tier"),
-    _counter("agent_storage_read_bytes_total", "bytes", "Read.", "tier"),
-    _counter("agent_storage_write_bytes_total", "bytes", "Written.", "tier"),
+    _counter("agent_storage_read_bytes_total", "bytes", "Read from the tier.", "tier"),
+    _counter("agent_storage_write_bytes_total", "bytes", "Written to the tier.", "tier"),
     _histogram(
         "agent_storage_read_seconds",
         "s",
@@ -265,17 +251,16 @@ _TABLE = (
         "jobs",
         "Failed deliveries whose last bytes may still be on their way.",
     ),
-    _gauge(
-        "agent_quarantined_slots",
-        "slots",
-        "Out of use since bytes may still land in them.",
-    ),
-    _counter("agent_malformed_messages_total", "messages", "Dropped, from whomever."),
+    _gauge("agent_quarantined_slots", "slots", "Out of use since bytes may still land in them."),
+    _counter("agent_malformed_messages_total", "messages", "Dropped, as they did not decode."),
     _counter(
         "agent_moved_bytes_total",
         "bytes",
         "Payload written to, or read from, each address; nic `lo` stays on the node.",
-        *("class", "operation", "nic", "peer"),
+        "class",
+        "operation",
+        "nic",
+        "peer",
     ),
     # ---- agent: pacing of each NIC
     _gauge("agent_pacer_bytes_per_second", "bytes/s", "The rate now.", "nic"),
@@ -302,11 +287,7 @@ _TABLE = (
     _gauge("engine_quarantined_pages", "pages", "Of jobs past their deadline, not over."),
     _counter("engine_blocks_offered_total", "blocks", "Whole blocks offered to the agent."),
     _counter("engine_blocks_stored_total", "blocks", "Those that the agent then held."),
-    _counter(
-        "engine_offers_deferred_total",
-        "offers",
-        "Put off because too many pulls were open.",
-    ),
+    _counter("engine_offers_deferred_total", "offers", "Put off because too many pulls were open."),
     # ---- prefill engine: forwards
     _counter("engine_forwards_total", "forwards", "Prefill forwards."),
     _counter("engine_forward_seconds_total", "s", "Their time, without waits for KV."),
@@ -325,14 +306,15 @@ _TABLE = (
         "bytes",
         "The same as agent_moved_bytes_total: KV that the engine has computed and sends layer by "
         "layer, and reads back for a layer window.",
-        *("class", "operation", "nic", "peer"),
+        "class",
+        "operation",
+        "nic",
+        "peer",
     ),
     # ---- prefill engine with a quota
     _counter("engine_quota_batches_total", "batches", "Prefill batches packed to a quota."),
     _counter(
-        "engine_quota_exceeded_total",
-        "batches",
-        "Whose attention took longer than the quota.",
+        "engine_quota_exceeded_total", "batches", "Whose attention took longer than the quota."
     ),
     _counter("engine_attention_seconds_total", "s", "Attention in those batches, measured."),
     _counter("engine_attention_estimated_seconds_total", "s", "The same as estimated."),

@@ -14,7 +14,7 @@ from tests.launch.gateway.client import GENERATE, PROMPT, keys_of, post
 from tests.launch.gateway.stubs import StubCluster, running_cluster
 
 NAMES = Path(__file__).with_name("metric_names.txt").read_text().splitlines()
-"""Of version 0.1, with the names of their labels: dashboards and alerts are built on them."""
+"""With the names of their labels: dashboards and alerts are built on them."""
 
 
 def latencies(*seconds: float) -> Latencies:

@@ -99,6 +99,11 @@ def test_bytes_count_for_class_nic_and_peer(machine):
         name + '{class="high",operation="read",nic="lo",peer="10.0.0.1"}': 7,
         name + '{class="low",operation="write",nic="eth1",peer="10.0.0.2"}': 50,
     }
+    of_engine = MovedBytes(machine.nics, "engine").samples({("write", "10.0.0.3"): 9})
+    assert by_name(of_engine) == {
+        "dualpath:engine_moved_bytes_total"
+        '{class="high",operation="write",nic="eth1",peer="10.0.0.3"}': 9
+    }
 
 
 def test_a_pace_is_a_word_or_a_rate():
