@@ -5,7 +5,9 @@ Absent variable: the plugin does nothing, and SGLang is plain SGLang.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from msgspec import Meta
 
 from common.experiment import NO_EXPERIMENT, Experiment
 from common.process_settings import ProcessSettings
@@ -29,15 +31,18 @@ class EngineConfig(ProcessSettings, frozen=True):
     """Name of the node's own agent, which persists this engine's blocks."""
     agents: dict[str, str]
     """Every agent's name and control endpoint."""
-    deliver_timeout_s: float = 20.0
-    """A delivery that has not completed by then fails; its pages go to quarantine."""
+    deliver_timeout_s: Annotated[
+        float,
+        Meta(description="A delivery into an engine that is not done by then fails."),
+    ] = 20.0
+    """Its pages go to quarantine."""
     pull_timeout_s: float = 30.0
     quarantine_fraction_max: float = 0.25
     """Share of the KV pool in quarantine at which the engine ends itself to be restarted."""
     prefill_quota_s: float | None = None
     """Estimated attention time of each prefill batch; None: SGLang's fixed chunks."""
-    layer_window: int = 0
-    """Layers of KV that the pool of a prefill engine holds; 0: all."""
+    layer_window: int | None = None
+    """Layers of KV that the pool of a prefill engine holds; None: all."""
     promise_planned_only: bool = False
     """A decode engine promises P no prefix of its own that the plan lacks: a prefill engine
     with a layer window brings a prefix from nowhere else."""

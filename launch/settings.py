@@ -1,5 +1,8 @@
 """Settings declared once: a field of a frozen dataclass is a flag, a key of a ``--config``
 file and a row of a table in the docs. Flags win over the file, the file over the defaults.
+
+What is written is parsed here, once: fields hold values. A setting that a process has to know is
+declared where that process has its own settings, and only named here (:func:`owned`).
 """
 
 from __future__ import annotations
@@ -10,58 +13,194 @@ import difflib
 import json
 import shlex
 import tomllib
+import typing
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
+import msgspec
 import yaml
 
+from common.json import JsonObject
 from common.sizes import format_size, parse_size
 
 Config = TypeVar("Config")
+Struct = TypeVar("Struct", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
 class BadConfig(Exception):
     """A flag, a key of the file, or a combination of them; the text says what to do."""
 
 
-# ---- declaring --------------------------------------------------------------------------
+# ---- forms: how a setting of a type is written ------------------------------------------
 
 
-def setting(
-    default: Any,
-    description: str,
-    parse: Callable[[Any], Any] = str,
-    *,
-    metavar: str = "",
-    choices: Sequence[str] = (),
-) -> Any:
-    """A field of a dataclass of settings. ``parse`` takes text or the file's own value."""
-    metadata = {"help": description, "parse": parse, "metavar": metavar, "choices": choices}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+@dataclass(frozen=True)
+class Form(Generic[T]):
+    """``parse`` takes a flag's text or the file's own value, and raises ValueError or TypeError;
+    ``text`` is what it reads back, empty for nothing."""
+
+    parse: Callable[[object], T]
+    metavar: str = ""
+    text: Callable[[T], str] = str
+    choices: Sequence[str] = ()
 
 
-def parse_json_object(value: str | dict[str, Any]) -> dict[str, Any]:
-    """A JSON object, as text or as the file's own mapping."""
+def number(value: object) -> float:
+    """Of a flag's text, or a file's number."""
+    if isinstance(value, str | int | float):
+        return float(value)
+    raise TypeError("give a number")
+
+
+def _whole_number(value: object) -> int:
+    if isinstance(value, str | int | float):
+        return int(value)
+    raise TypeError("give a number")
+
+
+def _size(value: object) -> int:
+    return parse_size(value if isinstance(value, int) else str(value))
+
+
+def _size_text(size_bytes: int) -> str:
+    short = format_size(size_bytes).replace(" ", "")
+    return short if parse_size(short) == size_bytes else str(size_bytes)
+
+
+def _switch(value: object) -> bool:
+    """True or false in a file; a flag without a value on the command line."""
+    if isinstance(value, bool):
+        return value
+    raise ValueError(f"{value!r} is neither true nor false")
+
+
+def _json_object(value: object) -> JsonObject:
     parsed = json.loads(value) if isinstance(value, str) else value
     if not isinstance(parsed, dict):
         raise ValueError(f"{value!r} is not a JSON object")
     return parsed
 
 
-def parse_arguments(value: str) -> str:
-    """Flags of another program, as on a command line."""
-    shlex.split(value)  # raises ValueError on an open quote
-    return value
+def _words(value: object) -> tuple[str, ...]:
+    if not isinstance(value, str):
+        raise TypeError("give flags as on a command line")
+    return tuple(shlex.split(value))  # raises ValueError on an open quote
 
 
-def parse_switch(value: str | bool) -> bool:
-    """True or false in a file; a flag without a value on the command line."""
-    if isinstance(value, bool):
-        return value
-    raise ValueError(f"{value!r} is neither true nor false")
+def text(metavar: str = "") -> Form[str]:
+    return Form(str, metavar)
+
+
+def integer(metavar: str = "") -> Form[int]:
+    return Form(_whole_number, metavar)
+
+
+def real(metavar: str) -> Form[float]:
+    return Form(number, metavar)
+
+
+def choice(words: Sequence[str]) -> Form[str]:
+    """One of these, which :func:`check_choices` sees to."""
+    return Form(str, choices=words)
+
+
+SECONDS = real("S")
+SIZE = Form(_size, "SIZE", _size_text)
+SWITCH = Form(_switch, text=lambda value: str(value).lower())
+JSON_OBJECT = Form(_json_object, "JSON", lambda value: json.dumps(value) if value else "")
+ARGUMENTS = Form(_words, "FLAGS", shlex.join)
+"""Flags of another program."""
+
+
+# ---- declaring --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting(Generic[T]):
+    """One field of a dataclass of settings."""
+
+    default: T
+    description: str
+    form: Form[T]
+    owner: tuple[type[msgspec.Struct], str] | None = None
+    """The struct that the setting belongs to, and the name that it has there."""
+
+    @property
+    def is_switch(self) -> bool:
+        """A flag without a value."""
+        return isinstance(self.default, bool)
+
+    @property
+    def metavar(self) -> str:
+        """Empty: the setting's own name."""
+        return "{" + ",".join(self.form.choices) + "}" if self.form.choices else self.form.metavar
+
+    @property
+    def default_text(self) -> str:
+        """As a user would write it; ``-`` for nothing."""
+        return self.form.text(self.default) or "-"
+
+
+def setting(default: T, description: str, form: Form[T]) -> T:
+    """A field of a dataclass of settings."""
+    return _declared(Setting(default, description, form))
+
+
+def owned(owner: type[msgspec.Struct], name: str, form: Form[T]) -> T:
+    """A field that belongs to a process's own settings: the default and the sentence (the
+    description in ``msgspec.Meta``) are those that the field ``name`` has there, and
+    :func:`filled` puts the value there."""
+    [field] = [field for field in msgspec.structs.fields(owner) if field.name == name]
+    has_factory = field.default_factory is not msgspec.NODEFAULT
+    default = field.default_factory() if has_factory else field.default
+    hint = typing.get_type_hints(owner, include_extras=True)[name]
+    [meta] = [extra for extra in hint.__metadata__ if isinstance(extra, msgspec.Meta)]
+    assert meta.description is not None
+    return _declared(Setting(default, meta.description, form, (owner, name)))
+
+
+def _declared(declared: Setting[T]) -> T:
+    default, metadata = declared.default, {"setting": declared}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def filled(struct: Struct, config: object) -> Struct:
+    """``struct`` with the values of those settings of ``config`` that belong to it."""
+    values = {
+        declared.owner[1]: getattr(config, name)
+        for name, declared in settings_of(type(config)).items()
+        if declared.owner is not None and declared.owner[0] is type(struct)
+    }
+    return msgspec.structs.replace(struct, **values)
+
+
+def settings_of(kind: type) -> dict[str, Setting[object]]:
+    """By name, in order of declaration."""
+    return {field.name: field.metadata["setting"] for field in dataclasses.fields(kind)}
+
+
+def flag(name: str) -> str:
+    """``dram_bytes`` -> ``--dram-bytes``."""
+    return "--" + name.replace("_", "-")
+
+
+def flags_of(config: object, kind: type) -> list[str]:
+    """The command line that gives the settings of ``kind``, as ``config`` has them."""
+    argv = []
+    for name, declared in settings_of(kind).items():
+        value = getattr(config, name)
+        if value != declared.default:
+            text = "" if declared.is_switch else f"={declared.form.text(value)}"
+            argv.append(flag(name) + text)
+    return argv
+
+
+# ---- checking ---------------------------------------------------------------------------
 
 
 def require(holds: bool, sentence: str) -> None:
@@ -70,10 +209,10 @@ def require(holds: bool, sentence: str) -> None:
         raise BadConfig(sentence)
 
 
-def check_choices(config: Any) -> None:
+def check_choices(config: object) -> None:
     """Every setting that has choices holds one of them."""
-    for name, field in fields_of(type(config)).items():
-        choices, value = field.metadata["choices"], getattr(config, name)
+    for name, declared in settings_of(type(config)).items():
+        choices, value = declared.form.choices, getattr(config, name)
         if choices and value not in choices:
             raise BadConfig(
                 f"{flag(name)} {value}: choose one of {', '.join(choices)}.{near(value, choices)}"
@@ -89,24 +228,14 @@ def near(word: str, words: Iterable[str]) -> str:
 # ---- reading ----------------------------------------------------------------------------
 
 
-def fields_of(kind: type) -> dict[str, dataclasses.Field[Any]]:
-    """By name, in order of declaration."""
-    return {field.name: field for field in dataclasses.fields(kind)}
-
-
-def flag(name: str) -> str:
-    """``dram_bytes`` -> ``--dram-bytes``."""
-    return "--" + name.replace("_", "-")
-
-
-def _parsed(field: dataclasses.Field[Any], value: Any, where: str) -> Any:
+def _parsed(declared: Setting[object], value: object, where: str) -> object:
     try:
-        return field.metadata["parse"](value)
+        return declared.form.parse(value)
     except (ValueError, TypeError) as error:
         raise BadConfig(f"{where} {value!r}: {error}.") from error
 
 
-def read_file(kind: type, path: Path) -> dict[str, Any]:
+def read_file(kind: type, path: Path) -> JsonObject:
     """The settings in a YAML or TOML file; keys as the flags, with - or _."""
     try:
         text = path.read_text()
@@ -119,24 +248,24 @@ def read_file(kind: type, path: Path) -> dict[str, Any]:
         raise BadConfig(f"--config {path} is not valid: {error}") from error
     if not isinstance(raw, dict | None):
         raise BadConfig(f"--config {path}: expected lines of `key: value`.")
-    fields, settings = fields_of(kind), {}
+    known, values = settings_of(kind), JsonObject()
     for key, value in (raw or {}).items():
         name = str(key).replace("-", "_")
-        if name not in fields:
-            spelled = [field.replace("_", "-") for field in fields]
+        if name not in known:
+            spelled = [setting.replace("_", "-") for setting in known]
             hint = near(str(key).replace("_", "-"), spelled)
             raise BadConfig(f"--config {path}: unknown key {key!r}.{hint}")
-        settings[name] = _parsed(fields[name], value, f"--config {path}: {key}")
-    return settings
+        values[name] = _parsed(known[name], value, f"--config {path}: {key}")
+    return values
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         raise BadConfig(f"{message}; see --help.")
 
 
 def make_parser(kind: type, prog: str, description: str) -> argparse.ArgumentParser:
-    """Values stay text: :func:`load_config` parses them as it does the file's."""
+    """Values stay text: :func:`load_settings` parses them as it does the file's."""
     parser = _Parser(
         prog=prog,
         description=description,
@@ -151,13 +280,14 @@ def make_parser(kind: type, prog: str, description: str) -> argparse.ArgumentPar
         action="store_true",
         help="Print the table of flags for the README and exit.",
     )
-    for name, field in fields_of(kind).items():
-        text = field.metadata["help"].replace("%", "%%")
-        if field.metadata["parse"] is parse_switch:
+    for name, declared in settings_of(kind).items():
+        text = declared.description.replace("%", "%%")
+        if declared.is_switch:
             parser.add_argument(flag(name), action="store_true", help=text)
         else:
-            text += f" (default: {default_text(field)})"
-            parser.add_argument(flag(name), metavar=_metavar(field), help=text)
+            text += f" (default: {declared.default_text})"
+            metavar = declared.metavar or name.upper()
+            parser.add_argument(flag(name), metavar=metavar, help=text)
     return parser
 
 
@@ -165,47 +295,29 @@ def load_settings(
     kind: type[Config], parser: argparse.ArgumentParser, argv: Sequence[str]
 ) -> Config:
     """Flags over file over defaults; raises :class:`BadConfig`."""
-    fields = fields_of(kind)
+    known = settings_of(kind)
     given, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        flags = [*map(flag, fields), "--config"]
+        flags = [*map(flag, known), "--config"]
         raise BadConfig(f"unknown flag {unknown[0]}.{near(unknown[0].split('=')[0], flags)}")
-    values = vars(given)
-    values.pop("help_markdown", None)
-    file = values.pop("config", None)
-    settings = read_file(kind, Path(file).expanduser()) if file else {}
-    settings |= {name: _parsed(fields[name], value, flag(name)) for name, value in values.items()}
-    return kind(**settings)
+    written = vars(given)
+    written.pop("help_markdown", None)
+    file = written.pop("config", None)
+    values = read_file(kind, Path(file).expanduser()) if file else {}
+    values |= {name: _parsed(known[name], value, flag(name)) for name, value in written.items()}
+    return kind(**values)
 
 
 # ---- showing ----------------------------------------------------------------------------
-
-
-def _metavar(field: dataclasses.Field[Any]) -> str:
-    if field.metadata["choices"]:
-        return "{" + ",".join(field.metadata["choices"]) + "}"
-    return str(field.metadata["metavar"] or field.name.upper())
-
-
-def default_text(field: dataclasses.Field[Any]) -> str:
-    """A setting's default as a user would write it; ``-`` for an empty one."""
-    default = field.default
-    if default is dataclasses.MISSING or default in ("", ()):
-        return "-"
-    if default is None:
-        return "off"
-    if field.metadata["parse"] is parse_size:
-        return format_size(int(default)).replace(" ", "")
-    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def help_markdown(kind: type) -> str:
     """The table of flags of the docs."""
     rows = ["| flag | default | what |", "| --- | --- | --- |"]
     rows.append("| `--config FILE` | - | YAML or TOML file of the same settings; flags win. |")
-    for name, field in fields_of(kind).items():
-        switch = field.metadata["parse"] is parse_switch
-        usage = flag(name) if switch else f"{flag(name)} {_metavar(field)}"
+    for name, declared in settings_of(kind).items():
+        metavar = declared.metavar or name.upper()
+        usage = flag(name) if declared.is_switch else f"{flag(name)} {metavar}"
         usage = usage.replace("|", "\\|")
-        rows.append(f"| `{usage}` | {default_text(field)} | {field.metadata['help']} |")
+        rows.append(f"| `{usage}` | {declared.default_text} | {declared.description} |")
     return "\n".join(rows)

@@ -103,7 +103,7 @@ def groups(
             transfer="tcp",
             max_total_tokens=POOL_TOKENS,
             prefill_quota_ms=milliseconds,
-            prefill_args=f"--chunked-prefill-size {chunk_tokens} --log-level info",
+            prefill_args=("--chunked-prefill-size", str(chunk_tokens), "--log-level", "info"),
         )
         records = process_records(
             config, resolve_model("tiny"), Hardware("cpu", "tcp", "the benchmark has no other")

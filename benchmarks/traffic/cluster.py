@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def measure(link: Link, folder: Path, say: Callable[[str], None]) -> ClusterSamp
     config = dataclasses.replace(
         cluster_config(1, 1, PORT, folder, f"file://{folder}/remote", {}),
         path_policy="decode",
-        traffic=json.dumps({"cgroup": SETTINGS.cgroup}),
+        traffic=SETTINGS,
     )
     records = records_on(link.network, config, dram_keep=True)
 

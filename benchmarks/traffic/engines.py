@@ -101,7 +101,11 @@ def _engine(link: Link, folder: Path) -> Iterator[None]:
 def _record(link: Link) -> ProcessRecord:
     """As the product starts a decode engine; but alone, so without its agent."""
     config = ClusterConfig(
-        model="tiny", device="cpu", transfer="tcp", base_port=BASE_PORT, engine_args="--tp-size 2"
+        model="tiny",
+        device="cpu",
+        transfer="tcp",
+        base_port=BASE_PORT,
+        engine_args=("--tp-size", "2"),
     )
     hosts = {"d0": link.address(SENDER)}
     hardware = Hardware("cpu", "tcp", "the benchmark has no other")

@@ -115,4 +115,4 @@ def _window_of(num_layers: int) -> int:
 def _layer_window() -> int:
     from engine.config import EngineConfig
 
-    return EngineConfig.from_env().layer_window
+    return EngineConfig.from_env().layer_window or 0

@@ -112,12 +112,12 @@ class PrefillLayers:
             memory.layout.page_tokens,
             self.num_layers,
             scheduler.req_to_token_pool.req_to_token,
-            config.experiment.send_by_layer or config.layer_window > 0,
+            config.experiment.send_by_layer or config.layer_window is not None,
         )
         self.moved = MovedBytes(_nics_of(self.suffix), "engine")
         self._deliveries = deliveries
         self.window: LayerWindow | None = None
-        if 0 < config.layer_window < self.num_layers:
+        if config.layer_window is not None and config.layer_window < self.num_layers:
             ring = LayerRing(self.num_layers, config.layer_window)
             credits = self._credits(ring, list(config.agents), rank, credits_at)
             rows = scheduler.req_to_token_pool.req_to_token

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.sizes import format_size
-from launch.cluster.config import ClusterConfig
+from launch.cluster.config import PACE, ClusterConfig
 from launch.cluster.engine_command import served_model_name
 from launch.cluster.hardware import Hardware
 from launch.cluster.process_record import ProcessRecord
@@ -85,7 +85,7 @@ def _tiers(config: ClusterConfig) -> str:
 
 def _traffic(config: ClusterConfig, hardware: Hardware) -> str:
     """The traffic classes, and by what the network tells them apart."""
-    settings = config.traffic_settings
+    settings = config.traffic
     classes = "agents low, all others high"
     if hardware.transfer == "rdma":
         low, high = (
@@ -98,7 +98,7 @@ def _traffic(config: ClusterConfig, hardware: Hardware) -> str:
             return f"{classes}: agents start in control group {settings.cgroup}"
     return (
         f"{classes}, but nothing marks them here (python -m transfer.check says more); "
-        f"--kv-pace is {config.kv_pace}"
+        f"--kv-pace is {PACE.text(config.kv_pace)}"
     )
 
 

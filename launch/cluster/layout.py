@@ -5,7 +5,6 @@ A *node* is one engine with its agent: ``p0`` and ``agent-p0``.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -54,7 +53,7 @@ class Layout:
         self.nodes = node_names(config)
         self.hosts = {node: (hosts or {}).get(node, LOOPBACK) for node in self.nodes}
         self.ranks = {node: ranks_of(self.passed_flags(node)) for node in self.nodes}
-        if config.layer_window:
+        if config.prefill_layer_window is not None:
             check_window(model, self.group_sizes("prefill"), self.group_sizes("decode"))
         self._ports_per_process = max(map(block_ports, self.ranks.values()))
         self.agents = {
@@ -95,4 +94,4 @@ class Layout:
         """The user's own flags for the node's SGLang."""
         config = self.config
         role_args = config.prefill_args if role_of(node) == "prefill" else config.decode_args
-        return [*shlex.split(config.engine_args), *shlex.split(role_args)]
+        return [*config.engine_args, *role_args]

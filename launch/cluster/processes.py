@@ -6,20 +6,18 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig
-from launch.cluster.engine_command import engine_env, engine_flags, served_model_name
+from launch.cluster.engine_command import engine_env, engine_flags
 from launch.cluster.hardware import Hardware
 from launch.cluster.layout import LOOPBACK, Layout, agent_name, role_of
 from launch.cluster.ports import BOOTSTRAP, CONTROL, HTTP, RENDEZVOUS, mooncake_env
 from launch.cluster.process_record import HealthCheck, ProcessRecord
 from launch.cluster.tensor_parallel import group_names
 from launch.gateway.config import EngineAddress, GatewayConfig
-from launch.settings import BadConfig
-from scheduler.options import LoadPolicy, SchedulerOptions
-from storage.index.owners import read_quotas
+from launch.settings import BadConfig, filled
+from scheduler.options import SchedulerOptions
 from storage.remote.settings import RemoteSettings
 from transfer.agent.config import AgentConfig
 from transfer.traffic.classes import BadMarks, rdma_env
@@ -61,25 +59,10 @@ class _Records:
             control=self.layout.agents[name],
             host=self.layout.hosts[node],
             protocol=self.layout.hardware.transfer,
-            rdma_devices=config.rdma_devices,
-            cgroup=config.traffic_settings.cgroup,
+            cgroup=config.traffic.cgroup,
             gpus=self.layout.gpus(node),
-            pace=config.kv_pace,
-            nic_bytes_per_s=config.nic_bytes_per_s,
-            dram_bytes=config.dram_bytes,
             ssd_dirs=[str(folder) for folder in config.ssd_folders_of(name)],
-            ssd_bytes=config.ssd_bytes,
-            ssd_min_free_bytes=config.ssd_min_free_bytes,
-            ssd_quotas=read_quotas(config.ssd_quotas),
-            write_policy=config.write_policy,
-            promotion_policy=config.promotion_policy,
-            remote_url=config.remote,
-            remote_options=config.remote_options,
-            remote=RemoteSettings(
-                capacity_bytes=config.remote_bytes,
-                ttl_s=config.remote_ttl_s,
-                hedge_after_s=config.remote_hedge_s,
-            ),
+            remote=filled(RemoteSettings(), config),
         )
         alive = HealthCheck("zmq", self.layout.agents[name])
         return ProcessRecord(
@@ -88,28 +71,28 @@ class _Records:
             argv=(sys.executable, "-m", "transfer.agent"),
             env={
                 **self._mooncake_env("agent", self.layout.port(node, "agent", 0), ranks=1),
-                **settings.to_env(),
+                **filled(settings, config).to_env(),
             },
             host=self.layout.hosts[node],
             ports={"control": self.layout.port(node, "agent", CONTROL)},
             ready=(alive,),
             alive=alive,
-            cgroup=config.traffic_settings.cgroup,
+            cgroup=config.traffic.cgroup,
         )
 
     def engine(self, node: str) -> ProcessRecord:
         role = role_of(node)
+        config = self._config
         settings = EngineConfig(
             name=node,
             role=role,
             controls=self.layout.controls(node),
             agent=agent_name(node),
             agents=self.layout.agents,
-            deliver_timeout_s=self._config.deliver_timeout_s,
             prefill_quota_s=self._quota_s() if role == "prefill" else None,
-            layer_window=self._config.layer_window if role == "prefill" else 0,
-            promise_planned_only=role == "decode" and bool(self._config.layer_window),
-            experiment=self._config.experiment,
+            layer_window=config.prefill_layer_window if role == "prefill" else None,
+            promise_planned_only=role == "decode" and config.prefill_layer_window is not None,
+            experiment=config.experiment,
         )
         offsets = {"control": CONTROL, "http": HTTP, "rendezvous": RENDEZVOUS}
         if role == "prefill":
@@ -130,7 +113,7 @@ class _Records:
                     "engine", self.layout.port(node, "engine", 0), self.layout.ranks[node].total
                 ),
                 **engine_env(self.layout, node),
-                **settings.to_env(),
+                **filled(settings, config).to_env(),
             },
             host=self.layout.hosts[node],
             ports=ports,
@@ -150,16 +133,7 @@ class _Records:
             agents=self.layout.agents,
             engines=[address for node in self.layout.nodes for address in self._addresses(node)],
             model=str(self.layout.model),
-            served_model_name=served_model_name(config),
-            path_policy=config.path_policy,
-            scheduler=SchedulerOptions(
-                load_policy=cast(LoadPolicy, config.load_policy),
-                alpha_bytes=config.alpha_bytes,
-                beta_tokens=config.beta_tokens,
-            ),
-            requests_max=config.requests_max,
-            read_timeout_s=config.read_timeout_s,
-            request_timeout_s=config.request_timeout_s,
+            scheduler=filled(SchedulerOptions(), config),
         )
         reachable = LOOPBACK if config.host in ("0.0.0.0", "") else config.host
         health = f"http://{reachable}:{config.port}/health"
@@ -169,11 +143,8 @@ class _Records:
             argv=(sys.executable, "-m", "launch.gateway"),
             env={
                 **self._python_env(),
-                # It tokenizes, and computes nothing on a device.
-                "CUDA_VISIBLE_DEVICES": "",
-                **settings.to_env(),
-            }
-            | ({"SGLANG_PLATFORM": "dualpath_cpu"} if self.layout.hardware.device == "cpu" else {}),
+                **filled(settings, config).to_env(),
+            },
             host=config.host,
             ports={"http": config.port},
             ready=(HealthCheck("http", health),),
@@ -219,6 +190,6 @@ class _Records:
         if self.layout.hardware.transfer == "tcp":
             return env | {"MC_FORCE_TCP": "1", "MOONCAKE_PROTOCOL": "tcp"}
         try:
-            return env | rdma_env(kind, self._config.traffic_settings, self._environ)
+            return env | rdma_env(kind, self._config.traffic, self._environ)
         except BadMarks as error:
             raise BadConfig(f"{error}.") from error

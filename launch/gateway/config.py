@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import msgspec
+from msgspec import Meta
 
 from common.process_settings import ProcessSettings
 from scheduler.options import SchedulerOptions
+from scheduler.policies import POLICY_NAMES
 
 
 class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,11 +40,26 @@ class GatewayConfig(ProcessSettings, frozen=True):
     """Every agent's name and control endpoint."""
     engines: list[EngineAddress]
     model: str
-    served_model_name: str
-    path_policy: str = "shorter-queue"
+    path_policy: Annotated[
+        str,
+        Meta(
+            description=f"Which agent reads a hit block: {', '.join(POLICY_NAMES)}, or a class of "
+            "your own as module:Class (docs/scheduler.md)."
+        ),
+    ] = "shorter-queue"
     scheduler: SchedulerOptions = SchedulerOptions()
-    requests_max: int = 256
-    """Requests in flight or queued; beyond it the tenant that holds most gets 429."""
-    read_timeout_s: float = 20.0
-    """A storage read that is not done by then is given up and its blocks recomputed."""
-    request_timeout_s: float = 600.0
+    requests_max: Annotated[
+        int,
+        Meta(
+            description="Requests in flight or queued; beyond it the tenant that holds most gets "
+            "429."
+        ),
+    ] = 256
+    read_timeout_s: Annotated[
+        float,
+        Meta(
+            description="A storage read that is not done by then is given up, its blocks "
+            "recomputed."
+        ),
+    ] = 20.0
+    request_timeout_s: Annotated[float, Meta(description="Longest life of a request.")] = 600.0

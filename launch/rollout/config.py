@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from common.sizes import parse_size
+from common.json import JsonObject
 from launch import settings
 from launch.cluster.config import ClusterConfig
 from launch.rollout.env import BadEnv, load_env
-from launch.settings import check_choices, fields_of, flag, parse_switch, require, setting
+from launch.settings import (
+    SECONDS,
+    SIZE,
+    SWITCH,
+    Form,
+    check_choices,
+    choice,
+    flag,
+    flags_of,
+    integer,
+    real,
+    require,
+    setting,
+    text,
+)
 
 AUTO = "auto"
 
 
-def _parse_concurrency(value: str | int) -> int | str:
+def _concurrency(value: object) -> int | str:
     if value == AUTO:
         return AUTO
-    try:
-        number = int(value)
-    except ValueError:
-        number = 0
-    if number < 1:
+    if not str(value).isdigit() or not int(str(value)):
         raise ValueError("give a number of requests, or auto")
-    return number
+    return int(str(value))
 
 
-def _parse_stop(value: str | list[str]) -> tuple[str, ...]:
+def _stop(value: object) -> tuple[str, ...]:
     """One string, or several as a JSON list."""
     parsed = json.loads(value) if isinstance(value, str) and value.startswith("[") else value
     strings = [parsed] if isinstance(parsed, str) else parsed
@@ -39,16 +47,24 @@ def _parse_stop(value: str | list[str]) -> tuple[str, ...]:
     return tuple(s for s in strings if s)
 
 
-def _parse_env(value: str) -> str:
+def _env(value: object) -> str:
+    """An environment is made for each episode: here its name is the value."""
+    name = str(value)
     try:
-        load_env(value)
+        load_env(name)
     except BadEnv as error:
         raise ValueError(str(error)) from error
-    return value
+    return name
 
 
-def _parse_seed(value: str | int) -> int | None:
-    return None if value == "" else int(value)
+def _seed(value: object) -> int | None:
+    return None if value == "" else integer().parse(value)
+
+
+CONCURRENCY = Form(_concurrency, "auto|N")
+STOP = Form(_stop, "TEXT", lambda strings: json.dumps(strings) if strings else "")
+ENV = Form(_env, "NAME")
+SEED = Form(_seed, "N", lambda seed: "" if seed is None else str(seed))
 
 
 @dataclass(frozen=True)
@@ -58,77 +74,68 @@ class JobConfig:
     input: str = setting(
         "",
         "Prompts: a .jsonl or .parquet file, or a folder of them.",
-        metavar="PATH",
+        text("PATH"),
     )
     output: str = setting(
-        "", "Folder of the samples; an unfinished job there goes on.", metavar="DIR"
+        "", "Folder of the samples; an unfinished job there goes on.", text("DIR")
     )
     endpoint: str = setting(
         "",
         "A running cluster; empty starts one with the cluster's flags, and stops it at the end.",
-        metavar="URL",
+        text("URL"),
     )
-    n: int = setting(1, "Samples of each prompt.", int, metavar="N")
-    max_new_tokens: int = setting(512, "Tokens generated in one turn.", int, metavar="N")
-    temperature: float = setting(1.0, "0 is greedy.", float, metavar="T")
-    top_p: float = setting(1.0, "Nucleus of the sampling.", float, metavar="P")
+    n: int = setting(1, "Samples of each prompt.", integer("N"))
+    max_new_tokens: int = setting(512, "Tokens generated in one turn.", integer("N"))
+    temperature: float = setting(1.0, "0 is greedy.", real("T"))
+    top_p: float = setting(1.0, "Nucleus of the sampling.", real("P"))
     seed: int | None = setting(
         None,
         "Of the order and of the samples (SGLang heeds it with --enable-deterministic-inference).",
-        _parse_seed,
-        metavar="N",
+        SEED,
     )
-    stop: tuple[str, ...] = setting(
-        (), "String that ends a turn, or a JSON list of them.", _parse_stop, metavar="TEXT"
-    )
-    logprobs: bool = setting(
-        False, "Record the log-probability of each generated token.", parse_switch
-    )
+    stop: tuple[str, ...] = setting((), "String that ends a turn, or a JSON list of them.", STOP)
+    logprobs: bool = setting(False, "Record the log-probability of each generated token.", SWITCH)
     env: str = setting(
         "",
         "Environment of an episode of many turns, module:Class; empty means one turn.",
-        _parse_env,
-        metavar="NAME",
+        ENV,
     )
-    max_turns: int = setting(16, "Turns after which an episode ends.", int, metavar="N")
+    max_turns: int = setting(16, "Turns after which an episode ends.", integer("N"))
     max_episode_tokens: int = setting(
-        32768, "Prompt and generated tokens after which an episode ends.", int, metavar="N"
+        32768, "Prompt and generated tokens after which an episode ends.", integer("N")
     )
     env_timeout_s: float = setting(
-        300.0, "One answer of the environment; later, the episode has failed.", float, metavar="S"
+        300.0, "One answer of the environment; later, the episode has failed.", SECONDS
     )
     concurrency: int | str = setting(
         AUTO,
         "Requests in flight; auto is what the endpoint admits.",
-        _parse_concurrency,
-        metavar="auto|N",
+        CONCURRENCY,
     )
     order: str = setting(
         "input",
         "In which order prompts start: longest-first or shuffled keep the end of the job busy.",
-        choices=("input", "longest-first", "shuffled"),
+        choice(("input", "longest-first", "shuffled")),
     )
-    timeout_s: float = setting(600.0, "Longest time of one request.", float, metavar="S")
+    timeout_s: float = setting(600.0, "Longest time of one request.", SECONDS)
     retry_s: float = setting(
         300.0,
         "For so long a request that fails is sent again, with growing pauses.",
-        float,
-        metavar="S",
+        SECONDS,
     )
     shard_bytes: int = setting(
-        parse_size("64MiB"),
+        64 << 20,
         "Samples collected for one Parquet file, before compression.",
-        parse_size,
-        metavar="SIZE",
+        SIZE,
     )
-    overwrite: bool = setting(False, "Delete the job in --output and begin anew.", parse_switch)
+    overwrite: bool = setting(False, "Delete the job in --output and begin anew.", SWITCH)
     extend: bool = setting(
         False,
         "Keep the samples in --output and add those that changed settings or rows ask for.",
-        parse_switch,
+        SWITCH,
     )
     dry_run: bool = setting(
-        False, "Count rows and tokens, show the first prompt, generate nothing.", parse_switch
+        False, "Count rows and tokens, show the first prompt, generate nothing.", SWITCH
     )
 
 
@@ -150,30 +157,14 @@ class RolloutConfig(JobConfig, ClusterConfig):
 
     def cluster_flags(self) -> list[str]:
         """The command line of ``launch.cluster`` that gives its part of these settings."""
-        argv: list[str] = []
-        for name, field in fields_of(ClusterConfig).items():
-            value = getattr(self, name)
-            if value == _default(field):
-                continue
-            if field.metadata["parse"] is parse_switch:
-                argv.append(flag(name))
-            else:
-                text = json.dumps(value) if isinstance(value, dict) else str(value)
-                argv.append(f"{flag(name)}={text}")
-        return argv
+        return flags_of(self, ClusterConfig)
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> JsonObject:
         """What decides which samples a job makes; a change of it is another job."""
         names = ("n", "max_new_tokens", "temperature", "top_p", "seed", "stop", "logprobs")
         limits = ("env", "max_turns", "max_episode_tokens")
         chosen = {name: getattr(self, name) for name in names + limits}
         return chosen | {"stop": list(self.stop)}
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
 
 
 def _check(config: RolloutConfig) -> None:

@@ -67,6 +67,9 @@ class Quota(msgspec.Struct, frozen=True):
         value = self.selector.value_of(owner)
         return value if value is None or self.selector.value == "*" else self.selector.value
 
+    def __str__(self) -> str:
+        return f"{self.selector}={self.bytes_max}"
+
     @classmethod
     def parse(cls, text: str) -> Quota:
         """Such as ``tenant:*=20GiB``; raises :class:`BadSelector`."""
@@ -77,12 +80,6 @@ class Quota(msgspec.Struct, frozen=True):
             return cls(Selector.parse(selector), parse_size(size))
         except ValueError as error:
             raise BadSelector(f"{text!r} is no quota: {error}") from error
-
-
-def parse_quotas(text: str) -> str:
-    """The text itself, once every quota in it was understood; raises :class:`BadSelector`."""
-    read_quotas(text)
-    return text
 
 
 def read_quotas(text: str) -> list[Quota]:

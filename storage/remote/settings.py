@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 
 class RemoteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -16,12 +19,25 @@ class RemoteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A pack is closed at this size, ..."""
     linger_s: float = 1.0
     """... or when its first block has waited so long."""
-    capacity_bytes: int = 0
-    """Of all packs below the URL, whoever wrote them; the oldest go first."""
-    ttl_s: float = 0.0
-    """Blocks go when they were written so long ago."""
-    hedge_after_s: float = 0.0
-    """A read is asked for a second time after that; 0 switches it off."""
+    capacity_bytes: Annotated[
+        int,
+        Meta(
+            description="Remote tier: bound of all that lies below the URL, whoever wrote it; "
+            "0 means none."
+        ),
+    ] = 0
+    """The oldest packs go first."""
+    ttl_s: Annotated[
+        float,
+        Meta(description="Remote tier: blocks go so long after they were written; 0: never."),
+    ] = 0.0
+    hedge_after_s: Annotated[
+        float,
+        Meta(
+            description="Remote tier: a read with no answer by then is asked for a second time; "
+            "0: never."
+        ),
+    ] = 0.0
     refresh_s: float = 30.0
     """Between looks at what others have uploaded, if no read asks for one."""
     upkeep_s: float = 60.0

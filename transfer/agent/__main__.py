@@ -18,7 +18,6 @@ from transfer.agent.control_socket import CannotBind
 from transfer.agent.server import Agent
 from transfer.memory import NotEnoughMemory
 from transfer.mooncake import TransferFailed
-from transfer.pacing.pacer import BadPace
 
 log = logging.getLogger("transfer.agent")
 
@@ -26,7 +25,6 @@ STOP_TIMEOUT_S = 2.5
 """A process that has not ended by itself so long after SIGTERM ends at once."""
 
 START_ERRORS = (
-    BadPace,
     BadSettings,
     CannotBind,
     DirectoryLocked,

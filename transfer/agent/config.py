@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from msgspec import Meta
 
 from common.experiment import NO_EXPERIMENT, Experiment
+from common.json import JsonObject
 from common.process_settings import ProcessSettings
 from storage.index.owners import Quota
 from storage.remote.settings import RemoteSettings
+from transfer.pacing.pacer import Pace
 
 
 class AgentConfig(ProcessSettings, frozen=True):
-    """One agent a node. Zero bytes or an empty name switch a tier off."""
+    """One agent a node. An empty name or list switches a tier off. (Sentences are the launcher's
+    flags': :func:`launch.settings.owned`.)"""
 
     VARIABLE: ClassVar[str] = "DUALPATH_AGENT"
 
@@ -22,24 +27,74 @@ class AgentConfig(ProcessSettings, frozen=True):
     """Address that Mooncake advertises for this node."""
     protocol: str
     """"tcp" or "rdma"."""
-    rdma_devices: str = ""
+    rdma_devices: Annotated[
+        str,
+        Meta(
+            description="RDMA devices that KV moves through, such as mlx5_0,mlx5_1; empty means "
+            "all."
+        ),
+    ] = ""
     gpus: list[int] = []
     """Of the node's engine, in order of PCI addresses: NICs near them are used first."""
-    pace: str = "off"
-    """How KV movement is held back (:mod:`transfer.pacing.agent_pacing`), and each NIC's rate."""
-    nic_bytes_per_s: int = 0
-    dram_bytes: int = 0
+    pace: Annotated[
+        Pace,
+        Meta(
+            description="Rate at most with which each agent sends KV through a NIC, in bytes a "
+            "second; on is what other traffic leaves, auto is on where no traffic classes are in "
+            "force (docs/pacing.md)."
+        ),
+    ] = "auto"
+    nic_bytes_per_s: Annotated[
+        int,
+        Meta(
+            description="Rate of a node's compute NIC, such as 3GB, for --kv-pace; 0 means what "
+            "its driver says."
+        ),
+    ] = 0
+    dram_bytes: Annotated[int, Meta(description="DRAM tier of each agent, such as 64GiB.")] = (
+        1 << 30
+    )
     ssd_dirs: list[str] = []
     """One folder a disk; no folders switch the tier off."""
-    ssd_bytes: int = 0
-    ssd_min_free_bytes: int = 0
-    """Of each folder's disk, whoever else fills it."""
-    ssd_quotas: list[Quota] = []
-    write_policy: str = "everywhere"
-    promotion_policy: str = "always"
+    ssd_bytes: Annotated[int, Meta(description="SSD tier of each agent; 0 switches it off.")] = (
+        8 << 30
+    )
+    """Of all its folders together, each of which gets an equal part."""
+    ssd_min_free_bytes: Annotated[
+        int, Meta(description="SSD tier: what stays free on each disk.")
+    ] = 1 << 30
+    """Whoever else fills it."""
+    ssd_quotas: Annotated[
+        tuple[Quota, ...],
+        Meta(
+            description="Quotas of each agent's SSD tier as FIELD:VALUE=SIZE, comma-separated; "
+            "such as 'tenant:*=20GiB' (docs/storage.md)."
+        ),
+    ] = ()
+    write_policy: Annotated[
+        str,
+        Meta(
+            description="Where new blocks are written: to SSD and remote; or to remote only when "
+            "used again."
+        ),
+    ] = "everywhere"
+    promotion_policy: Annotated[
+        str,
+        Meta(
+            description="When a block that was read from remote is kept on SSD: the first time or "
+            "the second."
+        ),
+    ] = "always"
     """Both of :mod:`storage.write_behind`."""
-    remote_url: str = ""
-    remote_options: dict[str, object] = {}
+    remote_url: Annotated[
+        str,
+        Meta(
+            description="Remote tier, any fsspec URL such as s3://bucket/prefix; empty means none."
+        ),
+    ] = ""
+    remote_options: Annotated[
+        JsonObject, Meta(description="Options of the remote tier's fsspec filesystem.")
+    ] = {}
     remote: RemoteSettings = RemoteSettings()
     read_threads: int = 16
     deliver_threads: int = 4

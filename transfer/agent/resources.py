@@ -23,7 +23,6 @@ from transfer.memory import HostMemory
 from transfer.mooncake import TransferPeer
 from transfer.pacing import nics
 from transfer.pacing.agent_pacing import AgentPacing, PaceSettings
-from transfer.pacing.pacer import read_pace
 from transfer.pacing.peer_nics import MovedBytes, PeerNics
 from transfer.traffic.host import keeps_apart
 
@@ -56,7 +55,7 @@ class Resources:
         peer_nics = PeerNics(self.peer.is_local, is_rdma=config.protocol == "rdma")
         self.moved = MovedBytes(peer_nics, "agent")
         self.pacing = AgentPacing(
-            PaceSettings(read_pace(config.pace), config.nic_bytes_per_s, config.rdma_devices),
+            PaceSettings(config.pace, config.nic_bytes_per_s, config.rdma_devices),
             peer_nics,
             self._needed_rate,
             partial(keeps_apart, group=config.cgroup),

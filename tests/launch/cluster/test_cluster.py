@@ -68,7 +68,7 @@ def test_an_unwritable_ssd_folder(refused, tmp_path):
 
 
 def test_an_ssd_folder_of_a_running_cluster(refused, tmp_path):
-    config = ClusterConfig(dram_bytes=1 << 20, ssd_dir=str(tmp_path), log_dir=str(tmp_path))
+    config = ClusterConfig(dram_bytes=1 << 20, ssd_dir=(tmp_path,), log_dir=str(tmp_path))
     (lock,) = preflight.check(config, [])
     with lock:
         assert "another cluster" in refused("--ssd-dir", str(tmp_path))
@@ -120,7 +120,7 @@ def test_a_process_that_cannot_start_ends_with_its_last_words(monkeypatch, tmp_p
 
 
 def test_the_summary_shows_what_was_decided(tmp_path):
-    config = ClusterConfig(prefill=1, decode=2, remote="s3://kv", ssd_dir=str(tmp_path))
+    config = ClusterConfig(prefill=1, decode=2, remote="s3://kv", ssd_dir=(tmp_path,))
     hardware = Hardware("cpu", "tcp", "the kernel lists no RDMA device.")
     records = process_records(config, Path("/models/tiny"), hardware)
     table = make_summary(config, hardware, Path("/models/tiny"), records)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from common.sizes import format_size, parse_size
 from launch.cluster.config import ClusterConfig, load_config, make_parser
-from launch.settings import BadConfig, fields_of, flag, help_markdown
+from launch.settings import BadConfig, flag, help_markdown, settings_of
 from storage.ssd.folder import FORMAT
 
 
@@ -108,7 +108,7 @@ def test_the_quota_can_be_switched_off_in_a_file_and_on_by_a_flag(tmp_path):
 
 def test_help_and_the_table_of_flags_name_every_setting():
     table, usage = help_markdown(ClusterConfig), make_parser().format_help()
-    for name in fields_of(ClusterConfig):
+    for name in settings_of(ClusterConfig):
         assert f"`{flag(name)}" in table
         assert flag(name) in usage
 

@@ -22,6 +22,10 @@ def records_of(config: ClusterConfig, **more) -> dict[str, ProcessRecord]:
     return {record.name: record for record in process_records(config, MODEL, CPU, **more)}
 
 
+def words(flags: str) -> tuple[str, ...]:
+    return tuple(flags.split())
+
+
 def settings_of(monkeypatch, record: ProcessRecord, variable: str, kind):
     assert kind.VARIABLE == variable
     return kind.from_env(record.env)
@@ -40,7 +44,9 @@ def test_each_engine_gets_an_agent_and_there_is_one_gateway():
 
 @pytest.mark.parametrize("engine_args", ["", "--tp 8"])
 def test_no_port_is_used_twice(engine_args):
-    records = records_of(ClusterConfig(prefill=3, decode=4, decode_args=engine_args)).values()
+    records = records_of(
+        ClusterConfig(prefill=3, decode=4, decode_args=words(engine_args))
+    ).values()
     ports: list[int] = [port for record in records for port in record.ports.values()]
     for record in records:
         ports += mooncake_ports(record)
@@ -74,7 +80,7 @@ def test_every_process_is_told_the_same_addresses(monkeypatch):
 
 def test_agents_share_nothing_on_disk(monkeypatch, tmp_path):
     disks = [tmp_path / "a", tmp_path / "b"]
-    records = records_of(ClusterConfig(prefill=1, decode=1, ssd_dir=",".join(map(str, disks))))
+    records = records_of(ClusterConfig(prefill=1, decode=1, ssd_dir=tuple(disks)))
     for name in ("agent-p0", "agent-d0"):
         settings = settings_of(monkeypatch, records[name], "DUALPATH_AGENT", AgentConfig)
         assert settings.ssd_dirs == [str(disk / name) for disk in disks]
@@ -88,9 +94,9 @@ def test_no_ssd_bytes_means_no_ssd_tier(monkeypatch):
 def test_the_users_engine_flags_come_last_and_so_win():
     config = ClusterConfig(
         decode=1,
-        engine_args="--dtype bfloat16 --page-size 32",
-        prefill_args="--chunked-prefill-size 1024",
-        decode_args="--dtype float16",
+        engine_args=words("--dtype bfloat16 --page-size 32"),
+        prefill_args=words("--chunked-prefill-size 1024"),
+        decode_args=words("--dtype float16"),
     )
     records = records_of(config)
     assert flag_value(records["p0"], "--dtype") == "bfloat16"
@@ -148,7 +154,7 @@ def test_a_hub_name_keeps_the_hub_reachable():
 
 
 def test_on_cuda_each_engine_has_its_own_gpus_and_no_cpu_platform():
-    config = ClusterConfig(prefill=1, decode=1, engine_args="--tp-size 4")
+    config = ClusterConfig(prefill=1, decode=1, engine_args=words("--tp-size 4"))
     cuda = Hardware("cuda", "rdma", "test")
     records = {r.name: r for r in process_records(config, MODEL, cuda)}
     assert flag_value(records["d0"], "--base-gpu-id") == "4"
@@ -179,25 +185,25 @@ def test_rdma_without_a_device_is_refused():
 
 
 def test_ranks_share_a_machine_and_unlike_sizes_stage_their_heads():
-    unlike = records_of(ClusterConfig(prefill_args="--tp 2", decode_args="--tp=1"))
+    unlike = records_of(ClusterConfig(prefill_args=words("--tp 2"), decode_args=words("--tp=1")))
     assert unlike["p0"].env["SGLANG_CPU_OMP_THREADS_BIND"].count("|") == 1
     assert "SGLANG_CPU_OMP_THREADS_BIND" not in unlike["d0"].env
     assert len(mooncake_ports(unlike["p0"])) == 2 * len(mooncake_ports(unlike["d0"]))
     for engine in ("p0", "d0"):
         assert unlike[engine].env["SGLANG_DISAGG_STAGING_BUFFER"] == "1"
-    alike = records_of(ClusterConfig(engine_args="--tensor-parallel-size 2"))
+    alike = records_of(ClusterConfig(engine_args=words("--tensor-parallel-size 2")))
     assert "SGLANG_DISAGG_STAGING_BUFFER" not in alike["p0"].env
 
 
 def test_latent_kv_is_not_staged(tmp_path):
     (tmp_path / "config.json").write_text('{"kv_lora_rank": 64}')
-    config = ClusterConfig(decode_args="--tp 2")
+    config = ClusterConfig(decode_args=words("--tp 2"))
     records = {record.name: record for record in process_records(config, tmp_path, CPU)}
     assert "SGLANG_DISAGG_STAGING_BUFFER" not in records["d0"].env
 
 
 def test_engines_of_unlike_sizes_take_their_gpus_in_turn():
-    config = ClusterConfig(prefill=2, decode=2, decode_args="--tp 4")
+    config = ClusterConfig(prefill=2, decode=2, decode_args=words("--tp 4"))
     gpus = Hardware("cuda", "rdma", "test")
     records = {record.name: record for record in process_records(config, MODEL, gpus)}
     first = [flag_value(records[name], "--base-gpu-id") for name in ("p0", "p1", "d0", "d1")]
@@ -206,16 +212,16 @@ def test_engines_of_unlike_sizes_take_their_gpus_in_turn():
 
 def test_a_layer_window_is_refused_where_ranks_have_no_peers(tmp_path):
     def records_with(model, **flags):
-        return process_records(ClusterConfig(prefill_layer_window="2", **flags), model, CPU)
+        return process_records(ClusterConfig(prefill_layer_window=2, **flags), model, CPU)
 
-    assert records_with(MODEL, engine_args="--tp 2")
-    for flags in ({"prefill_args": "--tp 2"}, {"decode_args": "--tp 2"}):
+    assert records_with(MODEL, engine_args=words("--tp 2"))
+    for flags in ({"prefill_args": words("--tp 2")}, {"decode_args": words("--tp 2")}):
         with pytest.raises(BadConfig, match="same --tp"):
             records_with(MODEL, **flags)
     (tmp_path / "config.json").write_text('{"kv_lora_rank": 64}')
-    assert records_with(tmp_path, decode_args="--tp 2")  # MLA: the one rank has all there is
+    assert records_with(tmp_path, decode_args=words("--tp 2"))  # MLA: the one rank has all there is
     with pytest.raises(BadConfig, match="same --tp"):
-        records_with(tmp_path, prefill_args="--tp 2")
+        records_with(tmp_path, prefill_args=words("--tp 2"))
 
 
 @pytest.mark.parametrize(
@@ -230,13 +236,13 @@ def test_a_layer_window_is_refused_where_ranks_have_no_peers(tmp_path):
 )
 def test_other_kinds_of_parallel_engines_are_refused(flags, reason):
     with pytest.raises(BadConfig, match=reason):
-        process_records(ClusterConfig(prefill_args=flags), MODEL, CPU)
-    assert process_records(ClusterConfig(prefill_args="--pp-size 1 --dp 1"), MODEL, CPU)
+        process_records(ClusterConfig(prefill_args=words(flags)), MODEL, CPU)
+    assert process_records(ClusterConfig(prefill_args=words("--pp-size 1 --dp 1")), MODEL, CPU)
 
 
 @pytest.mark.parametrize("flags", ["--attn-dp-size 2", "--dp-size 2 --enable-dp-attention"])
 def test_each_attention_group_is_an_engine_to_the_gateway(monkeypatch, flags):
-    records = records_of(ClusterConfig(prefill_args=f"--tp 4 {flags}"))
+    records = records_of(ClusterConfig(prefill_args=words(f"--tp 4 {flags}")))
     gateway = settings_of(monkeypatch, records["gateway"], "DUALPATH_GATEWAY", GatewayConfig)
     groups, decode = gateway.engines[:2], gateway.engines[2]
     assert [(group.name, group.group) for group in groups] == [("p0.0", 0), ("p0.1", 1)]

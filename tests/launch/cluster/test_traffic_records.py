@@ -18,6 +18,7 @@ from launch.cluster.process_record import HealthCheck, ProcessRecord
 from launch.cluster.processes import process_records
 from launch.settings import BadConfig
 from transfer.traffic import cgroup
+from transfer.traffic.classes import TrafficSettings, read_settings
 
 RDMA = Hardware("cuda", "rdma", "test")
 TCP = Hardware("cpu", "tcp", "test")
@@ -45,7 +46,9 @@ def test_mooncake_gets_the_marks_of_the_records_class():
 
 
 def test_the_sites_own_marks_reach_the_records():
-    records = records_of(traffic='{"low": {"service_level": 4, "dscp": 10}, "cgroup": "a/b"}')
+    records = records_of(
+        traffic=read_settings('{"low": {"service_level": 4, "dscp": 10}, "cgroup": "a/b"}')
+    )
     agent = records[0]
     assert (agent.env["MC_IB_SL"], agent.env["MC_IB_TC"], agent.cgroup) == ("4", "40", "a/b")
 
@@ -62,7 +65,7 @@ def test_marks_are_checked_with_the_other_settings(tmp_path):
         load_config(["--traffic", '{"low": {"service_level": 2, "dscp": 25}}'])
     file = tmp_path / "cluster.yaml"
     file.write_text("traffic: {low_share_percent: 2}\n")
-    assert load_config(["--config", str(file)]).traffic_settings.low_share_percent == 2
+    assert load_config(["--config", str(file)]).traffic.low_share_percent == 2
 
 
 @pytest.mark.parametrize(
@@ -70,7 +73,7 @@ def test_marks_are_checked_with_the_other_settings(tmp_path):
     [(RDMA, ["service level 2", "DSCP 8", "service level 1"]), (TCP, ["nothing marks them"])],
 )
 def test_the_summary_says_which_classes_are_in_force(hardware, words):
-    config = ClusterConfig(traffic='{"cgroup": "dualpath-absent"}')
+    config = ClusterConfig(traffic=TrafficSettings(cgroup="dualpath-absent"))
     summary = make_summary(config, hardware, MODEL, [])
     [text] = [
         str(cell)

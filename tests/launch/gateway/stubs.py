@@ -265,7 +265,6 @@ class StubCluster:
             agents={name: agent.endpoint for name, agent in self.agents.items()},
             engines=[self._address(engine) for engine in self.engines],
             model="stub",
-            served_model_name="stub",
             scheduler=SchedulerOptions(heartbeat_timeout_s=heartbeat_timeout_s),
             **config,
         )

@@ -56,6 +56,8 @@ class AgentProcess:
             "dram_bytes": slots * SLOT_BYTES,
             "ssd_dirs": [str(folder / "ssd")],
             "ssd_bytes": 64 << 20,
+            "ssd_min_free_bytes": 0,
+            "pace": "off",
         }
         self.config = AgentConfig(**{**fields, **settings})
         self._incarnation = 100

@@ -113,4 +113,4 @@ def test_a_pace_is_a_word_or_a_rate():
             read_pace(text)
     with pytest.raises(BadConfig, match="--kv-pace"):
         load_config(["--kv-pace", "quick"])
-    assert load_config(["--kv-pace", "1GB"]).kv_pace == "1GB"
+    assert load_config(["--kv-pace", "1GB"]).kv_pace == 1e9

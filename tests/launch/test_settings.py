@@ -1,0 +1,98 @@
+"""What is written becomes a value once, and that value reaches the process that it is for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import msgspec
+
+from common.sizes import parse_size
+from engine.config import EngineConfig
+from launch.cluster.config import ClusterConfig, load_config
+from launch.cluster.hardware import Hardware
+from launch.cluster.processes import process_records
+from launch.gateway.config import GatewayConfig
+from launch.settings import flags_of, settings_of
+from scheduler.options import SchedulerOptions
+from storage.index.owners import read_quotas
+from storage.remote.settings import RemoteSettings
+from transfer.agent.config import AgentConfig
+from transfer.traffic.classes import Marks, TrafficSettings
+
+WRITTEN = {
+    "rdma-devices": "mlx5_0,mlx5_1",
+    "traffic": '{"low": {"service_level": 4, "dscp": 10}}',
+    "kv-pace": "200MB",
+    "nic-bytes-per-s": "3GB",
+    "dram-bytes": "1234567",
+    "ssd-dir": "/disks/a,/disks/b",
+    "ssd-bytes": "2TiB",
+    "ssd-min-free-bytes": "0",
+    "ssd-quotas": "tenant:*=20GiB,version:step-1=5GB",
+    "write-policy": "reused",
+    "promotion-policy": "never",
+    "remote": "memory://kv",
+    "remote-options": '{"a": [1, null]}',
+    "remote-bytes": "1.5TB",
+    "remote-ttl-s": "60",
+    "remote-hedge-s": "0.2",
+    "path-policy": "split",
+    "load-policy": "never",
+    "alpha-bytes": "3MiB",
+    "beta-tokens": "500",
+    "prefill-quota-ms": "250",
+    "prefill-layer-window": "4",
+    "engine-args": "--tp-size 2 --x 'a b'",
+    "max-total-tokens": "4096",
+    "requests-max": "7",
+    "read-timeout-s": "3",
+    "deliver-timeout-s": "4",
+    "request-timeout-s": "5",
+}
+CONFIG = load_config(["--poison-kv", *(f"--{name}={value}" for name, value in WRITTEN.items())])
+
+
+def test_fields_hold_values():
+    assert CONFIG.traffic == TrafficSettings(low=Marks(service_level=4, dscp=10))
+    assert (CONFIG.kv_pace, CONFIG.prefill_layer_window, CONFIG.prefill_quota_ms) == (2e8, 4, 250)
+    assert CONFIG.ssd_dir == (Path("/disks/a"), Path("/disks/b"))
+    assert CONFIG.ssd_quotas == tuple(read_quotas("tenant:*=20GiB,version:step-1=5GB"))
+    assert CONFIG.engine_args == ("--tp-size", "2", "--x", "a b")
+
+
+def test_the_flags_of_a_config_give_it_again():
+    assert load_config(flags_of(CONFIG, ClusterConfig)) == CONFIG
+    assert flags_of(ClusterConfig(), ClusterConfig) == []
+    for name, declared in settings_of(ClusterConfig).items():
+        if not declared.is_switch:
+            again = declared.form.parse(declared.form.text(getattr(CONFIG, name)))
+            assert again == getattr(CONFIG, name), name
+
+
+def test_each_process_is_told_what_was_asked_for():
+    # CONFIG's windows and quotas are of prefill engines: so p0.
+    records = process_records(CONFIG, Path("/models/tiny"), Hardware("cpu", "tcp", "test"))
+    env = {record.name: record.env for record in records}
+    agent, engine = AgentConfig.from_env(env["agent-p0"]), EngineConfig.from_env(env["p0"])
+    gateway = GatewayConfig.from_env(env["gateway"])
+    told = (agent, agent.remote, engine, gateway, gateway.scheduler)
+    by_struct: dict[type[msgspec.Struct], msgspec.Struct] = {type(s): s for s in told}
+    owned = {name: s for name, s in settings_of(ClusterConfig).items() if s.owner is not None}
+    assert {s.owner[0] for s in owned.values() if s.owner} == by_struct.keys()
+    for name, declared in owned.items():
+        assert declared.owner is not None
+        struct, field = declared.owner
+        assert getattr(by_struct[struct], field) == getattr(CONFIG, name) != declared.default, name
+    assert (engine.layer_window, engine.prefill_quota_s) == (4, 0.25)
+
+
+def test_a_default_stands_in_the_struct_that_has_the_setting():
+    config = ClusterConfig()
+    for name, (struct, field) in {
+        "remote_hedge_s": (RemoteSettings(), "hedge_after_s"),
+        "beta_tokens": (SchedulerOptions(), "beta_tokens"),
+    }.items():
+        assert getattr(config, name) == getattr(struct, field)
+    assert config.dram_bytes == parse_size("1GiB") and config.ssd_bytes == parse_size("8GiB")
+    assert dataclasses.replace(config, remote="s3://kv").remote_options == {}
