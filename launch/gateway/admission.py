@@ -15,8 +15,8 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
+from common.json import JsonObject
 from launch.gateway.errors import TooManyRequests
 from launch.gateway.fair_queue import Entry, FairQueue
 
@@ -25,7 +25,7 @@ TURNS_KEPT = 64
 """The pace of the queue is that of its last turns, at most so many."""
 
 
-def tenant_of(body: dict[str, Any], authorization: str | None) -> str:
+def tenant_of(body: JsonObject, authorization: str | None) -> str:
     """A short digest (salts and keys are secrets); "" for a request that names nobody."""
     salt, user = body.get("cache_salt"), body.get("user")
     if isinstance(salt, list):  # one for each prompt: the request is admitted as a whole

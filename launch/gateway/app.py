@@ -1,7 +1,7 @@
 """The OpenAI-compatible front door: its routes, and what lives as long as the process.
 
 FastAPI and uvicorn, because SGLang itself brings them; one asyncio loop. The walk of a
-request is in ``request_walk``; here are the routes and the process.
+request is in ``request/walk.py``; here are the routes and the process.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 
 from common.ids import PlanId
+from common.json import JsonObject
 from launch.gateway.admission import Seat
 from launch.gateway.config import GatewayConfig
-from launch.gateway.control.control_plane import ControlPlane
 from launch.gateway.errors import BadRequest, GatewayError, NotFound, Unavailable
 from launch.gateway.orders import Orders
+from launch.gateway.peers.control_plane import ControlPlane
 from launch.gateway.request.parts import CHAT, COMPLETIONS, GENERATE, Part
 from launch.gateway.request.serve import error_response, serve
 from launch.gateway.request.walk import RequestWalk
@@ -31,6 +32,8 @@ from scheduler.policies import UnknownPolicy
 from scheduler.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PLANS_PER_MS = 128
 """Plan numbers begin at the start time: a restarted gateway repeats none (48 bits last
@@ -72,7 +75,7 @@ def create_app(config: GatewayConfig, run_folder: Path | None = None) -> FastAPI
         first_plan = PlanId(int(time.time() * 1000) * PLANS_PER_MS)
         scheduler = Scheduler(config.path_policy, config.scheduler, first_plan)
         plane = ControlPlane(config, scheduler)
-        orders = Orders(scheduler, [peer.name for peer in plane.peers()], run_folder)
+        orders = Orders(scheduler, [peer.name for peer in plane.members.peers()], run_folder)
         services = Services(config, scheduler, plane, orders)
         app.state.services = services
         services.start()
@@ -98,11 +101,11 @@ def _services(request: Request) -> Services:
     return services
 
 
-def _json(value: Any, status: int = 200) -> Response:
+def _json(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
-async def _decode(request: Request, kind: type[Any]) -> Any:
+async def _decode(request: Request, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(await request.body(), type=kind)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
@@ -146,13 +149,13 @@ def _model_routes(app: FastAPI) -> None:
     async def forward(request: Request) -> Response:
         # SGLang's old name for it still works, with a warning in the engine's log.
         path = request.url.path.replace("/get_model_info", "/model_info")
-        kind, body = await _services(request).proxy.ask_any("GET", path)
-        return Response(body, media_type=kind)
+        answer = await _services(request).client.ask_any("GET", path)
+        return Response(answer.body, media_type=answer.content_type)
 
     async def forward_body(request: Request) -> Response:
-        body = await _decode(request, dict[str, Any])
-        kind, answer = await _services(request).proxy.ask_any("POST", request.url.path, body)
-        return Response(answer, media_type=kind)
+        body = await _decode(request, JsonObject)
+        answer = await _services(request).client.ask_any("POST", request.url.path, body)
+        return Response(answer.body, media_type=answer.content_type)
 
     for path in ("/v1/tokenize", "/v1/detokenize"):
         app.add_api_route(path, forward_body, methods=["POST"])
@@ -163,7 +166,7 @@ def _model_routes(app: FastAPI) -> None:
 def _health_routes(app: FastAPI) -> None:
     @app.get("/health")
     async def health(request: Request) -> Response:
-        troubles = _services(request).plane.troubles()
+        troubles = _services(request).plane.members.troubles()
         if troubles:
             return _json({"status": "unavailable", "reasons": troubles}, 503)
         return _json({"status": "ok"})
@@ -183,7 +186,7 @@ def _health_routes(app: FastAPI) -> None:
         walk = RequestWalk(services, part, HEALTH_SEAT, time.monotonic(), use_cache=False)
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                await walk.outlet.head
+                await walk.answer.head
                 await walk.task
         except TimeoutError as error:
             raise Unavailable(f"no token within {HEALTH_TIMEOUT_S:g} s") from error
@@ -200,7 +203,7 @@ def _admin_routes(app: FastAPI) -> None:
     @app.api_route("/flush_cache", methods=["GET", "POST"])
     async def flush_cache(request: Request) -> Response:
         """Of the engines only: the store keeps its blocks."""
-        failures = await _services(request).proxy.flush()
+        failures = await _services(request).client.flush()
         if failures:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
             raise Unavailable(f"not flushed: {reasons}")

@@ -15,7 +15,8 @@ from prometheus_client.registry import Collector
 from common.metrics import METRICS, PREFIX
 from common.samples import Latencies
 from launch.gateway.admission import Admission
-from launch.gateway.control.control_plane import ControlPlane
+from launch.gateway.peers.control_plane import ControlPlane
+from launch.gateway.peers.membership import Membership
 from launch.gateway.request.trace import Trace
 from scheduler.scheduler import Scheduler
 
@@ -39,7 +40,7 @@ class GatewayMetrics:
         self._ttft = self._histogram("time_to_first_token_seconds")
         self._read_ratio = self._histogram("read_time_ratio")
         self._load_ratio = self._histogram("first_token_time_ratio")
-        self._registry.register(_Reported(plane))
+        self._registry.register(_Reported(plane.members))
         self._registry.register(_Decided(plane.scheduler, admission))
 
     def _counter(self, name: str) -> Counter:
@@ -108,15 +109,15 @@ class _Decided(Collector):
 class _Reported(Collector):
     """Liveness of every peer, and the samples of its last report with its name as a label."""
 
-    def __init__(self, plane: ControlPlane) -> None:
-        self._plane = plane
+    def __init__(self, members: Membership) -> None:
+        self._members = members
 
     def collect(self) -> Iterator[_Family]:
         up, malformed = _Family("peer_up"), _Family("malformed_messages_total")
         reported: dict[str, _Family] = {}
-        for peer in self._plane.peers():
+        for peer in self._members.peers():
             own = {peer.kind: peer.name}
-            up.add(own, float(self._plane.alive(peer)))
+            up.add(own, float(self._members.alive(peer)))
             malformed.add(own, peer.malformed_total)
             for sample in peer.samples():
                 metric = sample.declared()

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import aiohttp
 import msgspec
 
-from launch.gateway.control.engine_proxy import EngineProxy, sse_events
-from launch.gateway.control.peers import EnginePeer
-from launch.gateway.errors import AttemptFailed, BadRequest, EngineRefused, GatewayError
-from launch.gateway.request.interruption import Interruptible
+from common.json import JsonObject
+from launch.gateway.errors import AttemptFailed, BadRequest, EngineRefused
+from launch.gateway.peers.engine_client import EngineClient, sse_events
+from launch.gateway.peers.peer import EnginePeer
+from launch.gateway.request.answer import Answer
+from launch.gateway.request.cancel_scope import CancelScope
 from launch.gateway.request.merge_answers import (
+    EngineAnswer,
     add_input_logprobs,
     build_event,
     error_of,
@@ -27,119 +29,73 @@ from launch.gateway.request.merge_answers import (
 from launch.gateway.request.parts import CHAT, GENERATE, Part
 from launch.gateway.request.trace import Trace
 
-CHUNKS_MAX = 64
-"""Chunks that wait for a slow client; then the engine's stream is read no further."""
 DRAIN_S = 10.0
 """P's answer may come this long after D's."""
 
 
-class Head(msgspec.Struct, frozen=True):
-    """How an answer begins."""
-
-    status: int
-    content_type: str
-
-
-class Outlet:
-    """Where an answer goes: a head, then chunks, through a bounded queue."""
-
-    def __init__(self, stream: bool) -> None:
-        self.head: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
-        """Set with D's first byte, or to a ``GatewayError``."""
-        self.aborted = False
-        """The client asked the engines to end it: their abort is the answer."""
-        self.first_token_s = 0.0
-        """When (monotonic) it was there: with D's first byte, or P's answer if not streamed."""
-        self._stream = stream
-        self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(CHUNKS_MAX)
-
-    @property
-    def opened(self) -> bool:
-        return self.head.done()
-
-    def open(self, status: int, content_type: str) -> None:
-        self.head.set_result(Head(status, content_type))
-
-    async def write(self, chunk: bytes) -> None:
-        await self._chunks.put(chunk)
-
-    async def close(self, error: GatewayError | None = None) -> None:
-        """End the answer; an error after the first byte is its last event."""
-        if error is not None and not self.opened:
-            self.head.set_exception(error)
-            self.head.exception()  # counts as seen, should the client be gone
-        elif error is not None and self._stream:
-            await self._chunks.put(error.event())
-        await self._chunks.put(None)
-
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body, after ``head``."""
-        while (chunk := await self._chunks.get()) is not None:
-            yield chunk
-
-
 class Exchange:
-    """Posts one body to P and D; D's answer goes to ``outlet``."""
+    """Posts one body to P and D; D's response becomes ``answer``."""
 
-    def __init__(self, proxy: EngineProxy, part: Part, outlet: Outlet, trace: Trace) -> None:
+    def __init__(self, client: EngineClient, part: Part, answer: Answer, trace: Trace) -> None:
         self.prefilled = False
         """P is no longer needed."""
-        self._proxy = proxy
+        self._client = client
         self._part = part
-        self._outlet = outlet
+        self._answer = answer
         self._trace = trace
         self._posted_s = 0.0
 
     async def run(
         self,
         engines: tuple[EnginePeer, EnginePeer],
-        body: dict[str, Any],
-        block: Interruptible,
+        body: JsonObject,
+        scope: CancelScope,
         now: float,
     ) -> asyncio.Task[bytes]:
         """Returns when D's answer is complete: the task of P's, to be drained."""
         self._posted_s = now
-        prefill = asyncio.create_task(self._prefill(engines[0], body, block))
+        prefill = asyncio.create_task(self._prefill(engines[0], body, scope))
         try:
             with _engine_errors(engines[1]):
-                async with self._proxy.post(engines[1], self._part.path, body) as answer:
-                    if self._part.stream and answer.status < 400:
-                        await self._relay_stream(engines[1], answer, prefill)
+                async with self._client.post(engines[1], self._part.path, body) as response:
+                    if self._part.stream and response.status < 400:
+                        await self._relay_stream(engines[1], response, prefill)
                     else:
-                        await self._relay_whole(engines[1], answer, prefill)
+                        await self._relay_whole(engines[1], response, prefill)
         except BaseException:
+            # However it failed, or was cancelled: nobody will drain P's answer.
             prefill.cancel()
             raise
         return prefill
 
-    async def _prefill(
-        self, engine: EnginePeer, body: dict[str, Any], block: Interruptible
-    ) -> bytes:
-        """P's whole answer; its failure ends ``block``, as long as D has not answered."""
+    async def _prefill(self, engine: EnginePeer, body: JsonObject, scope: CancelScope) -> bytes:
+        """P's whole answer; its failure ends ``scope``, as long as D has not answered."""
         data = b""
         try:
             with _engine_errors(engine):
-                async with self._proxy.post(engine, self._part.path, body) as answer:
-                    data = await answer.read()
-                self._check_whole(engine, answer, data)
+                async with self._client.post(engine, self._part.path, body) as response:
+                    data = await response.read()
+                self._check_whole(engine, response, data)
         except (AttemptFailed, EngineRefused) as failure:
-            if not self._outlet.opened:
-                block.interrupt(failure)
+            if not self._answer.opened:
+                scope.cancel(failure)
             return data
         self.prefilled = True
         now = self._trace.clock("prefill", self._posted_s)
         if not self._part.stream:
-            self._outlet.first_token_s = now
+            self._answer.first_token_s = now
         return data
 
     # ---- what an answer says ----------------------------------------------------------
 
-    def _check_whole(self, engine: EnginePeer, answer: aiohttp.ClientResponse, data: bytes) -> None:
-        if 400 <= answer.status < 500:
-            raise EngineRefused(answer.status, answer.content_type, data)
-        if answer.status >= 500:
+    def _check_whole(
+        self, engine: EnginePeer, response: aiohttp.ClientResponse, data: bytes
+    ) -> None:
+        if 400 <= response.status < 500:
+            raise EngineRefused(response.status, response.content_type, data)
+        if response.status >= 500:
             excerpt = data[:500].decode(errors="replace")
-            raise AttemptFailed(f"{engine.name} answered {answer.status}: {excerpt}")
+            raise AttemptFailed(f"{engine.name} answered {response.status}: {excerpt}")
         if not self._part.stream:
             self._check(engine, data)
             return
@@ -148,7 +104,7 @@ class Exchange:
 
     def _check(self, engine: EnginePeer, data: bytes) -> None:
         """Raise if an answer or event says that the engine gave up. Most need no parsing."""
-        if self._outlet.aborted or (b'"abort"' not in data and b'"error"' not in data):
+        if self._answer.aborted or (b'"abort"' not in data and b'"error"' not in data):
             return
         value = parse_event(data) if self._part.stream else msgspec.json.decode(data)
         error = error_of(value)
@@ -163,39 +119,39 @@ class Exchange:
 
     # ---- D's answer -------------------------------------------------------------------
 
-    def _open(self, answer: aiohttp.ClientResponse) -> None:
+    def _open(self, response: aiohttp.ClientResponse) -> None:
         now = self._trace.clock("first_byte", self._posted_s)
-        self._outlet.first_token_s = self._outlet.first_token_s or now
-        self._outlet.open(answer.status, answer.content_type)
+        self._answer.first_token_s = self._answer.first_token_s or now
+        self._answer.open(response.status, response.content_type)
 
     async def _relay_whole(
         self,
         engine: EnginePeer,
-        answer: aiohttp.ClientResponse,
+        response: aiohttp.ClientResponse,
         prefill: asyncio.Task[bytes],
     ) -> None:
-        data = await answer.read()
-        self._check_whole(engine, answer, data)
+        data = await response.read()
+        self._check_whole(engine, response, data)
         if self._needs_input_logprobs():
             prefill_answer = msgspec.json.decode(await prefill)
             merged = add_input_logprobs(msgspec.json.decode(data), prefill_answer)
             data = msgspec.json.encode(merged)
-        self._open(answer)
-        await self._outlet.write(data)
+        self._open(response)
+        await self._answer.write(data)
 
     async def _relay_stream(
         self,
         engine: EnginePeer,
-        answer: aiohttp.ClientResponse,
+        response: aiohttp.ClientResponse,
         prefill: asyncio.Task[bytes],
     ) -> None:
         # SGLang begins a chat with an empty chunk that names the role, also when the
         # request has failed: the event behind it tells.
         held_events = 2 if self._part.path == CHAT else 1
         held: list[bytes] = []
-        prefill_answer: Any = None
-        async for events in sse_events(answer.content):
-            if not self._outlet.opened:
+        prefill_answer: EngineAnswer | None = None
+        async for events in sse_events(response.content):
+            if not self._answer.opened:
                 for event in events:
                     self._check(engine, event)
                 held += events
@@ -203,12 +159,12 @@ class Exchange:
                     continue
                 if self._needs_input_logprobs():
                     prefill_answer = parse_event((await prefill).partition(b"\n\n")[0])
-                self._open(answer)
+                self._open(response)
                 events = held
             if prefill_answer is not None:
                 events = [_with_input_logprobs(event, prefill_answer) for event in events]
-            await self._outlet.write(b"".join(events))
-        if not self._outlet.opened:
+            await self._answer.write(b"".join(events))
+        if not self._answer.opened:
             raise AttemptFailed(f"{engine.name} ended its stream without a token")
 
     def _needs_input_logprobs(self) -> bool:
@@ -227,7 +183,7 @@ def _engine_errors(engine: EnginePeer) -> Iterator[None]:
         raise AttemptFailed(f"{engine.name} sent no JSON: {error}") from error
 
 
-def _with_input_logprobs(event: bytes, prefill_answer: dict[str, Any]) -> bytes:
+def _with_input_logprobs(event: bytes, prefill_answer: EngineAnswer) -> bytes:
     chunk = parse_event(event)
     if chunk is None:
         return event

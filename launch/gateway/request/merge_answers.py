@@ -7,10 +7,11 @@ for all its samples, as SGLang's ``UsageProcessor`` does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 import msgspec
 
+from common.json import JsonObject
 from launch.gateway.request.parts import GENERATE
 
 DONE = b"data: [DONE]\n\n"
@@ -18,56 +19,78 @@ _PREFIX = b"data:"
 _INPUT_LOGPROBS = ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs")
 
 
-def parse_event(event: bytes) -> Any:
+TokenCounts = dict[str, int | None]
+
+
+class Usage(TypedDict, total=False):
+    """Tokens of an answer, as OpenAI counts them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: TokenCounts | None
+    completion_tokens_details: TokenCounts | None
+    reasoning_tokens: int | None
+
+
+class EngineAnswer(TypedDict, total=False):
+    """An engine's answer or a chunk of one: what of it is looked at. All else is passed on."""
+
+    id: str
+    index: int
+    text: str
+    choices: list[JsonObject]
+    usage: Usage | None
+    meta_info: JsonObject
+    error: object
+
+
+def parse_event(event: bytes) -> EngineAnswer | None:
     """The JSON of a server-sent event; None for ``[DONE]`` and comments."""
     data = event.strip()
     if not data.startswith(_PREFIX) or data.endswith(b"[DONE]"):
         return None
-    return msgspec.json.decode(data[len(_PREFIX) :])
+    chunk: EngineAnswer = msgspec.json.decode(data[len(_PREFIX) :])
+    return chunk
 
 
-def build_event(value: Any) -> bytes:
+def build_event(value: EngineAnswer) -> bytes:
     return _PREFIX + b" " + msgspec.json.encode(value) + b"\n\n"
 
 
-def merge_answers(path: str, rid: str, answers: Sequence[Any], samples: int) -> Any:
-    """One JSON answer of many, in the order of their parts."""
-    if path == GENERATE:
-        return list(answers)
-    choices = [
+def merge_answers(rid: str, answers: Sequence[EngineAnswer], samples: int) -> EngineAnswer:
+    """One OpenAI answer of many, in the order of their parts."""
+    choices: list[JsonObject] = [
         {**choice, "index": index}
         for index, answer in enumerate(answers)
         for choice in answer["choices"][:1]
     ]
-    merged = {**answers[0], "id": rid, "choices": choices}
-    usages = [answer.get("usage") for answer in answers]
-    if all(usages):
+    merged: EngineAnswer = {**answers[0], "id": rid, "choices": choices}
+    usages = [usage for answer in answers if (usage := answer.get("usage"))]
+    if len(usages) == len(answers):
         merged["usage"] = merge_usage(usages, samples)
     return merged
 
 
-def merge_usage(usages: Sequence[dict[str, Any]], samples: int) -> dict[str, Any]:
+def merge_usage(usages: Sequence[Usage], samples: int) -> Usage:
     """Usage of all parts: prompts of every ``samples``-th one, completions of each."""
     firsts = usages[::samples]
     prompt_tokens = sum(u["prompt_tokens"] for u in firsts)
     completion_tokens = sum(u["completion_tokens"] for u in usages)
-    merged = dict(usages[0])
+    merged = usages[0].copy()
     merged["prompt_tokens"] = prompt_tokens
     merged["completion_tokens"] = completion_tokens
     merged["total_tokens"] = prompt_tokens + completion_tokens
-    for field, counted in (
-        ("prompt_tokens_details", firsts),
-        ("completion_tokens_details", usages),
-    ):
-        details = [u[field] for u in counted if u.get(field)]
-        if details:
-            merged[field] = _sum_fields(details)
+    if details := [d for u in firsts if (d := u.get("prompt_tokens_details"))]:
+        merged["prompt_tokens_details"] = _sum_fields(details)
+    if details := [d for u in usages if (d := u.get("completion_tokens_details"))]:
+        merged["completion_tokens_details"] = _sum_fields(details)
     if "reasoning_tokens" in merged:
         merged["reasoning_tokens"] = sum(u.get("reasoning_tokens") or 0 for u in usages)
     return merged
 
 
-def _sum_fields(details: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _sum_fields(details: Sequence[TokenCounts]) -> TokenCounts:
     return {
         key: value if value is None else sum(d.get(key) or 0 for d in details)
         for key, value in details[0].items()
@@ -81,8 +104,8 @@ class StreamMerger:
         self._path = path
         self._rid = rid
         self._samples = samples
-        self._usages: list[dict[str, Any] | None] = [None] * parts
-        self._last_chunk: dict[str, Any] = {}
+        self._usages: list[Usage | None] = [None] * parts
+        self._last_chunk: EngineAnswer = {}
 
     def take(self, index: int, event: bytes) -> bytes:
         """Part ``index``'s event as the client gets it; empty if it is held back."""
@@ -111,18 +134,19 @@ class StreamMerger:
         return build_event({**self._last_chunk, "usage": usage}) + DONE
 
 
-def add_input_logprobs(answer: dict[str, Any], prefill_answer: dict[str, Any]) -> dict[str, Any]:
+def add_input_logprobs(answer: EngineAnswer, prefill_answer: EngineAnswer) -> EngineAnswer:
     """A ``/generate`` answer of D with the prompt's logprobs, which only P has computed."""
     meta = answer.get("meta_info")
     prefill_meta = prefill_answer.get("meta_info")
     if isinstance(meta, dict) and isinstance(prefill_meta, dict):
         for field in _INPUT_LOGPROBS:
-            if prefill_meta.get(field):
-                meta[field] = prefill_meta[field] + (meta.get(field) or [])
+            prompt, rest = prefill_meta.get(field), meta.get(field)
+            if isinstance(prompt, list) and prompt:
+                meta[field] = [*prompt, *(rest if isinstance(rest, list) else ())]
     return answer
 
 
-def error_of(answer: Any) -> tuple[int, str] | None:
+def error_of(answer: object) -> tuple[int, str] | None:
     """Status and message if an answer or event says that SGLang gave up; None otherwise.
 
     An abort without a status is somebody's wish (or a load that failed): status 500.

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeGuard
 
 import msgspec
 
+from common.json import JsonObject
 from launch.gateway.errors import BadRequest
+
+Prompt = str | list[int] | None
+"""Text or token ids; None where only SGLang can say."""
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -41,7 +45,7 @@ class Part(msgspec.Struct):
     """One prompt, one sample. ``body`` is the client's, reduced to this part."""
 
     path: str
-    body: dict[str, Any]
+    body: JsonObject
     rid: str
     index: int
     """Position of its answer among the choices."""
@@ -77,7 +81,7 @@ class Part(msgspec.Struct):
         value = self.body.get(field)
         return value if isinstance(value, str) and value else None
 
-    def engine_body(self) -> dict[str, Any]:
+    def engine_body(self) -> JsonObject:
         """The body for the engines, with the token ids in place of the prompt."""
         body = dict(self.body)
         if self.token_ids is None:
@@ -100,7 +104,7 @@ class PartedRequest(msgspec.Struct, frozen=True):
 
     path: str
     rid: str
-    body: dict[str, Any]
+    body: JsonObject
     """As the client sent it."""
     parts: list[Part]
     samples: int
@@ -108,7 +112,7 @@ class PartedRequest(msgspec.Struct, frozen=True):
     """Whether the answers need merging, or the only one is returned as it is."""
 
 
-def split_request(path: str, body: dict[str, Any], parts_max: int) -> PartedRequest:
+def split_request(path: str, body: JsonObject, parts_max: int) -> PartedRequest:
     """Take a request apart; raises :class:`BadRequest`."""
     refuse_media(body)
     prompts = _prompts(path, body)
@@ -132,7 +136,7 @@ def split_request(path: str, body: dict[str, Any], parts_max: int) -> PartedRequ
     return PartedRequest(path, rid, body, parts, samples, merged=count > 1 or listed)
 
 
-def refuse_media(body: dict[str, Any]) -> None:
+def refuse_media(body: JsonObject) -> None:
     """Images, audio and video have no place in a store keyed by token ids."""
     for field in _MEDIA_FIELDS:
         if body.get(field):
@@ -148,14 +152,15 @@ def refuse_media(body: dict[str, Any]) -> None:
                 )
 
 
-def _samples(path: str, body: dict[str, Any]) -> int:
-    source: Any = body
+def _samples(path: str, body: JsonObject) -> int:
+    source = body
     if path == GENERATE:
-        source = body.get("sampling_params") or {}
-        if isinstance(source, list):
-            source = source[0] if source and isinstance(source[0], dict) else {}
-        if not isinstance(source, dict) or (source.get("beam_width") or 1) != 1:
+        params = body.get("sampling_params") or {}
+        if isinstance(params, list):
+            params = params[0] if params and isinstance(params[0], dict) else {}
+        if not isinstance(params, dict) or (params.get("beam_width") or 1) != 1:
             return 1  # in a beam search, n is the number of sequences of one request
+        source = params
     n = source.get("n")
     if n is None:
         return 1
@@ -164,12 +169,12 @@ def _samples(path: str, body: dict[str, Any]) -> int:
     return n
 
 
-def _is_list_of_prompts(body: dict[str, Any]) -> bool:
+def _is_list_of_prompts(body: JsonObject) -> bool:
     prompt = body.get("text") if body.get("text") is not None else body.get("input_ids")
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
 
 
-def _prompts(path: str, body: dict[str, Any]) -> list[str | list[int] | None]:
+def _prompts(path: str, body: JsonObject) -> list[Prompt]:
     """Each prompt, or one None where the body's form is for SGLang to judge."""
     if path == CHAT:
         ids = body.get("input_ids")
@@ -189,11 +194,11 @@ def _prompts(path: str, body: dict[str, Any]) -> list[str | list[int] | None]:
     return [None]
 
 
-def _is_ids(value: Any) -> bool:
+def _is_ids(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and bool(value) and isinstance(value[0], int)
 
 
-def _part(path: str, body: dict[str, Any], prompts: Sequence[Any], which: int) -> Part:
+def _part(path: str, body: JsonObject, prompts: Sequence[Prompt], which: int) -> Part:
     prompt = prompts[which]
     reduced = {k: v for k, v in body.items() if k not in ("n", "rid")}
     if path == COMPLETIONS and prompt is not None:
@@ -210,7 +215,7 @@ def _part(path: str, body: dict[str, Any], prompts: Sequence[Any], which: int) -
     )
 
 
-def _reduce_generate(body: dict[str, Any], prompt: Any, count: int, which: int) -> None:
+def _reduce_generate(body: JsonObject, prompt: Prompt, count: int, which: int) -> None:
     listed = _is_list_of_prompts(body)
     if prompt is not None:
         body["text" if isinstance(prompt, str) else "input_ids"] = prompt

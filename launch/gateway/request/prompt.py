@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
 from common.block import BlockKey, Namespace, block_keys
+from common.json import JsonObject
 from common.page_hashes import page_hashes
 from launch.gateway.errors import BadRequest
 from launch.gateway.request.parts import CHAT, Part, PartedRequest
@@ -22,7 +23,7 @@ _NOT_FOR_TEMPLATE = {
 class TokenizeEndpoint(Protocol):
     """``/v1/tokenize`` of some live engine."""
 
-    async def tokenize(self, body: dict[str, Any]) -> bytes:
+    async def tokenize(self, body: JsonObject) -> bytes:
         """The JSON answer; raises a ``GatewayError``."""
 
 
@@ -32,6 +33,17 @@ class _One(msgspec.Struct):
 
 class _Many(msgspec.Struct):
     tokens: list[list[int]]
+
+
+class _TextConfig(msgspec.Struct):
+    vocab_size: object = None
+
+
+class _ModelConfig(msgspec.Struct):
+    """Of a Hugging Face model: at the top, or of a part of it."""
+
+    vocab_size: object = None
+    text_config: _TextConfig | None = None
 
 
 async def tokenize(request: PartedRequest, endpoint: TokenizeEndpoint) -> None:
@@ -65,8 +77,8 @@ def vocabulary_tokens(model: str) -> int | None:
     path = Path(model) / "config.json"
     if not path.is_file():
         return None
-    config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    config = msgspec.json.decode(path.read_bytes(), type=_ModelConfig)
+    size = config.vocab_size or (config.text_config or _TextConfig()).vocab_size
     return size if isinstance(size, int) else None
 
 

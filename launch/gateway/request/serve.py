@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
+from common.json import JsonObject
 from launch.gateway.admission import Seat, tenant_of
 from launch.gateway.errors import BadRequest, GatewayError
-from launch.gateway.request.exchange import CHUNKS_MAX
-from launch.gateway.request.merge_answers import StreamMerger, merge_answers
-from launch.gateway.request.parts import Part, PartedRequest, split_request
+from launch.gateway.request.answer import CHUNKS_MAX
+from launch.gateway.request.merge_answers import EngineAnswer, StreamMerger, merge_answers
+from launch.gateway.request.parts import GENERATE, Part, PartedRequest, split_request
 from launch.gateway.request.prompt import check_token_ids, tokenize
 from launch.gateway.request.trace import Trace
 from launch.gateway.request.walk import RequestWalk
@@ -43,7 +44,7 @@ async def serve(services: Services, path: str, request: Request) -> Response:
     except GatewayError as error:
         services.metrics.requests.labels(path, error.outcome).inc()
         return error_response(error)
-    tokenized = asyncio.ensure_future(tokenize(parted, services.proxy))
+    tokenized = asyncio.ensure_future(tokenize(parted, services.client))
     walks = [_walk(services, part, seat, begun_s, tokenized) for part in parted.parts]
     streaming = False
     try:
@@ -67,9 +68,9 @@ def error_response(error: GatewayError, trace: Trace | None = None) -> Response:
     return Response(error.body(), error.status, headers=headers, media_type=error.content_type)
 
 
-async def _body(request: Request) -> dict[str, Any]:
+async def _body(request: Request) -> JsonObject:
     try:
-        return msgspec.json.decode(await request.body(), type=dict[str, Any])
+        return msgspec.json.decode(await request.body(), type=JsonObject)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise BadRequest(f"The body is not a JSON object: {error}") from error
 
@@ -119,11 +120,11 @@ async def _answer(parted: PartedRequest, walks: list[RequestWalk]) -> Response:
     """The response, once it is known how it begins."""
     if not walks[0].part.stream:
         return await _whole_answer(parted, walks)
-    await asyncio.wait([w.outlet.head for w in walks], return_when=asyncio.FIRST_COMPLETED)
-    first = next(w for w in walks if w.outlet.opened)
-    head = first.outlet.head.result()
+    await asyncio.wait([w.answer.head for w in walks], return_when=asyncio.FIRST_COMPLETED)
+    first = next(w for w in walks if w.answer.opened)
+    head = first.answer.head.result()
     if not parted.merged:
-        body = first.outlet.chunks()
+        body = first.answer.chunks()
     else:
         body = _merged_stream(parted, walks)
     return StreamingResponse(
@@ -135,12 +136,13 @@ async def _answer(parted: PartedRequest, walks: list[RequestWalk]) -> Response:
 
 
 async def _whole_answer(parted: PartedRequest, walks: list[RequestWalk]) -> Response:
-    heads = await asyncio.gather(*(w.outlet.head for w in walks))
-    bodies = [b"".join([chunk async for chunk in w.outlet.chunks()]) for w in walks]
+    heads = await asyncio.gather(*(w.answer.head for w in walks))
+    bodies = [b"".join([chunk async for chunk in w.answer.chunks()]) for w in walks]
     content = bodies[0]
     if parted.merged:
-        answers = [msgspec.json.decode(body) for body in bodies]
-        merged = merge_answers(parted.path, parted.rid, answers, parted.samples)
+        answers: list[EngineAnswer] = [msgspec.json.decode(body) for body in bodies]
+        listed = parted.path == GENERATE
+        merged = answers if listed else merge_answers(parted.rid, answers, parted.samples)
         content = msgspec.json.encode(merged)
     headers = walks[0].trace.header(len(walks))
     return Response(content, heads[0].status, headers=headers, media_type=heads[0].content_type)
@@ -183,8 +185,8 @@ async def _pump(
     index: int, walk: RequestWalk, queue: asyncio.Queue[tuple[int, bytes | None]]
 ) -> None:
     try:
-        await walk.outlet.head
-        async for chunk in walk.outlet.chunks():
+        await walk.answer.head
+        async for chunk in walk.answer.chunks():
             await queue.put((index, chunk))
     except GatewayError as error:
         await queue.put((index, error.event()))

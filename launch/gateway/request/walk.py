@@ -1,6 +1,6 @@
 """The walk of one prompt: plan, read, hand over, compute, answer; once more if that fails.
 
-A walk is a task of its own, whose answer is taken from its outlet. Every wait inside is
+A walk is a task of its own, whose answer is taken from its ``answer``. Every wait inside is
 by the request's timeout, by the death of an engine it depends on, or by cancelling
 the walk, and each of these cleans up at engines and readers.
 """
@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 
 from launch.gateway.admission import Seat
-from launch.gateway.control.peers import EnginePeer
 from launch.gateway.errors import (
     AttemptFailed,
     BadRequest,
@@ -24,8 +23,10 @@ from launch.gateway.errors import (
     RequestTimeout,
     Unavailable,
 )
-from launch.gateway.request.exchange import Exchange, Outlet, drain
-from launch.gateway.request.interruption import Interruptible
+from launch.gateway.peers.peer import EnginePeer
+from launch.gateway.request.answer import Answer
+from launch.gateway.request.cancel_scope import CancelScope
+from launch.gateway.request.exchange import Exchange, drain
 from launch.gateway.request.parts import Part
 from launch.gateway.request.prompt import hit_candidates
 from launch.gateway.request.trace import Trace
@@ -54,7 +55,7 @@ class RequestWalk:
         """``tokenized``: what fills in the part's ``token_ids``, unless they are there."""
         self.part = part
         self.trace = Trace()
-        self.outlet = Outlet(part.stream)
+        self.answer = Answer(part.stream)
         self._services = services
         self._seat = seat
         self._tokenized = tokenized
@@ -74,20 +75,20 @@ class RequestWalk:
 
     async def abort(self) -> None:
         """``/abort_request``: the engines end the answer, if they have the request yet."""
-        self.outlet.aborted = True
+        self.answer.aborted = True
         if self._posted:
-            await self._services.proxy.abort(self._posted, {"rid": self._rid})
+            await self._services.client.abort(self._posted, {"rid": self._rid})
             self._services.in_background(self._end_unanswered())
-        elif not self.outlet.opened:
+        elif not self.answer.opened:
             self.task.cancel()
-            await self.outlet.close(BadRequest("the request was aborted before it started"))
+            await self.answer.close(BadRequest("the request was aborted before it started"))
 
     async def _end_unanswered(self) -> None:
         """An engine that was told of the abort before it got the request ends nothing."""
         await asyncio.wait({self.task}, timeout=ABORT_GRACE_S)
-        if not self.outlet.opened:
+        if not self.answer.opened:
             self.task.cancel()
-            await self.outlet.close(BadRequest("the request was aborted"))
+            await self.answer.close(BadRequest("the request was aborted"))
 
     # ---- the whole walk ---------------------------------------------------------------
 
@@ -100,17 +101,18 @@ class RequestWalk:
         except GatewayError as ending:
             outcome, error = ending.outcome, ending
         except Exception:
+            # A bug of the gateway: the plan was ended and the engines told, as after any failure.
             log.exception("walk failed rid=%s", self.part.rid)
             outcome, error = "failed", RequestFailed("internal error of the gateway")
         finally:
             self._account(outcome)
-        await self.outlet.close(error)
+        await self.answer.close(error)
 
     def _account(self, outcome: str) -> None:
         self.trace.clock("total", self._begun_s)
         self._services.metrics.requests.labels(self.part.path, outcome).inc()
         if outcome == "ok":
-            first_token_s = self.outlet.first_token_s - self._begun_s
+            first_token_s = self.answer.first_token_s - self._begun_s
             self._services.metrics.served(self.trace, self._page_tokens, first_token_s)
         log.info(
             "request rid=%s path=%s outcome=%s prompt_tokens=%d attempts=%d total_s=%.3f",
@@ -123,7 +125,7 @@ class RequestWalk:
         )
         self.trace.log(self.part.rid, outcome)
         hit_tokens = self.trace.hit_blocks * self._page_tokens
-        self._services.note(self.part, self.trace, hit_tokens, outcome)
+        self._services.recent.note(self.part, self.trace, hit_tokens, outcome)
 
     async def _serve(self) -> None:
         if self._tokenized is not None:
@@ -133,7 +135,7 @@ class RequestWalk:
             await self._attempt(frozenset(), self._use_cache)
             return
         except AttemptFailed as failure:
-            if self.outlet.opened or self.outlet.aborted:
+            if self.answer.opened or self.answer.aborted:
                 raise RequestFailed(f"failed while answering: {failure}") from failure
             log.warning("retrying rid=%s reason=%s", self.part.rid, failure)
             dead = failure.dead
@@ -150,21 +152,21 @@ class RequestWalk:
         self.trace.attempts += 1
         plan = await self._plan(dead, use_cache)
         self._tried = frozenset((plan.prefill, plan.decode))
-        exchange = Exchange(self._services.proxy, self.part, self.outlet, self.trace)
+        exchange = Exchange(self._services.client, self.part, self.answer, self.trace)
         finished = False
-        self._services.plane.on_delivered[plan.id] = self.trace.delivered
+        self._services.plane.plans.on_delivered[plan.id] = self.trace.delivered
         try:
-            async with Interruptible(self._left_s(), self._timeout()) as block:
-                with self._watched(plan, block, exchange):
+            async with CancelScope(self._left_s(), self._timeout()) as scope:
+                with self._watched(plan, scope, exchange):
                     plan = await self._bring(plan)
                     await self._hand_over(plan)
-                    await self._compute(plan, block, exchange)
+                    await self._compute(plan, scope, exchange)
             finished = True
         finally:
-            del self._services.plane.on_delivered[plan.id]
+            del self._services.plane.plans.on_delivered[plan.id]
             self._services.plane.end(plan)
             if self._posted and not finished:
-                abort = self._services.proxy.abort(self._posted, {"rid": self._rid})
+                abort = self._services.client.abort(self._posted, {"rid": self._rid})
                 self._services.in_background(abort)
             self._posted = []
 
@@ -195,9 +197,9 @@ class RequestWalk:
     async def _next_plan(self, dead: frozenset[str], use_cache: bool) -> Plan:
         plane = self._services.plane
         while True:
-            namespace = plane.namespace()
+            namespace = plane.members.namespace()
             if namespace is None:
-                raise Unavailable("; ".join(plane.troubles()) or "no engine is ready")
+                raise Unavailable("; ".join(plane.members.troubles()) or "no engine is ready")
             self._page_tokens = namespace.layout.page_tokens
             self._namespace_digest = namespace.digest()
             request = PlanRequest(
@@ -207,7 +209,7 @@ class RequestWalk:
                 max_new_tokens=self.part.max_new_tokens,
                 page_tokens=self._page_tokens,
                 block_bytes=namespace.layout.block_bytes,
-                excluded=dead | plane.strangers(),
+                excluded=dead | plane.members.strangers(),
                 avoided=self._tried,
                 use_cache=use_cache,
             )
@@ -219,17 +221,17 @@ class RequestWalk:
             await plane.wait_change()
 
     @contextlib.contextmanager
-    def _watched(self, plan: Plan, block: Interruptible, exchange: Exchange) -> Iterator[None]:
-        """End ``block`` when an engine dies whose work is still needed."""
+    def _watched(self, plan: Plan, scope: CancelScope, exchange: Exchange) -> Iterator[None]:
+        """End ``scope`` when an engine dies whose work is still needed."""
 
         def prefill_died(reason: str) -> None:
-            if not exchange.prefilled and not self.outlet.opened:
-                block.interrupt(AttemptFailed(reason, frozenset([plan.prefill])))
+            if not exchange.prefilled and not self.answer.opened:
+                scope.cancel(AttemptFailed(reason, frozenset([plan.prefill])))
 
         def decode_died(reason: str) -> None:
-            block.interrupt(AttemptFailed(reason, frozenset([plan.decode])))
+            scope.cancel(AttemptFailed(reason, frozenset([plan.decode])))
 
-        engines = self._services.plane.engines
+        engines = self._services.plane.members.engines
         watches = ((engines[plan.prefill], prefill_died), (engines[plan.decode], decode_died))
         for engine, watcher in watches:
             engine.watchers.add(watcher)
@@ -244,25 +246,25 @@ class RequestWalk:
     async def _bring(self, plan: Plan) -> Plan:
         """Have the hit in DRAM; returns the plan cut at the first block that is not."""
         begun_s = time.monotonic()
-        plane, scheduler = self._services.plane, self._services.scheduler
-        shares = await plane.read_shares(plan)
+        plans, scheduler = self._services.plane.plans, self._services.scheduler
+        shares = await plans.read_shares(plan)
         now = self.trace.clock("read", begun_s)
         hit_blocks = len(plan.keys)
         for agent, share in shares.items():
             in_dram = share.in_dram if share is not None else []
             hit_blocks = scheduler.share_settled(plan.id, agent, in_dram, now)
         cut = plan.cut(hit_blocks)
-        plane.release(plan.id, [agent for agent, keys in cut.shares().items() if not keys])
+        plans.release(plan.id, [agent for agent, keys in cut.shares().items() if not keys])
         self.trace.read(cut, shares, len(self.part.token_ids or ()), self._page_tokens)
         return cut
 
     async def _hand_over(self, plan: Plan) -> None:
         begun_s = time.monotonic()
-        await self._services.plane.place(plan, self._namespace_digest)
+        await self._services.plane.plans.place(plan, self._namespace_digest)
         self.trace.clock("plan", begun_s)
 
-    async def _compute(self, plan: Plan, block: Interruptible, exchange: Exchange) -> None:
-        engines = self._services.plane.engines
+    async def _compute(self, plan: Plan, scope: CancelScope, exchange: Exchange) -> None:
+        engines = self._services.plane.members.engines
         prefill, decode = engines[plan.prefill], engines[plan.decode]
         body = self.part.engine_body() | {
             "rid": self._rid,
@@ -275,5 +277,5 @@ class RequestWalk:
         now = time.monotonic()
         self._services.scheduler.submitted(plan.id, now)
         self._posted = [prefill, decode]
-        prefill_answer = await exchange.run((prefill, decode), body, block, now)
+        prefill_answer = await exchange.run((prefill, decode), body, scope, now)
         self._services.in_background(drain(prefill_answer))

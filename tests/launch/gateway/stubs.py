@@ -312,12 +312,12 @@ class StubCluster:
             engines.sort(key=lambda engine: row_of[engine.name])
 
     def _ready(self) -> bool:
-        plane = self.services.plane
+        members = self.services.plane.members
         known = self.services.scheduler.state
         return (
-            len(plane.live_engines()) == len(self.engines)
+            len(members.live_engines()) == len(self.engines)
             and len(known.engines.names) == len(self.engines)
-            and all(agent.synced for agent in plane.agents.values())
+            and all(agent.synced for agent in members.agents.values())
             and len(known.agents.names) == len(self.agents)
         )
 

@@ -9,12 +9,13 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 
+from common.json import JsonObject
 from launch.gateway.admission import Admission, Seat, tenant_of
 from launch.gateway.errors import TooManyRequests
 
 
 def test_a_tenant_is_the_first_thing_that_a_request_says_of_itself():
-    salted = {"cache_salt": "secret", "user": "ann"}
+    salted: JsonObject = {"cache_salt": "secret", "user": "ann"}
     tenants = [
         tenant_of(salted, "Bearer key"),
         tenant_of({"user": "ann"}, "Bearer key"),

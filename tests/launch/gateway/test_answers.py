@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.block import BlockLayout, Namespace
+from common.json import JsonObject
 from launch.gateway.errors import BadRequest, EngineRefused, RequestFailed, TooManyRequests
 from launch.gateway.request.merge_answers import (
     DONE,
+    EngineAnswer,
     StreamMerger,
+    Usage,
     add_input_logprobs,
     build_event,
     error_of,
@@ -28,7 +31,7 @@ from launch.gateway.request.prompt import check_token_ids, hit_candidates, vocab
 NAMESPACE = Namespace("model", "1", "float32", BlockLayout(64, 2, (8, 8)))
 
 
-def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+def usage(prompt: int, completion: int, cached: int) -> Usage:
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -39,8 +42,8 @@ def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
     }
 
 
-def answer(index: int, prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    choice = {"index": 0, "text": f"choice {index}"}
+def answer(index: int, prompt: int, completion: int, cached: int) -> EngineAnswer:
+    choice: JsonObject = {"index": 0, "text": f"choice {index}"}
     return {"id": f"{index}-r", "choices": [choice], "usage": usage(prompt, completion, cached)}
 
 
@@ -66,8 +69,9 @@ def test_one_prompt_stays_one_request() -> None:
         assert not parted.merged and parted.parts[0].rid == "mine"
     assert split_request(GENERATE, {"text": ["a"]}, parts_max=1).merged
     assert not split_request(GENERATE, {"text": "a"}, parts_max=1).merged
-    beam = {"text": "a", "sampling_params": {"n": 3, "beam_width": 3}}
-    assert split_request(GENERATE, beam, parts_max=1).parts[0].body["sampling_params"]["n"] == 3
+    beam: JsonObject = {"text": "a", "sampling_params": {"n": 3, "beam_width": 3}}
+    [part] = split_request(GENERATE, beam, parts_max=1).parts
+    assert part.body["sampling_params"] == {"n": 3, "beam_width": 3}
 
 
 def test_a_batchs_own_fields_go_with_their_prompts() -> None:
@@ -123,7 +127,8 @@ def test_ids_outside_the_vocabulary_never_reach_an_engine(tmp_path: Path) -> Non
 
 
 def test_tokens_that_are_none_have_no_keys() -> None:
-    for ids, body in (([-1] * 65, {}), ([1] * 65, {"lora_path": "a"}), (None, {})):
+    adapted: JsonObject = {"lora_path": "a"}
+    for ids, body in (([-1] * 65, {}), ([1] * 65, adapted), (None, {})):
         part = Part(path=GENERATE, body=body, rid="r", index=0, token_ids=ids)
         assert hit_candidates(part, NAMESPACE) == []
 
@@ -133,7 +138,7 @@ def test_tokens_that_are_none_have_no_keys() -> None:
 
 def test_choices_are_numbered_and_prompts_counted_once() -> None:
     parts = [answer(i, 10 + i // 2, 3, 4 + i // 2) for i in range(4)]
-    merged = merge_answers(COMPLETIONS, "r", parts, samples=2)
+    merged = merge_answers("r", parts, samples=2)
     assert [c["index"] for c in merged["choices"]] == [0, 1, 2, 3]
     assert [c["text"] for c in merged["choices"]] == [f"choice {i}" for i in range(4)]
     expected = usage(21, 12, 9)
@@ -144,10 +149,10 @@ def test_streams_interleave_into_one() -> None:
     merger = StreamMerger(CHAT, "r", parts=2, samples=2)
     out = b""
     for index in (1, 0):
-        chunk = {"id": f"{index}-r", "choices": [{"index": 0, "delta": {"content": str(index)}}]}
-        out += merger.take(index, build_event(chunk))
+        delta: JsonObject = {"index": 0, "delta": {"content": str(index)}}
+        out += merger.take(index, build_event({"id": f"{index}-r", "choices": [delta]}))
     for index in (0, 1):
-        last = {"id": f"{index}-r", "choices": [], "usage": usage(10, 2, 4)}
+        last: EngineAnswer = {"id": f"{index}-r", "choices": [], "usage": usage(10, 2, 4)}
         out += merger.take(index, build_event(last)) + merger.take(index, DONE)
     out += merger.finish()
     *events, end = [event + b"\n\n" for event in out.split(b"\n\n")[:-1]]
@@ -165,8 +170,10 @@ def test_generate_streams_name_their_index() -> None:
 
 
 def test_prompt_logprobs_come_from_prefill() -> None:
-    prefill = {"meta_info": {"input_token_logprobs": [1, 2], "input_top_logprobs": [3]}}
-    decode = {"meta_info": {"input_token_logprobs": [], "id": "r"}}
+    prefill: EngineAnswer = {
+        "meta_info": {"input_token_logprobs": [1, 2], "input_top_logprobs": [3]}
+    }
+    decode: EngineAnswer = {"meta_info": {"input_token_logprobs": [], "id": "r"}}
     merged = add_input_logprobs(decode, prefill)["meta_info"]
     expected = {"input_token_logprobs": [1, 2], "input_top_logprobs": [3], "id": "r"}
     assert merged == expected
@@ -204,4 +211,4 @@ def test_an_engines_refusal_is_unchanged_and_fits_into_a_stream() -> None:
     body = msgspec.json.encode({"object": "error", "message": "too long", "code": 400})
     refusal = EngineRefused(400, "application/json", body)
     assert refusal.body() == body
-    assert parse_event(refusal.event())["error"]["message"] == "too long"
+    assert cast(JsonObject, parse_event(refusal.event())["error"])["message"] == "too long"

@@ -61,7 +61,7 @@ async def _running(cluster: StubCluster) -> Callable[[], bool]:
 
 async def _streaming(cluster: StubCluster) -> Callable[[], bool]:
     cluster.decodes[0].word_delay_s = 30
-    return lambda: any(walk.outlet.opened for walk in cluster.services.walks.values())
+    return lambda: any(walk.answer.opened for walk in cluster.services.walks.values())
 
 
 PLACES = [_tokenizing, _queued, _planning, _reading, _handed_over, _running, _streaming]
@@ -110,8 +110,8 @@ async def _nothing_is_left(cluster: StubCluster) -> None:
     await cluster.until(lambda: all(engine["idle"] for engine in view()["engines"]))
     assert view()["open_plans"] == view()["requests"]["queued"] == 0
     assert all(agent["idle"] for agent in view()["agents"])
-    assert services.walks == services.plane.on_delivered == {}
-    assert all(not engine.watchers for engine in services.plane.engines.values())
+    assert services.walks == services.plane.plans.on_delivered == {}
+    assert all(not engine.watchers for engine in services.plane.members.engines.values())
     read = {share.plan for share in agent.got(m.ReadShare)}
     await cluster.until(lambda: read <= {end.plan for end in agent.got(m.ReleasePlan)})
     for engine in cluster.engines:

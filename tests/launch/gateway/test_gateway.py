@@ -10,7 +10,7 @@ import pytest
 
 from common import messages as m
 from common.ids import Incarnation
-from launch.gateway.control import control_plane
+from launch.gateway.peers import control_plane
 from tests.launch.gateway.client import (
     CHAT,
     GENERATE,
@@ -277,7 +277,7 @@ async def test_a_reader_that_restarts_is_not_waited_for() -> None:
 async def test_a_gap_in_the_announcements_is_healed() -> None:
     async with cluster_of() as cluster:
         agent = cluster.agents["node-d"]
-        cluster.services.plane.agents["node-d"].snapshot_asked_s = -1000.0
+        cluster.services.plane.members.agents["node-d"].snapshot_asked_s = -1000.0
         agent.held = keys_of(PROMPT)
         agent.sequence += 1  # one was lost
         await agent.push(agent.announcement([], snapshot=False))
@@ -290,8 +290,8 @@ async def test_malformed_messages_are_counted_and_dropped() -> None:
         await cluster.agents["node-d"].push_raw(b"DP0rubbish")
         await cluster.decodes[0].push_raw(b"DP1\xff")
         name = "dualpath:malformed_messages_total"
-        plane = cluster.services.plane
-        peers = [plane.engines["d0"], plane.agents["node-d"]]
+        members = cluster.services.plane.members
+        peers = [members.engines["d0"], members.agents["node-d"]]
         await cluster.until(lambda: [peer.malformed_total for peer in peers] == [1, 1])
         assert await metric(cluster, f'{name}{{agent="node-d"}}') == 1
         assert (await post(cluster, "/generate", GENERATE))[0] == 200
@@ -301,7 +301,7 @@ async def test_engines_of_another_namespace_are_not_paired() -> None:
     async with cluster_of(decodes=2) as cluster:
         other = msgspec.structs.replace(NAMESPACE, weight_version="2")
         first, second = cluster.decodes
-        peers = cluster.services.plane.engines
+        peers = cluster.services.plane.members.engines
         first.namespace = other
         await cluster.until(lambda: peers[first.name].hello.namespace == other)
         for _ in range(3):
@@ -329,7 +329,7 @@ async def test_a_request_planned_for_weights_that_were_just_updated_is_planned_a
 async def test_requests_name_the_attention_groups_of_their_engines() -> None:
     async with cluster_of() as cluster:
         for name, group in (("p0", 3), ("d0", None)):
-            peer = cluster.services.plane.engines[name]
+            peer = cluster.services.plane.members.engines[name]
             peer.address = msgspec.structs.replace(peer.address, group=group)
         status, _, _ = await post(cluster, "/v1/chat/completions", CHAT)
         assert status == 200

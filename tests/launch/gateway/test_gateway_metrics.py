@@ -67,7 +67,7 @@ async def reported():
             await engine.push(engine.hello())
         await cluster.announce("node-d", keys_of(PROMPT)[:2])
         assert (await post(cluster, "/generate", GENERATE))[0] == 200
-        peers = cluster.services.plane.peers
+        peers = cluster.services.plane.members.peers
         await cluster.until(lambda: all(len(peer.samples()) > 5 for peer in peers()))
         yield await families(cluster)
 

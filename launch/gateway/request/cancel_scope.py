@@ -6,8 +6,8 @@ import asyncio
 from types import TracebackType
 
 
-class Interruptible:
-    """``async with``: the block ends at ``timeout_s``, or when :meth:`interrupt` is called.
+class CancelScope:
+    """``async with``: the block ends at ``timeout_s``, or when :meth:`cancel` is called.
 
     The block is left with the given error (``on_timeout`` at the limit), whatever it
     was waiting for.
@@ -16,16 +16,16 @@ class Interruptible:
     def __init__(self, timeout_s: float, on_timeout: Exception) -> None:
         self._scope = asyncio.timeout(timeout_s)
         self._error = on_timeout
-        self._interrupted = False
+        self._cancelled = False
 
-    def interrupt(self, error: Exception) -> None:
+    def cancel(self, error: Exception) -> None:
         """End the block with ``error``; only the first call has an effect."""
-        if not self._interrupted and not self._scope.expired():
-            self._interrupted = True
+        if not self._cancelled and not self._scope.expired():
+            self._cancelled = True
             self._error = error
             self._scope.reschedule(asyncio.get_running_loop().time())
 
-    async def __aenter__(self) -> Interruptible:
+    async def __aenter__(self) -> CancelScope:
         await self._scope.__aenter__()
         return self
 
@@ -35,7 +35,7 @@ class Interruptible:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._interrupted = True
+        self._cancelled = True
         try:
             await self._scope.__aexit__(kind, error, trace)
         except TimeoutError:

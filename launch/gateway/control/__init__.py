@@ -1,1 +1,0 @@
-"""The gateway's connections to agents and engines."""

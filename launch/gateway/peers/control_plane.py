@@ -1,0 +1,172 @@
+"""The gateway's control connections: what agents and engines report goes to the scheduler.
+
+One zmq DEALER for each agent and engine. A process is used only while it gives signs of life.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+
+from common.ids import Incarnation
+from common.messages import (
+    AgentHello,
+    AgentStatus,
+    Announcement,
+    Delivered,
+    EngineHello,
+    Ping,
+    PlanAccepted,
+    PlanRefused,
+    ShareRead,
+)
+from launch.gateway.config import GatewayConfig
+from launch.gateway.peers.membership import Membership
+from launch.gateway.peers.peer import AgentPeer, EnginePeer
+from launch.gateway.peers.plan_handover import PlanHandover
+from scheduler.plan import Plan
+from scheduler.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+PING_S = 1.0
+CHECK_S = 0.25
+"""How often silent peers are looked for."""
+
+
+class ControlPlane:
+    """All peers, and the scheduler that their reports feed. Lives in one asyncio loop."""
+
+    def __init__(self, config: GatewayConfig, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.members = Membership(config)
+        self.plans = PlanHandover(self.members, config.read_timeout_s)
+        self.changed = asyncio.Event()
+        """Set at all that may let a queued request go on."""
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        for agent in self.members.agents.values():
+            self._tasks.append(asyncio.create_task(self._serve_agent(agent)))
+        for engine in self.members.engines.values():
+            self._tasks.append(asyncio.create_task(self._serve_engine(engine)))
+        self._tasks.append(asyncio.create_task(self._keep_watch()))
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.members.close()
+
+    async def wait_change(self) -> None:
+        """Return at the next report, or after ``CHECK_S``. For one waiter at a time."""
+        self.changed.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.changed.wait(), CHECK_S)
+
+    def end(self, plan: Plan) -> None:
+        """The request is over, whatever became of it: for all who know of its plan."""
+        self.plans.end(plan)
+        self.scheduler.finished(plan.id, time.monotonic())
+        self.changed.set()
+
+    # ---- signs of life ----------------------------------------------------------------
+
+    def http_state(self, engine: EnginePeer, alive: bool) -> None:
+        """Outcome of probing the engine's HTTP port."""
+        if engine.http_alive and not alive:
+            self.scheduler.engine_lost(engine.name)
+            engine.notify("does not answer HTTP")
+        rejoined = alive and not engine.http_alive
+        engine.http_alive = alive
+        if rejoined and engine.hello is not None:
+            self._engine_hello(engine, engine.hello)
+
+    async def _keep_watch(self) -> None:
+        pinged_s = -math.inf
+        living: set[str] = set()
+        peers = self.members.peers()
+        while True:
+            now = time.monotonic()
+            due = now - pinged_s >= PING_S
+            pinged_s = now if due else pinged_s
+            for peer in peers:
+                if due or not self.members.alive(peer):  # one that comes back is wanted at once
+                    peer.try_send(Ping())
+            for agent in self.members.agents.values():
+                if not agent.synced and agent.incarnation >= 0:
+                    agent.resync(now)
+            for peer in peers:
+                if self.members.alive(peer):
+                    living.add(peer.name)
+                elif peer.name in living:
+                    living.discard(peer.name)
+                    log.warning("peer lost peer=%s", peer.name)
+                    peer.notify("fell silent")
+            await asyncio.sleep(CHECK_S)
+
+    # ---- what comes in ----------------------------------------------------------------
+
+    async def _serve_agent(self, agent: AgentPeer) -> None:
+        while True:
+            message = await agent.receive()
+            now = agent.last_seen_s = time.monotonic()
+            match message:
+                case AgentHello(incarnation=incarnation):
+                    self._agent_renewed(agent, incarnation, now)
+                case AgentStatus() if message.load.agent == agent.name:
+                    self._agent_renewed(agent, message.load.incarnation, now)
+                    agent.status = message
+                    self.scheduler.report(message.load, now)
+                    self.changed.set()
+                case Announcement():
+                    self._agent_renewed(agent, message.incarnation, now)
+                    self._announced(agent, message, now)
+                case ShareRead():
+                    self.plans.share_read(agent.name, message)
+                case Delivered():
+                    self.plans.delivered(message)
+                case _:
+                    agent.malformed_total += 1
+
+    def _agent_renewed(self, agent: AgentPeer, incarnation: Incarnation, now: float) -> None:
+        if agent.renew(incarnation):
+            log.info("agent joined agent=%s incarnation=%d", agent.name, incarnation)
+            agent.snapshot_asked_s = -math.inf
+            agent.resync(now)
+
+    def _announced(self, agent: AgentPeer, news: Announcement, now: float) -> None:
+        known = self.scheduler.announce(
+            agent.name, news.incarnation, news.sequence, news.snapshot, news.changes
+        )
+        if known:
+            agent.synced = True
+        elif news.incarnation == agent.incarnation:
+            agent.resync(now)
+
+    async def _serve_engine(self, engine: EnginePeer) -> None:
+        while True:
+            message = await engine.receive()
+            engine.last_seen_s = time.monotonic()
+            match message:
+                case EngineHello() if message.load.engine == engine.name:
+                    self._engine_hello(engine, message)
+                case PlanAccepted() | PlanRefused():
+                    self.plans.answered(engine.name, message)
+                case _:
+                    engine.malformed_total += 1
+
+    def _engine_hello(self, engine: EnginePeer, hello: EngineHello) -> None:
+        incarnation = hello.load.incarnation
+        if incarnation < engine.incarnation:
+            return
+        if engine.renew(incarnation):
+            log.info("engine joined engine=%s incarnation=%d", engine.name, incarnation)
+        engine.hello = hello
+        if not engine.http_alive:
+            return
+        self.scheduler.report(hello.load, engine.last_seen_s)
+        self.changed.set()

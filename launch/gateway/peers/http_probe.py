@@ -1,0 +1,50 @@
+"""Whether the engines' HTTP ports answer: their control ports may, while those hang."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import aiohttp
+
+from launch.gateway.peers.engine_client import EngineClient
+from launch.gateway.peers.peer import EnginePeer
+
+PROBE_S = 2.0
+PROBE_TIMEOUT_S = 3.0
+MISSES_MAX = 2
+"""Probes in a row that an engine may let time out: one can be a busy machine."""
+
+
+class HttpProbe:
+    """Probes each engine for ever; ``tell(engine, alive)`` after each probe that says something."""
+
+    def __init__(self, client: EngineClient, tell: Callable[[EnginePeer, bool], None]) -> None:
+        self._client = client
+        self._tell = tell
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        engines = self._client.members.engines.values()
+        self._tasks = [asyncio.create_task(self._probe(engine)) for engine in engines]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _probe(self, engine: EnginePeer) -> None:
+        misses = 0
+        while True:
+            try:
+                answer = await self._client.call(
+                    engine, "GET", "/model_info", timeout_s=PROBE_TIMEOUT_S
+                )
+                misses = 0 if answer.status == 200 else MISSES_MAX
+            except TimeoutError:
+                misses += 1
+            except aiohttp.ClientError:
+                misses = MISSES_MAX
+            if misses == 0 or misses >= MISSES_MAX:
+                self._tell(engine, misses == 0)
+            await asyncio.sleep(PROBE_S)

@@ -1,0 +1,69 @@
+"""Who is there, who of them is alive, and which namespace they serve together."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import zmq.asyncio
+
+from common.block import Namespace
+from launch.gateway.config import GatewayConfig
+from launch.gateway.peers.peer import AgentPeer, EnginePeer, Peer
+
+
+class Membership:
+    """Every agent and engine of the configuration, and a connection to each."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._heartbeat_timeout_s = config.scheduler.heartbeat_timeout_s
+        self._context = zmq.asyncio.Context()
+        self.agents = {n: AgentPeer(n, e, self._context) for n, e in config.agents.items()}
+        self.engines = {a.name: EnginePeer(a, self._context) for a in config.engines}
+
+    def close(self) -> None:
+        for peer in self.peers():
+            peer.close()
+        self._context.destroy(0)
+
+    def peers(self) -> list[AgentPeer | EnginePeer]:
+        return [*self.agents.values(), *self.engines.values()]
+
+    def alive(self, peer: Peer) -> bool:
+        if time.monotonic() - peer.last_seen_s > self._heartbeat_timeout_s:
+            return False
+        return peer.http_alive if isinstance(peer, EnginePeer) else True
+
+    def live_engines(self, role: str | None = None) -> list[EnginePeer]:
+        return [
+            e
+            for e in self.engines.values()
+            if self.alive(e) and (role is None or e.address.role == role)
+        ]
+
+    def namespace(self) -> Namespace | None:
+        """The namespace that is served: the one of most live engines with both roles in it."""
+        roles: dict[Namespace, set[str]] = {}
+        sizes: Counter[Namespace] = Counter()
+        for engine in self.live_engines():
+            namespace = engine.known().namespace
+            roles.setdefault(namespace, set()).add(engine.address.role)
+            sizes[namespace] += 1
+        for namespace, _ in sizes.most_common():
+            if len(roles[namespace]) == 2:
+                return namespace
+        return None
+
+    def troubles(self) -> list[str]:
+        """Why no request can be served; empty when one can."""
+        missing = [r for r in ("prefill", "decode") if not self.live_engines(r)]
+        if missing:
+            return [f"no live {role} engine" for role in missing]
+        if self.namespace() is None:
+            return ["no prefill and decode engine serve the same model, weights and KV layout"]
+        return []
+
+    def strangers(self) -> frozenset[str]:
+        """Live engines of another namespace than the served one: they cannot exchange KV."""
+        served = self.namespace()
+        return frozenset(e.name for e in self.live_engines() if e.known().namespace != served)

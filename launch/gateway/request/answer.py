@@ -1,0 +1,58 @@
+"""The answer on its way to a client: a head, then chunks, in a bounded queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from launch.gateway.errors import GatewayError
+
+CHUNKS_MAX = 64
+"""Chunks that wait for a slow client; then the engine's stream is read no further."""
+
+
+class Head(msgspec.Struct, frozen=True):
+    """How an answer begins."""
+
+    status: int
+    content_type: str
+
+
+class Answer:
+    """Of one part of a request: written by its walk, read by whoever talks to the client."""
+
+    def __init__(self, stream: bool) -> None:
+        self.head: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
+        """Set with D's first byte, or to a ``GatewayError``."""
+        self.aborted = False
+        """The client asked the engines to end it: their abort is the answer."""
+        self.first_token_s = 0.0
+        """When (monotonic) it was there: with D's first byte, or P's answer if not streamed."""
+        self._stream = stream
+        self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(CHUNKS_MAX)
+
+    @property
+    def opened(self) -> bool:
+        return self.head.done()
+
+    def open(self, status: int, content_type: str) -> None:
+        self.head.set_result(Head(status, content_type))
+
+    async def write(self, chunk: bytes) -> None:
+        await self._chunks.put(chunk)
+
+    async def close(self, error: GatewayError | None = None) -> None:
+        """End the answer; an error after the first byte is its last event."""
+        if error is not None and not self.opened:
+            self.head.set_exception(error)
+            self.head.exception()  # counts as seen, should the client be gone
+        elif error is not None and self._stream:
+            await self._chunks.put(error.event())
+        await self._chunks.put(None)
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body, after ``head``."""
+        while (chunk := await self._chunks.get()) is not None:
+            yield chunk
