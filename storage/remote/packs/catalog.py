@@ -78,7 +78,7 @@ News = PackFound | PacksGone | DropFound | Refreshed
 class PackCatalog:
     """Looks in a thread of its own: at start, every ``refresh_s``, and when asked to.
 
-    ``report`` is called in that thread, the oldest pack first.
+    ``report`` is called in that thread, with packs in the order in which footers are read.
     """
 
     def __init__(

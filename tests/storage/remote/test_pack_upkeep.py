@@ -234,7 +234,9 @@ def manifests(root: Path) -> list[Path]:
 def test_a_start_reads_a_manifest_or_does_without(
     open_remote: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    write_packs(open_remote(upkeep_s=0.1, pack_bytes=1), 20)
+    writer = open_remote(pack_bytes=1)
+    write_packs(writer, 20)
+    writer.close()  # so that there is one manifest, of all packs
     keeper = open_remote(upkeep_s=0.1, pack_bytes=1)
     settle(keeper, lambda: bool(manifests(tmp_path)))
     keeper.close()
