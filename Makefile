@@ -1,8 +1,9 @@
 # make setup                 everything that serving needs, into .venv (DEVICE=cuda: untested)
 # make serve [ARGS=...]      a cluster on this machine; ARGS="--help" lists the flags
 # make test [ARGS=...]       lint and all tests; ARGS go to pytest
+# make check                 lint, types and the tests that are not slow, at once: under a minute
 # make lint                  ruff and mypy
-.PHONY: setup setup-test serve test lint
+.PHONY: setup setup-test serve test check lint check-style check-types check-engines check-stores
 
 DEVICE ?= cpu
 
@@ -15,10 +16,31 @@ setup-test:
 serve: setup
 	@exec .venv/bin/python -m launch.cluster $(ARGS)
 
-lint: setup
+lint: check-style check-types
+
+check-style: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+check-types: setup
 	.venv/bin/mypy
+
+# Fewer random examples than `make test`, and no test that is marked slow. Tests that import
+# SGLang (13 s of CPU time) run in one process; the others wait for processes of theirs most of the
+# time, so three of them go on at once.
+QUICK = EXAMPLES=few .venv/bin/python -m pytest -m "not slow" --durations=9 --durations-min=4
+WITHOUT_SGLANG = tests/transfer tests/storage tests/scheduler tests/common
+
+check-engines: setup
+	@$(QUICK) $(WITHOUT_SGLANG:%=--ignore=%) tests
+
+check-stores: setup
+	@$(QUICK) --numprocesses=3 $(WITHOUT_SGLANG)
+
+check: setup
+	@$(MAKE) --no-print-directory --jobs --keep-going --output-sync=target \
+	    check-style check-types check-engines check-stores
+	@echo "check: all well"
 
 test: setup-test lint
 	@# -W: SWIG's complaint at interpreter exit would follow pytest's last line.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.page_hashes import BadToken, continue_chain, namespace_seed, page_hashes
+from tests.examples import examples
 
 sglang_utils = pytest.importorskip("sglang.srt.mem_cache.utils")
 
@@ -44,7 +45,7 @@ def sglang_hashes(
     cache_salt=KEYS,
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_equals_sglang(
     pages: int,
     rest: int,
@@ -62,7 +63,7 @@ def test_equals_sglang(
 
 
 @given(split=st.integers(0, 8), salt=KEYS)
-@settings(deadline=None)
+@examples()
 def test_chain_can_be_continued(split: int, salt: str | None) -> None:
     tokens = list(range(8 * 16))
     first = continue_chain(namespace_seed(None, salt), tokens[: split * 16], 16)

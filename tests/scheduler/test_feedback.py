@@ -46,6 +46,7 @@ def test_the_model_reads_what_its_turns_hit(monkeypatch):
     assert (len(asked), view["open_plans"], fluid.turns_done) == (40, 0, 40)
 
 
+@pytest.mark.slow
 def test_shares_follow_a_step_of_one_nodes_rate_and_stay():
     """To a tenth and back: in 10 s within 10 % of ideal, and there for 60 s; of every node, of
     what they read and of what they are given to read."""
@@ -67,6 +68,7 @@ def test_policies_differ_as_they_should_when_nics_are_barely_saturated():
     assert found["prefill"].max_avg == pytest.approx(3.0, rel=0.01), "a third of the NICs read"
 
 
+@pytest.mark.slow
 def test_one_slow_node_slows_an_n_way_job_by_no_more_than_its_lost_rate():
     job = job_times("n-way", (4, 8), 1.5, turns=3000, slow_part=0.25)
     assert job["over_ideal"] <= 1.08

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.directory.directory import Run
@@ -10,6 +10,7 @@ from scheduler.directory.holder_sets import Holders
 from scheduler.hit import Hit, last_byte_s
 from scheduler.options import SchedulerOptions
 from scheduler.policies import read_policy
+from tests.examples import examples
 from tests.scheduler.clusters import BLOCK_BYTES, state_of
 
 READERS_MAX = 4
@@ -34,7 +35,7 @@ def shares_of(hit: Hit, given: dict[str, tuple[int, float]]) -> dict[str, int]:
     return shares
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.integers(1, 400), st.floats(0, 5), rates)
 def test_a_faster_reader_never_gets_less(blocks, busy_s, rates):
     """All equally far behind, in seconds."""
@@ -49,7 +50,7 @@ def test_a_faster_reader_never_gets_less(blocks, busy_s, rates):
                 assert shares[one] >= shares[other]
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.integers(1, 400), queues)
 def test_the_last_byte_is_never_later_than_by_the_papers_rule(blocks, queues):
     given = dict(zip(NAMES, queues, strict=False))

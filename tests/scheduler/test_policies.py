@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.cluster_state import ClusterState
@@ -13,6 +13,7 @@ from scheduler.hit import Hit, last_byte_s
 from scheduler.options import SchedulerOptions
 from scheduler.policies import POLICY_NAMES, UnknownPolicy, read_policy
 from scheduler.scheduler import Scheduler
+from tests.examples import examples
 from tests.scheduler.clusters import BLOCK_BYTES, state_of
 
 AGENTS = ("p", "d", "x")
@@ -72,7 +73,7 @@ def hits(draw: st.DrawFn) -> Hit:
     return hit_of(seen, alive, draw(st.sampled_from(["d", "p"])))
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(hits(), queues, st.sampled_from(POLICY_NAMES))
 def test_every_block_goes_to_one_living_agent_that_can_have_it(hit, queues, name):
     state = state_of({agent: queues[agent] for agent in hit.alive})
@@ -87,7 +88,7 @@ def test_every_block_goes_to_one_living_agent_that_can_have_it(hit, queues, name
     assert readers_of(name, hit, state) == readers, "the same question, the same answer"
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(hits(), queues, st.sampled_from([1, 4]))
 def test_dividing_ends_no_later_than_the_papers_rule(hit, queues, range_min_blocks):
     if hit.sides:
@@ -98,7 +99,7 @@ def test_dividing_ends_no_later_than_the_papers_rule(hit, queues, range_min_bloc
         assert max(ends[:2]) <= ends[2] * (1 + 1e-9)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.integers(1, 400), st.lists(st.floats(1e3, 1e7), min_size=3, max_size=3))
 def test_a_faster_reader_never_gets_less(blocks, rates):
     hit = hit_of([REMOTE] * blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.block import BlockKey, TierName
@@ -20,6 +20,7 @@ from storage.store_events import ShareSettled
 from storage.store_options import StoreOptions
 from storage.tiered_store import TieredStore
 from storage.tiers.memory_tier import MemoryTier
+from tests.examples import examples
 from tests.scheduler.clusters import cluster, report_agent, report_engine, request
 
 # ---- the global queue ---------------------------------------------------------------------
@@ -33,7 +34,7 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.sampled_from(POLICY_NAMES), arrivals)
 def test_requests_leave_the_global_queue_in_order_and_all_of_them(policy, script):
     """Under any order of arrivals, lengths and ends, on engines that are soon full. The queue
@@ -133,7 +134,7 @@ def reading_cluster(policy: str, blocks: int) -> Scheduler:
     return scheduler
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     st.sampled_from(["prefill", "shorter-queue", "split", "n-way"]),
     st.lists(st.integers(1, 14), min_size=1, max_size=8),

@@ -6,11 +6,12 @@ from collections import deque
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.prefill_cost import PrefillCost
 from scheduler.quota import Chunk, QuotaBatch, pack
+from tests.examples import examples
 
 PAGE = 64
 
@@ -55,7 +56,7 @@ def advance(queue: deque[Chunk], batch: QuotaBatch) -> None:
             queue.appendleft(Chunk(head.context_tokens + chunk.new_tokens, left))
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(queues, prices, quotas_s)
 def test_a_batch_is_a_prefix_of_the_queue_cut_at_its_end_alone(queue, cost, quota_s):
     chunks = packed(queue, cost, quota_s).chunks
@@ -68,7 +69,7 @@ def test_a_batch_is_a_prefix_of_the_queue_cut_at_its_end_alone(queue, cost, quot
         assert sum(chunks[-1]) % PAGE == 0, "a cut ends on a page"
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(queues, prices, quotas_s)
 def test_the_quota_is_exceeded_by_a_single_page_at_most(queue, cost, quota_s):
     batch = packed(queue, cost, quota_s)
@@ -77,7 +78,7 @@ def test_the_quota_is_exceeded_by_a_single_page_at_most(queue, cost, quota_s):
         assert len(batch.chunks) == 1 and batch.chunks[0].new_tokens <= PAGE
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(queues, prices, quotas_s)
 def test_what_is_left_of_the_quota_has_no_room_for_another_page(queue, cost, quota_s):
     batch = packed(queue, cost, quota_s, tokens_max=10**9)
@@ -93,7 +94,7 @@ def test_what_is_left_of_the_quota_has_no_room_for_another_page(queue, cost, quo
         assert seconds(cost, [*batch.chunks, page]) > quota_s * (1 - 1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(queues, prices, st.floats(0.005, 1.0), st.sampled_from([64, 512, 8192]))
 def test_every_prompt_is_computed_once_in_order_and_nobody_starves(
     queue, cost, quota_s, tokens_max
@@ -119,7 +120,7 @@ short = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.lists(st.lists(short, max_size=12), min_size=2, max_size=8))
 def test_ranks_that_pack_alone_finish_together(group):
     """No leader: with enough to do, every rank's batch ends at the same quota."""

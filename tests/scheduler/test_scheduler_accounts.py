@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.block import TierName
 from scheduler.policies import POLICY_NAMES
 from scheduler.scheduler import Scheduler
+from tests.examples import examples
 from tests.scheduler.clusters import cluster, hold, keys_of, report_agent, report_engine, request
 
 actions = st.lists(
@@ -54,7 +55,7 @@ def play(policy: str, script: list[tuple[str, int, int]]) -> tuple[Scheduler, li
     return scheduler, plans
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.sampled_from(POLICY_NAMES), actions)
 def test_accounts_close_and_the_same_history_gives_the_same_plans(policy, script):
     scheduler, plans = play(policy, script)

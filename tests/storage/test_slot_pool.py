@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from common.block import BlockKey
 from storage.slot_pool import NoSlot, SlotPool
+from tests.examples import examples
 from tests.storage.conftest import key_of
 
 SLOTS = 4
@@ -117,7 +117,7 @@ class SlotPoolMachine(RuleBasedStateMachine):
 
 
 TestSlotPool = SlotPoolMachine.TestCase
-TestSlotPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSlotPool.settings = examples(60, stateful_step_count=40)
 
 
 def test_buffers_are_the_slots_memory() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -19,6 +18,7 @@ from storage.tiered_store import TieredStore
 from storage.tiers.contract import BlockIO, Completion
 from storage.tiers.faulty_tier import FaultyTier
 from storage.tiers.memory_tier import MemoryTier
+from tests.examples import examples
 from tests.storage.conftest import key_of, no_wake, payload_of
 
 SLOTS, NBYTES, HOLD_S = 5, 300, 30.0
@@ -215,4 +215,4 @@ class InFlightOnlyMachine(TieredStoreMachine):
 
 TestTieredStore = TieredStoreMachine.TestCase
 TestInFlightOnly = InFlightOnlyMachine.TestCase
-TestTieredStore.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestTieredStore.settings = examples(80, stateful_step_count=40)

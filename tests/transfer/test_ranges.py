@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.block import BlockLayout
+from tests.examples import examples
 from transfer.ranges import cut_ranges, layer_ranges
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.data())
 def test_ranges_move_each_layer_block_to_its_page(data):
     sizes = tuple(data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=3)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.block import NO_PARENT, BlockKey, block_keys, tenant_digest
@@ -18,6 +18,7 @@ from engine import runtime
 from engine.decode import persist
 from engine.sglang import persist_hooks
 from tests.engine.parts import EARLIER_WEIGHTS, PAGE, Parts, Request, keys_of
+from tests.examples import examples
 
 PROMPT = list(range(18))
 OUTPUT = list(range(500, 540))
@@ -117,7 +118,7 @@ def test_blocks_are_offered_when_they_are_full_once_and_in_order(engine):
         assert offer.parent == everything[everything.index(offer.keys[0]) - 1]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     prompt=st.integers(1, 40),
     output=st.integers(0, 60),

@@ -6,11 +6,12 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.prefill_cost import PrefillCost
 from engine.prefill.cost_fit import CostFit, relative
+from tests.examples import examples
 
 TRUTH = PrefillCost(0.02, 1e-4, 2e-8)
 CPU_LIKE = PrefillCost(0.002, 1e-5, 4e-8, request_s=1e-3, prefix_pair_s=6e-8, own_pair_s=1.6e-7)
@@ -103,7 +104,7 @@ def test_nothing_is_said_of_too_little():
     assert fit.cost() is not None
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     st.lists(
         st.tuples(st.integers(1, 9000), st.integers(0, 60_000), st.floats(0, 10)),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.prefill_cost import PrefillCost
@@ -15,6 +15,7 @@ from engine.prefill.cost_fit import CostFit
 from engine.prefill.forward_clock import ForwardSample
 from engine.prefill.quota_chunking import QuotaChunking
 from scheduler.quota import Chunk
+from tests.examples import examples
 
 PAGE = 64
 COST = PrefillCost(0.0, 0.0, 1e-8)
@@ -126,7 +127,7 @@ def seconds(batch: list[Chunk]) -> float:
     return sum(c.new_tokens * (c.context_tokens + c.new_tokens / 2) * COST.pair_s for c in batch)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.lists(
         st.tuples(st.integers(0, 100).map(lambda pages: pages * PAGE), st.integers(1, 6000)),

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.block import BlockKey
@@ -23,6 +23,7 @@ from engine.transfers.completion_board import CompletionBoard, OtherBoards
 from engine.transfers.deliveries import Deliveries
 from engine.transfers.jobs import Jobs
 from engine.transfers.page_holds import PageHolds
+from tests.examples import examples
 
 PAGE = 4
 CONFIG = EngineConfig(
@@ -106,7 +107,7 @@ def step(ranks: list[Rank]) -> None:
         assert rank.group.arrived(pickle.loads(travelling)) == ["request"]
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(st.data())
 def test_ranks_give_out_the_same_pages_whenever_transfers_end(data):
     ranks = [Rank(0, 3), Rank(1, 3), Rank(2, 3)]

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import runtime
 from engine.sglang import pool_hooks
 from engine.transfers.page_holds import PageHolds
+from tests.examples import examples
 
 PAGE = 4
 PAGES = 12
@@ -88,7 +89,7 @@ _STEPS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(steps=_STEPS)
 def test_no_page_is_lost_or_given_out_twice(steps):
     with pytest.MonkeyPatch.context() as patch:

@@ -109,6 +109,7 @@ def test_more_dram_than_there_is():
     preflight.check_memory(config, available_bytes=16 << 30)
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_start_ends_with_its_last_words(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     argv = ["--model", "tiny", "--device", "cpu", "--dram-bytes", "1MiB", "--ssd-bytes", "1MiB"]

@@ -7,11 +7,12 @@ from collections import Counter
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 
 from common.json import JsonObject
 from launch.gateway.admission import Admission, Seat, tenant_of
 from launch.gateway.errors import TooManyRequests
+from tests.examples import examples
 
 
 def test_a_tenant_is_the_first_thing_that_a_request_says_of_itself():
@@ -169,7 +170,7 @@ steps = st.one_of(
 )
 
 
-@settings(deadline=None)
+@examples()
 @given(st.lists(steps, max_size=60))
 def test_whoever_leaves_when_the_accounts_hold(steps):
     asyncio.run(_accounts_hold(steps))
@@ -207,7 +208,7 @@ async def _accounts_hold(steps) -> None:
     assert (admission.admitted, admission.queued, admission.tenants_queued) == (0, 0, 0)
 
 
-@settings(deadline=None, max_examples=300)
+@examples(300)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 3)), max_size=40))
 @example([("a", 1), ("a", 1), ("b", 2), ("b", 2), ("b", 1), ("c", 3)])
 def test_who_is_refused_holds_as_much_as_anyone_who_waits(arrivals):

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.rollout.input.files import input_files
 from launch.rollout.input.prompt_table import PromptTable, build_table
 from launch.rollout.output.schema import TAKEN_NAMES, Sample, Turn
 from launch.rollout.output.shards import Output
+from tests.examples import examples
 from tests.launch.rollout.jobs import text_rows, write_jsonl
 
 ROWS, N = 5, 2
@@ -54,7 +55,7 @@ def sampled(folder: Path) -> list[tuple[int, int]]:
     return sorted((row["row"], row["sample"]) for row in rows)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(
     order=st.permutations(ALL),
     cut=st.floats(0, 1),

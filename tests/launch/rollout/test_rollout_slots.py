@@ -5,15 +5,16 @@ from __future__ import annotations
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.rollout.slots import BINS_MAX, Use
+from tests.examples import examples
 
 LIMIT = 8
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(0, LIMIT)), min_size=1, max_size=30))
 def test_the_course_of_requests_in_flight_is_that_of_the_job(steps):
     """Its area is the requests' time, no mean exceeds what was in flight, none is lost."""

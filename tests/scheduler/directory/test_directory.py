@@ -6,7 +6,7 @@ import time
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.block import BlockKey, TierName
@@ -15,6 +15,7 @@ from common.messages import Holding
 from scheduler.directory.directory import Directory, Run
 from scheduler.directory.holder_sets import Holders
 from scheduler.plan import Range
+from tests.examples import examples
 
 AGENTS = ("a", "b", "c")
 
@@ -72,7 +73,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(steps, st.sets(st.sampled_from(AGENTS)), st.sampled_from([1, 1 << 16]))
 def test_equals_a_model_under_gaps_and_restarts(steps, alive, sets_min):
     with patch("scheduler.directory.directory._SETS_MIN", sets_min):  # 1: unused sets go at once
@@ -176,7 +177,7 @@ def test_a_long_prompt_is_looked_up_in_milliseconds():
     assert min(times) < 0.02, "2,000 keys take about 1 ms; 20 ms leaves room for a busy machine"
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.integers(1, 60),
     st.lists(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from common.block import NO_PARENT, BlockKey
 from storage.index.index import BlockIndex
 from storage.index.use_counts import UseCounts
+from tests.examples import examples
 from tests.storage.conftest import key_of
 
 CHAINS = [[key_of(100 * chain + i) for i in range(6)] for chain in range(4)]
@@ -167,7 +167,7 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndex = IndexMachine.TestCase
-TestIndex.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestIndex.settings = examples(60, stateful_step_count=40)
 
 
 @pytest.mark.parametrize("known_parents", [True, False])

@@ -9,7 +9,6 @@ from pathlib import Path
 from unittest import mock
 
 import msgspec
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
@@ -18,6 +17,7 @@ from storage.index.owners import Selector
 from storage.remote.packs import upkeep as pack_upkeep
 from storage.remote.tier import RemoteTier
 from storage.tiers.contract import BlockCorrupt, BlockIO, BlockMissing
+from tests.examples import examples
 from tests.storage.conftest import QUICK, finish, key_of, no_wake, payload_of
 from tests.storage.remote.pack_files import packs_in, read_pack
 
@@ -128,5 +128,5 @@ class SharedStore(RuleBasedStateMachine):
             assert not any(self._read(number, key) for key in dropped)
 
 
-SharedStore.TestCase.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
+SharedStore.TestCase.settings = examples(25, stateful_step_count=15)
 TestSharedStore = SharedStore.TestCase

@@ -30,7 +30,6 @@ SLOT_BYTES = slot_bytes_for(len(payload_of(key_of(0))))
 SECTOR_BYTES = 512
 """What a disk writes as a whole; of more than that a part may arrive."""
 
-KILLS = 200
 KILL_FOLDERS = 4
 """Each is filled, killed and opened again by a line of processes of its own."""
 
@@ -85,13 +84,14 @@ def _check_all(tier: SsdTier) -> None:
         assert completion.error is None and data == payload_of(key)
 
 
-def test_what_was_acknowledged_survives_200_times_kill_9(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_what_was_acknowledged_survives_kill_9(tmp_path: Path, kills: int) -> None:
     """Half of the starts after a kill have the tables, half have lost them."""
     chance = random.Random(11)
     checked = 0
     for number in range(KILL_FOLDERS):
         folder, acknowledged = tmp_path / str(number), set[BlockKey]()
-        for round_number in range(KILLS // KILL_FOLDERS):
+        for round_number in range(kills // KILL_FOLDERS):
             acknowledged |= _killed_writer(folder, round_number * 10_000, chance)
             if chance.random() < 0.5:
                 lose_tables(folder)
@@ -102,7 +102,7 @@ def test_what_was_acknowledged_survives_200_times_kill_9(tmp_path: Path) -> None
         checked += len(acknowledged)
         tier.close()
         shutil.rmtree(folder)
-    assert checked > 2 * KILLS
+    assert checked > 2 * kills
 
 
 class _Write(NamedTuple):

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 import msgspec
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
@@ -17,6 +16,7 @@ from storage.index.owners import Quota, Selector
 from storage.ssd.slab import slot_bytes_for
 from storage.ssd.tier import SsdTier
 from storage.tiers.contract import BlockCorrupt, BlockIO, BlockMissing
+from tests.examples import examples
 from tests.storage.conftest import finish, key_of, no_wake, payload_of
 from tests.storage.ssd.slab_files import flip, lose_tables, stored
 
@@ -118,4 +118,4 @@ class SsdMachine(RuleBasedStateMachine):
 
 
 TestSsd = SsdMachine.TestCase
-TestSsd.settings = settings(max_examples=30, stateful_step_count=15, deadline=None)
+TestSsd.settings = examples(30, stateful_step_count=15)

@@ -165,6 +165,7 @@ def ask_then_stop(agent, engine, ask) -> None:
     agent.process.send_signal(signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_a_hung_engine_does_not_stop_the_others(agent, gateway, start_engine):
     hung, other = start_engine("p0"), start_engine("p1")
     store(other, 1, range(6))
@@ -183,6 +184,7 @@ def test_a_hung_engine_does_not_stop_the_others(agent, gateway, start_engine):
     assert "failed with code" in hung.wait_end(4).error
 
 
+@pytest.mark.slow
 def test_a_pull_from_a_hung_engine_keeps_its_slots_out_of_use(agent, gateway, start_engine):
     hung, other = start_engine("d0"), start_engine("d1")
     hung.fill_all(range(5), 0)

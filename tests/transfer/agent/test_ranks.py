@@ -7,12 +7,13 @@ import ctypes
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.block import BlockLayout
 from common.ids import Incarnation
 from common.messages import RankMemory, RegisterEngine
+from tests.examples import examples
 from tests.samples import by_name
 from tests.transfer.agent.fake_engine import LAYOUT, content_of, namespace
 from tests.transfer.agent.test_agent import deliver, store
@@ -46,7 +47,7 @@ def shard_of(content: bytes, layout: BlockLayout, shards: int, shard: int) -> by
     return b"".join(held)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.data())
 def test_any_even_split_is_cut_or_joined_to_any_other(data):
     few = data.draw(st.integers(1, 4))

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.transfer.agent.jobs.test_transfer_queue import LAYOUT, World
 from transfer.pacing.pacer import (
     BATCH_BYTES_MIN,
@@ -41,7 +42,7 @@ class Clock:
 # ---- the bucket -------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(RATES, st.lists(st.tuples(st.floats(0, 0.1), st.floats(0.01, 3)), max_size=60))
 def test_no_span_has_more_than_the_rate_a_burst_and_one_batch(rate, steps):
     """Whatever the pauses and batch sizes (in bursts) are, if everyone waits as told."""
@@ -60,7 +61,7 @@ def test_no_span_has_more_than_the_rate_a_burst_and_one_batch(rate, steps):
             assert total <= rate * (end - begin + BURST_S) * (1 + 1e-6) + largest + 1
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(RATES, st.lists(st.floats(0.1, 3), min_size=50, max_size=50))
 def test_who_always_has_something_to_send_gets_the_whole_rate(rate, bursts):
     bucket, now, total = TokenBucket(0.0), 0.0, 0
@@ -82,7 +83,7 @@ def test_nothing_goes_at_rate_zero():
 # ---- what others leave ------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.floats(0, 1.2), st.floats(1e6, 1e10))
 def test_the_rate_is_what_steady_others_leave(others_share, nic):
     """Others that want more than the NIC has are given all but the least share."""
@@ -138,7 +139,7 @@ def simulate(pacer, clock, jobs, batch_bytes):
 PRECEDENCES = st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 20))
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.dictionaries(PRECEDENCES, st.integers(1, 400_000), min_size=1, max_size=5))
 def test_jobs_end_in_their_order_and_none_waits_for_a_later_one(jobs):
     clock, rate, batch = Clock(), 1e6, 4096
@@ -153,7 +154,7 @@ def test_jobs_end_in_their_order_and_none_waits_for_a_later_one(jobs):
     assert pacer.stats().bytes_total == sum(jobs.values())
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.floats(1e3, 1e6), st.floats(1e3, 1e6))
 def test_the_rate_is_never_below_the_floor(cap, floor):
     clock = Clock()

@@ -124,6 +124,7 @@ def test_what_comes_from_the_store_is_low_too():
         ("source:10.0.0.5", "postrouting", "ip saddr 10.0.0.5"),
         ("source:fd00::5", "postrouting", "ip6 saddr fd00::5"),
     ],
+    ids=["cgroup", "uid", "source", "source-6"],  # alike in every process, as pytest-xdist asks
 )
 def test_senders_are_told_apart_as_asked(match, hook, words):
     text = marking(rules(match=match))
