@@ -145,7 +145,7 @@ class ShareReads:
         self._stats.unavailable_blocks_total += unique - len(here) - len(joined) - len(reads)
         for tier, ios in by_tier.items():
             self._tiers[tier].submit_reads(ios)
-        self._pool.touch(share.keys)
+        self._pool.resident.touch(share.keys)
         for below in self._tiers.values():
             below.touch(share.keys)
         for key in here:
@@ -213,7 +213,7 @@ class ShareReads:
     def _settle(self, share: ShareState, now: float) -> None:
         if share.granted_s is None:  # its deadline came first: what is here must do
             for key in share.keys:
-                if self._pool.is_resident(key):
+                if key in self._pool.resident:
                     self._pool.pin(key, share.plan)
         self._stop_waiting(share)
         in_dram = [self._pool.is_pinned_by(key, share.plan) for key in share.keys]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from common.block import UNLABELLED, BlockKey, BlockLabel
 from storage.index.index import BlockIndex
-from storage.index.owners import OwnerBook, Selector
+from storage.index.owners import OwnerGroups, Selector
 
 SLOT_ALIGNMENT_BYTES = 4096
 
@@ -41,20 +41,22 @@ class SlotPool:
     """
 
     def __init__(self, memory: memoryview, block_bytes: int) -> None:
-        self._memory = memory.cast("B")
         self.block_bytes = block_bytes
         self.slot_bytes = -(-block_bytes // SLOT_ALIGNMENT_BYTES) * SLOT_ALIGNMENT_BYTES
-        self.num_slots = self._memory.nbytes // self.slot_bytes
+        self.num_slots = memory.nbytes // self.slot_bytes
         if not self.num_slots:
             raise ValueError(
                 f"{memory.nbytes} bytes of DRAM hold no block of {self.slot_bytes} bytes"
             )
+        self.memory = memory.cast("B")[: self.num_slots * self.slot_bytes]
+        """All slots, writable."""
+        self.resident = BlockIndex()
+        """Blocks whose bytes are here, by slot; only the pool adds and takes."""
         self._free = list(range(self.num_slots - 1, -1, -1))
         self._slots: dict[BlockKey, _Slot] = {}
-        self._resident = BlockIndex()
         self._num_pinned = 0
         """Of the resident ones."""
-        self._groups = OwnerBook()
+        self._groups = OwnerGroups()
         self._pinned_by: defaultdict[int, dict[BlockKey, None]] = defaultdict(dict)
 
     # ---- questions ------------------------------------------------------------------
@@ -62,26 +64,14 @@ class SlotPool:
     @property
     def available(self) -> int:
         """Slots that :meth:`begin_fill` can have now: free or evictable."""
-        return len(self._free) + self.num_resident - self._num_pinned
-
-    @property
-    def num_resident(self) -> int:
-        """Blocks whose bytes are here."""
-        return len(self._resident)
-
-    def is_resident(self, key: BlockKey) -> bool:
-        return key in self._resident
+        return len(self._free) + len(self.resident) - self._num_pinned
 
     def is_evictable(self, key: BlockKey) -> bool:
-        return key in self._resident and not self._slots[key].owners
+        return key in self.resident and not self._slots[key].owners
 
     def label(self, key: BlockKey) -> BlockLabel:
         """With which the block was committed."""
         return self._slots[key].label
-
-    def uses(self, key: BlockKey) -> int:
-        """How often plans have used the block of late, about, here or not."""
-        return self._resident.uses(key)
 
     def is_pinned_by(self, key: BlockKey, owner: int) -> bool:
         slot = self._slots.get(key)
@@ -97,15 +87,10 @@ class SlotPool:
         indices = np.fromiter((slots[key].index for key in keys), np.int64, len(keys))
         return indices * self.slot_bytes
 
-    @property
-    def memory(self) -> memoryview:
-        """All slots, writable."""
-        return self._memory[: self.num_slots * self.slot_bytes]
-
     def buffer(self, key: BlockKey) -> memoryview:
         """The ``block_bytes`` of the block's slot."""
         offset = self.offset(key)
-        return self._memory[offset : offset + self.block_bytes]
+        return self.memory[offset : offset + self.block_bytes]
 
     # ---- filling --------------------------------------------------------------------
 
@@ -118,10 +103,10 @@ class SlotPool:
             raise ValueError(f"block {key.hex()} has a slot already")
         evicted = None
         if not self._free:
-            evicted = next(self._resident.victims(self.is_evictable), None)
+            evicted = next(self.resident.victims(self.is_evictable), None)
             if evicted is None:
                 raise NoSlot(f"all {self.num_slots} slots are being filled or pinned")
-            self._evict(evicted)
+            self.evict([evicted])
         self._slots[key] = _Slot(self._free.pop())
         return evicted
 
@@ -133,7 +118,7 @@ class SlotPool:
         slot.filling, slot.label = False, label
         self._num_pinned += bool(slot.owners)
         group = self._groups.group_of(label.owner)
-        self._resident.add(key, slot.index, label.parent, group)
+        self.resident.add(key, slot.index, label.parent, group)
 
     def abandon(self, key: BlockKey) -> None:
         """The slot will not be filled: free it, and drop all pins on it."""
@@ -145,27 +130,17 @@ class SlotPool:
         del self._slots[key]
         self._free.append(slot.index)
 
-    def evict_all(self) -> list[BlockKey]:
-        """Free every resident slot that nobody has pinned; returns their blocks."""
-        return self._evict_idle(list(self._resident))
-
-    def drop(self, selector: Selector) -> list[BlockKey]:
-        """The same of the blocks of some owners. What is pinned is left to eviction."""
-        return self._evict_idle(self._resident.of_groups(self._groups.drop(selector)))
-
-    def _evict_idle(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
+    def evict(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
+        """Free the slots of those of the blocks that are evictable; returns them."""
         evicted = [key for key in keys if self.is_evictable(key)]
         for key in evicted:
-            self._evict(key)
+            self.resident.pop(key)
+            self._free.append(self._slots.pop(key).index)
         return evicted
 
-    def _evict(self, key: BlockKey) -> None:
-        self._resident.pop(key)
-        self._free.append(self._slots.pop(key).index)
-
-    def touch(self, keys: Sequence[BlockKey]) -> None:
-        """A plan uses these blocks of one prefix, first to last, whether they are here or not."""
-        self._resident.touch(keys)
+    def drop(self, selector: Selector) -> list[BlockKey]:
+        """Evict the blocks of some owners, and return them. What is pinned is left to eviction."""
+        return self.evict(self.resident.of_groups(self._groups.drop(selector)))
 
     # ---- pins -----------------------------------------------------------------------
 
@@ -193,6 +168,6 @@ class SlotPool:
         It has used the blocks until now, in the order in which it pinned them.
         """
         pinned = list(self._pinned_by.get(owner, ()))
-        self._resident.refresh(pinned)
+        self.resident.refresh(pinned)
         for key in pinned:
             self.unpin(key, owner)

@@ -94,7 +94,7 @@ class StoreStats(msgspec.Struct):
             hits_total=dict(self.hits_total),
             slot_bytes=pool.slot_bytes,
             slots_available=pool.available,
-            resident_blocks=pool.num_resident,
+            resident_blocks=len(pool.resident),
             volatile_blocks=holdings.volatile,
             durable_blocks=holdings.durable,
             waiting_plans=shares.queued,

@@ -155,7 +155,7 @@ class TieredStore:
             self._rates[name].note(now, read_bytes, self._reads.fills.reads[name] > 0)
         self._reads.move_on(now)
         if not self._keep_in_dram:
-            self._have_left_dram(self.pool.evict_all())
+            self._have_left_dram(self.pool.evict(list(self.pool.resident)))
         return [*self._holdings.take_changes(), *self._reads.take_settled()]
 
     # ---- questions --------------------------------------------------------------------

@@ -61,7 +61,7 @@ class WriteBehind:
 
     def _is_promoted(self, key: BlockKey) -> bool:
         if self._promotion_policy == "reused":
-            return self._pool.uses(key) > 1
+            return self._pool.resident.uses(key) > 1
         return self._promotion_policy == "always"
 
     def _lacks(self, key: BlockKey, tier: TierName) -> bool:

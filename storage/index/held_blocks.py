@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from common.block import UNLABELLED, BlockKey, BlockLabel, BlockOwner, TierName
 from common.messages import Holding
 from storage.index.index import BlockIndex
-from storage.index.owners import OwnerBook, Quota, Selector
+from storage.index.owners import OwnerGroups, Quota, Selector
 from storage.tiers.contract import TierFull
 
 IsIdle = Callable[[BlockKey], bool]
@@ -45,7 +45,7 @@ class HeldBlocks:
         self.index = BlockIndex()
         self._tier = tier
         self._bytes_at = bytes_at
-        self.owners = OwnerBook(quotas)
+        self.owners = OwnerGroups(quotas)
         self._dropped: set[int] = set()
         """Groups whose blocks are still to be taken out."""
         self._reclaimable: list[BlockKey] = []

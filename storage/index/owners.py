@@ -87,7 +87,7 @@ def read_quotas(text: str) -> list[Quota]:
     return [Quota.parse(part.strip()) for part in text.split(",") if part.strip()]
 
 
-class OwnerBook:
+class OwnerGroups:
     """Gives owners the small numbers, *groups*, by which an index knows them, and keeps what
     each uses. A dropped owner that comes back gets a new group."""
 

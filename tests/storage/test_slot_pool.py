@@ -100,9 +100,9 @@ class SlotPoolMachine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         assert self.pool.available == SLOTS - len(self.pins) + len(self.unpinned())
-        assert self.pool.num_resident == len(self.resident)
+        assert len(self.pool.resident) == len(self.resident)
         for key in KEYS:
-            assert self.pool.is_resident(key) == (key in self.resident)
+            assert (key in self.pool.resident) == (key in self.resident)
             assert self.pool.is_evictable(key) == (key in self.unpinned())
             for owner in range(-2, 4):
                 assert self.pool.is_pinned_by(key, owner) == (owner in self.pins.get(key, ()))

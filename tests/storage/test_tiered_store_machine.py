@@ -35,7 +35,7 @@ class WatchedTier(FaultyTier):
     def submit_reads(self, blocks: Sequence[BlockIO]) -> None:
         for block in blocks:
             assert block.key not in self.reading, "read twice at once"
-            assert not self.store.pool.is_resident(block.key), "read though in DRAM"
+            assert block.key not in self.store.pool.resident, "read though in DRAM"
             self.reading.add(block.key)
         super().submit_reads(blocks)
 
@@ -204,7 +204,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
         assert not any(stats.read_queue_bytes.values())
         assert self.announced == {(e.key, e.tier) for e in self.store.holdings()}
         for key in KEYS:
-            if self.pool.is_resident(key):
+            if key in self.pool.resident:
                 assert bytes(self.pool.buffer(key)) == PAYLOADS[key]
         self.store.close()
 

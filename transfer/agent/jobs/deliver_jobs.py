@@ -185,7 +185,7 @@ class DeliverJobs:
 
     def _check_present(self, message: Deliver) -> None:
         pool, plan = self._pool, message.plan
-        present = [pool.is_resident(k) and pool.is_pinned_by(k, plan) for k in message.keys]
+        present = [k in pool.resident and pool.is_pinned_by(k, plan) for k in message.keys]
         if not all(present):
             raise BlocksMissing(present.count(False), len(present))
 
