@@ -77,7 +77,7 @@ class SsdBackend:
         operation.run(self._work)
         if operation.kind is Kind.WRITE and operation.error is None:
             device, slab, number = self._slots.at(operation.place)
-            device.sync_later(Written(operation, slab, number))
+            device.group_sync.sync_later(Written(operation, slab, number))
         else:
             self._queue.hand_back(operation)
 
@@ -114,8 +114,8 @@ class SsdBackend:
     def accept(self, operation: Operation) -> bool:
         """Judge the device by it."""
         device, slab, _ = self._slots.at(operation.place)
-        if slab.is_refused:
-            device.stop_growing(slab)
+        if slab.file.is_refused:
+            device.space.stop_growing(slab)
         if device.is_failed and operation.kind is Kind.WRITE:
             operation.error = operation.error or OSError(errno.EIO, "the disk was taken out")
         if device.note_result(_disk_error(operation.error)):
@@ -133,7 +133,7 @@ class SsdBackend:
         if now >= self._next_check_s:
             self._next_check_s = now + FOLDER_CHECK_S
             for device in self._slots.devices:
-                if not device.is_failed and device.lacks_space():
+                if not device.is_failed and device.space.lacks_space():
                     self._slots.give_space_back(device, self._room)
             self._heed_requests()
             self._note_counters()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import re
@@ -23,7 +22,8 @@ from storage.block_format import (
     encode_header,
     has_right_checksum,
 )
-from storage.ssd.direct_io import PAGE_BYTES, EndOfFile, Scratch, padded, read_or_fill, sync_folder
+from storage.ssd.direct_io import PAGE_BYTES, EndOfFile, Scratch, padded, read_or_fill
+from storage.ssd.slab_file import SlabFile
 from storage.ssd.slab_table import (
     ENTRY_BYTES,
     FREE_ENTRY,
@@ -71,8 +71,7 @@ class Slab:
     The headers are the truth; the table repeats what a start has to know of them.
 
     Slots are given out and taken back by the owner's thread. Everything else runs in I/O
-    threads, may be called by several at once, and raises OSError. The file is made by the
-    first write.
+    threads, may be called by several at once, and raises OSError.
     """
 
     def __init__(
@@ -93,16 +92,10 @@ class Slab:
         self.sync_turn = threading.Lock()
         """Taken for a thread that will look at ``unsynced``, so that what is written until
         then makes one group."""
-        self.is_refused = False
-        """There was no room to make it; every write fails."""
-        self._direct_flag = direct_flag
-        self._is_read_only = is_read_only
-        self._folder = folder
-        self._path = folder / f"{number:06d}-{slot_bytes}x{num_slots}.slab"
         self._table = SlabTable(num_slots)
         self._table_bytes = table_bytes_for(num_slots)
-        self._fd: int | None = None
-        self._lock = threading.Lock()
+        path = folder / f"{number:06d}-{slot_bytes}x{num_slots}.slab"
+        self.file = SlabFile(path, self._at(num_slots), direct_flag, is_read_only)
 
     @classmethod
     def found(cls, path: Path, direct_flag: int, is_read_only: bool = False) -> Slab | None:
@@ -126,11 +119,6 @@ class Slab:
         return self._table_bytes + slot * self.slot_bytes
 
     @property
-    def is_direct(self) -> bool:
-        """Does it go round the page cache?"""
-        return bool(self._direct_flag)
-
-    @property
     def payload_bytes_max(self) -> int:
         return self.slot_bytes - HEADER_BYTES
 
@@ -144,43 +132,42 @@ class Slab:
         if payload.nbytes > self.payload_bytes_max:
             raise BlockCorrupt(f"a slot of {self.slot_bytes} bytes, expected {payload.nbytes}")
         try:
-            return _scratch.read(self._opened(), self._at(slot), payload)
+            return _scratch.read(self.file.opened(), self._at(slot), payload)
         except EndOfFile as error:
             raise BlockCorrupt(str(error)) from error
 
     def write(self, slot: int, operation: Operation) -> None:
-        """Not durable before :meth:`sync`."""
+        """Not durable before the file is synced."""
         header = encode_header(
-            *(operation.key, operation.buffer, operation.label),
-            *(operation.sequence, operation.written_ms),
+            operation.key,
+            operation.buffer,
+            operation.label,
+            operation.sequence,
+            operation.written_ms,
         )
-        _scratch.write(self._opened(), self._at(slot), header, operation.buffer)
+        _scratch.write(self.file.opened(), self._at(slot), header, operation.buffer)
 
     def record(self, blocks: Iterable[tuple[Written, int]]) -> None:
         """Note blocks that were written here, each with its owner's number, in the table."""
         entries = {each.slot: encode_entry(each.slot, each.operation, n) for each, n in blocks}
-        self._table.update(self._opened(), entries)
-
-    def sync(self) -> None:
-        """What was written and recorded so far survives a power cut."""
-        os.fdatasync(self._opened())
+        self._table.update(self.file.opened(), entries)
 
     def read_whole(self, slot: int, memory: memoryview) -> memoryview:
         """A slot's bytes, header and all, in page-aligned memory of at least that size."""
         part = memory[: self.slot_bytes]
-        count = os.preadv(self._opened(), [part], self._at(slot))
+        count = os.preadv(self.file.opened(), [part], self._at(slot))
         return part[:count]
 
     def key_at(self, slot: int) -> bytes:
         """Of the block that lies in a slot, as the table says; zeros if it names none."""
-        return self._table.read(self._opened())[0]["key"][slot].tobytes()
+        return self._table.read(self.file.opened())[0]["key"][slot].tobytes()
 
     def erase(self, slot: int) -> None:
         """Make the slot empty, so that no later start finds what it held."""
-        self._table.update(self._opened(), {slot: FREE_ENTRY})
-        _scratch.write(self._opened(), self._at(slot), bytes(HEADER_BYTES), memoryview(b""))
+        self._table.update(self.file.opened(), {slot: FREE_ENTRY})
+        _scratch.write(self.file.opened(), self._at(slot), bytes(HEADER_BYTES), memoryview(b""))
 
-    # ---- start and end --------------------------------------------------------------
+    # ---- all slots ------------------------------------------------------------------
 
     def records(self, known_owners: Collection[int]) -> tuple[NDArray[np.void], set[bytes]]:
         """What lies in each slot; shape (num_slots,). From the table; and from the header where
@@ -190,7 +177,7 @@ class Slab:
         A slot whose header is asked and has another format version, is damaged or cannot be
         read counts as free.
         """
-        records, is_asked = self._table.read(self._opened())
+        records, is_asked = self._table.read(self.file.opened())
         known = np.fromiter(known_owners, np.uint64, len(known_owners))
         is_asked |= (records["sequence"] > 0) & ~np.isin(records["owner"], known)
         owners: set[bytes] = set()
@@ -201,8 +188,8 @@ class Slab:
             part = slice(first, first + len(found))
             records[part][is_asked[part]] = found[is_asked[part]]
             owners |= raw
-        if not self._is_read_only:
-            self._table.write(self._opened(), records)
+        if not self.file.is_read_only:
+            self._table.write(self.file.opened(), records)
         return records, owners
 
     def headers(self) -> Iterator[tuple[int, NDArray[np.void]]]:
@@ -213,7 +200,7 @@ class Slab:
     def _headers(self, first: int) -> NDArray[np.uint8]:
         """Those of ``HEADERS_AT_ONCE`` slots, or less at the end; shape (n, HEADER_BYTES).
         Zeros where the disk cannot read."""
-        fd, count = self._opened(), min(HEADERS_AT_ONCE, self.num_slots - first)
+        fd, count = self.file.opened(), min(HEADERS_AT_ONCE, self.num_slots - first)
         whole = self.slot_bytes <= SEQUENTIAL_SLOT_BYTES_MAX
         step_bytes = self.slot_bytes if whole else HEADER_BYTES
         memory = memoryview(mmap.mmap(-1, count * step_bytes))
@@ -223,41 +210,6 @@ class Slab:
                 read_or_fill(fd, page, self._at(first + i), 0)
         slots = np.frombuffer(memory, np.uint8).reshape(count, step_bytes)
         return np.ascontiguousarray(slots[:, :HEADER_BYTES])
-
-    def _opened(self) -> int:
-        fd = self._fd
-        if fd is None:
-            with self._lock:
-                if self.is_refused:
-                    raise OSError(errno.ENOSPC, f"no room for {self._path}")
-                fd = self._fd = self._fd if self._fd is not None else self._open()
-        return fd
-
-    def _open(self) -> int:
-        """Open the file; preallocate it if it is new, or if its maker was killed before that."""
-        access = os.O_RDONLY if self._is_read_only else os.O_RDWR | os.O_CREAT
-        fd = os.open(self._path, access | self._direct_flag, 0o644)
-        if not self._is_read_only and os.fstat(fd).st_size < self._at(self.num_slots):
-            try:
-                os.posix_fallocate(fd, 0, self._at(self.num_slots))
-                sync_folder(self._folder)
-            except OSError:
-                self.is_refused = True
-                os.close(fd)
-                self._path.unlink(missing_ok=True)
-                raise
-        return fd
-
-    def close(self) -> None:
-        """No call may be running."""
-        if self._fd is not None:
-            fd, self._fd = self._fd, None
-            os.close(fd)
-
-    def delete(self) -> None:
-        """Close and remove the file. No call may be running."""
-        self.close()
-        self._path.unlink(missing_ok=True)
 
 
 def _records_of(headers: NDArray[np.uint8]) -> tuple[NDArray[np.void], set[bytes]]:

@@ -63,8 +63,12 @@ def table_bytes_for(num_slots: int) -> int:
 def encode_entry(slot: int, operation: Operation, owner: int) -> bytes:
     """What the table says of a slot with the operation's block."""
     record = _RECORD.pack(
-        *(operation.key, operation.label.parent, operation.sequence, operation.nbytes),
-        *(owner, operation.written_ms),
+        operation.key,
+        operation.label.parent,
+        operation.sequence,
+        operation.nbytes,
+        owner,
+        operation.written_ms,
     )
     return record + _CHECKSUM.pack(_digest(record, slot))
 

@@ -42,7 +42,7 @@ class SsdSlots:
     @property
     def capacity_bytes(self) -> int:
         """What the devices in use may come to hold, as the disks are now."""
-        return sum(device.capacity_bytes for device in self.devices if not device.is_failed)
+        return sum(device.space.capacity_bytes for device in self.devices if not device.is_failed)
 
     def place(self, slot: Slot) -> int:
         """The number of a slot: device and slab in the upper bits."""
@@ -61,7 +61,7 @@ class SsdSlots:
         other slots are free."""
         for slab_id, (device, slab) in self._slabs.items():
             first, last = np.searchsorted(places, _places_of(slab_id))
-            device.adopt(slab, places[first:last] - (slab_id << _SLOT_BITS))
+            device.space.adopt(slab, places[first:last] - (slab_id << _SLOT_BITS))
             self.used_bytes += int(last - first) * slab.slot_bytes
 
     # ---- the placement ----------------------------------------------------------------
@@ -83,7 +83,7 @@ class SsdSlots:
 
     def release(self, place: int) -> None:
         device, slab, number = self.at(place)
-        device.give_back(slab, number)
+        device.space.give_back(slab, number)
         self.used_bytes -= slab.slot_bytes
 
     def erase(self, key: BlockKey) -> None:
@@ -146,7 +146,7 @@ class SsdSlots:
             return False
         for key in keys:
             room.evict(key, cause)
-        device.discard(slab)
+        device.space.discard(slab)
         del self._slabs[slab_id]
         return True
 

@@ -101,7 +101,7 @@ def _index_all(opened: Sequence[_Opened], slots: SsdSlots, held: HeldBlocks) -> 
     parts, places, sizes = [np.zeros(0, RECORD)], [_NOTHING], [_NOTHING]
     for device, by_slab in opened:
         for number, records in by_slab.items():
-            slab = device.slabs[number]
+            slab = device.space.slabs[number]
             fits = records["payload_bytes"] <= slab.payload_bytes_max
             used = np.flatnonzero(fits & (records["sequence"] > 0))
             parts.append(records[used])
@@ -110,7 +110,7 @@ def _index_all(opened: Sequence[_Opened], slots: SsdSlots, held: HeldBlocks) -> 
     blocks, place_of = np.concatenate(parts), np.concatenate(places)
     order = latest(blocks)
     indexed = blocks[order]
-    owners = {n: owner for each in opened for n, owner in each.device.owners.items()}
+    owners = {n: owner for each in opened for owner, n in each.device.owners.numbers.items()}
     numbers, owner_of = np.unique(indexed["owner"], return_inverse=True)
     held.load(
         FoundBlocks(

@@ -32,11 +32,11 @@ def collect_folder(folder: Path, live: LiveSlots) -> dict[str, int]:
                 continue
             if slots := live.get(slab.number):
                 counts += _collect_slab(slab, slots)
-                slab.close()
+                slab.file.close()
             else:
                 counts["empty slabs"] += 1
                 counts["bytes of slabs"] += slab.nbytes
-                slab.delete()
+                slab.file.delete()
     finally:
         lock.unlock()
     return dict(counts)

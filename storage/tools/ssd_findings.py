@@ -63,7 +63,7 @@ def _format(state: FolderState | None) -> Finding:
 
 
 def _direct_io(slabs: Collection[Slab]) -> Finding:
-    if all(slab.is_direct for slab in slabs):
+    if all(slab.file.is_direct for slab in slabs):
         return Finding("direct I/O", Verdict.GOOD, "the file system has O_DIRECT")
     advice = "reads and writes go through the page cache: use ext4 or XFS on the disk itself"
     return Finding("direct I/O", Verdict.DOUBTFUL, "the file system has no O_DIRECT", advice)

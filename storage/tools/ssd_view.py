@@ -206,7 +206,7 @@ class SsdView:
 
     def close(self) -> None:
         for slab in self.slabs.values():
-            slab.close()
+            slab.file.close()
 
 
 def open_ssd_tier(folder: Path, capacity_bytes: int) -> SsdTier:

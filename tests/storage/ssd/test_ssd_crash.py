@@ -18,7 +18,7 @@ import pytest
 
 from common.block import BlockKey
 from storage.block_format import HEADER_BYTES, decode_header
-from storage.ssd import device as ssd_device
+from storage.ssd import slab_space
 from storage.ssd.slab import slot_bytes_for
 from storage.ssd.slab_table import ENTRY_BYTES
 from storage.ssd.tier import DirectoryUnusable, SsdTier
@@ -202,7 +202,7 @@ def test_any_power_cut_leaves_what_was_acknowledged(
     else, also to entries of durable blocks in a table's page that is written anew."""
     with monkeypatch.context() as patched:
         recorder = _Recorder(patched)
-        patched.setattr(ssd_device, "SLABS_PER_DEVICE", 2)  # 20 blocks to a page of a table
+        patched.setattr(slab_space, "SLABS_PER_DEVICE", 2)  # 20 blocks to a page of a table
         tier = SsdTier(tmp_path / "ssd", 40 * SLOT_BYTES, no_wake, threads=4)
         acknowledged = _run_workload(recorder, tier)
         tier.close()
