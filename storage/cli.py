@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import msgspec
 from rich.console import Console
@@ -30,8 +30,19 @@ from storage.tools.view import StoreUnusable, StoreView
 
 OPTIONS_HELP = "of a remote URL, as launch.cluster's --remote-options"
 
-Command = Callable[[argparse.Namespace, StoreView], tuple[Any, bool]]
-"""Returns what is to be shown, and whether the store is all right."""
+
+class Outcome(NamedTuple):
+    """Of a command."""
+
+    result: object
+    """For JSON."""
+    show: Callable[[Console], None]
+    """The same for people."""
+    is_right: bool = True
+    """Is the store all right?"""
+
+
+Command = Callable[[argparse.Namespace, StoreView], Outcome]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     view: StoreView | None = None
     try:
         view = open_view(arguments.store, arguments.options)
-        result, is_right = arguments.run(arguments, view)
+        outcome: Outcome = arguments.run(arguments, view)
     except (StoreUnusable, OSError) as error:
         print(f"storage.cli: {error}", file=sys.stderr)
         return 2
@@ -50,56 +61,66 @@ def main(argv: Sequence[str]) -> int:
         if view is not None:
             view.close()
     if arguments.json:
-        print(json.dumps(msgspec.to_builtins(result), indent=2))
+        print(json.dumps(msgspec.to_builtins(outcome.result), indent=2))
     else:
-        arguments.show(Console(), result)
-    return 0 if is_right else 1
+        outcome.show(Console())
+    return 0 if outcome.is_right else 1
 
 
 # ---- commands -------------------------------------------------------------------------
 
 
-def _stats(arguments: argparse.Namespace, view: StoreView) -> tuple[Any, bool]:
-    return stats(view), True
+def _stats(arguments: argparse.Namespace, view: StoreView) -> Outcome:
+    result = stats(view)
+    return Outcome(result, lambda console: report.stats(console, result))
 
 
-def _doctor(arguments: argparse.Namespace, view: StoreView) -> tuple[Any, bool]:
+def _doctor(arguments: argparse.Namespace, view: StoreView) -> Outcome:
     expected = Expectations(
         arguments.namespace, arguments.expect_bytes_per_s, arguments.min_free_bytes
     )
     findings = doctor(view, expected)
-    return findings, not any(finding.verdict is Verdict.BAD for finding in findings)
+    is_right = not any(finding.verdict is Verdict.BAD for finding in findings)
+    return Outcome(findings, lambda console: report.findings(console, findings), is_right)
 
 
-def _ls(arguments: argparse.Namespace, view: StoreView) -> tuple[Any, bool]:
-    return list(ls(view, arguments.namespace, arguments.limit)), True
+def _ls(arguments: argparse.Namespace, view: StoreView) -> Outcome:
+    blocks = list(ls(view, arguments.namespace, arguments.limit))
+    return Outcome(blocks, lambda console: report.blocks(console, blocks))
 
 
-def _verify(arguments: argparse.Namespace, view: StoreView) -> tuple[Any, bool]:
+def _verify(arguments: argparse.Namespace, view: StoreView) -> Outcome:
     result = verify(view, arguments.namespace, arguments.resume)
-    return result, not result["damaged"]
+    return Outcome(result, lambda console: report.verified(console, result), not result.damaged)
 
 
-def _gc(arguments: argparse.Namespace, view: StoreView) -> tuple[Any, bool]:
-    return view.collect(), True
+def _gc(arguments: argparse.Namespace, view: StoreView) -> Outcome:
+    return _mapping(view.collect())
 
 
-def _drop(arguments: argparse.Namespace, view: StoreView) -> tuple[Any, bool]:
-    return {"dropped": str(arguments.namespace), "outcome": view.drop(arguments.namespace)}, True
+def _drop(arguments: argparse.Namespace, view: StoreView) -> Outcome:
+    return _mapping(
+        {"dropped": str(arguments.namespace), "outcome": view.drop(arguments.namespace)}
+    )
 
 
-def _copy(arguments: argparse.Namespace, view: StoreView) -> tuple[Any, bool]:
+def _copy(arguments: argparse.Namespace, view: StoreView) -> Outcome:
     options = arguments.target_options or arguments.options
     tier = open_target(arguments.target, options, arguments.capacity)
     try:
         result = copy(view, tier, arguments.namespace)
     finally:
         tier.close()
-    return result, not (result["unreadable"] or result["refused"])
+    is_right = not (result.unreadable or result.refused)
+    return _mapping(msgspec.structs.asdict(result), is_right)
 
 
-def _bench(arguments: argparse.Namespace, view: StoreView) -> tuple[Any, bool]:
-    return bench(view, arguments.seconds), True
+def _bench(arguments: argparse.Namespace, view: StoreView) -> Outcome:
+    return _mapping(msgspec.structs.asdict(bench(view, arguments.seconds)))
+
+
+def _mapping(result: Mapping[str, object], is_right: bool = True) -> Outcome:
+    return Outcome(result, lambda console: report.mapping(console, result), is_right)
 
 
 # ---- flags ----------------------------------------------------------------------------
@@ -109,14 +130,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("storage.cli", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Command, show: Any, text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Command, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("store", help="folder of an SSD tier's disk, or a remote URL")
         command.add_argument(
             "--options", type=json.loads, default={}, metavar="JSON", help=OPTIONS_HELP
         )
         command.add_argument("--json", action="store_true", help="print JSON")
-        command.set_defaults(run=run, show=show)
+        command.set_defaults(run=run)
         return command
 
     def add_selector(command: argparse.ArgumentParser, required: bool = False) -> None:
@@ -129,32 +150,30 @@ def _parser() -> argparse.ArgumentParser:
             "tenant-digest, such as version:step-12 or tenant:*",
         )
 
-    add("stats", _stats, report.stats, "what a store holds, of whom, how old, and its counters")
-    command = add("doctor", _doctor, report.findings, "why nothing will be read, or not fast")
+    add("stats", _stats, "what a store holds, of whom, how old, and its counters")
+    command = add("doctor", _doctor, "why nothing will be read, or not fast")
     add_selector(command)
     command.add_argument("--expect-bytes-per-s", type=parse_size, default=0, metavar="SIZE")
     command.add_argument("--min-free-bytes", type=parse_size, default=1 << 30, metavar="SIZE")
-    command = add("ls", _ls, report.blocks, "its blocks, one a line")
+    command = add("ls", _ls, "its blocks, one a line")
     add_selector(command)
     command.add_argument("--limit", type=int, default=0, help="so many at most; 0: all")
-    command = add("verify", _verify, report.verified, "read and check every block")
+    command = add("verify", _verify, "read and check every block")
     add_selector(command)
     command.add_argument(
         "--resume", type=Path, metavar="FILE", help="notes how far it came; goes on from there"
     )
-    add("gc", _gc, report.mapping, "give back what no start would find; not on a live store")
-    command = add(
-        "drop", _drop, report.mapping, "drop the blocks of some owners, also on a live store"
-    )
+    add("gc", _gc, "give back what no start would find; not on a live store")
+    command = add("drop", _drop, "drop the blocks of some owners, also on a live store")
     add_selector(command, required=True)
-    command = add("copy", _copy, report.mapping, "copy what the target has not; may be repeated")
+    command = add("copy", _copy, "copy what the target has not; may be repeated")
     command.add_argument("target", help="folder or URL")
     add_selector(command)
     command.add_argument("--target-options", type=json.loads, default={}, metavar="JSON")
     command.add_argument(
         "--capacity", type=parse_size, default=0, metavar="SIZE", help="of a target folder"
     )
-    command = add("bench", _bench, report.mapping, "read its blocks beside a plain reader")
+    command = add("bench", _bench, "read its blocks beside a plain reader")
     command.add_argument("--seconds", type=float, default=2.0, help="of each reader")
     return parser
 

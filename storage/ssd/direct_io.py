@@ -74,6 +74,19 @@ class Scratch(threading.local):
         return self._bounce[:nbytes]
 
 
+class ThreadMemory(threading.local):
+    """Page-aligned memory of each thread, as much as it last asked for or more."""
+
+    def __init__(self) -> None:
+        self._view = memoryview(b"")
+
+    def of(self, nbytes: int) -> memoryview:
+        """At least so much; valid until the thread asks for more."""
+        if self._view.nbytes < nbytes:
+            self._view = memoryview(mmap.mmap(-1, nbytes))
+        return self._view
+
+
 def read_or_fill(fd: int, memory: memoryview, offset: int, filler: int) -> bool:
     """Read from a file. Where it ends before, or the disk cannot read it, the memory gets the
     byte ``filler``, and the answer is False; other errors are raised as OSError."""

@@ -115,7 +115,7 @@ class SsdFolder:
             if read_state(path) is None:
                 self._note_format()
             self.direct_flag = self._probe_direct()
-        except BaseException:
+        except BaseException:  # whatever went wrong, nobody holds the lock then
             self._lock_file.close()
             raise
 

@@ -6,7 +6,8 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+
+import msgspec
 
 from storage.tools.progress import THREADS, in_threads
 from storage.tools.view import StoredBlock, StoreUnusable, StoreView
@@ -14,7 +15,18 @@ from storage.tools.view import StoredBlock, StoreUnusable, StoreView
 ROUNDS = 3
 
 
-def bench(view: StoreView, seconds: float) -> dict[str, Any]:
+class ReadRates(msgspec.Struct, frozen=True):
+    """Of a store's blocks."""
+
+    url: str
+    threads: int
+    block_median_bytes: int
+    verified_read_per_s_bytes: int
+    plain_read_per_s_bytes: int
+    verified_of_plain: float
+
+
+def bench(view: StoreView, seconds: float) -> ReadRates:
     """Medians of interleaved rounds, in bytes per second. It reads only; on a live store it
     competes with the store's owner for ``2 * ROUNDS * seconds``.
 
@@ -29,14 +41,14 @@ def bench(view: StoreView, seconds: float) -> dict[str, Any]:
         verified.append(_rate(view.read, blocks, seconds, number))
         plain.append(_rate(view.read_plain, blocks, seconds, number))
     sizes = [block.payload_bytes for block in blocks]
-    return {
-        "url": view.url,
-        "threads": THREADS,
-        "block_median_bytes": int(statistics.median(sizes)),
-        "verified_read_per_s_bytes": int(statistics.median(verified)),
-        "plain_read_per_s_bytes": int(statistics.median(plain)),
-        "verified_of_plain": round(statistics.median(verified) / statistics.median(plain), 3),
-    }
+    return ReadRates(
+        url=view.url,
+        threads=THREADS,
+        block_median_bytes=int(statistics.median(sizes)),
+        verified_read_per_s_bytes=int(statistics.median(verified)),
+        plain_read_per_s_bytes=int(statistics.median(plain)),
+        verified_of_plain=round(statistics.median(verified) / statistics.median(plain), 3),
+    )
 
 
 def _rate(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import msgspec
 
@@ -38,7 +37,7 @@ class _Read(msgspec.Struct):
     payload: bytes = b""
 
 
-def copy(view: StoreView, tier: Tier, selector: Selector | None) -> dict[str, Any]:
+def copy(view: StoreView, tier: Tier, selector: Selector | None) -> Copied:
     """A run that was cut short is continued by the next: what is there is not read again.
 
     Raises :class:`StoreUnusable` if the target stands still.
@@ -49,8 +48,7 @@ def copy(view: StoreView, tier: Tier, selector: Selector | None) -> dict[str, An
     result = Copied(there_already=len(blocks) - len(wanted))
     with progress_bar("copy", sum(block.payload_bytes for block in wanted)) as advance:
         _write_all(tier, _reads(view, wanted), result, advance)
-    done: dict[str, Any] = msgspec.to_builtins(result)
-    return done
+    return result
 
 
 def _reads(view: StoreView, blocks: list[StoredBlock]) -> Iterator[_Read]:

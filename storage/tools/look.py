@@ -4,20 +4,58 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import msgspec
 
 from common.block import NO_PARENT, BlockOwner
+from common.json import JsonObject
 from storage.index.owners import Selector
-from storage.tools.view import StoredBlock, StoreView
+from storage.tools.view import StoredBlock, StoreSummary, StoreView
 
 AGES_S = {"under an hour": 3600, "under a day": 86400, "under a week": 7 * 86400}
 LONGER = "a week or more", "an unknown time"
 
 
-def stats(view: StoreView) -> dict[str, Any]:
+class OwnerTotal(msgspec.Struct, frozen=True):
+    """What a store holds of an owner."""
+
+    namespace: str
+    model: str
+    version: str
+    tenant_digest: str
+    blocks: int
+    payload_bytes: int
+
+
+class StoreContent(StoreSummary, kw_only=True):
     """Summary, owners, ages, and what the live tier has counted where it says so."""
+
+    blocks: int
+    payload_bytes: int
+    parent_elsewhere_blocks: int
+    owners: list[OwnerTotal]
+    """Those with the most bytes first."""
+    ages: dict[str, int]
+    """Blocks by age."""
+    counters: JsonObject | None
+
+
+class BlockLine(msgspec.Struct, frozen=True):
+    """A block, for a listing."""
+
+    key: str
+    payload_bytes: int
+    written_ms: int
+    where: str
+    parent: str
+    namespace: str
+    model: str
+    version: str
+    tenant_digest: str
+
+
+def stats(view: StoreView) -> StoreContent:
+    """What is in the store; looks at every block."""
     totals: dict[BlockOwner, list[int]] = {}
     ages = dict.fromkeys([*AGES_S, *LONGER], 0)
     now_ms = time.time() * 1000
@@ -32,21 +70,21 @@ def stats(view: StoreView) -> dict[str, Any]:
         keys.add(block.key)
         if block.label.parent != NO_PARENT:
             parents.append(block.label.parent)
-    return {
-        **msgspec.to_builtins(view.summary()),
-        "blocks": blocks,
-        "payload_bytes": nbytes,
-        "parent_elsewhere_blocks": sum(parent not in keys for parent in parents),
-        "owners": [
-            {**owner_fields(owner), "blocks": count, "payload_bytes": size}
+    return StoreContent(
+        **msgspec.structs.asdict(view.summary()),
+        blocks=blocks,
+        payload_bytes=nbytes,
+        parent_elsewhere_blocks=sum(parent not in keys for parent in parents),
+        owners=[
+            OwnerTotal(**_names(owner), blocks=count, payload_bytes=size)
             for owner, (count, size) in sorted(totals.items(), key=lambda item: -item[1][1])
         ],
-        "ages": ages,
-        "counters": view.counters(),
-    }
+        ages=ages,
+        counters=view.counters(),
+    )
 
 
-def owner_fields(owner: BlockOwner) -> dict[str, str]:
+def _names(owner: BlockOwner) -> dict[str, str]:
     return {
         "namespace": owner.namespace_digest.hex(),
         "model": owner.model_digest,
@@ -69,16 +107,16 @@ def chosen(view: StoreView, selector: Selector | None) -> Iterator[StoredBlock]:
             yield block
 
 
-def ls(view: StoreView, selector: Selector | None, limit: int) -> Iterator[dict[str, Any]]:
-    """A row a block, at most ``limit`` of them; 0: all."""
+def ls(view: StoreView, selector: Selector | None, limit: int) -> Iterator[BlockLine]:
+    """A line a block, at most ``limit`` of them; 0: all."""
     for number, block in enumerate(chosen(view, selector), 1):
-        yield {
-            "key": block.key.hex(),
-            "payload_bytes": block.payload_bytes,
-            "written_ms": block.written_ms,
-            "where": block.where,
-            "parent": "" if block.label.parent == NO_PARENT else block.label.parent.hex(),
-            **owner_fields(block.label.owner),
-        }
+        yield BlockLine(
+            key=block.key.hex(),
+            payload_bytes=block.payload_bytes,
+            written_ms=block.written_ms,
+            where=block.where,
+            parent="" if block.label.parent == NO_PARENT else block.label.parent.hex(),
+            **_names(block.label.owner),
+        )
         if number == limit:
             return

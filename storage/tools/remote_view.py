@@ -5,12 +5,12 @@ from __future__ import annotations
 import queue
 import time
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from common.block import BlockKey
+from common.json import JsonObject
 from common.sizes import format_size
 from storage.block_format import HEADER_BYTES, BlockHeader, verify
 from storage.index.owners import Selector
@@ -52,10 +52,64 @@ DEAD_PART = 0.5
 """More dead bytes than this part are worth a warning."""
 
 
+class _Look:
+    """What one look at the store has found, the oldest pack first. Raises
+    :class:`StoreUnusable`."""
+
+    def __init__(self, url: str, calls: RemoteCalls) -> None:
+        self.packs: list[Pack] = []
+        self.objects: list[StoredObject] = []
+        self.unreadable = 0
+        """Packs."""
+        self._drops: list[Drop] = []
+        news: queue.SimpleQueue[News] = queue.SimpleQueue()
+        catalog = PackCatalog(calls, news.put, refresh_s=LOOK_S_MAX)
+        end = time.monotonic() + LOOK_S_MAX
+        try:
+            while not self._note(news.get(timeout=max(0.0, end - time.monotonic()))):
+                pass
+        except queue.Empty:
+            raise StoreUnusable(f"{url}: no answer within {LOOK_S_MAX:g} s") from None
+        finally:
+            self.unreadable = catalog.unreadable_packs_total
+            catalog.close(CLOSE_S)
+        self.packs.sort(key=lambda pack: pack.order)
+
+    def _note(self, news: News) -> bool:
+        """True with the last of them."""
+        if isinstance(news, PackFound):
+            self.packs.append(news.pack)
+        elif isinstance(news, DropFound):
+            self._drops.append(news.drop)
+        elif isinstance(news, Refreshed):
+            self.objects = news.objects
+            return True
+        return False
+
+    def live(self) -> dict[str, list[int]]:
+        """Rows that an agent would read, by pack: of two copies the later one."""
+        located: dict[BlockKey, tuple[str, int]] = {}
+        for pack in self.packs:
+            dead_before_ms = [dropped_before_ms(self._drops, label) for label in pack.labels]
+            facts = zip(
+                pack.keys(),
+                pack.rows["label"].tolist(),
+                pack.rows["written_ms"].tolist(),
+                strict=True,
+            )
+            for row, (key, label, written_ms) in enumerate(facts):
+                if written_ms > dead_before_ms[label]:
+                    located[key] = pack.path, row
+        rows: dict[str, list[int]] = {pack.path: [] for pack in self.packs}
+        for path, row in located.values():
+            rows[path].append(row)
+        return rows
+
+
 class RemoteView:
     """What lies below a URL now. Raises :class:`StoreUnusable`."""
 
-    def __init__(self, url: str, options: dict[str, Any]) -> None:
+    def __init__(self, url: str, options: Mapping[str, object]) -> None:
         self.url = url
         self._settings = RemoteSettings()
         try:
@@ -64,54 +118,10 @@ class RemoteView:
             raise StoreUnusable(str(error)) from error
         self._options = options
         self._calls = RemoteCalls(store, self._settings.timeout_s)
-        self._packs: list[Pack] = []
-        self._drops: list[Drop] = []
-        self._objects: list[StoredObject] = []
-        self._unreadable = 0
-        self._look()
-        self._rows = self._live()
-
-    def _look(self) -> None:
-        news: queue.SimpleQueue[News] = queue.SimpleQueue()
-        catalog = PackCatalog(self._calls, news.put, refresh_s=LOOK_S_MAX)
-        end = time.monotonic() + LOOK_S_MAX
-        try:
-            while not self._note(news.get(timeout=max(0.0, end - time.monotonic()))):
-                pass
-        except queue.Empty:
-            raise StoreUnusable(f"{self.url}: no answer within {LOOK_S_MAX:g} s") from None
-        finally:
-            self._unreadable = catalog.unreadable_packs_total
-            catalog.close(CLOSE_S)
-        self._packs.sort(key=lambda pack: pack.order)
-
-    def _note(self, news: News) -> bool:
-        """True with the last of them."""
-        if isinstance(news, PackFound):
-            self._packs.append(news.pack)
-        elif isinstance(news, DropFound):
-            self._drops.append(news.drop)
-        elif isinstance(news, Refreshed):
-            self._objects = news.objects
-            return True
-        return False
-
-    def _live(self) -> dict[str, list[int]]:
-        """Rows that an agent would read, by pack: of two copies the later one."""
-        located: dict[BlockKey, tuple[str, int]] = {}
-        for pack in self._packs:
-            dead_before_ms = [dropped_before_ms(self._drops, label) for label in pack.labels]
-            facts = zip(
-                *(pack.keys(), pack.rows["label"].tolist(), pack.rows["written_ms"].tolist()),
-                strict=True,
-            )
-            for row, (key, label, written_ms) in enumerate(facts):
-                if written_ms > dead_before_ms[label]:
-                    located[key] = pack.path, row
-        rows: dict[str, list[int]] = {pack.path: [] for pack in self._packs}
-        for path, row in located.values():
-            rows[path].append(row)
-        return rows
+        look = _Look(url, self._calls)
+        self._packs, self._objects = look.packs, look.objects
+        self._unreadable = look.unreadable
+        self._rows = look.live()
 
     # ---- blocks -----------------------------------------------------------------------
 
@@ -137,9 +147,12 @@ class RemoteView:
             for row in sorted(self._rows[pack.path]):
                 start, nbytes = pack.span(row)
                 yield StoredBlock(
-                    *(pack.key(row), pack.label(row), nbytes - HEADER_BYTES),
-                    *(int(pack.rows["written_ms"][row]), f"{pack.path} at {start}"),
-                    (number, row),
+                    key=pack.key(row),
+                    label=pack.label(row),
+                    payload_bytes=nbytes - HEADER_BYTES,
+                    written_ms=int(pack.rows["written_ms"][row]),
+                    where=f"{pack.path} at {start}",
+                    place=(number, row),
                 )
 
     def read(self, block: StoredBlock) -> tuple[BlockHeader, memoryview]:
@@ -174,7 +187,7 @@ class RemoteView:
         advice = "no agent has done upkeep lately: storage.cli gc does it" if is_much else ""
         yield Finding("dead bytes", Verdict.DOUBTFUL if is_much else Verdict.GOOD, found, advice)
 
-    def counters(self) -> dict[str, Any] | None:
+    def counters(self) -> JsonObject | None:
         return None
 
     def open_tier(self, capacity_bytes: int = 0) -> RemoteTier:
@@ -219,7 +232,7 @@ class RemoteView:
         self._calls.close(CLOSE_S)
 
 
-def open_remote_tier(url: str, options: dict[str, Any]) -> RemoteTier:
+def open_remote_tier(url: str, options: Mapping[str, object]) -> RemoteTier:
     """For writes, made if there is none; :class:`StoreUnusable` says why not."""
     try:
         tier = RemoteTier(url, options, lambda: None, RemoteSettings(linger_s=LINGER_S))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from common.block import UNLABELLED, BlockLabel, BlockOwner
+from common.json import JsonObject
 from storage.block_format import (
     HEADER_BYTES,
     BlockHeader,
@@ -23,6 +21,7 @@ from storage.block_format import (
     verify,
 )
 from storage.index.owners import Selector
+from storage.ssd.direct_io import ThreadMemory
 from storage.ssd.folder import (
     DirectoryLocked,
     DirectoryUnusable,
@@ -63,7 +62,7 @@ class SsdView:
             raise StoreUnusable(f"{folder}: {error.strerror}") from error
         if self.state is None and not self.slabs:
             raise StoreUnusable(f"{folder} holds no store (no file 'state', no slabs)")
-        self._memory = threading.local()
+        self._memory = ThreadMemory()
 
     def _find_slabs(self) -> Iterator[Slab]:
         for path in sorted(self.folder.glob("*.slab")):
@@ -115,9 +114,13 @@ class SsdView:
         order = np.sort(used[latest(every[used])])
         found = every[order]
         rows = zip(
-            *(keys_of(found["key"]), keys_of(found["parent"]), found["owner"].tolist()),
-            *(found["payload_bytes"].tolist(), found["written_ms"].tolist()),
-            *(slab_of[order].tolist(), slot_of[order].tolist()),
+            keys_of(found["key"]),
+            keys_of(found["parent"]),
+            found["owner"].tolist(),
+            found["payload_bytes"].tolist(),
+            found["written_ms"].tolist(),
+            slab_of[order].tolist(),
+            slot_of[order].tolist(),
             strict=True,
         )
         for key, parent, owner, nbytes, written_ms, number, slot in rows:
@@ -128,7 +131,7 @@ class SsdView:
     def read(self, block: StoredBlock) -> tuple[BlockHeader, memoryview]:
         number, slot = block.place
         slab = self.slabs[number]
-        whole = slab.read_whole(slot, self._buffer(slab.slot_bytes))
+        whole = slab.read_whole(slot, self._memory.of(slab.slot_bytes))
         end = HEADER_BYTES + block.payload_bytes
         if whole.nbytes < end:
             raise BlockCorrupt(f"{block.where} ends after {whole.nbytes} of {end} bytes")
@@ -142,26 +145,19 @@ class SsdView:
     def read_plain(self, block: StoredBlock) -> None:
         number, slot = block.place
         slab = self.slabs[number]
-        slab.read_whole(slot, self._buffer(slab.slot_bytes))
+        slab.read_whole(slot, self._memory.of(slab.slot_bytes))
 
     def _check_still_there(self, slab: Slab, slot: int, block: StoredBlock) -> None:
         """A live tier may have put another block there since: that is no damage."""
         if self.used_by is None:
             return
-        header = slab.read_whole(slot, self._buffer(slab.slot_bytes))[:HEADER_BYTES]
+        header = slab.read_whole(slot, self._memory.of(slab.slot_bytes))[:HEADER_BYTES]
         try:
             is_other = decode_header(header).key != block.key
         except BlockCorrupt:
             is_other = slab.key_at(slot) != block.key
         if is_other:
             raise BlockMissing("another block took its slot meanwhile")
-
-    def _buffer(self, nbytes: int) -> memoryview:
-        """Page-aligned memory of the calling thread."""
-        memory = getattr(self._memory, "view", None)
-        if memory is None or memory.nbytes < nbytes:
-            memory = self._memory.view = memoryview(mmap.mmap(-1, nbytes))
-        return memory
 
     # ---- the rest -----------------------------------------------------------------------
 
@@ -177,9 +173,9 @@ class SsdView:
     def findings(self) -> Findings:
         return ssd_findings(self.folder, self.state, self.slabs.values(), self.notes, self.used_by)
 
-    def counters(self) -> dict[str, Any] | None:
+    def counters(self) -> JsonObject | None:
         noted = self.notes.counters()
-        return None if noted is None else msgspec.to_builtins(noted)
+        return None if noted is None else msgspec.structs.asdict(noted)
 
     def drop(self, selector: Selector) -> str:
         request = self.notes.request_drop(selector)
@@ -219,8 +215,11 @@ def open_ssd_tier(folder: Path, capacity_bytes: int) -> SsdTier:
 
 def _label(owner: BlockOwner) -> BlockLabel:
     return BlockLabel(
-        *(owner.namespace_digest, UNLABELLED.layout),
-        *(owner.model_digest, owner.weight_version, owner.tenant),
+        namespace_digest=owner.namespace_digest,
+        layout=UNLABELLED.layout,
+        model_digest=owner.model_digest,
+        weight_version=owner.weight_version,
+        tenant=owner.tenant,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from storage.tiers.contract import Tier
@@ -10,7 +11,7 @@ from storage.tools.ssd_view import SsdView, open_ssd_tier
 from storage.tools.view import StoreUnusable, StoreView
 
 
-def open_view(url: str, options: dict[str, object]) -> StoreView:
+def open_view(url: str, options: Mapping[str, object]) -> StoreView:
     """The store in a folder or at a URL; raises :class:`StoreUnusable`."""
     if _is_remote(url):
         return RemoteView(url, options)
@@ -21,7 +22,7 @@ def _is_remote(url: str) -> bool:
     return "://" in url and not url.startswith("ssd://")
 
 
-def open_target(url: str, options: dict[str, object], capacity_bytes: int) -> Tier:
+def open_target(url: str, options: Mapping[str, object], capacity_bytes: int) -> Tier:
     """A tier to write to, made if it is not there; raises :class:`StoreUnusable`."""
     if _is_remote(url):
         return open_remote_tier(url, options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -18,16 +17,29 @@ from storage.tools.view import StoredBlock, StoreUnusable, StoreView
 SAVE_EVERY_BLOCKS = 1000
 
 
+class Damage(msgspec.Struct, frozen=True):
+    """A block that is not what it says."""
+
+    key: str
+    where: str
+    reason: str
+
+
 class Verified(msgspec.Struct):
-    """How far a run has come: the keys up to ``through``, in their order, are done."""
+    """What was read and checked."""
 
     url: str
-    through: bytes = b""
     blocks: int = 0
     payload_bytes: int = 0
     gone: int = 0
     """Evicted since they were listed, or of another format version."""
-    damaged: list[dict[str, str]] = []
+    damaged: list[Damage] = []
+
+
+class Progress(Verified):
+    """How far a run has come: the keys up to ``through``, in their order, are done."""
+
+    through: bytes = b""
 
     def save(self, path: Path) -> None:
         temporary = path.with_name(path.name + ".new")
@@ -35,7 +47,7 @@ class Verified(msgspec.Struct):
         os.replace(temporary, path)
 
 
-def verify(view: StoreView, selector: Selector | None, resume: Path | None) -> dict[str, Any]:
+def verify(view: StoreView, selector: Selector | None, resume: Path | None) -> Verified:
     """Read and check every block. ``resume``: a file that says how far it came; written as it
     goes, read at the start, removed at the end."""
     done = _begin(view, resume)
@@ -59,16 +71,14 @@ def verify(view: StoreView, selector: Selector | None, resume: Path | None) -> d
                 done.save(resume)
     if resume is not None:
         resume.unlink(missing_ok=True)
-    result: dict[str, Any] = msgspec.to_builtins(done)
-    del result["through"]
-    return result
+    return Verified(done.url, done.blocks, done.payload_bytes, done.gone, done.damaged)
 
 
-def _begin(view: StoreView, resume: Path | None) -> Verified:
+def _begin(view: StoreView, resume: Path | None) -> Progress:
     if resume is None or not resume.exists():
-        return Verified(view.url)
+        return Progress(view.url)
     try:
-        done = msgspec.json.decode(resume.read_bytes(), type=Verified)
+        done = msgspec.json.decode(resume.read_bytes(), type=Progress)
     except msgspec.DecodeError as error:
         raise StoreUnusable(f"{resume} says nothing of a verification: {error}") from error
     if done.url != view.url:
@@ -76,7 +86,7 @@ def _begin(view: StoreView, resume: Path | None) -> Verified:
     return done
 
 
-def _note(done: Verified, block: StoredBlock, error: Exception | None) -> None:
+def _note(done: Progress, block: StoredBlock, error: Exception | None) -> None:
     done.through = BlockKey(block.key)
     if isinstance(error, BlockMissing):
         done.gone += 1
@@ -84,5 +94,4 @@ def _note(done: Verified, block: StoredBlock, error: Exception | None) -> None:
     done.blocks += 1
     done.payload_bytes += block.payload_bytes
     if error is not None:
-        place = {"key": block.key.hex(), "where": block.where, "reason": str(error)}
-        done.damaged.append(place)
+        done.damaged.append(Damage(block.key.hex(), block.where, str(error)))

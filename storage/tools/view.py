@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
 from common.block import BlockKey, BlockLabel
+from common.json import JsonObject
 from storage.block_format import BlockHeader
 from storage.index.owners import Selector
 from storage.tiers.contract import Tier
@@ -68,7 +69,7 @@ class StoreView(Protocol):
     def findings(self) -> Findings:
         """What ``doctor`` has to say of it beside its blocks."""
 
-    def counters(self) -> dict[str, Any] | None:
+    def counters(self) -> JsonObject | None:
         """What the tier that owns the store has counted; None if it does not say."""
 
     def open_tier(self, capacity_bytes: int = 0) -> Tier:
