@@ -40,9 +40,9 @@ from engine.decode.restore import Restores
 from engine.kv_memory import KvMemory
 from engine.model_digest import model_digest
 from engine.plans import Plans
+from engine.prefill.forwards import PrefillForwards
 from engine.prefill.hit_loads import HitLoads
 from engine.prefill.layer_window import LayerWindow
-from engine.prefill.layers import PrefillLayers
 from engine.prefill.timing import PrefillTiming
 from engine.ranks.group import CreditsAt, Event, JobOver, Links, RankGroup, SilentLinks
 from engine.transfers.completion_board import CompletionBoard, OtherBoards
@@ -138,7 +138,7 @@ class EngineRuntime:
         self.persister = Persister(
             config, scheduler.req_to_token_pool.req_to_token, self.jobs, self.links, self.plans
         )
-        self.prefill_layers = self._open_prefill_layers()
+        self.prefill_forwards = self._open_prefill_forwards()
         self.hit_loads = HitLoads(config, self.plans, self.deliveries, self.layer_window)
         """Used by a prefill engine."""
         self.restores = Restores(config, self.plans, self.deliveries, self.persister, self.links)
@@ -162,10 +162,10 @@ class EngineRuntime:
             self._on_hello,
         )
 
-    def _open_prefill_layers(self) -> PrefillLayers | None:
+    def _open_prefill_forwards(self) -> PrefillForwards | None:
         if self.config.role != "prefill":
             return None
-        return PrefillLayers(
+        return PrefillForwards(
             self.config,
             self.scheduler,
             self.memory,
@@ -188,7 +188,7 @@ class EngineRuntime:
     @property
     def layer_window(self) -> LayerWindow | None:
         """Of a prefill engine that holds KV of some layers only."""
-        return self.prefill_layers.window if self.prefill_layers is not None else None
+        return self.prefill_forwards.window if self.prefill_forwards is not None else None
 
     # ---- keys ----
 
@@ -291,8 +291,8 @@ class EngineRuntime:
         return int(self.scheduler.server_args.disaggregation_bootstrap_port)
 
     def _samples(self) -> Iterator[Sample]:
-        if self.prefill_layers is not None:
-            yield from self.prefill_layers.samples()
+        if self.prefill_forwards is not None:
+            yield from self.prefill_forwards.samples()
             yield from self.prefill_timing.samples()
         quarantined = self.holds.pages_of(self.jobs.overdue())
         yield sample("engine_deliveries_total", self.deliveries.started_total)

@@ -11,10 +11,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 import torch
+
+from engine.sglang.views import ForwardBatch
+
+T = TypeVar("T")
 
 CUDA_BACKLOG = 2
 """Forwards that SGLang's overlap loop keeps in flight: an older one has ended."""
@@ -65,7 +69,7 @@ class _TimeSpans:
 class _CudaSpans:
     def __init__(self, waits: Callable[[], Waits]) -> None:
         self._waits = waits
-        self._events: list[Any] = []
+        self._events: list[torch.cuda.Event] = []
         self._waited_s: list[float] = []
 
     def mark(self) -> None:
@@ -113,7 +117,7 @@ class ForwardClock:
         self._attention: _Spans | None = None
         self._timed: deque[_Timed] = deque()
 
-    def forward(self, run: Callable[[], Any], forward_batch: Any) -> Any:
+    def forward(self, run: Callable[[], T], forward_batch: ForwardBatch) -> T:
         """Run and time a forward; other ones than of prompts are only run."""
         mode = forward_batch.forward_mode
         if not mode.is_extend() or forward_batch.extend_seq_lens_cpu is None:
@@ -136,7 +140,7 @@ class ForwardClock:
         while len(self._timed) > left:
             self.sink(self._sample(self._timed.popleft()))
 
-    def attention(self, run: Callable[[], Any]) -> Any:
+    def attention(self, run: Callable[[], T]) -> T:
         """Run and time the attention of one layer."""
         spans = self._attention
         if spans is None or (self._on_cuda and torch.cuda.is_current_stream_capturing()):

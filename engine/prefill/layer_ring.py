@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 WAIT_MAX_S = 120.0
 """A buffer that is not free by then never will be: every send and delivery ends sooner."""
@@ -57,62 +54,3 @@ class LayerRing:
             while self.free_until <= position:
                 if not self._condition.wait(max(0.0, deadline_s - time.monotonic())):
                     raise RingStuck(f"position {position} is not free after {timeout_s} s")
-
-
-# ---- the pool (hooks) -------------------------------------------------------------------
-
-
-def around_create_buffers(original: Callable[[Any], None], pool: Any) -> None:
-    """AROUND ``MHATokenToKVPool._create_buffers_normal`` and
-    ``MLATokenToKVPool._create_buffers``: W buffers instead of L, each known by the names of
-    all its layers. SGLang registers equal regions once (mooncake/conn.py)."""
-    window, layers = _window_of(pool.layer_num), pool.layer_num
-    if not window:
-        original(pool)
-        return
-    pool.layer_num = window
-    try:
-        original(pool)
-    finally:
-        pool.layer_num = layers
-    for name in ("k_buffer", "v_buffer", "kv_buffer"):
-        buffers = getattr(pool, name, None)
-        if buffers:
-            setattr(pool, name, [buffers[layer % window] for layer in range(layers)])
-
-
-def after_kv_size(result: Any, pool: Any) -> Any:
-    """AFTER ``get_kv_size_bytes``, which counts every name of a buffer."""
-    window, layers = _window_of(pool.layer_num), pool.layer_num
-    if not window:
-        return result
-    if isinstance(result, tuple):
-        return tuple(size * window // layers for size in result)
-    return result * window // layers
-
-
-def after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) -> int:
-    """AFTER ``_compute_cell_size``: bytes that a token takes, from which SGLang sizes the
-    pool for the device's memory."""
-    window = _window_of(num_layers)
-    return -(-result * window // num_layers) if window else result
-
-
-def around_fused_write(original: Callable[[Any], bool], forward_batch: Any) -> bool:
-    """AROUND ``enable_fused_set_kv_buffer``: a kernel that writes KV along with the rotary
-    embedding does so before the attention, hence before we know that the buffer is free.
-    (Untested: such kernels are CUDA's.)"""
-    return original(forward_batch) and not _layer_window()
-
-
-def _window_of(num_layers: int) -> int:
-    """W, or 0 where every layer has a buffer of its own."""
-    window = _layer_window()
-    return window if window < num_layers else 0
-
-
-@cache
-def _layer_window() -> int:
-    from engine.config import EngineConfig
-
-    return EngineConfig.from_env().layer_window or 0

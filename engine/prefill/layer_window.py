@@ -11,29 +11,25 @@ Nothing that this engine computed stays in its memory, so its radix tree stays e
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import msgspec
-import numpy as np
 
 from common.messages import EnginePlan
-from engine.kv_memory import KvMemory
+from engine.page_table import PageTable
 from engine.plans import PLANS_MAX
+from engine.prefill.credit_writer import CreditWriter
+from engine.prefill.layer_copies import LayerCopies
 from engine.prefill.layer_ring import LayerRing, RingStuck
 from engine.prefill.session_workers import SessionWorkers
 from engine.prefill.suffix_send import Earlier, SuffixSender
-from engine.ranks.group import CreditsAt
+from engine.sglang.views import Request
 from engine.transfers.deliveries import Deliveries, Delivery
-from transfer.credits import WORD_BYTES
-from transfer.mooncake import transfer_batch
-
-log = logging.getLogger(__name__)
+from transfer.ranges import Addresses
 
 READ_TIMEOUT_S = 20.0
 
@@ -48,21 +44,23 @@ class _Hit(msgspec.Struct, frozen=True):
 class ReadBack:
     """Pages of a request's earlier chunks, read from the decode engine layer by layer."""
 
-    def __init__(self, rid: str, earlier: Earlier, pages: Sequence[int], first_position: int):
+    def __init__(self, rid: str, earlier: Earlier, pages: Addresses, first_position: int):
         self.rid = rid
         self.error = ""
         self._earlier = earlier
-        self._pages = np.array(pages, np.int64)
+        self._pages = pages
         self._first_position = first_position
         self._layers = 0
         self._condition = threading.Condition()
 
-    def run(self, ring: LayerRing, suffix: SuffixSender) -> None:
+    def run(self, ring: LayerRing, copies: LayerCopies) -> None:
         """In a worker: each layer as soon as its buffer is free."""
         try:
             for layer in range(ring.num_layers):
                 ring.wait_free(self._first_position + layer, READ_TIMEOUT_S)
-                suffix.read_layer(self._earlier, self._pages, layer)
+                copies.copy(
+                    "read", self._earlier.session_id, self._pages, self._earlier.pages, layer
+                )
                 with self._condition:
                     self._layers = layer + 1
                     self._condition.notify()
@@ -123,8 +121,7 @@ class LayerWindow:
     def __init__(
         self,
         ring: LayerRing,
-        memory: KvMemory,
-        table: Any,
+        table: PageTable,
         suffix: SuffixSender,
         deliveries: Deliveries,
         credits: CreditWriter,
@@ -132,7 +129,6 @@ class LayerWindow:
     ) -> None:
         self.ring = ring
         self.deliveries = deliveries
-        self._memory = memory
         self._table = table
         self._suffix = suffix
         self._credits = credits
@@ -148,7 +144,7 @@ class LayerWindow:
         while len(self._hits) > PLANS_MAX:
             self._hits.popitem(last=False)
 
-    def begin(self, requests: Sequence[Any]) -> WindowForward:
+    def begin(self, requests: Sequence[Request]) -> WindowForward:
         """Have the prefix of a forward brought; its new KV must be planned already."""
         first_position = self._forwards * self.ring.num_layers
         self._forwards += 1
@@ -167,24 +163,24 @@ class LayerWindow:
     def _is_over(self, forward: WindowForward) -> bool:
         return self.ring.free_until >= forward.first_position + self.ring.num_layers
 
-    def _bring(self, forward: WindowForward, request: Any) -> None:
-        page = self._memory.layout.page_tokens
-        prefix = request.prefix_len
-        if not prefix:
+    def _bring(self, forward: WindowForward, request: Request) -> None:
+        if not request.prefix_len:
             return
-        rows = self._table[request.kv.req_pool_idx, :prefix:page].cpu().numpy() // page
+        pages = self._table.pages(request, 0, request.prefix_len)
         hit = self._hits.get(request.rid)
-        planned = min(hit.pages, len(rows)) if hit is not None else 0
+        planned = min(hit.pages, len(pages)) if hit is not None else 0
         if hit is not None and planned:
-            pages = rows[:planned].tolist()
-            delivery = self.deliveries.start(hit.plan, 0, pages, forward.first_position)
+            delivery = self.deliveries.start(
+                hit.plan, 0, pages[:planned].tolist(), forward.first_position
+            )
             forward.deliveries.append(delivery)
             forward.agents.update(writer.agent for writer in delivery.writers)
-        if len(rows) > planned:
-            self._read_back(forward, request, rows[planned:].tolist(), planned * page)
+        if len(pages) > planned:
+            start = planned * self._table.page_tokens
+            self._read_back(forward, request, pages[planned:], start)
 
     def _read_back(
-        self, forward: WindowForward, request: Any, pages: list[int], start: int
+        self, forward: WindowForward, request: Request, pages: Addresses, start: int
     ) -> None:
         """Pages from token ``start`` on, which this engine has computed."""
         earlier = self._suffix.earlier(request, start, len(pages))
@@ -197,55 +193,5 @@ class LayerWindow:
         forward.reads.append(read)
         self.read_back_pages_total += len(pages)
         self._workers.submit(
-            f"read {earlier.session_id}", partial(read.run, self.ring, self._suffix)
+            f"read {earlier.session_id}", partial(read.run, self.ring, self._suffix.copies)
         )
-
-
-class CreditWriter:
-    """Writes one rank's credits one-sidedly into agents' memory, the newest value only.
-
-    ``at`` says where; what it lacks is not written.
-    """
-
-    def __init__(
-        self,
-        ring: LayerRing,
-        rank: int,
-        agents: Sequence[str],
-        at: Mapping[str, CreditsAt],
-        transfer_engine: Any,
-        workers: SessionWorkers,
-    ) -> None:
-        self._ring = ring
-        self._rank = rank
-        self._at = at
-        self._engine = transfer_engine
-        self._workers = workers
-        self._words = np.zeros(len(agents), np.uint64)
-        self._index = {agent: index for index, agent in enumerate(agents)}
-        self._lock = threading.Lock()
-        self._queued: set[str] = set()
-        transfer_engine.register(int(self._words.ctypes.data), self._words.nbytes)
-
-    def push(self, agent: str) -> None:
-        """From any thread; returns at once."""
-        at = self._at.get(agent)
-        if at is None:
-            return
-        with self._lock:
-            if agent in self._queued:
-                return
-            self._queued.add(agent)
-        self._workers.submit(f"credits {at.session_id}", partial(self._write, at))
-
-    def _write(self, at: CreditsAt) -> None:
-        with self._lock:
-            self._queued.discard(at.agent)
-        index = self._index[at.agent]
-        self._words[index] = self._ring.free_until
-        source = int(self._words.ctypes.data) + index * WORD_BYTES
-        target = at.address + self._rank * WORD_BYTES
-        ranges = (np.array([number]) for number in (source, target, WORD_BYTES))
-        code = transfer_batch(self._engine.engine, "write", at.session_id, *ranges)
-        if code != 0:  # the agent is dead or hangs: its deliveries fail by themselves
-            log.warning("credits not written agent=%s code=%d", at.agent, code)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+
+from engine.sglang.views import Request, Scheduler
 
 POLL_S = 0.001
 POLLS_MAX = 50
@@ -20,15 +21,15 @@ POLLS_MAX = 50
 class LeavingRequests:
     """Waits for requests whose forward has ended, where others lack their memory.
 
-    ``scheduler`` is SGLang's. All ranks wait alike: what is looked at is the same at all, and
+    All ranks wait alike: what is looked at is the same at all, and
     polls are counted, not timed.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._given_up: set[str] = set()
 
-    def wait(self, poll: Callable[[], list[Any]]) -> list[Any]:
+    def wait(self, poll: Callable[[], list[Request]]) -> list[Request]:
         """``poll()`` returns requests that have left, whose pages it has freed. Returns all
         that left meanwhile."""
         left = poll()
@@ -51,4 +52,4 @@ class LeavingRequests:
         scheduler = self._scheduler
         wanted = sum(len(req.origin_input_ids) for req in scheduler.waiting_queue)
         free = scheduler.token_to_kv_pool_allocator.available_size()
-        return bool(wanted > free + scheduler.tree_cache.evictable_size())
+        return wanted > free + scheduler.tree_cache.evictable_size()

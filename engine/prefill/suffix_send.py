@@ -17,14 +17,15 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import msgspec
 import numpy as np
-from sglang.srt.disaggregation.base import KVPoll
 
-from engine.kv_memory import page_runs
-from transfer.mooncake import Addresses, Operation, batches, host_of, transfer_batch
+from engine.page_table import PageTable
+from engine.prefill.layer_copies import LayerCopies
+from engine.sglang.prefill.send_manager import Destination, SendManager
+from engine.sglang.views import Request
+from transfer.mooncake import Addresses
 
 log = logging.getLogger(__name__)
 
@@ -70,28 +71,26 @@ class Earlier(msgspec.Struct, frozen=True, eq=False):
 class SuffixSender:
     """Plans the sends of a forward, makes them, and answers for them to SGLang.
 
-    ``plan`` and ``claim`` run in the scheduler's thread, the rest in the workers'.
+    ``plan`` and ``claim`` run in the scheduler's thread, the rest in the workers'. While it is
+    not ``is_on``, all is left to SGLang.
     """
 
     def __init__(
-        self, manager: Any, page_tokens: int, num_layers: int, table: Any, is_on: bool = True
+        self, manager: SendManager, copies: LayerCopies, table: PageTable, is_on: bool = True
     ) -> None:
         self._is_on = is_on
         self._manager = manager
-        self._page_tokens = page_tokens
-        self._num_layers = num_layers
+        self.copies = copies
         self._table = table
         self._rooms: dict[int, _Room] = {}
         self._lock = threading.Lock()
         self._in_flight: Counter[int] = Counter()
-        self._moved_bytes: Counter[tuple[str, str]] = Counter()
-        self.sent_bytes_total = 0
         self.late_s_total = 0.0
         """Time between the end of forwards and the end of their sends."""
 
     # ---- before a forward ----
 
-    def plan(self, requests: Iterable[Any]) -> dict[str, list[LayerSend]]:
+    def plan(self, requests: Iterable[Request]) -> dict[str, list[LayerSend]]:
         """Sends of the forward about to run, by session."""
         by_session: dict[str, list[LayerSend]] = defaultdict(list)
         for request in requests:
@@ -100,18 +99,18 @@ class SuffixSender:
                 with self._lock:
                     self._in_flight[send.room] += 1
         if len(self._rooms) > ROOMS_MAX:
-            live = self._manager.request_status
-            self._rooms = {room: state for room, state in self._rooms.items() if room in live}
+            known = self._manager.is_known
+            self._rooms = {room: state for room, state in self._rooms.items() if known(room)}
         return by_session
 
-    def _plan_request(self, request: Any) -> list[LayerSend]:
-        infos = self._destinations(request)
-        if not infos:
+    def _plan_request(self, request: Request) -> list[LayerSend]:
+        destinations = self._destinations(request)
+        if not destinations:
             return []
         number = request.bootstrap_room
         base = int(request.disagg_decode_prefix_len)
         room = self._rooms.setdefault(number, _Room(base, base))
-        length, page = len(request.origin_input_ids), self._page_tokens
+        length, page = len(request.origin_input_ids), self._table.page_tokens
         end = min(request.extend_end, length)
         if end < length:
             end -= end % page  # a page that the next chunk completes goes with that
@@ -119,40 +118,37 @@ class SuffixSender:
         if end <= start or start % page:
             return []
         room.next_token = end
-        src = self._table[request.kv.req_pool_idx, start:end:page].cpu().numpy() // page
+        src = self._table.pages(request, start, end)
         first = (start - base) // page
         sends = [
             LayerSend(
                 number,
-                info.mooncake_session_id,
+                destination.session_id,
                 first,
-                src.astype(np.int64),
-                info.dst_kv_indices[first : first + len(src)].astype(np.int64),
+                src,
+                destination.pages[first : first + len(src)].astype(np.int64),
             )
-            for info in infos
+            for destination in destinations
         ]
         room.sends += sends
         return sends
 
-    def _destinations(self, request: Any) -> list[Any]:
-        """SGLang's transfer infos of a request; none if any of them needs more than pages."""
-        sender = getattr(request, "disagg_kv_sender", None)
-        if sender is None or request.pending_bootstrap or not self._is_on:
-            return []
-        infos = self._manager.transfer_infos.get(request.bootstrap_room, {})
-        real = [info for info in infos.values() if not info.is_dummy]
-        return real if all(map(self._is_page_wise, real)) else []
+    def _destinations(self, request: Request) -> list[Destination]:
+        return self._manager.destinations(request) if self._is_on else []
 
-    def _is_page_wise(self, info: Any) -> bool:
-        peer = self._manager.decode_kv_args_table.get(info.mooncake_session_id)
-        own = self._manager.kv_args
-        return (
-            peer is not None
-            and not peer.requires_dcp_relayout
-            and info.dst_device_kv_indices is None
-            and len(peer.dst_kv_ptrs) == len(own.kv_data_ptrs)
-            and peer.dst_kv_item_len == own.kv_item_lens[0]
-        )
+    def earlier(self, request: Request, start: int, pages: int) -> Earlier | None:
+        """Where ``pages`` pages from token ``start`` on are, if earlier forwards have sent all
+        of them (whole pages only); None otherwise."""
+        room = self._rooms.get(request.bootstrap_room)
+        destinations = self._destinations(request)
+        page = self._table.page_tokens
+        if room is None or not destinations or start < room.first_token or start % page:
+            return None
+        if start + pages * page > room.next_token:
+            return None
+        first = (start - room.first_token) // page
+        at = destinations[0].pages[first : first + pages].astype(np.int64)
+        return Earlier(destinations[0].session_id, at)
 
     # ---- while it runs: one session's worker ----
 
@@ -160,90 +156,22 @@ class SuffixSender:
         """Write one layer of these sends, all to one session. Never raises."""
         live = [send for send in sends if self._is_wanted(send)]
         if live:
+            src = np.concatenate([send.src for send in live])
+            dst = np.concatenate([send.dst for send in live])
             try:
-                self._write(session_id, live, layer)
+                self.copies.copy("write", session_id, src, dst, layer)
             except Exception as error:  # whatever it is, it ends these sends
                 log.warning("layer not sent session=%s layer=%d: %s", session_id, layer, error)
                 for send in live:
                     send.fail(f"layer {layer} not sent: {error}")
-        if layer == self._num_layers - 1:
+        if layer == self.copies.num_layers - 1:
             for send in sends:
                 self._ended(send)
 
     def _is_wanted(self, send: LayerSend) -> bool:
-        if not send.error and self._room_failed(send.room):
+        if not send.error and self._manager.has_failed(send.room):
             send.fail("the request has ended")
         return not send.error
-
-    def _room_failed(self, room: int) -> bool:
-        manager = self._manager
-        return room not in manager.request_status or manager.check_status(room) == KVPoll.Failed
-
-    def earlier(self, request: Any, start: int, pages: int) -> Earlier | None:
-        """Where ``pages`` pages from token ``start`` on are, if earlier forwards have sent all
-        of them (whole pages only); None otherwise."""
-        room = self._rooms.get(request.bootstrap_room)
-        infos = self._destinations(request)
-        page = self._page_tokens
-        if room is None or not infos or start < room.first_token or start % page:
-            return None
-        if start + pages * page > room.next_token:
-            return None
-        first = (start - room.first_token) // page
-        at = infos[0].dst_kv_indices[first : first + pages].astype(np.int64)
-        return Earlier(infos[0].mooncake_session_id, at)
-
-    def read_layer(self, earlier: Earlier, pages: Addresses, layer: int) -> None:
-        """Read one layer of these pages back into ``pages`` (shape (pages,)) of this engine.
-        Raises ``ConnectionError``."""
-        ranges = self._ranges(earlier.session_id, pages, earlier.pages, layer)
-        self._transfer("read", earlier.session_id, ranges)
-
-    def _write(self, session_id: str, sends: Sequence[LayerSend], layer: int) -> None:
-        src = np.concatenate([send.src for send in sends])
-        dst = np.concatenate([send.dst for send in sends])
-        ranges = self._ranges(session_id, src, dst, layer)
-        self._transfer("write", session_id, ranges)
-        self.sent_bytes_total += int(ranges[2].sum())
-
-    def _ranges(
-        self, session_id: str, own_pages: Addresses, peer_pages: Addresses, layer: int
-    ) -> tuple[Addresses, Addresses, Addresses]:
-        """Of one layer: here, there, and how long."""
-        own, peer = self._manager.kv_args, self._manager.decode_kv_args_table[session_id]
-        buffers = range(layer, len(own.kv_data_ptrs), self._num_layers)
-        return page_runs(
-            own_pages,
-            peer_pages,
-            np.array([own.kv_data_ptrs[b] for b in buffers], np.int64),
-            np.array([peer.dst_kv_ptrs[b] for b in buffers], np.int64),
-            np.array([own.kv_item_lens[b] for b in buffers], np.int64),
-        )
-
-    def _transfer(
-        self,
-        operation: Operation,
-        session_id: str,
-        ranges: tuple[Addresses, Addresses, Addresses],
-    ) -> None:
-        if session_id in self._manager.failed_sessions:
-            raise ConnectionError(f"session {session_id} failed before")
-        engine = self._manager.engine.engine
-        for part in batches(ranges[2]):
-            code = transfer_batch(engine, operation, session_id, *(r[part] for r in ranges))
-            if code != 0:
-                raise ConnectionError(f"transfer failed with code {code}")
-        with self._lock:
-            self._moved_bytes[operation, host_of(session_id)] += int(ranges[2].sum())
-
-    def is_local(self, session_id: str) -> bool:
-        """Whether that decode engine has this one's address."""
-        return host_of(session_id) == str(self._manager.engine.hostname)
-
-    def moved_bytes(self) -> dict[tuple[str, str], int]:
-        """("write" or "read", the decode engines' address) -> bytes so far."""
-        with self._lock:
-            return dict(self._moved_bytes)
 
     def _ended(self, send: LayerSend) -> None:
         send.done.set()
@@ -253,7 +181,7 @@ class SuffixSender:
             if is_drained:
                 del self._in_flight[send.room]
         if is_drained:
-            self._manager._maybe_ack_drained_abort(send.room)
+            self._manager.drained(send.room)
 
     # ---- SGLang's own send ----
 
@@ -265,7 +193,7 @@ class SuffixSender:
             return None
         if is_last:
             del self._rooms[room]
-        planned = -(-(state.next_token - state.first_token) // self._page_tokens)
+        planned = -(-(state.next_token - state.first_token) // self._table.page_tokens)
         if pages > planned:
             return None
         claimed = [send for send in state.sends if send.first_page < pages]
@@ -283,26 +211,14 @@ class SuffixSender:
         for send in sends:
             if not send.done.wait(max(0.0, deadline_s - time.monotonic())):
                 send.fail(f"not sent within {SEND_TIMEOUT_S} s")
-            if send.error and not self._room_failed(room):
-                self._conclude_failed(send)
+            if send.error and not self._manager.has_failed(room):
+                self._manager.fail_write(send.room, send.session_id, send.error)
         self.late_s_total += time.monotonic() - began_s
 
     def refuse(self, room: int, reason: str) -> None:
         """End a request whose KV is gone before it was sent."""
-        if not self._room_failed(room):
-            self._manager.conclude_failure(bootstrap_room=room, failure_reason=reason)
-
-    def _conclude_failed(self, send: LayerSend) -> None:
-        manager = self._manager
-        with manager.session_lock:
-            manager.session_failures[send.session_id] += 1
-            manager.failed_sessions.add(send.session_id)
-            probe = manager.failed_session_probes.get(send.session_id)
-            if probe is not None:
-                probe.last_requested = time.monotonic()
-        # Bytes of a failed write may still land: SGLang then gives the pages back by timeout.
-        manager._poison_unsettled_send(send.room)
-        manager.conclude_failure(bootstrap_room=send.room, failure_reason=send.error)
+        if not self._manager.has_failed(room):
+            self._manager.fail(room, reason)
 
 
 class SendsDone:

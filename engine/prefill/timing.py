@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -15,8 +15,11 @@ from common.user_cache import keep
 from engine.prefill.cost_fit import CostFit, relative
 from engine.prefill.forward_clock import ForwardClock, ForwardSample, Waits
 from engine.prefill.quota_chunking import QuotaChunking
+from engine.sglang.views import Scheduler
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class QuotaUnusable(Exception):
@@ -34,7 +37,7 @@ class PrefillTiming:
     """
 
     def __init__(
-        self, scheduler: Any, quota_s: float | None, waits: Callable[[], Waits] = Waits
+        self, scheduler: Scheduler, quota_s: float | None, waits: Callable[[], Waits] = Waits
     ) -> None:
         self._scheduler = scheduler
         self._quota_s = quota_s
@@ -85,14 +88,16 @@ class PrefillTiming:
             yield sample("engine_attention_estimated_seconds_total", quota.estimated_s_total)
 
     def _profile(self, model_digest: str) -> list[ForwardSample]:
-        # Here, since it imports parts of SGLang that are not needed without a quota.
+        # Here, since they import parts of SGLang that are not needed without a quota.
         from engine.prefill import profile as prefill_profile
+        from engine.sglang.prefill.made_up_forwards import MadeUpForwards
 
-        path = prefill_profile.profile_path(self._scheduler, model_digest)
+        forwards = MadeUpForwards(self._scheduler)
+        path = prefill_profile.profile_path(forwards, model_digest)
         kept = self._of_first_rank(prefill_profile.load(path))
         if kept is not None:
             return kept
-        samples = prefill_profile.take(self._scheduler, self.clock)
+        samples = prefill_profile.take(forwards, self.clock)
         if self._group is None or torch.distributed.get_rank(self._group) == 0:
             keep(path, msgspec.json.encode(samples))
         return samples
@@ -114,7 +119,7 @@ class PrefillTiming:
         torch.distributed.all_reduce(of_ranks, torch.distributed.ReduceOp.MAX, self._group)
         return of_ranks.tolist()
 
-    def _of_first_rank(self, value: Any) -> Any:
+    def _of_first_rank(self, value: T) -> T:
         if self._group is None:
             return value
         values = [value]

@@ -6,13 +6,20 @@ import os
 from collections.abc import MutableMapping
 from typing import Any
 
+from sglang.srt.runtime_context import get_parallel
+
 from common import mooncake_ports
+from engine.sglang.border import Use
+
+USES = (
+    Use("runtime_context.get_parallel", "this process's place among the ranks"),
+    Use("runtime_context.ParallelContext.tp_rank", "which rank it is"),
+    Use("server_args.ServerArgs.tp_size", "of how many; published as a field of the same"),
+)
 
 
 def before_mooncake(*_: Any, **__: Any) -> None:
     """BEFORE ``init_mooncake_transfer_engine``."""
-    from sglang.srt.runtime_context import get_parallel
-
     parallel = get_parallel()
     take_own_ports(os.environ, parallel.tp_rank, parallel.tp_size)
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch.distributed import ProcessGroup
 
 from engine.sglang.border import view
+from transfer.mooncake import MooncakeEngine
 
 
 @view("mem_cache.memory_pool.ReqToTokenPool")
@@ -39,3 +41,117 @@ class Request(Protocol):
     kv: RequestKv
     finished_reason: object | None
     """Why it has ended, also by a failure; None as long as it has not."""
+    prefix_len: int
+    """Tokens whose KV was there before this forward, computed or loaded."""
+    extend_end: int
+    """The first token that this forward does not compute."""
+    bootstrap_room: int
+    """SGLang's number of the request between P and D."""
+    disagg_decode_prefix_len: int
+    """Tokens whose KV is at the decode engine without P."""
+    pending_bootstrap: bool
+    """No decode engine has said yet where it wants the request's KV."""
+
+
+@view("managers.schedule_batch.ScheduleBatch")
+class Batch(Protocol):
+    """The requests of one forward."""
+
+    reqs: list[Request]
+
+
+@view("model_executor.forward_batch_info.ForwardMode")
+class ForwardMode(Protocol):
+    """What a forward is for."""
+
+    def is_extend(self) -> bool:
+        """Prompts (also a part of them); otherwise a token for each request."""
+
+
+@view("model_executor.forward_batch_info.ForwardBatch")
+class ForwardBatch(Protocol):
+    """A batch as the model sees it."""
+
+    forward_mode: ForwardMode
+    extend_seq_lens_cpu: Sequence[int] | None
+    """Of each request the new tokens."""
+    extend_prefix_lens_cpu: Sequence[int]
+    """The cached ones before them."""
+
+
+@view("mem_cache.memory_pool.MHATokenToKVPool", "mem_cache.memory_pool.MLATokenToKVPool")
+class KvPool(Protocol):
+    """The KV pool of a rank: some buffers for each layer, of rows for tokens."""
+
+    device: str
+    layer_num: int
+
+    def get_kv_size_bytes(self) -> int | tuple[int, int]:
+        """Of the latent, or of K and V."""
+
+
+@view("mem_cache.allocator.paged.PagedTokenToKVPoolAllocator")
+class Allocator(Protocol):
+    """Gives out the pages of the pool."""
+
+    def available_size(self) -> int:
+        """Tokens that it can give out. For the scheduler's thread only: it is hooked."""
+
+    def get_kvcache(self) -> KvPool:
+        """The pool."""
+
+
+@view("mem_cache.unified_radix_cache.UnifiedRadixCache")
+class PrefixTree(Protocol):
+    """The engine's own prefix cache."""
+
+    def evictable_size(self) -> int:
+        """Tokens of which nobody has need at present."""
+
+
+@view("distributed.device_communicators.mooncake_transfer_engine.MooncakeTransferEngine")
+class TransferEngine(Protocol):
+    """The Mooncake engine that all of a process share."""
+
+    engine: MooncakeEngine
+    """Mooncake's own."""
+    hostname: str
+
+    def register(self, ptr: int, length: int) -> None:
+        """Make memory usable for transfers of both sides."""
+
+
+@view("disaggregation.prefill.PrefillBootstrapQueue")
+class BootstrapQueue(Protocol):
+    """Requests of a prefill engine that have not met their decode engine yet."""
+
+    kv_manager: object
+    """For :class:`engine.sglang.prefill.send_manager.SendManager`."""
+
+
+@view("server_args.ServerArgs")
+class ServerArgs(Protocol):
+    """SGLang's flags."""
+
+    tp_size: int
+
+
+@view("managers.scheduler.Scheduler")
+class Scheduler(Protocol):
+    """SGLang's scheduler: one in each rank's process, with all that it owns."""
+
+    server_args: ServerArgs
+    device: str
+    chunked_prefill_size: int | None
+    """New tokens of a batch at most; None: prompts are not cut."""
+    waiting_queue: list[Request]
+    disagg_prefill_bootstrap_queue: BootstrapQueue
+    disagg_prefill_inflight_queue: list[Request]
+    """Requests whose forward has run and whose KV is on its way."""
+    req_to_token_pool: RowTable
+    token_to_kv_pool_allocator: Allocator
+    tree_cache: PrefixTree
+    tp_cpu_group: ProcessGroup
+    """All ranks of the engine."""
+    attn_tp_cpu_group: ProcessGroup
+    """Those that share requests."""

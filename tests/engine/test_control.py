@@ -24,7 +24,7 @@ from common.messages import (
 )
 from engine.control import ControlServer
 from engine.plans import Plans
-from engine.sglang import prefill_layer_hooks
+from engine.sglang.prefill import forward_hooks, request_hooks
 from engine.weights import Weights
 
 NAMESPACE = Namespace("model", "1", "float32", BlockLayout(64, 1, (8,)))
@@ -90,9 +90,10 @@ def test_a_request_that_arrives_after_a_weight_update_is_aborted(weights, aborte
     plans, aborts = Plans(Weights(NAMESPACE), page_tokens=64), []
     plans.put(EnginePlan(PlanId(7), "rid", NAMESPACE.digest(), [], [], [], 60.0))
     plans.weights.changed(weights, None)
-    engine = SimpleNamespace(plans=plans, prefill_layers=None)
-    monkeypatch.setattr(prefill_layer_hooks, "runtime_if_up", lambda: engine)
+    engine = SimpleNamespace(plans=plans, prefill_forwards=None)
+    for hooks in (forward_hooks, request_hooks):
+        monkeypatch.setattr(hooks, "runtime_if_up", lambda: engine)
     for rid in ("rid", "without a plan"):
         req = SimpleNamespace(rid=rid, set_finish_with_abort=lambda *reason: aborts.append(reason))
-        prefill_layer_hooks.before_add_request(None, req)
+        request_hooks.before_add_request(None, req)
     assert len(aborts) == aborted

@@ -2,11 +2,12 @@
 
 import ctypes
 import time
+from typing import Any
 
 import numpy as np
 
+from engine.prefill.credit_writer import CreditWriter
 from engine.prefill.layer_ring import LayerRing
-from engine.prefill.layer_window import CreditWriter
 from engine.prefill.session_workers import SessionWorkers
 from engine.ranks.group import CreditsAt
 
@@ -37,7 +38,8 @@ class Memory:
 
 
 def test_a_rank_writes_how_far_its_own_ring_is():
-    memory, at = Memory(), {}
+    at: dict[str, CreditsAt] = {}
+    memory: Any = Memory()
     rings = [LayerRing(4, 2), LayerRing(4, 2)]
     writers = [
         CreditWriter(ring, rank, ["a"], at, memory, SessionWorkers("test"))

@@ -106,12 +106,13 @@ def profile(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("SGLANG_PLATFORM", "dualpath_cpu")
     from engine.prefill import profile as prefill_profile
+    from engine.sglang.prefill.made_up_forwards import MadeUpForwards
 
     def not_now(*_):
         raise AssertionError("the kept profile was not read")
 
     monkeypatch.setattr(prefill_profile, "take", not_now)
-    return prefill_profile.profile_path(scheduler(), "a model")
+    return prefill_profile.profile_path(MadeUpForwards(scheduler()), "a model")
 
 
 def test_a_kept_profile_is_read_and_packs(profile):

@@ -1,15 +1,12 @@
 """A buffer of the layer window is given to its next layer only when it is free."""
 
 import threading
-from types import SimpleNamespace
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.prefill import layer_ring
-from engine.prefill.layer_ring import LayerRing, RingStuck, after_cell_size, after_kv_size
+from engine.prefill.layer_ring import LayerRing, RingStuck
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 6)).filter(lambda s: s[1] <= s[0])
 
@@ -50,35 +47,3 @@ def test_a_wait_ends_with_the_buffer_or_with_an_error():
     ring.wait_free(2, timeout_s=5)
     with pytest.raises(RingStuck, match="position 3"):
         ring.wait_free(3, timeout_s=0.01)
-
-
-@pytest.fixture
-def window(monkeypatch):
-    monkeypatch.setattr(layer_ring, "_window_of", lambda layers: 3 if layers > 3 else 0)
-
-
-def create(layers):
-    pool = SimpleNamespace(layer_num=layers, k_buffer=None, v_buffer=None)
-
-    def original(pool):
-        pool.k_buffer = [torch.zeros(4, 2) for _ in range(pool.layer_num)]
-        pool.v_buffer = [torch.zeros(4, 2) for _ in range(pool.layer_num)]
-
-    layer_ring.around_create_buffers(original, pool)
-    return pool
-
-
-def test_a_pool_has_w_buffers_under_the_names_of_all_layers(window):
-    pool = create(8)
-    assert pool.layer_num == 8 and len(pool.k_buffer) == len(pool.v_buffer) == 8
-    assert len({b.data_ptr() for b in pool.k_buffer + pool.v_buffer}) == 6
-    assert all(pool.k_buffer[layer] is pool.k_buffer[layer % 3] for layer in range(8))
-    assert after_kv_size((800, 800), pool) == (300, 300)
-    assert after_kv_size(800, pool) == 300
-    assert after_cell_size(800, None, None, 8) == 300
-
-
-def test_a_model_with_no_more_layers_keeps_them_all(window):
-    pool = create(3)
-    assert len({b.data_ptr() for b in pool.k_buffer}) == 3
-    assert after_kv_size((9, 9), pool) == (9, 9) and after_cell_size(9, None, None, 3) == 9

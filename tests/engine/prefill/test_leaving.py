@@ -1,6 +1,7 @@
 """When the next batch is formed: not while memory that it lacks is about to be free."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -8,6 +9,10 @@ from engine.prefill import leaving
 from engine.prefill.leaving import LeavingRequests
 
 FREE = 1000
+
+
+def leaving_requests(scheduler: Any) -> LeavingRequests:
+    return LeavingRequests(scheduler)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +36,7 @@ class Scheduler:
         self.polls = 0
         self._leave_after = leave_after
 
-    def poll(self) -> list[SimpleNamespace]:
+    def poll(self) -> list[Any]:
         self.polls += 1
         queue = self.disagg_prefill_inflight_queue
         left = [req for req in queue if self._leave_after[req.rid] <= self.polls]
@@ -42,25 +47,25 @@ class Scheduler:
 
 def test_a_batch_that_lacks_memory_waits_for_all_that_leaves():
     scheduler = Scheduler({"a": 2, "b": 5}, waiting_tokens=2 * FREE)
-    left = LeavingRequests(scheduler).wait(scheduler.poll)
+    left = leaving_requests(scheduler).wait(scheduler.poll)
     assert [req.rid for req in left] == ["a", "b"] and scheduler.polls == 5
 
 
 @pytest.mark.parametrize("waiting_tokens", [0, FREE])
 def test_nobody_waits_for_memory_that_is_not_lacked(waiting_tokens):
     scheduler = Scheduler({"a": 3}, waiting_tokens)
-    assert LeavingRequests(scheduler).wait(scheduler.poll) == [] and scheduler.polls == 1
+    assert leaving_requests(scheduler).wait(scheduler.poll) == [] and scheduler.polls == 1
 
 
 def test_memory_that_suffices_ends_the_wait():
     scheduler = Scheduler({"a": 2, "b": 9}, waiting_tokens=FREE + 600)
-    LeavingRequests(scheduler).wait(scheduler.poll)
+    leaving_requests(scheduler).wait(scheduler.poll)
     assert scheduler.polls == 2
 
 
 def test_a_request_that_does_not_leave_is_waited_for_once():
     scheduler = Scheduler({"hung": 10**6}, waiting_tokens=2 * FREE)
-    requests = LeavingRequests(scheduler)
+    requests = leaving_requests(scheduler)
     requests.wait(scheduler.poll)
     assert scheduler.polls == 1 + leaving.POLLS_MAX
     requests.wait(scheduler.poll)
@@ -69,5 +74,5 @@ def test_a_request_that_does_not_leave_is_waited_for_once():
 
 def test_a_request_that_has_not_met_its_decode_engine_is_not_leaving():
     scheduler = Scheduler({"parked": 3}, waiting_tokens=2 * FREE, parked=True)
-    LeavingRequests(scheduler).wait(scheduler.poll)
+    leaving_requests(scheduler).wait(scheduler.poll)
     assert scheduler.polls == 1

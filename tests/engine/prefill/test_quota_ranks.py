@@ -25,6 +25,7 @@ def one_rank(rank: int, folder: Path, answers: multiprocessing.Queue) -> None:
     from engine.prefill import profile as prefill_profile
     from engine.prefill.forward_clock import ForwardSample
     from engine.prefill.timing import PrefillTiming
+    from engine.sglang.prefill.made_up_forwards import MadeUpForwards
     from tests.engine.prefill.test_forward_clock import busy, forward_batch, scheduler
 
     store = torch.distributed.FileStore(str(folder / "store"), RANKS)
@@ -38,7 +39,7 @@ def one_rank(rank: int, folder: Path, answers: multiprocessing.Queue) -> None:
             for new in (256, 1024)
             for context in (0, 4096)
         ]
-        path = prefill_profile.profile_path(own, "a model")
+        path = prefill_profile.profile_path(MadeUpForwards(own), "a model")
         keep(path, msgspec.json.encode(samples))
     timing = PrefillTiming(own, 0.05)
     timing.start_quota("a model", 64)

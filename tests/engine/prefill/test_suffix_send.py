@@ -11,9 +11,12 @@ import pytest
 import torch
 from sglang.srt.disaggregation.base import KVPoll
 
-from engine.prefill.layers import PrefillForward
+from engine.page_table import PageTable
+from engine.prefill.forwards import PrefillForward
+from engine.prefill.layer_copies import LayerCopies
 from engine.prefill.suffix_send import SuffixSender
-from engine.sglang import prefill_layer_hooks
+from engine.sglang.prefill import send_hooks
+from engine.sglang.prefill.send_manager import SendManager
 
 PAGE = 4
 LAYERS = 3
@@ -29,7 +32,7 @@ def pool(pages: int, seed: int) -> list[np.ndarray]:
 
 
 class FakeManager:
-    """What the sender uses of SGLang's MooncakeKVManager; a write is a memcpy."""
+    """What is used of SGLang's MooncakeKVManager; a write is a memcpy."""
 
     def __init__(self) -> None:
         self.own, self.peer = pool(32, seed=1), pool(32, seed=2)
@@ -85,14 +88,15 @@ def manager():
 @pytest.fixture
 def sender(manager):
     table = torch.zeros((4, 128), dtype=torch.int32)
-    return SuffixSender(manager, PAGE, LAYERS, table)
+    view = SendManager(manager)
+    return SuffixSender(view, LayerCopies(view, LAYERS), PageTable(table, PAGE))
 
 
 def request(sender, manager, room, tokens, src_pages, dst_pages, prefix_pages=0, **changes):
     """A request whose D has ``prefix_pages`` and gave ``dst_pages`` for the rest."""
     index = len(manager.transfer_infos)
     rows = np.concatenate([np.arange(PAGE) + PAGE * page for page in src_pages])
-    sender._table[index, : len(rows)] = torch.from_numpy(rows)
+    sender._table._rows[index, : len(rows)] = torch.from_numpy(rows)
     info = SimpleNamespace(
         is_dummy=False,
         mooncake_session_id=SESSION,
@@ -116,14 +120,14 @@ def request(sender, manager, room, tokens, src_pages, dst_pages, prefix_pages=0,
 def forward(sender, *requests):
     """Run all layers of a forward; the workers' calls run at once."""
     workers = SimpleNamespace(submit=lambda session, call: call())
-    layers: Any = SimpleNamespace(
+    forwards: Any = SimpleNamespace(
         suffix=sender,
         workers=workers,
         num_layers=LAYERS,
         one_call_a_layer=True,
         mark=lambda: lambda: None,
     )
-    run = PrefillForward(layers, sender.plan(requests))
+    run = PrefillForward(forwards, sender.plan(requests))
     for layer in range(LAYERS):
         run.before_attention(layer)
         run.after_attention(layer)
@@ -154,8 +158,7 @@ def test_what_the_decode_engine_has_is_not_sent(manager, sender):
     req = request(sender, manager, 7, 16, [3, 4, 5, 6], dst_pages=[20, 21], prefix_pages=2)
     forward(sender, req)
     assert arrived(manager, [5, 6], [20, 21])
-    assert sender.sent_bytes_total == 2 * 2 * LAYERS * PAGE_BYTES
-    assert sender.moved_bytes() == {("write", "d0"): sender.sent_bytes_total}
+    assert sender.copies.moved_bytes() == {("write", "d0"): 2 * 2 * LAYERS * PAGE_BYTES}
     for old, new in zip(before, manager.peer, strict=True):
         changed = (old != new).reshape(-1, PAGE_BYTES).any(axis=1)
         assert set(np.flatnonzero(changed)) <= {20, 21}
@@ -227,8 +230,8 @@ def test_pages_that_no_forward_planned_are_left_to_sglang(manager, sender):
 @pytest.mark.parametrize("has_window", [True, False])
 def test_what_left_a_layer_window_unsent_ends_its_request(manager, sender, monkeypatch, has_window):
     """Its buffers have other layers' KV by now: SGLang must not send them."""
-    layers = SimpleNamespace(suffix=sender, window=object() if has_window else None)
-    monkeypatch.setattr(prefill_layer_hooks, "_layers", lambda: layers)
+    forwards = SimpleNamespace(suffix=sender, window=object() if has_window else None)
+    monkeypatch.setattr(send_hooks, "forwards", lambda: forwards)
     req = request(sender, manager, 7, 8, [3, 4], [8, 9])
     manager.decode_kv_args_table[SESSION].dst_kv_item_len = PAGE_BYTES // 2
     forward(sender, req)
@@ -238,6 +241,6 @@ def test_what_left_a_layer_window_unsent_ends_its_request(manager, sender, monke
         sent.append(kv_indices.tolist())
 
     pages = np.array([3, 4])
-    prefill_layer_hooks.around_add_transfer(original, manager, 7, pages, slice(0, 2), True)
+    send_hooks.around_add_transfer(original, manager, 7, pages, slice(0, 2), True)
     assert sent == ([] if has_window else [[3, 4]])
     assert ("--tp" in manager.concluded.get(7, "")) == has_window

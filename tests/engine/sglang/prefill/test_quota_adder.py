@@ -55,16 +55,16 @@ class _Request(SimpleNamespace):
 def adder_class():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_PLATFORM", "dualpath_cpu")
-        from engine.sglang import prefill_hooks
+        from engine.sglang.prefill import quota_adder
 
-        class Adder(prefill_hooks.QuotaPrefillAdder):
+        class Adder(quota_adder.QuotaPrefillAdder):
             def _replay_len(self, req, prefix_len):
                 return 0  # asks for settings that a server publishes at its start
 
             def _account_prefill_cache_admission(self, req, prefix_len):
                 pass
 
-        yield prefill_hooks, Adder
+        yield quota_adder, Adder
 
 
 def make_adder(adder_class, quota, chunk_tokens):

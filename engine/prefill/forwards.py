@@ -1,7 +1,9 @@
-"""Prefill engine: what happens around each layer of a forward.
+"""Prefill engine: forwards, followed from layer to layer.
 
-SGLang computes a batch in one call; these hooks follow it from layer to layer. After a
-layer's attention its new KV leaves for the decode engines (:mod:`engine.prefill.suffix_send`).
+SGLang computes a batch in one call, which calls us around each layer's attention
+(``engine/sglang/prefill/forward_hooks.py``). Before it the layer waits for its buffer and its
+prefix, where there is a layer window (:mod:`engine.prefill.layer_window`); after it the
+layer's new KV leaves for the decode engines (:mod:`engine.prefill.suffix_send`).
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +19,17 @@ import torch
 from common.samples import Sample, sample
 from engine.config import EngineConfig
 from engine.kv_memory import KvMemory
+from engine.page_table import PageTable
+from engine.prefill.credit_writer import CreditWriter
+from engine.prefill.layer_copies import LayerCopies
 from engine.prefill.layer_ring import LayerRing
-from engine.prefill.layer_window import CreditWriter, LayerWindow, WindowForward
+from engine.prefill.layer_window import LayerWindow, WindowForward
 from engine.prefill.leaving import LeavingRequests
 from engine.prefill.session_workers import SessionWorkers
 from engine.prefill.suffix_send import LayerSend, SuffixSender
 from engine.ranks.group import CreditsAt
+from engine.sglang.prefill.send_manager import SendManager
+from engine.sglang.views import Batch, Scheduler
 from engine.transfers.deliveries import Deliveries
 from transfer.pacing.peer_nics import MovedBytes, PeerNics
 
@@ -35,15 +41,15 @@ class PrefillForward:
 
     def __init__(
         self,
-        layers: PrefillLayers,
+        forwards: PrefillForwards,
         sends: dict[str, list[LayerSend]],
         window: WindowForward | None = None,
     ) -> None:
         self.window = window
-        self._layers = layers
+        self._forwards = forwards
         # With a window a layer has to leave its buffer also where nothing goes anywhere.
         self._sends = sends if sends or window is None else {"": []}
-        self._unsent = [len(self._sends)] * layers.num_layers
+        self._unsent = [len(self._sends)] * forwards.num_layers
         """Sessions that a layer has not left for yet."""
         self._lock = threading.Lock()
         self._next_layer = 0
@@ -56,27 +62,27 @@ class PrefillForward:
             self.window.before_layer(layer)
 
     def after_attention(self, layer: int) -> None:
-        if self._layers.one_call_a_layer:
+        if self._forwards.one_call_a_layer:
             self._done_until(layer + 1)
 
     def finish(self) -> None:
         """The forward has been launched: whatever was not seen is done (CUDA graphs call no
         hook)."""
-        self._done_until(self._layers.num_layers)
+        self._done_until(self._forwards.num_layers)
 
     def _done_until(self, layer: int) -> None:
         for done in range(self._next_layer, layer):
-            written = self._layers.mark()
+            written = self._forwards.mark()
             for session_id, sends in self._sends.items():
                 call = partial(self._send, session_id, sends, done, written)
-                self._layers.workers.submit(session_id, call)
+                self._forwards.workers.submit(session_id, call)
         self._next_layer = max(self._next_layer, layer)
 
     def _send(
         self, session_id: str, sends: list[LayerSend], layer: int, written: Callable[[], None]
     ) -> None:
         written()
-        self._layers.suffix.send_layer(session_id, sends, layer)
+        self._forwards.suffix.send_layer(session_id, sends, layer)
         with self._lock:
             self._unsent[layer] -= 1
             has_left = not self._unsent[layer]
@@ -84,60 +90,42 @@ class PrefillForward:
             self.window.layer_left(layer)
 
 
-def _nics_of(suffix: SuffixSender) -> PeerNics:
-    """For the metrics. The launcher names the protocol where it is not RDMA."""
-    is_rdma = os.environ.get("MOONCAKE_PROTOCOL", "rdma") == "rdma"
-    return PeerNics(suffix.is_local, is_rdma)
-
-
-class PrefillLayers:
+class PrefillForwards:
     """Builds the object that follows each forward. One per prefill engine."""
 
     def __init__(
         self,
         config: EngineConfig,
-        scheduler: Any,
+        scheduler: Scheduler,
         memory: KvMemory,
         deliveries: Deliveries,
         rank: int,
         credits_at: dict[str, CreditsAt],
     ) -> None:
         """``credits_at``: filled in as agents say it, by agent."""
-        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         self.num_layers = memory.layout.num_layers
         self.one_call_a_layer = len(memory.layout.component_bytes) == 2
         self.workers = SessionWorkers("dualpath-suffix")
-        self.suffix = SuffixSender(
-            scheduler.disagg_prefill_bootstrap_queue.kv_manager,
-            memory.layout.page_tokens,
-            self.num_layers,
-            scheduler.req_to_token_pool.req_to_token,
-            config.experiment.send_by_layer or config.layer_window is not None,
-        )
-        self.moved = MovedBytes(_nics_of(self.suffix), "engine")
-        self._deliveries = deliveries
+        manager = SendManager(scheduler.disagg_prefill_bootstrap_queue.kv_manager)
+        self.copies = LayerCopies(manager, self.num_layers)
+        table = PageTable(scheduler.req_to_token_pool.req_to_token, memory.layout.page_tokens)
+        sends_by_layer = config.experiment.send_by_layer or config.layer_window is not None
+        self.suffix = SuffixSender(manager, self.copies, table, sends_by_layer)
         self.window: LayerWindow | None = None
         if config.layer_window is not None and config.layer_window < self.num_layers:
             ring = LayerRing(self.num_layers, config.layer_window)
-            credits = self._credits(ring, list(config.agents), rank, credits_at)
-            rows = scheduler.req_to_token_pool.req_to_token
-            self.window = LayerWindow(
-                ring, memory, rows, self.suffix, deliveries, credits, self.workers
+            credits = CreditWriter(
+                ring, rank, list(config.agents), credits_at, manager.engine, self.workers
             )
+            self.window = LayerWindow(ring, table, self.suffix, deliveries, credits, self.workers)
         self.leaving = LeavingRequests(scheduler)
         self.current: PrefillForward | None = None
-        self._is_cuda = str(pool.device).startswith("cuda")
-        self._pool = pool
+        self._moved = MovedBytes(_nics_of(self.copies), "engine")
+        self._deliveries = deliveries
+        self._pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        self._is_cuda = str(self._pool.device).startswith("cuda")
 
-    def _credits(
-        self, ring: LayerRing, agents: list[str], rank: int, credits_at: dict[str, CreditsAt]
-    ) -> CreditWriter:
-        from sglang.srt.distributed.parallel_state import get_mooncake_transfer_engine
-
-        engine = get_mooncake_transfer_engine()
-        return CreditWriter(ring, rank, agents, credits_at, engine, self.workers)
-
-    def begin(self, batch: Any) -> None:
+    def begin(self, batch: Batch) -> None:
         """A batch's forward starts."""
         sends = self.suffix.plan(batch.reqs)
         window = self.window.begin(batch.reqs) if self.window is not None else None
@@ -151,12 +139,14 @@ class PrefillLayers:
 
     def samples(self) -> Iterator[Sample]:
         """For the metrics."""
+        moved_bytes = self.copies.moved_bytes()
+        sent_bytes = sum(n for (operation, _), n in moved_bytes.items() if operation == "write")
+        read_back = self.window.read_back_pages_total if self.window is not None else 0
         for layer, seconds in enumerate(self._deliveries.waited_s):
             yield sample("engine_kv_wait_seconds_total", seconds, layer=str(layer))
-        yield from self.moved.samples(self.suffix.moved_bytes())
-        read_back = self.window.read_back_pages_total if self.window is not None else 0
+        yield from self._moved.samples(moved_bytes)
         yield sample("engine_kv_bytes", int(np.sum(self._pool.get_kv_size_bytes())))
-        yield sample("engine_suffix_sent_bytes_total", self.suffix.sent_bytes_total)
+        yield sample("engine_suffix_sent_bytes_total", sent_bytes)
         yield sample("engine_suffix_late_seconds_total", self.suffix.late_s_total)
         yield sample("engine_read_back_pages_total", read_back)
 
@@ -167,6 +157,12 @@ class PrefillLayers:
         event = torch.cuda.Event()  # untested: no such machine was at hand
         event.record()
         return event.synchronize
+
+
+def _nics_of(copies: LayerCopies) -> PeerNics:
+    """For the metrics. The launcher names the protocol where it is not RDMA."""
+    is_rdma = os.environ.get("MOONCAKE_PROTOCOL", "rdma") == "rdma"
+    return PeerNics(copies.is_local, is_rdma)
 
 
 def _already() -> None:

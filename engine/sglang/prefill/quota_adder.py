@@ -1,4 +1,4 @@
-"""Hooks of a prefill engine: forwards are timed, batches packed to the quota.
+"""Batches packed to the quota.
 
 SGLang's ``PrefillAdder`` (managers/schedule_policy.py) takes requests from the waiting queue
 into a batch, up to ``--chunked-prefill-size`` new tokens. Here each request is first cut to
@@ -13,25 +13,35 @@ from typing import Any
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
 from engine.runtime import runtime, runtime_if_up
+from engine.sglang.border import Use
 from scheduler.quota import Chunk
 
-
-def around_forward(original: Any, runner: Any, forward_batch: Any, *args: Any, **kw: Any) -> Any:
-    """AROUND ``ModelRunner.forward``."""
-    engine = runtime_if_up()
-    if engine is None:
-        return original(runner, forward_batch, *args, **kw)
-    return engine.prefill_timing.clock.forward(
-        lambda: original(runner, forward_batch, *args, **kw), forward_batch
-    )
-
-
-def around_attention(original: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND ``AttentionBackend.forward``: one layer's, the writing of its KV included."""
-    engine = runtime_if_up()
-    if engine is None:
-        return original(*args, **kwargs)
-    return engine.prefill_timing.clock.attention(lambda: original(*args, **kwargs))
+_ADDER = "managers.schedule_policy.PrefillAdder."
+_REQUEST = "managers.schedule_batch.Req."
+USES = (
+    Use("managers.schedule_policy.PrefillAdder", "extended by the quota"),
+    Use("managers.schedule_policy.AddReqResult.CONTINUE", "there is room for another request"),
+    Use("managers.schedule_policy.AddReqResult.OTHER", "the batch is full, for reasons of ours"),
+    Use(_ADDER + "budget_state", "asked before each request; extended"),
+    Use(
+        _ADDER + "add_chunked_req",
+        "takes the request that the last batch cut; cuts it to `chunked_req_limit`",
+    ),
+    Use(
+        _ADDER + "add_one_req",
+        "takes a request, and cuts it to `rem_chunk_tokens`: both lowered meanwhile",
+        keywords=("req", "has_chunked_req", "truncation_align_size"),
+    ),
+    Use(_ADDER + "rem_chunk_tokens", "new tokens that still fit into the batch"),
+    Use(_ADDER + "chunked_req_limit", "new tokens of the request that was cut, or None"),
+    Use(_ADDER + "ceil_paged_tokens", "whole pages"),
+    Use(_ADDER + "can_run_list", "the requests taken so far"),
+    Use(_REQUEST + "full_untruncated_fill_ids", "the prompt, all of it"),
+    Use(_REQUEST + "prefix_len", "tokens that are there"),
+    Use(_REQUEST + "host_hit_length", "tokens that are about to be loaded"),
+    Use(_REQUEST + "extend_end", "where it was cut"),
+    Use(_REQUEST + "extend_len", "new tokens that the batch takes of it"),
+)
 
 
 class QuotaPrefillAdder(PrefillAdder):

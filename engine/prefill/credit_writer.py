@@ -1,0 +1,75 @@
+"""How far the writers of a layer window may go: told to each agent, whenever it changes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from engine.prefill.layer_ring import LayerRing
+from engine.prefill.session_workers import SessionWorkers
+from engine.ranks.group import CreditsAt
+from engine.sglang.views import TransferEngine
+from transfer.credits import WORD_BYTES
+from transfer.mooncake import transfer_batch
+
+log = logging.getLogger(__name__)
+
+
+class CreditWriter:
+    """Writes one rank's credits one-sidedly into agents' memory, the newest value only.
+
+    ``at`` says where; what it lacks is not written.
+    """
+
+    def __init__(
+        self,
+        ring: LayerRing,
+        rank: int,
+        agents: Sequence[str],
+        at: Mapping[str, CreditsAt],
+        transfer_engine: TransferEngine,
+        workers: SessionWorkers,
+    ) -> None:
+        self._ring = ring
+        self._rank = rank
+        self._at = at
+        self._engine = transfer_engine
+        self._workers = workers
+        self._words = np.zeros(len(agents), np.uint64)
+        self._index = {agent: index for index, agent in enumerate(agents)}
+        self._lock = threading.Lock()
+        self._queued: set[str] = set()
+        transfer_engine.register(int(self._words.ctypes.data), self._words.nbytes)
+
+    def push(self, agent: str) -> None:
+        """From any thread; returns at once."""
+        at = self._at.get(agent)
+        if at is None:
+            return
+        with self._lock:
+            if agent in self._queued:
+                return
+            self._queued.add(agent)
+        self._workers.submit(f"credits {at.session_id}", partial(self._write, at))
+
+    def _write(self, at: CreditsAt) -> None:
+        with self._lock:
+            self._queued.discard(at.agent)
+        index = self._index[at.agent]
+        self._words[index] = self._ring.free_until
+        source = int(self._words.ctypes.data) + index * WORD_BYTES
+        target = at.address + self._rank * WORD_BYTES
+        code = transfer_batch(
+            self._engine.engine,
+            "write",
+            at.session_id,
+            local=np.array([source]),
+            remote=np.array([target]),
+            lengths=np.array([WORD_BYTES]),
+        )
+        if code != 0:  # the agent is dead or hangs: its deliveries fail by themselves
+            log.warning("credits not written agent=%s code=%d", at.agent, code)

@@ -1,0 +1,1 @@
+"""Prefill engines: forwards, sends, batches, the pool of a layer window."""
