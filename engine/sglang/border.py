@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar
 
 ROOT = "sglang.srt."
@@ -63,12 +64,17 @@ def install(hooks: Iterable[Hook]) -> None:
 
 def _lazily(hook: str) -> Callable[..., Any]:
     # Most modules of hooks import SGLang's, which are not to be imported yet.
-    module, name = hook.split(":")
-
     def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+        return function_of(hook)(*args, **kwargs)
 
     return call
+
+
+@cache
+def function_of(hook: str) -> Callable[..., Any]:
+    """What :attr:`Hook.hook` names."""
+    module, name = hook.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 USES = (

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+from sglang.srt.platforms import current_platform  # noqa: F401 - see USES
+
 from engine import sglang as border_folder
 from engine.sglang import hooks
 from engine.sglang.border import VIEWS, Hook, Use
+from engine.sglang.cpu import hooks as cpu_hooks
 
 PAGE = Path(__file__).parents[2] / "docs" / "sglang.md"
 BEGIN = "<!-- border: python -m engine.sglang.tables -->"
 END = "<!-- /border -->"
+HOOKS: dict[str, tuple[Hook, ...]] = {
+    "both": hooks.EVERY_ENGINE,
+    "P": hooks.PREFILL,
+    "D": hooks.DECODE,
+    "CPU": cpu_hooks.EVERY_ENGINE + cpu_hooks.UNLIKE_SIZES + cpu_hooks.ATTENTION_GROUPS,
+}
+"""By the engines that have them; the last on the platform ``dualpath_cpu`` only."""
+
+
+USES = (
+    Use(
+        "platforms.current_platform",
+        "imported first: choosing it imports one of the border's modules",
+    ),
+)
 
 
 def modules() -> list[ModuleType]:
     """Every module of the border; importing them imports SGLang."""
     found = pkgutil.walk_packages(border_folder.__path__, border_folder.__name__ + ".")
     return [importlib.import_module(module.name) for module in found]
-
-
-def all_hooks() -> list[tuple[str, Hook]]:
-    """With the engines that have it."""
-    tables = (("both", hooks.EVERY_ENGINE), ("P", hooks.PREFILL), ("D", hooks.DECODE))
-    return [(engine, hook) for engine, table in tables for hook in table]
 
 
 def uses_of(module: ModuleType) -> tuple[Use, ...]:
@@ -60,17 +71,18 @@ def _hook_rows() -> Iterator[str]:
         "| SGLang name | kind | engine | why |",
         "| --- | --- | --- | --- |",
     )
-    for engine, hook in all_hooks():
-        yield f"| `{hook.target}` | {hook.kind} | {engine} | {hook.why} |"
+    for engine, table in HOOKS.items():
+        for hook in table:
+            yield f"| `{hook.target}` | {hook.kind} | {engine} | {hook.why} |"
 
 
 def _use_rows(found: list[ModuleType]) -> Iterator[str]:
-    yield from ("", "### Used beside the hooks", "")
-    yield from ("| file | SGLang name | why |", "| --- | --- | --- |")
+    yield from ("", "### Used beside the hooks")
     for module in found:
-        file = module.__name__.removeprefix("engine.sglang.").replace(".", "/") + ".py"
-        for use in uses_of(module):
-            yield f"| `{file}` | `{use.name}` | {use.why} |"
+        if uses := uses_of(module):
+            file = module.__name__.removeprefix("engine.sglang.").replace(".", "/") + ".py"
+            yield from ("", f"| `{file}` | why |", "| --- | --- |")
+            yield from (f"| `{use.name}` | {use.why} |" for use in uses)
 
 
 def _view_rows() -> Iterator[str]:
@@ -89,5 +101,4 @@ def page_with(tables: str) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("SGLANG_PLATFORM", "dualpath_cpu")
     PAGE.write_text(page_with(markdown()))

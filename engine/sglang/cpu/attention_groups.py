@@ -1,7 +1,6 @@
 """DP attention (``--attn-dp-size``) on a CPU: SGLang 0.5.23 assumes CUDA in a few places.
 
-SGLang has most of it for its own CPU engine, which needs ``sgl_kernel``. Each fix says what
-fails without it.
+SGLang has most of it for its own CPU engine, which needs ``sgl_kernel``.
 """
 
 from __future__ import annotations
@@ -9,47 +8,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from engine.sglang.border import Use
+
+_CONTROLLER = "managers.data_parallel_controller.DataParallelController."
+_GROUP = "distributed.parallel_state.GroupCoordinator."
+USES = (
+    Use("layers.dp_attention.memcpy_cpu", "what copies on a CPU"),
+    Use("model_executor.forward_batch_info._is_cpu", "set: no pinned memory"),
+    Use("model_executor.model_runner.ModelRunner.attn_backend", "given the value that it lacks"),
+    Use(_GROUP + "_all_gather_into_tensor", "what gathers by torch's own means"),
+    Use(_GROUP + "all_reduce", "a reduce-scatter is made of it"),
+    Use(_GROUP + "world_size", "how many shares that has"),
+    Use(_GROUP + "rank_in_group", "which is this rank's"),
+    Use(_CONTROLLER + "soft_watchdog", "fed while nothing comes"),
+    Use(_CONTROLLER + "recv_from_tokenizer", "where requests come from"),
+    Use(_CONTROLLER + "_request_dispatcher", "hands one to a group"),
+    Use("managers.io_struct.sock_recv", "reads one"),
+)
 _WATCHDOG_MS = 1000
 
 
-def register_fixes() -> None:
-    """Let a CPU have attention groups."""
-    # Without: the first forward gathers the groups' tokens with a triton kernel and dies ("0
-    # active drivers").
-    HookRegistry.register("sglang.srt.layers.dp_attention.memcpy", _copy_of_group, HookType.REPLACE)
-    # Without: before that it dies for a filling value that torch's native attention does not
-    # name, and for pinned memory.
-    HookRegistry.register(
-        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.prepare_mlp_sync_batch",
-        _before_groups_meet,
-        HookType.BEFORE,
-    )
-    # Without: these two end in operators that only GPUs have.
-    group = "sglang.srt.distributed.parallel_state.GroupCoordinator."
-    HookRegistry.register(
-        group + "all_gather_into_tensor",
-        lambda group, output, input: group._all_gather_into_tensor(output, input),
-        HookType.REPLACE,
-    )
-    HookRegistry.register(group + "reduce_scatter_tensor", _reduce_scatter, HookType.REPLACE)
-    # Without: a group with nothing to do dies in the forward that it makes with the others.
-    HookRegistry.register(
-        "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.forward_native",
-        _rotate_if_any,
-        HookType.AROUND,
-    )
-    # Without (speed only): the process that hands requests to the groups looks for them without
-    # a pause and takes a core: on two cores, those of P and D leave hardly any to the groups.
-    HookRegistry.register(
-        "sglang.srt.managers.data_parallel_controller.DataParallelController.event_loop",
-        _hand_out_requests,
-        HookType.REPLACE,
-    )
-
-
-def _hand_out_requests(controller: Any) -> None:
+def hand_out_requests(controller: Any) -> None:
+    """For ``DataParallelController.event_loop``."""
     from sglang.srt.managers.io_struct import sock_recv
 
     while True:
@@ -58,27 +39,36 @@ def _hand_out_requests(controller: Any) -> None:
             controller._request_dispatcher(sock_recv(controller.recv_from_tokenizer))
 
 
-def _reduce_scatter(group: Any, output: torch.Tensor, input: torch.Tensor) -> None:
+def all_gather(group: Any, output: torch.Tensor, input: torch.Tensor) -> None:
+    """For ``GroupCoordinator.all_gather_into_tensor``."""
+    group._all_gather_into_tensor(output, input)
+
+
+def reduce_scatter(group: Any, output: torch.Tensor, input: torch.Tensor) -> None:
+    """For ``GroupCoordinator.reduce_scatter_tensor``."""
     reduced = group.all_reduce(input.clone()).view(group.world_size, *output.shape)
     output.copy_(reduced[group.rank_in_group])
 
 
-def _rotate_if_any(
+def rotate_if_any(
     original: Any, rotary: Any, positions: torch.Tensor, query: Any, key: Any, *args: Any, **kw: Any
 ) -> Any:
+    """AROUND ``RotaryEmbedding.forward_native``."""
     if not len(positions):
         return query, key
     return original(rotary, positions, query, key, *args, **kw)
 
 
-def _copy_of_group(*args: Any) -> None:
+def copy_of_group(*args: Any, **kwargs: Any) -> None:
+    """For ``memcpy``."""
     from sglang.srt.layers.dp_attention import memcpy_cpu
 
-    memcpy_cpu(*args)
+    memcpy_cpu(*args, **kwargs)
 
 
-def _before_groups_meet(batch: Any, runner: Any, *_: Any, **__: Any) -> None:
+def before_groups_meet(batch: Any, model_runner: Any, *_: Any, **__: Any) -> None:
+    """BEFORE ``ForwardBatch.prepare_mlp_sync_batch``."""
     from sglang.srt.model_executor import forward_batch_info
 
     forward_batch_info._is_cpu = True
-    runner.attn_backend.get_cpu_graph_seq_len_fill_value = lambda: 1
+    model_runner.attn_backend.get_cpu_graph_seq_len_fill_value = lambda: 1

@@ -14,9 +14,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-_STAGING = "sglang.srt.disaggregation.common."
+from engine.sglang.border import Use
+
+USES = (
+    Use(
+        "disaggregation.common.staging_buffer._STAGING_SUPPORTED_DEVICE_TYPES",
+        'extended by "cpu"; without: StagingBuffer refuses the device, and wants streams that '
+        "know theirs",
+    ),
+    Use(
+        "disaggregation.common.staging_handler.DecodeStagingHandler.kv_buffer_info",
+        "the buffers, put back after their device has been looked at",
+    ),
+)
 _CPU = torch.device("cpu", 0)
 
 
@@ -31,30 +42,22 @@ class CpuStream(torch.cpu.Stream):
         return
 
 
-def register_fixes() -> None:
-    """Let a CPU stage."""
+def let_a_cpu_stage() -> None:
+    """Also on what the hooks do not reach."""
     from sglang.srt.disaggregation.common import staging_buffer
 
-    # Without: StagingBuffer refuses the device, and wants streams that know theirs.
     staging_buffer._STAGING_SUPPORTED_DEVICE_TYPES += ("cpu",)
     torch.cpu.Stream = CpuStream
-    # Without: "cpu:0", where the staging buffer is, counts as another device than "cpu".
-    HookRegistry.register(
-        _STAGING + "staging_buffer._check_kv_on_staging_device",
-        lambda *_: None,
-        HookType.REPLACE,
-    )
-    # Without: D refuses KV buffers on a device without a number.
-    HookRegistry.register(
-        _STAGING + "staging_handler.DecodeStagingHandler.__init__",
-        _handler_with_a_numbered_device,
-        HookType.AROUND,
-    )
 
 
-def _handler_with_a_numbered_device(
+def any_device(*_: Any, **__: Any) -> None:
+    """For ``_check_kv_on_staging_device``."""
+
+
+def around_handler(
     original: Any, handler: Any, *args: Any, kv_buffer_info: dict[str, Any], **kwargs: Any
 ) -> None:
+    """AROUND ``DecodeStagingHandler.__init__``."""
     numbered = {**kv_buffer_info, "k_buffers": [SimpleNamespace(device=_CPU)]}
     original(handler, *args, kv_buffer_info=numbered, **kwargs)
     handler.kv_buffer_info = kv_buffer_info

@@ -1,18 +1,15 @@
 """The border to SGLang: all that it touches exists in the pinned version, and is documented."""
 
 import ast
-import importlib
 import inspect
 
 import pytest
 
 from engine.sglang import tables
-from engine.sglang.border import ROOT, VIEWS
+from engine.sglang.border import ROOT, VIEWS, function_of
 from tests.engine.sglang.installed import Missing, accepts, find, function
 
-HOOKS = [hook for _, hook in tables.all_hooks()]
-WITHOUT_USES = {"cpu.attention_groups", "cpu.platform", "cpu.staging"}
-"""Files that do not say yet what they use. May only shrink."""
+HOOKS = [hook for table in tables.HOOKS.values() for hook in table]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,15 +26,13 @@ def _short(module):
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.target.rsplit(".", 2)[-1])
 def test_the_hooked_name_and_the_hook_exist(hook):
     assert inspect.isroutine(find(hook.target))
-    module, name = hook.hook.split(":")
-    assert inspect.isfunction(getattr(importlib.import_module(module), name))
+    assert inspect.isfunction(function_of(hook.hook))
 
 
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.target.rsplit(".", 2)[-1])
 def test_a_hook_takes_what_the_hooked_function_takes(hook):
     """By position, and by name as well, since a caller may name any argument."""
-    module, name = hook.hook.split(":")
-    ours = _parameters(getattr(importlib.import_module(module), name))
+    ours = _parameters(function_of(hook.hook))
     if hook.kind in ("after", "around"):
         del ours[0]  # the result, or the original
     any_position = any(p.kind is p.VAR_POSITIONAL for p in ours)
@@ -83,8 +78,7 @@ def test_what_is_imported_stands_in_a_table():
         for module in tables.modules()
         if (unlisted := _imported(module) - _listed(module))
     }
-    assert {name: lacks for name, lacks in lacking.items() if name not in WITHOUT_USES} == {}
-    assert WITHOUT_USES - lacking.keys() == set(), "these may be taken off the list"
+    assert lacking == {}
 
 
 def _imported(module):
