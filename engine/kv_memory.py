@@ -1,14 +1,12 @@
-"""The KV memory map: where a page's layer block lies in a running SGLang pool.
+"""The KV memory map: where a page's layer block lies in the pool of a running engine.
 
-In every supported pool, page ``p`` of a buffer is the contiguous range
-``[base + p * page_bytes, base + (p + 1) * page_bytes)``; page 0 is SGLang's padding page.
-Source: sglang/srt/mem_cache/memory_pool.py (``get_contiguous_buf_infos``).
+In every supported pool (:mod:`engine.sglang.kv_pool`), page ``p`` of a buffer is the contiguous
+range ``[base + p * page_bytes, base + (p + 1) * page_bytes)``; page 0 is SGLang's padding page.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,16 +17,6 @@ from transfer.mooncake import Addresses
 from transfer.ranges import merge_adjacent
 
 
-class UnsupportedPool(Exception):
-    """A KV pool whose blocks this version cannot move whole."""
-
-    def __init__(self, pool: str, reason: str) -> None:
-        super().__init__(
-            f"DualPath cannot serve KV pool {pool}: {reason}. Start this model without "
-            "launch.cluster, or remove the option that selects this pool."
-        )
-
-
 class KvMemory(msgspec.Struct, frozen=True):
     """``addresses[layer][component]``: base address of a buffer of this rank; components are
     (K, V) for MHA/GQA and (latent,) for MLA."""
@@ -37,43 +25,6 @@ class KvMemory(msgspec.Struct, frozen=True):
     """Of whole blocks; ``layout.shard`` is what this rank holds of one."""
     addresses: list[list[int]]
     kv_dtype: str
-
-    @classmethod
-    def of_pool(cls, pool: Any, kv_heads: int) -> KvMemory:
-        """Map a pool of a model with ``kv_heads`` at all ranks together; raises
-        :class:`UnsupportedPool` for one that holds more than plain KV.
-
-        Ranks split the heads of MHA/GQA; where there are fewer heads than ranks, some ranks
-        hold the same one. MLA's latent has no heads: each rank holds all of it.
-
-        The class is compared exactly: a subclass (quantised, page-interleaved, sliding
-        window...) keeps parts elsewhere, and a block is all of a model's KV or nothing.
-        """
-        kind = type(pool).__name__
-        components_per_layer = {"MHATokenToKVPool": 2, "MLATokenToKVPool": 1}.get(kind)
-        if components_per_layer is None:
-            raise UnsupportedPool(kind, "only MHATokenToKVPool and MLATokenToKVPool are known")
-        if getattr(pool, "is_quantized_kv_cache", False):
-            raise UnsupportedPool(kind, "its scales are kept outside the KV buffers")
-        pointers, _, page_bytes = pool.get_contiguous_buf_infos()
-        layers = pool.layer_num
-        if len(pointers) != layers * components_per_layer:
-            raise UnsupportedPool(
-                kind, f"{len(pointers)} buffers for {layers} layers (a draft model?)"
-            )
-        addresses = [
-            [int(pointers[c * layers + layer]) for c in range(components_per_layer)]
-            for layer in range(layers)
-        ]
-        component_bytes = tuple(int(page_bytes[c * layers]) for c in range(components_per_layer))
-        for layer in range(layers):
-            for c in range(components_per_layer):
-                if page_bytes[c * layers + layer] != component_bytes[c]:
-                    raise UnsupportedPool(kind, f"layer {layer} has pages of another size")
-        shards = kv_heads // pool.head_num if kind == "MHATokenToKVPool" else 1
-        whole = tuple(size * shards for size in component_bytes)
-        layout = BlockLayout(pool.page_size, layers, whole, shards)
-        return cls(layout, addresses, str(pool.dtype).removeprefix("torch."))
 
     def address(self, layer: int, component: int, page: int) -> int:
         """First byte of one page's component in one layer."""

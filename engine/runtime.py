@@ -37,7 +37,6 @@ from engine.config import EngineConfig
 from engine.control import ControlServer
 from engine.decode.persist import Persister
 from engine.decode.restore import Restores
-from engine.kv_memory import KvMemory
 from engine.model_digest import model_digest
 from engine.plans import Plans
 from engine.prefill.forwards import PrefillForwards
@@ -45,6 +44,7 @@ from engine.prefill.hit_loads import HitLoads
 from engine.prefill.layer_window import LayerWindow
 from engine.prefill.timing import PrefillTiming
 from engine.ranks.group import CreditsAt, Event, JobOver, Links, RankGroup, SilentLinks
+from engine.sglang.kv_pool import memory_of
 from engine.transfers.completion_board import CompletionBoard, OtherBoards
 from engine.transfers.deliveries import Deliveries
 from engine.transfers.jobs import Jobs
@@ -106,7 +106,7 @@ class EngineRuntime:
         self.incarnation = incarnation()
         allocator = scheduler.token_to_kv_pool_allocator
         kv_heads = scheduler.model_config.get_total_num_kv_heads()
-        self.memory = KvMemory.of_pool(allocator.get_kvcache(), kv_heads)
+        self.memory = memory_of(allocator.get_kvcache(), kv_heads)
         group = scheduler.attn_tp_group
         self.ranks = RankGroup(group.rank_in_group, group.world_size, group.cpu_group, self._apply)
         self.weights = Weights(self._first_namespace(), f"{self.name}-{self.incarnation}")

@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 
-from engine.kv_memory import KvMemory, UnsupportedPool
+from engine.sglang.kv_pool import UnsupportedPool, memory_of
 
 PAGE, LAYERS = 4, 3
 
@@ -52,7 +52,7 @@ def _mla():
 @pytest.mark.parametrize("v_head_dim", [8, 4])
 def test_mha_pages_are_where_the_map_says(dtype, v_head_dim):
     pool = _mha(dtype=dtype, v_head_dim=v_head_dim)
-    memory = KvMemory.of_pool(pool, kv_heads=2)
+    memory = memory_of(pool, kv_heads=2)
     itemsize = torch.tensor([], dtype=dtype).element_size()
     assert memory.layout.component_bytes == (
         PAGE * 2 * 8 * itemsize,
@@ -66,7 +66,7 @@ def test_mha_pages_are_where_the_map_says(dtype, v_head_dim):
 
 def test_mla_pages_are_where_the_map_says():
     pool = _mla()
-    memory = KvMemory.of_pool(pool, kv_heads=4)
+    memory = memory_of(pool, kv_heads=4)
     assert memory.layout.component_bytes == (PAGE * 24 * 2,)
     for layer in range(LAYERS):
         pool.kv_buffer[layer][2 * PAGE : 3 * PAGE] = layer + 1
@@ -85,4 +85,4 @@ def test_a_pool_with_more_than_plain_kv_is_refused_with_its_name():
         pass
 
     with pytest.raises(UnsupportedPool, match="SlidingWindowPool"):
-        KvMemory.of_pool(SlidingWindowPool(), kv_heads=2)
+        memory_of(SlidingWindowPool(), kv_heads=2)
