@@ -7,7 +7,7 @@ from typing import NewType
 PlanId = NewType("PlanId", int)
 """Of a plan: given by the gateway, 48 bits, never reused."""
 JobId = NewType("JobId", int)
-"""Of a transfer job: given by the engine that issues it, 48 bits, never reused."""
+"""Of an agent's job (``Deliver`` or ``PullBlocks``): given by the engine, 48 bits, never reused."""
 Incarnation = NewType("Incarnation", int)
 """Start time of a process in ms: a greater one replaces all that came before it."""
 BoardSlot = NewType("BoardSlot", int)
