@@ -76,7 +76,7 @@ steps = st.lists(
 @examples(200)
 @given(steps, st.sets(st.sampled_from(AGENTS)), st.sampled_from([1, 1 << 16]))
 def test_equals_a_model_under_gaps_and_restarts(steps, alive, sets_min):
-    with patch("scheduler.directory.directory._SETS_MIN", sets_min):  # 1: unused sets go at once
+    with patch("scheduler.directory.holder_table._SETS_MIN", sets_min):  # 1: unused sets go at once
         equals_a_model(steps, alive)
 
 
