@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from common.block import UNLABELLED, BlockKey, BlockLabel, BlockOwner, TierName
 from common.messages import Holding
+from storage.index.eviction import IsIdle
 from storage.index.index import BlockIndex
 from storage.index.owners import OwnerGroups, Quota, Selector
 from storage.tiers.contract import TierFull
 
-IsIdle = Callable[[BlockKey], bool]
 RECLAIM_BLOCKS = 1024
 """Dropped blocks that go at once."""
 

@@ -1,0 +1,70 @@
+"""Which blocks are younger: the time of the last use, and earlier uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.block import BlockKey
+from storage.index.rows import Rows
+from storage.index.use_counts import UseCounts
+
+BONUS_PART = 0.3
+"""An earlier use makes a block younger by this part of all blocks that are held."""
+BONUS_USES_MAX = 4
+
+
+class Scores:
+    """Writes the rows' scores: when the block was last used, counted in uses, plus a bonus for
+    earlier uses."""
+
+    def __init__(self, rows: Rows, uses: UseCounts) -> None:
+        self._rows = rows
+        self._uses = uses
+        self._clock = 0
+
+    def add(self, row: int, key: BlockKey) -> None:
+        """A new block counts as used now."""
+        self._clock += 1
+        earlier_uses = min(self._uses.at_least_once(key) - 1, BONUS_USES_MAX)
+        bonus = int(BONUS_PART * len(self._rows.of) * earlier_uses)
+        self._rows.scores[row] = self._clock + bonus
+
+    def add_many(self, rows: NDArray[np.int64]) -> None:
+        """The same of many, the oldest first, but that no use is counted."""
+        count = len(rows)
+        self._rows.scores[rows] = self._clock + 1 + np.arange(count)
+        self._clock += count
+
+    def load(self) -> None:
+        """The first row is the oldest, and so on."""
+        self._clock = len(self._rows.of)
+        self._rows.scores[:] = np.arange(self._clock)
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """See :meth:`storage.index.index.BlockIndex.touch`."""
+        if keys:
+            self._renew(keys, self._bonus(self._uses.count(keys)))
+
+    def refresh(self, keys: Sequence[BlockKey]) -> None:
+        """See :meth:`storage.index.index.BlockIndex.refresh`."""
+        if keys:
+            self._renew(keys, self._bonus(self._uses.estimate(keys)))
+
+    def uses(self, key: BlockKey) -> int:
+        """See :meth:`storage.index.index.BlockIndex.uses`."""
+        return int(self._uses.estimate([key])[0])
+
+    def _renew(self, keys: Sequence[BlockKey], bonus: NDArray[np.int64]) -> None:
+        of = self._rows.of
+        rows = np.fromiter((of.get(key, -1) for key in keys), np.int64, len(keys))
+        here = rows >= 0
+        ages = np.arange(len(keys), 0, -1)  # the first is the youngest
+        self._rows.scores[rows[here]] = (self._clock + ages + bonus)[here]
+        self._clock += len(keys)
+
+    def _bonus(self, uses: NDArray[np.int64]) -> NDArray[np.int64]:
+        earlier = np.clip(uses - 1, 0, BONUS_USES_MAX)
+        return (BONUS_PART * len(self._rows.of) * earlier).astype(np.int64)
