@@ -27,7 +27,7 @@ check-types: setup
 
 # Fewer random examples than `make test`, and no test that is marked slow. Tests that import
 # SGLang (13 s of CPU time) run in one process; the others wait for processes of theirs most of the
-# time, so three of them go on at once.
+# time, so two of them go on at once.
 QUICK = EXAMPLES=few .venv/bin/python -m pytest -m "not slow" --durations=9 --durations-min=4
 WITHOUT_SGLANG = tests/transfer tests/storage tests/scheduler tests/common
 
@@ -35,7 +35,7 @@ check-engines: setup
 	@$(QUICK) $(WITHOUT_SGLANG:%=--ignore=%) tests
 
 check-stores: setup
-	@$(QUICK) --numprocesses=3 $(WITHOUT_SGLANG)
+	@$(QUICK) --numprocesses=2 $(WITHOUT_SGLANG)
 
 check: setup
 	@$(MAKE) --no-print-directory --jobs --keep-going --output-sync=target \

@@ -18,6 +18,8 @@ from tests.scheduler.clusters import BLOCK_BYTES, state_of
 
 AGENTS = ("p", "d", "x")
 ALL = frozenset(AGENTS)
+EXAMPLE = "examples.halves:Halves"
+"""A policy of one's own."""
 
 
 def hit_of(holders: list[Holders], alive: frozenset[str] = ALL, decode: str = "d") -> Hit:
@@ -74,7 +76,7 @@ def hits(draw: st.DrawFn) -> Hit:
 
 
 @examples(300)
-@given(hits(), queues, st.sampled_from(POLICY_NAMES))
+@given(hits(), queues, st.sampled_from((*POLICY_NAMES, EXAMPLE)))
 def test_every_block_goes_to_one_living_agent_that_can_have_it(hit, queues, name):
     state = state_of({agent: queues[agent] for agent in hit.alive})
     readers, holders = readers_of(name, hit, state), holders_of(hit)

@@ -22,6 +22,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+@pytest.mark.slow
 def test_tiny_is_the_same_on_every_build(tiny, tmp_path):
     tiny_model.build(tmp_path)
     assert digests(tmp_path) == digests(tiny)
@@ -31,6 +32,7 @@ def test_tiny_weights_are_the_same_on_every_machine(tiny):
     assert digests(tiny)["model.safetensors"].startswith("a19d4fb71d")
 
 
+@pytest.mark.slow
 def test_tiny_sees_a_changed_early_token(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
     generator = torch.Generator().manual_seed(1)

@@ -23,7 +23,7 @@ from tests.launch.rollout.stub import stub_process
 
 def test_auto_keeps_as_many_in_flight_as_the_cluster_admits(stub, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", text_rows(60))
-    stub.set(delay_s=0.02, admitted_max=5)
+    stub.set(delay_s=0.1, admitted_max=5)
     assert run(source, tmp_path / "out", stub.url) == 0
     found = summary(tmp_path / "out")
     assert found["concurrency"] == 5

@@ -48,7 +48,10 @@ def is_served(port: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("end", [None, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "end",
+    [None, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGKILL))],
+)
 def test_its_cluster_ends_with_it(tmp_path, end):
     port = free_port()
     stub = f"{sys.executable} {rollout_stub.__file__}"

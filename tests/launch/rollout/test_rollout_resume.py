@@ -156,6 +156,7 @@ def test_a_strangers_folder_is_left_alone(stub, tmp_path, capfd):
     assert (output / "thesis.txt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_stops_it_and_it_goes_on_with_room(stub, tmp_path):
     disk, source = tmp_path / "disk", write_jsonl(tmp_path / "in.jsonl", text_rows(400))
@@ -178,6 +179,7 @@ def test_a_full_disk_stops_it_and_it_goes_on_with_room(stub, tmp_path):
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_is_a_full_disk(stub, tmp_path):
     """The same where mounting is not allowed: EFBIG instead of ENOSPC."""
     source = write_jsonl(tmp_path / "in.jsonl", text_rows(300))

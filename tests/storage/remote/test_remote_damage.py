@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from storage.remote.tier import RemoteTier
 from storage.tiers.contract import BlockCorrupt, BlockIO, BlockMissing
@@ -20,6 +21,7 @@ DAMAGES = (5, 55)
 KEYS = [key_of(i) for i in range(60)]
 
 
+@pytest.mark.slow
 def test_no_damage_delivers_a_wrong_block(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     _fill(whole)

@@ -194,6 +194,7 @@ def _run_workload(recorder: _Recorder, tier: SsdTier) -> dict[BlockKey, list[int
     return acknowledged
 
 
+@pytest.mark.slow
 def test_any_power_cut_leaves_what_was_acknowledged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +271,7 @@ def _damage(folder: Path, chance: random.Random) -> None:
         overwrite(path, second, data[first : first + piece])
 
 
+@pytest.mark.slow
 def test_two_thousand_damages_deliver_nothing_wrong(tmp_path: Path) -> None:
     """In slabs, tables, owners and the state; half of the starts have no right table."""
     chance, folder = random.Random(3), tmp_path / "ssd"

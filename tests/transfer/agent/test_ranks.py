@@ -86,7 +86,13 @@ def test_any_even_split_is_cut_or_joined_to_any_other(data):
         assert got == shard_of(content, layout, target, shard)
 
 
-@pytest.mark.parametrize(("stored", "wanted"), [(2, 2), (2, 1), (1, 2), (2, 4), (4, 2)])
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        *((2, 1), (1, 2)),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 2), (2, 4), (4, 2))),
+    ],
+)
 def test_blocks_of_one_tensor_parallel_size_serve_another(gateway, start_engine, stored, wanted):
     decode = start_engine("d0", layout=in_shards(stored), ranks=stored)
     prefill = start_engine("p0", layout=in_shards(wanted), ranks=wanted)
