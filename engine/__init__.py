@@ -1,1 +1,1 @@
-"""Modified SGLang runtimes: everything that touches SGLang, from outside its files."""
+"""What runs inside SGLang's engines. All that touches SGLang itself is in :mod:`engine.sglang`."""

@@ -1,5 +1,5 @@
 """Prefill batches packed to a quota of attention time (``--prefill-quota-ms``): what the
-engine knows of them. ``engine/sglang/prefill_hooks.py`` packs."""
+engine knows of them. ``engine/sglang/prefill/quota_adder.py`` packs."""
 
 from __future__ import annotations
 

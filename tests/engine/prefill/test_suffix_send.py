@@ -55,6 +55,7 @@ class FakeManager:
         self.code = 0
         self.writes = 0
         self.concluded, self.poisoned, self.acked = {}, [], []
+        self.req_to_token = torch.zeros((4, 128), dtype=torch.int32)
 
     def batch_transfer_async_write(self, *_):
         return 0  # not taken: then the synchronous call is made
@@ -87,16 +88,16 @@ def manager():
 
 @pytest.fixture
 def sender(manager):
-    table = torch.zeros((4, 128), dtype=torch.int32)
     view = SendManager(manager)
-    return SuffixSender(view, LayerCopies(view, LAYERS), PageTable(table, PAGE))
+    table = PageTable(manager.req_to_token, PAGE)
+    return SuffixSender(view, LayerCopies(view, LAYERS), table)
 
 
-def request(sender, manager, room, tokens, src_pages, dst_pages, prefix_pages=0, **changes):
+def request(manager, room, tokens, src_pages, dst_pages, prefix_pages=0, **changes):
     """A request whose D has ``prefix_pages`` and gave ``dst_pages`` for the rest."""
     index = len(manager.transfer_infos)
     rows = np.concatenate([np.arange(PAGE) + PAGE * page for page in src_pages])
-    sender._table._rows[index, : len(rows)] = torch.from_numpy(rows)
+    manager.req_to_token[index, : len(rows)] = torch.from_numpy(rows)
     info = SimpleNamespace(
         is_dummy=False,
         mooncake_session_id=SESSION,
@@ -144,7 +145,7 @@ def arrived(manager, src_pages, dst_pages):
 
 
 def test_a_suffix_arrives_and_claims_all_of_sglangs_own_send(manager, sender):
-    req = request(sender, manager, 7, tokens=10, src_pages=[3, 9, 4, 5], dst_pages=[8, 1, 2])
+    req = request(manager, 7, tokens=10, src_pages=[3, 9, 4, 5], dst_pages=[8, 1, 2])
     forward(sender, req)
     assert arrived(manager, [3, 9, 4], [8, 1, 2])
     sends = sender.claim(7, pages=3, is_last=True)
@@ -155,7 +156,7 @@ def test_a_suffix_arrives_and_claims_all_of_sglangs_own_send(manager, sender):
 
 def test_what_the_decode_engine_has_is_not_sent(manager, sender):
     before = [b.copy() for b in manager.peer]
-    req = request(sender, manager, 7, 16, [3, 4, 5, 6], dst_pages=[20, 21], prefix_pages=2)
+    req = request(manager, 7, 16, [3, 4, 5, 6], dst_pages=[20, 21], prefix_pages=2)
     forward(sender, req)
     assert arrived(manager, [5, 6], [20, 21])
     assert sender.copies.moved_bytes() == {("write", "d0"): 2 * 2 * LAYERS * PAGE_BYTES}
@@ -167,7 +168,7 @@ def test_what_the_decode_engine_has_is_not_sent(manager, sender):
 def test_chunks_send_each_page_once_and_a_partial_page_with_the_chunk_that_fills_it(
     manager, sender
 ):
-    req = request(sender, manager, 7, 14, [3, 4, 5, 6], dst_pages=[20, 21, 22, 23], extend_end=6)
+    req = request(manager, 7, 14, [3, 4, 5, 6], dst_pages=[20, 21, 22, 23], extend_end=6)
     forward(sender, req)
     assert arrived(manager, [3], [20]) and not arrived(manager, [4], [21])
     first = sender.claim(7, pages=1, is_last=False)
@@ -180,8 +181,8 @@ def test_chunks_send_each_page_once_and_a_partial_page_with_the_chunk_that_fills
 
 
 def test_requests_to_one_decode_engine_share_a_write_for_each_layer(manager, sender):
-    a = request(sender, manager, 7, 8, [3, 4], [8, 9])
-    b = request(sender, manager, 8, 8, [5, 6], [10, 11])
+    a = request(manager, 7, 8, [3, 4], [8, 9])
+    b = request(manager, 8, 8, [5, 6], [10, 11])
     forward(sender, a, b)
     assert manager.writes == LAYERS
     assert arrived(manager, [3, 4, 5, 6], [8, 9, 10, 11])
@@ -189,7 +190,7 @@ def test_requests_to_one_decode_engine_share_a_write_for_each_layer(manager, sen
 
 def test_a_failed_write_fails_its_rooms_as_sglang_does(manager, sender):
     manager.code = -1
-    req = request(sender, manager, 7, 8, [3, 4], [8, 9])
+    req = request(manager, 7, 8, [3, 4], [8, 9])
     forward(sender, req)
     sends = sender.claim(7, pages=2, is_last=True)
     sender.settle(7, sends)
@@ -198,7 +199,7 @@ def test_a_failed_write_fails_its_rooms_as_sglang_does(manager, sender):
 
 
 def test_an_aborted_request_is_acknowledged_only_when_its_layers_are_through(manager, sender):
-    req = request(sender, manager, 7, 8, [3, 4], [8, 9])
+    req = request(manager, 7, 8, [3, 4], [8, 9])
     sends = sender.plan([req])[SESSION]
     sender.send_layer(SESSION, sends, 0)
     manager.request_status[7] = KVPoll.Failed
@@ -212,7 +213,7 @@ def test_an_aborted_request_is_acknowledged_only_when_its_layers_are_through(man
 
 @pytest.mark.parametrize("changed", ["dst_kv_item_len", "requires_dcp_relayout", "unknown"])
 def test_another_layout_is_left_to_sglang(manager, sender, changed):
-    req = request(sender, manager, 7, 8, [3, 4], [8, 9])
+    req = request(manager, 7, 8, [3, 4], [8, 9])
     if changed == "unknown":
         manager.decode_kv_args_table.clear()
     else:
@@ -222,7 +223,7 @@ def test_another_layout_is_left_to_sglang(manager, sender, changed):
 
 
 def test_pages_that_no_forward_planned_are_left_to_sglang(manager, sender):
-    req = request(sender, manager, 7, 8, [3, 4], [8, 9], extend_end=4)
+    req = request(manager, 7, 8, [3, 4], [8, 9], extend_end=4)
     forward(sender, req)
     assert sender.claim(7, pages=2, is_last=True) is None
 
@@ -232,7 +233,7 @@ def test_what_left_a_layer_window_unsent_ends_its_request(manager, sender, monke
     """Its buffers have other layers' KV by now: SGLang must not send them."""
     forwards = SimpleNamespace(suffix=sender, window=object() if has_window else None)
     monkeypatch.setattr(send_hooks, "forwards", lambda: forwards)
-    req = request(sender, manager, 7, 8, [3, 4], [8, 9])
+    req = request(manager, 7, 8, [3, 4], [8, 9])
     manager.decode_kv_args_table[SESSION].dst_kv_item_len = PAGE_BYTES // 2
     forward(sender, req)
     sent = []

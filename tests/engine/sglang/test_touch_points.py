@@ -70,6 +70,9 @@ def test_what_is_seen_of_an_object_exists(view):
     for name in VIEWS[view]:
         for member in tables.members(view):
             find(f"{name}.{member}")
+            if inspect.isfunction(ours := getattr(view, member, None)):
+                arguments = [p.name for p in _parameters(ours)[1:]]
+                assert accepts(f"{name}.{member}", arguments) == []
 
 
 def test_what_is_imported_stands_in_a_table():
