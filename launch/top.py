@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 from rich.console import Console, Group, RenderableType
@@ -16,7 +16,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from common.json import JsonObject
 from common.sizes import format_size
+
+if TYPE_CHECKING:  # which would bring all that the gateway needs
+    from launch.gateway.recent_requests import EndedView
+    from launch.gateway.services import GatewayView
+    from scheduler.cluster_view import AgentView, EngineView
 
 FETCH_TIMEOUT_S = 5.0
 BAR_CELLS = 10
@@ -24,19 +30,17 @@ RECENT_ROWS = 8
 RID_CHARS = 16
 EXIT_UNREACHABLE = 1
 
-View = dict[str, Any]
-
 
 class Unreachable(Exception):
     """No cluster answers there; the text says why."""
 
 
-def fetch(url: str) -> View:
+def fetch(url: str) -> GatewayView:
     """The state of the cluster whose gateway is at ``url``; raises :class:`Unreachable`."""
     address = url.rstrip("/") + "/admin/cluster"
     try:
         with urllib.request.urlopen(address, timeout=FETCH_TIMEOUT_S) as answer:
-            return msgspec.json.decode(answer.read(), type=View)
+            return cast("GatewayView", msgspec.json.decode(answer.read(), type=JsonObject))
     except (OSError, ValueError) as error:  # ValueError: no URL, or no JSON
         raise Unreachable(f"{address}: {error}") from error
 
@@ -44,7 +48,7 @@ def fetch(url: str) -> View:
 # ---- the picture ----------------------------------------------------------------------------
 
 
-def render(view: View, before: View | None = None) -> RenderableType:
+def render(view: GatewayView, before: GatewayView | None = None) -> RenderableType:
     """Tables of one state. Reads are shared out since ``before``, or since the start."""
     return Group(
         _headline(view),
@@ -57,7 +61,7 @@ def render(view: View, before: View | None = None) -> RenderableType:
     )
 
 
-def _headline(view: View) -> Text:
+def _headline(view: GatewayView) -> Text:
     requests = view["requests"]
     return Text.assemble(
         ("DualPath ", "bold"),
@@ -76,7 +80,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _engines(engines: Sequence[View]) -> Table:
+def _engines(engines: Sequence[EngineView]) -> Table:
     table = _table("engine", "state", "sequences", "pending", "held", "free", "prefill/s")
     for engine in sorted(engines, key=lambda e: (e["role"] != "prefill", e["name"])):
         speed = engine["prefill_tokens_per_s"]
@@ -92,7 +96,7 @@ def _engines(engines: Sequence[View]) -> Table:
     return table
 
 
-def _agents(agents: Sequence[View], before: Sequence[View]) -> Table:
+def _agents(agents: Sequence[AgentView], before: Sequence[AgentView]) -> Table:
     table = _table("agent", "state", "to read", "backlog", "ssd/s", "remote/s", "DRAM", "reads")
     earlier = {agent["name"]: agent["share_bytes_total"] for agent in before}
     given = {a["name"]: a["share_bytes_total"] - earlier.get(a["name"], 0) for a in agents}
@@ -113,7 +117,7 @@ def _agents(agents: Sequence[View], before: Sequence[View]) -> Table:
     return table
 
 
-def _requests(recent: Sequence[View]) -> Table:
+def _requests(recent: Sequence[EndedView]) -> Table:
     table = _table("request", "outcome", "engines", "prompt", "hit", "total", "ago")
     table.add_column("readers")  # the one that folds in a narrow terminal
     for ended in recent:
@@ -130,7 +134,7 @@ def _requests(recent: Sequence[View]) -> Table:
     return table
 
 
-def _state(process: View) -> Text:
+def _state(process: EngineView | AgentView) -> Text:
     if not process["alive"]:
         return Text("silent", "red")
     if process["draining"]:

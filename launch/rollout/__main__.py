@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -26,7 +25,7 @@ from launch.rollout.console import SHOW_S, Bar, summary_table
 from launch.rollout.dry_run import dry_run
 from launch.rollout.errors import DiskFull, JobStopped, RequestFailed
 from launch.rollout.input.files import BadInput
-from launch.rollout.job import Job, errors_path, until_done
+from launch.rollout.job import Job, Summary, errors_path, until_done
 from launch.rollout.output.job_folder import JobFolder
 from launch.rollout.output.shards import Output
 from launch.rollout.own_cluster import own_cluster
@@ -87,9 +86,7 @@ async def _run(config: RolloutConfig, folder: JobFolder, console: Console) -> in
             missing = await _generate(config, folder, output, console)
         except DiskFull:
             raise
-        except (
-            BaseException
-        ):  # interrupted, or the endpoint is gone: shards are wanted all the same
+        except BaseException:  # interrupted, or no endpoint: shards are wanted all the same
             output.finish()
             raise
     output.finish()
@@ -133,7 +130,7 @@ async def _endpoint(
         yield url
 
 
-def _report(summary: dict[str, Any], folder: JobFolder, console: Console) -> None:
+def _report(summary: Summary, folder: JobFolder, console: Console) -> None:
     console.print(summary_table(summary, str(folder.path)))
     with contextlib.suppress(OSError):  # the disk may be full: the table was shown
         text = msgspec.json.format(msgspec.json.encode(summary), indent=2)

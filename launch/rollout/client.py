@@ -10,11 +10,12 @@ import random
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import aiohttp
 import msgspec
 
+from common.json import JsonObject
 from launch.gateway.request.trace import HEADER
 from launch.rollout.errors import EndpointGone, RequestFailed
 
@@ -80,6 +81,25 @@ class _Text(msgspec.Struct):
     text: str
 
 
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _Requests(msgspec.Struct):
+    admitted_max: int
+
+
+class _Cluster(msgspec.Struct):
+    requests: _Requests
+
+
+T = TypeVar("T")
+
+
 class Client:
     """HTTP to one endpoint; :meth:`close` it."""
 
@@ -105,18 +125,19 @@ class Client:
 
     async def model(self) -> str:
         """The name of what is served; raises :class:`RequestFailed`."""
-        models = await self._get("v1/models")
-        return str(models["data"][0]["id"])
+        models = await self._get("v1/models", _Models)
+        if not models.data:
+            raise RequestFailed("the endpoint serves no model")
+        return models.data[0].id
 
     async def concurrency(self) -> int:
         """How many requests the cluster admits at once."""
         try:
-            view = await self._get("admin/cluster")
-            return int(view["requests"]["admitted_max"])
-        except (RequestFailed, KeyError):
+            return (await self._get("admin/cluster", _Cluster)).requests.admitted_max
+        except RequestFailed:
             return CONCURRENCY_UNKNOWN
 
-    async def tokenize(self, **fields: Any) -> list[int]:
+    async def tokenize(self, **fields: object) -> list[int]:
         """``/v1/tokenize`` of a ``prompt`` or of ``messages``; raises :class:`RequestFailed`."""
         timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
         data, _, _ = await self._post("v1/tokenize", fields, "tokenize", timeout)
@@ -125,16 +146,20 @@ class Client:
     async def detokenize(self, token_ids: list[int]) -> str:
         """``/v1/detokenize``, special tokens as they are; raises :class:`RequestFailed`."""
         timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
-        fields = {"tokens": token_ids, "skip_special_tokens": False}
+        fields: JsonObject = {"tokens": token_ids, "skip_special_tokens": False}
         data, _, _ = await self._post("v1/detokenize", fields, "detokenize", timeout)
         return _decoded(data, _Text).text
 
     async def generate(
-        self, token_ids: list[int], sampling: dict[str, Any], logprobs: bool, name: str
+        self, token_ids: list[int], sampling: JsonObject, logprobs: bool, name: str
     ) -> Generation:
         """Continue ``token_ids``; raises :class:`RequestFailed`. ``name`` is for logs and the
         request's id."""
-        body = {"input_ids": token_ids, "sampling_params": sampling, "return_logprob": logprobs}
+        body: JsonObject = {
+            "input_ids": token_ids,
+            "sampling_params": sampling,
+            "return_logprob": logprobs,
+        }
         begun_s = time.monotonic()
         data, traced, attempts = await self._post("generate", body, name, self._timeout)
         answer = _decoded(data, _Answer)
@@ -155,25 +180,25 @@ class Client:
             seconds=time.monotonic() - begun_s,
         )
 
-    async def _get(self, path: str) -> Any:
+    async def _get(self, path: str, kind: type[T]) -> T:
         timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
         try:
             async with self._http.get(path, timeout=timeout) as answer:
                 data = await answer.read()
                 if answer.status != 200:
                     raise RequestFailed(f"/{path}: HTTP {answer.status}: {_excerpt(data)}")
-                return msgspec.json.decode(data)
+                return msgspec.json.decode(data, type=kind)
         except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
             raise RequestFailed(f"/{path}: {error!r}") from error
 
     async def _post(
-        self, path: str, body: dict[str, Any], name: str, timeout: aiohttp.ClientTimeout
+        self, path: str, body: JsonObject, name: str, timeout: aiohttp.ClientTimeout
     ) -> tuple[bytes, str, int]:
         """The first good answer, its trace, and the attempts that it took."""
         patience = _Patience(self._retry_s)
         for attempt in itertools.count(1):
             # An id of its own: the last attempt may still be known to the gateway.
-            rid = {"rid": f"{self._run}-{name}-{attempt}"} if path == "generate" else {}
+            rid: JsonObject = {"rid": f"{self._run}-{name}-{attempt}"} if path == "generate" else {}
             answer = await self._attempt(path, body | rid, timeout)
             if answer.status == 200:
                 return answer.content, answer.trace, attempt
@@ -192,7 +217,7 @@ class Client:
         raise AssertionError
 
     async def _attempt(
-        self, path: str, body: dict[str, Any], timeout: aiohttp.ClientTimeout
+        self, path: str, body: JsonObject, timeout: aiohttp.ClientTimeout
     ) -> _HttpAnswer:
         data = msgspec.json.encode(body)
         self._sent(path, 1)
@@ -274,7 +299,7 @@ def _excerpt(data: bytes) -> str:
     return data[:300].decode(errors="replace")
 
 
-def _decoded(data: bytes, kind: type[Any]) -> Any:
+def _decoded(data: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.DecodeError as error:

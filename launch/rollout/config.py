@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.json import JsonObject
+import msgspec
+
 from launch import settings
 from launch.cluster.config import ClusterConfig
 from launch.rollout.env import BadEnv, load_env
@@ -139,6 +140,21 @@ class JobConfig:
     )
 
 
+class Parameters(msgspec.Struct, frozen=True):
+    """What decides which samples a job makes; a change of it is another job."""
+
+    n: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: list[str]
+    logprobs: bool
+    env: str
+    max_turns: int
+    max_episode_tokens: int
+
+
 @dataclass(frozen=True)
 class RolloutConfig(JobConfig, ClusterConfig):
     """Build with :func:`load_config`, which also checks it."""
@@ -159,12 +175,20 @@ class RolloutConfig(JobConfig, ClusterConfig):
         """The command line of ``launch.cluster`` that gives its part of these settings."""
         return flags_of(self, ClusterConfig)
 
-    def parameters(self) -> JsonObject:
-        """What decides which samples a job makes; a change of it is another job."""
-        names = ("n", "max_new_tokens", "temperature", "top_p", "seed", "stop", "logprobs")
-        limits = ("env", "max_turns", "max_episode_tokens")
-        chosen = {name: getattr(self, name) for name in names + limits}
-        return chosen | {"stop": list(self.stop)}
+    def parameters(self) -> Parameters:
+        """Of the job that is asked for."""
+        return Parameters(
+            n=self.n,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=list(self.stop),
+            logprobs=self.logprobs,
+            env=self.env,
+            max_turns=self.max_turns,
+            max_episode_tokens=self.max_episode_tokens,
+        )
 
 
 def _check(config: RolloutConfig) -> None:

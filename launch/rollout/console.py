@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,7 +17,7 @@ from rich.progress import (
 from rich.table import Table
 
 from common.sizes import format_size
-from launch.rollout.job import Job
+from launch.rollout.job import Job, Summary
 
 SHOW_S = 0.5
 LINE_S = 10.0
@@ -69,24 +68,24 @@ class Bar:
             )
 
 
-def summary_table(summary: dict[str, Any], output: str) -> Table:
+def summary_table(summary: Summary, output: str) -> Table:
     """The end of a run, in rows."""
     table = Table("", "", title=f"Rollout into {output}", title_justify="left", show_header=False)
-    use = summary["utilisation"]
-    done = summary["done_before"] + summary["done"]
+    use = summary.utilisation
+    done = summary.done_before + summary.done
     for name, text in (
-        ("samples", f"{done:,} of {summary['samples']:,} ({summary['done']:,} in this run)"),
-        ("failed episodes", f"{summary['failed'] + summary['failed_before']:,}"),
-        ("missing samples", f"{summary['missing']:,}"),
-        ("time", f"{summary['seconds']:,.1f} s"),
-        ("generated", f"{summary['generated_tokens']:,} tokens"),
-        ("tokens/s", f"{summary['generated_tokens_per_s']:,.1f}"),
-        ("prompts", f"{summary['prompt_tokens']:,} tokens, {summary['hit_rate']:.1%} hits"),
-        ("read from storage", format_size(summary["read_bytes"])),
-        ("requests", f"{summary['requests']:,}, and {summary['primes']:,} for shared prompts"),
-        ("sent again", f"{summary['retries']:,}; {summary['refused_429']:,} refused as full"),
-        ("in flight", f"{use['mean_share']:.1%} of {summary['concurrency']} on average"),
-        ("as many as could be", f"{use['full_share']:.1%} of the time"),
+        ("samples", f"{done:,} of {summary.samples:,} ({summary.done:,} in this run)"),
+        ("failed episodes", f"{summary.failed + summary.failed_before:,}"),
+        ("missing samples", f"{summary.missing:,}"),
+        ("time", f"{summary.seconds:,.1f} s"),
+        ("generated", f"{summary.generated_tokens:,} tokens"),
+        ("tokens/s", f"{summary.generated_tokens_per_s:,.1f}"),
+        ("prompts", f"{summary.prompt_tokens:,} tokens, {summary.hit_rate:.1%} hits"),
+        ("read from storage", format_size(summary.read_bytes)),
+        ("requests", f"{summary.requests:,}, and {summary.primes:,} for shared prompts"),
+        ("sent again", f"{summary.retries:,}; {summary.refused_429:,} refused as full"),
+        ("in flight", f"{use.mean_share:.1%} of {summary.concurrency} on average"),
+        ("as many as could be", f"{use.full_share:.1%} of the time"),
     ):
         table.add_row(name, text)
     return table

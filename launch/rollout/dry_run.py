@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -32,7 +31,7 @@ class LocalTokenizer:
 
         self._tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
 
-    async def tokenize(self, **fields: Any) -> list[int]:
+    async def tokenize(self, **fields: object) -> list[int]:
         """As ``/v1/tokenize``."""
         if (messages := fields.get("messages")) is not None:
             text = self._tokenizer.apply_chat_template(

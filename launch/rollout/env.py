@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import msgspec
+
+from common.json import JsonObject
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -35,7 +37,7 @@ class Say(msgspec.Struct, frozen=True):
 
     text: str | None = None
     """In a chat: the content of a user's message."""
-    messages: list[dict[str, Any]] | None = None
+    messages: list[JsonObject] | None = None
     """Such as ``[{"role": "tool", "content": "42"}]``."""
     token_ids: list[int] | None = None
     """Appended as they are."""
@@ -57,7 +59,7 @@ class BadEnv(Exception):
     """``--env`` names nothing that can be built; the text says why."""
 
 
-def load_env(name: str) -> Callable[[dict[str, Any]], Env]:
+def load_env(name: str) -> Callable[[JsonObject], Env]:
     """The class ``module:Class``; raises :class:`BadEnv`."""
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
@@ -68,4 +70,4 @@ def load_env(name: str) -> Callable[[dict[str, Any]], Env]:
         raise BadEnv(str(error)) from error
     if not callable(getattr(found, "reply", None)):
         raise BadEnv(f"{attribute} has no method reply(reply)")
-    return cast(Callable[[dict[str, Any]], Env], found)
+    return cast(Callable[[JsonObject], Env], found)

@@ -6,15 +6,15 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
+from common.json import JsonObject
 from launch.rollout.client import Client, Generation
 from launch.rollout.config import RolloutConfig
 from launch.rollout.env import Done, Env, Reply, Say
 from launch.rollout.errors import RequestFailed
-from launch.rollout.input.rows import SAMPLING_COLUMNS, Row
+from launch.rollout.input.rows import SAMPLING_COLUMNS, Row, Sampling
 from launch.rollout.output.schema import Sample, Turn
 from launch.rollout.slots import Slots
 from launch.rollout.token_ids import CannotFollow, TokenIds, said_messages
@@ -39,8 +39,8 @@ class Parts(msgspec.Struct, frozen=True):
     client: Client
     token_ids: TokenIds
     slots: Slots
-    build_env: Callable[[dict[str, Any]], Env] | None
-    fields_of: Callable[[int, Row], dict[str, Any]]
+    build_env: Callable[[JsonObject], Env] | None
+    fields_of: Callable[[int, Row], JsonObject]
     """The whole input row, for the environment."""
 
 
@@ -149,7 +149,7 @@ class Episode:
         fields = self._parts.fields_of(self._prompt.number, self._prompt.row)
         try:
             return build(fields)
-        except Exception as error:
+        except Exception as error:  # the user's code: this episode has no environment
             raise EnvFailed(_reason(error)) from error
 
     async def _reply(self, number: int, answer: Generation) -> Say | Done:
@@ -162,7 +162,7 @@ class Episode:
         try:
             async with asyncio.timeout(limit_s):
                 said = await self._env.reply(reply)
-        except Exception as error:
+        except Exception as error:  # the user's code, or its time is over: no answer to this turn
             late = isinstance(error, TimeoutError) and not str(error)
             reason = f"no reply within {limit_s:g} s" if late else _reason(error)
             raise EnvFailed(reason) from error
@@ -192,32 +192,41 @@ class Episode:
         try:
             async with asyncio.timeout(self._parts.config.env_timeout_s):
                 await close()
-        except Exception as error:
+        except Exception as error:  # the user's code: the sample is whole, and says so
             self.sample.error = self.sample.error or f"close: {_reason(error)}"
 
 
-def sampling_of(config: RolloutConfig, prompt: Prompt, sample: int) -> dict[str, Any]:
+def sampling_of(config: RolloutConfig, prompt: Prompt, sample: int) -> Sampling:
     """The row's sampling columns over the job's flags; the seed is the sample's own."""
-    sampling = {name: getattr(config, name) for name in SAMPLING_COLUMNS}
     row = {name: getattr(prompt.row, name) for name in SAMPLING_COLUMNS}
-    sampling |= {name: value for name, value in row.items() if value is not None}
-    if sampling["seed"] is not None:
-        text = f"{sampling['seed']}/{prompt.number}/{sample}".encode()
-        sampling["seed"] = int.from_bytes(hashlib.blake2b(text, digest_size=4).digest()) >> 1
-    return sampling | {"stop": list(sampling["stop"])}
+    sampling = msgspec.structs.replace(
+        Sampling(
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+            stop=list(config.stop),
+        ),
+        **{name: value for name, value in row.items() if value is not None},
+    )
+    if sampling.seed is None:
+        return sampling
+    text = f"{sampling.seed}/{prompt.number}/{sample}".encode()
+    own = int.from_bytes(hashlib.blake2b(text, digest_size=4).digest()) >> 1
+    return msgspec.structs.replace(sampling, seed=own)
 
 
-def request_params(sampling: dict[str, Any], room_tokens: int) -> dict[str, Any]:
+def request_params(sampling: Sampling, room_tokens: int) -> JsonObject:
     """SGLang's ``sampling_params``."""
-    params = {
-        "temperature": sampling["temperature"],
-        "top_p": sampling["top_p"],
-        "max_new_tokens": min(sampling["max_new_tokens"], room_tokens),
+    params: JsonObject = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_new_tokens": min(sampling.max_new_tokens, room_tokens),
     }
-    if sampling["seed"] is not None:
-        params["sampling_seed"] = sampling["seed"]
-    if sampling["stop"]:
-        params["stop"] = sampling["stop"]
+    if sampling.seed is not None:
+        params["sampling_seed"] = sampling.seed
+    if sampling.stop:
+        params["stop"] = sampling.stop
     return params
 
 

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import msgspec
 
@@ -20,7 +20,7 @@ from launch.rollout.errors import DiskFull, JobStopped, RequestFailed
 from launch.rollout.input.prompt_table import PromptTable
 from launch.rollout.output.schema import Sample
 from launch.rollout.output.shards import Output
-from launch.rollout.slots import Slots
+from launch.rollout.slots import Slots, Utilisation
 from launch.rollout.token_ids import TokenIds
 from launch.rollout.work import Draw, Group, Prime, Work, groups, row_order
 
@@ -61,6 +61,19 @@ class Progress(msgspec.Struct):
         self.prompt_tokens += prompt_tokens
         self.cached_tokens += cached_tokens
         self.read_bytes += read_bytes
+
+
+class Summary(Progress, kw_only=True):
+    """A run that has ended, for people and for ``summary.json``."""
+
+    failed_before: int
+    seconds: float
+    generated_tokens_per_s: float
+    hit_rate: float
+    retries: int
+    refused_429: int
+    concurrency: int
+    utilisation: Utilisation
 
 
 class Job:
@@ -107,20 +120,21 @@ class Job:
             await self._groups.aclose()
             self._errors.close()
 
-    def summary(self) -> dict[str, Any]:
-        """What this run did, for people and for ``summary.json``."""
+    def summary(self) -> Summary:
+        """What this run did."""
         progress, seconds = self.progress, max(self.seconds, 1e-9)
         prompts = max(progress.prompt_tokens, 1)
-        return msgspec.to_builtins(progress) | {
-            "failed_before": self._output.failed - progress.failed,
-            "seconds": round(self.seconds, 3),
-            "generated_tokens_per_s": round(progress.generated_tokens / seconds, 1),
-            "hit_rate": round(progress.cached_tokens / prompts, 4),
-            "retries": self._client.retries,
-            "refused_429": self._client.full,
-            "concurrency": self.slots.limit,
-            "utilisation": self.slots.use.summary(),
-        }
+        return Summary(
+            **msgspec.structs.asdict(progress),
+            failed_before=self._output.failed - progress.failed,
+            seconds=round(self.seconds, 3),
+            generated_tokens_per_s=round(progress.generated_tokens / seconds, 1),
+            hit_rate=round(progress.cached_tokens / prompts, 4),
+            retries=self._client.retries,
+            refused_429=self._client.full,
+            concurrency=self.slots.limit,
+            utilisation=self.slots.use.summary(),
+        )
 
     # ---- dealing ----------------------------------------------------------------------
 
@@ -199,7 +213,7 @@ class Job:
             await asyncio.to_thread(self._output.sync)
 
 
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """What stopped the job, or else whatever went wrong."""
     error: BaseException = group.subgroup(JobStopped) or group
     while isinstance(error, BaseExceptionGroup):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from typing import Any
+
+import msgspec
 
 BINS_MAX = 64
 
@@ -54,6 +55,16 @@ class Slots:
         self.use.could_be(min(self.limit, self.left - self.thinking))
 
 
+class Utilisation(msgspec.Struct, frozen=True):
+    """``full_share`` of the time as many were in flight as could be; ``mean_share`` of the limit
+    was in flight; ``in_flight`` is a course of means, ``step_s`` apart."""
+
+    full_share: float
+    mean_share: float
+    step_s: float
+    in_flight: list[float]
+
+
 class Use:
     """Requests in flight over time."""
 
@@ -95,18 +106,15 @@ class Use:
             part_end_s = min(end_s, (index + 1) * self._bin_s)
             self._bins[index] += self._in_flight * max(0.0, part_end_s - part_begin_s)
 
-    def summary(self) -> dict[str, Any]:
-        """``full_share`` of the time as many were in flight as could be; ``mean_share`` of
-        the limit was in flight; ``in_flight`` is a course of means, ``step_s`` apart."""
+    def summary(self) -> Utilisation:
+        """Until now."""
         self._account()
         seconds = max(self._at_s - self._begun_s, 1e-9)
         steps_s = [self._bin_s] * (len(self._bins) - 1)
         steps_s.append(max(seconds - sum(steps_s), 1e-9))
-        return {
-            "full_share": round(self._full_s / seconds, 4),
-            "mean_share": round(self._in_flight_s / seconds / self._limit, 4),
-            "step_s": self._bin_s,
-            "in_flight": [
-                round(v / step_s, 2) for v, step_s in zip(self._bins, steps_s, strict=True)
-            ],
-        }
+        return Utilisation(
+            full_share=round(self._full_s / seconds, 4),
+            mean_share=round(self._in_flight_s / seconds / self._limit, 4),
+            step_s=self._bin_s,
+            in_flight=[round(v / step_s, 2) for v, step_s in zip(self._bins, steps_s, strict=True)],
+        )

@@ -8,8 +8,9 @@ messages behind a fixed short chat and taking what comes after it.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
+from common.json import JsonObject
 from launch.rollout.env import Say
 from launch.rollout.input.rows import Row
 
@@ -21,7 +22,7 @@ class CannotFollow(Exception):
 class Tokenizer(Protocol):
     """``/v1/tokenize``."""
 
-    async def tokenize(self, **fields: Any) -> list[int]: ...
+    async def tokenize(self, **fields: object) -> list[int]: ...
 
 
 class TokenIds:
@@ -50,7 +51,7 @@ class TokenIds:
             return await self._tokenizer.tokenize(prompt=say.text, add_special_tokens=False)
         return await self._chat_turn(said_messages(say), generated)
 
-    async def _chat_turn(self, messages: list[dict[str, Any]], generated: list[int]) -> list[int]:
+    async def _chat_turn(self, messages: list[JsonObject], generated: list[int]) -> list[int]:
         head, closing = self._chat or await self._learn_chat()
         rendered = await self._tokenizer.tokenize(messages=[*_chat("x"), *messages])
         if rendered[: len(head)] != head:
@@ -75,12 +76,12 @@ class TokenIds:
         return self._chat
 
 
-def said_messages(say: Say) -> list[dict[str, Any]]:
+def said_messages(say: Say) -> list[JsonObject]:
     """As the messages of a chat."""
     if say.messages is not None:
         return say.messages
     return [{"role": "user", "content": say.text}] if say.text is not None else []
 
 
-def _chat(answer: str) -> list[dict[str, Any]]:
+def _chat(answer: str) -> list[JsonObject]:
     return [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common.json import JsonObject
 from launch.rollout.input.rows import KNOWN_COLUMNS
 
 CHUNK_ROWS = 1024
@@ -23,7 +23,7 @@ class BadInput(Exception):
 class Chunk(msgspec.Struct):
     """Consecutive rows. ``rows`` holds each one's fields, or why it could not be read."""
 
-    rows: list[dict[str, Any] | str]
+    rows: list[JsonObject | str]
     table: pa.Table | None = None
     """The same rows with their types, where the file has types."""
 
@@ -69,8 +69,8 @@ def _parquet(file: Path) -> Iterator[Chunk]:
 
 
 def _jsonl(file: Path) -> Iterator[Chunk]:
-    decoder = msgspec.json.Decoder(dict[str, Any])
-    rows: list[dict[str, Any] | str] = []
+    decoder = msgspec.json.Decoder(JsonObject)
+    rows: list[JsonObject | str] = []
     with file.open("rb") as stream:
         for line in stream:
             if not line.strip():
@@ -140,15 +140,15 @@ def carried_columns(chunk: Chunk, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+def _array(values: list[object], kind: pa.DataType) -> pa.Array:
     if kind != pa.json_():
         return pa.array(values, kind)
     texts = [None if v is None else msgspec.json.encode(v).decode() for v in values]
     return pa.ExtensionArray.from_storage(kind, pa.array(texts, pa.string()))
 
 
-def _unknown_columns(chunk: Chunk) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {}
+def _unknown_columns(chunk: Chunk) -> dict[str, list[object]]:
+    columns: dict[str, list[object]] = {}
     for number, row in enumerate(chunk.rows):
         if isinstance(row, str):
             continue

@@ -12,13 +12,13 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from common.json import JsonObject
 from launch.rollout.input.files import BadInput, CarriedTypes, Chunk, carried_columns, chunks
 from launch.rollout.input.rows import BadRow, Row, parse_row
 
@@ -59,7 +59,7 @@ class PromptTable:
             raise BadRow(batch.column("reason")[place].as_py())
         return self._decoder.decode(data)
 
-    def fields(self, number: int, row: Row) -> dict[str, Any]:
+    def fields(self, number: int, row: Row) -> JsonObject:
         """The row as the input had it, for an environment."""
         batch, place = self._locate(number)
         known = {k: v for k, v in msgspec.to_builtins(row).items() if v is not None}

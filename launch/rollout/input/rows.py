@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import msgspec
 
+from common.json import JsonObject
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How a sample's tokens were drawn."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int | None
+    stop: list[str]
+
+
+SAMPLING_COLUMNS = Sampling.__struct_fields__
 PROMPT_COLUMNS = ("prompt", "messages", "input_ids")
-SAMPLING_COLUMNS = ("temperature", "top_p", "max_new_tokens", "seed", "stop")
 KNOWN_COLUMNS = ("id", *PROMPT_COLUMNS, *SAMPLING_COLUMNS)
 _CHARS_PER_TOKEN = 4
 """To compare lengths of texts and of token ids, for the order of a job."""
@@ -20,7 +32,7 @@ class Row(msgspec.Struct):
 
     id: str
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[JsonObject] | None = None
     input_ids: list[int] | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -41,14 +53,14 @@ class BadRow(Exception):
     """A row that cannot be sampled; the text says why."""
 
 
-def parse_row(fields: Mapping[str, Any], number: int) -> Row:
+def parse_row(fields: Mapping[str, object], number: int) -> Row:
     """Check the known columns of row ``number`` (from 0); raises :class:`BadRow`."""
     given = {name: fields[name] for name in KNOWN_COLUMNS if fields.get(name) is not None}
     given["id"] = _id(given.get("id", number))
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
-    if isinstance(given.get("messages"), list):
-        given["messages"] = [_message(message) for message in given["messages"]]
+    if isinstance(messages := given.get("messages"), list):
+        given["messages"] = [_message(message) for message in messages]
     try:
         row = msgspec.convert(given, Row)
     except msgspec.ValidationError as error:
@@ -63,13 +75,13 @@ def parse_row(fields: Mapping[str, Any], number: int) -> Row:
     return row
 
 
-def _id(value: Any) -> str:
+def _id(value: object) -> str:
     if isinstance(value, str | int) and not isinstance(value, bool):
         return str(value)
     raise BadRow(f"id must be text or an integer, not {value!r}")
 
 
-def _message(message: Any) -> Any:
+def _message(message: object) -> object:
     """Without the nulls that a Parquet struct has for absent keys."""
     if not isinstance(message, dict):
         return message

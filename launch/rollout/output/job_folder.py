@@ -11,11 +11,11 @@ import fcntl
 import os
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import msgspec
 
-from launch.rollout.config import RolloutConfig
+from launch.rollout.config import Parameters, RolloutConfig
 from launch.rollout.input.files import digest, input_files
 from launch.rollout.input.prompt_table import PromptTable, build_table
 from launch.rollout.output.schema import TAKEN_NAMES
@@ -25,7 +25,7 @@ from launch.settings import BadConfig, flag
 class Manifest(msgspec.Struct):
     """``manifest`` (JSON): what the samples here were made from."""
 
-    parameters: dict[str, Any]
+    parameters: Parameters
     input_digest: str
     model: str = ""
 
@@ -45,7 +45,7 @@ class JobFolder:
             files = input_files(config.input_path)
             self._manifest = self._open(config, digest(files), files)
             self.table = PromptTable(self._table_path)
-        except BaseException:
+        except BaseException:  # whatever it is, nobody else will close this folder
             self.close()
             raise
 
@@ -112,10 +112,11 @@ class JobFolder:
         shutil.rmtree(self.job / "journal", ignore_errors=True)
 
     def _go_on(self, earlier: Manifest, asked: Manifest, files: list[Path]) -> Manifest:
+        before, now = map(msgspec.structs.asdict, (earlier.parameters, asked.parameters))
         changes = [
-            f"{flag(name)} from {earlier.parameters.get(name)} to {value}"
-            for name, value in asked.parameters.items()
-            if value != earlier.parameters.get(name)
+            f"{flag(name)} from {before[name]} to {value}"
+            for name, value in now.items()
+            if value != before[name]
         ]
         if asked.input_digest != earlier.input_digest:
             changes.append("the rows of --input")
@@ -127,8 +128,8 @@ class JobFolder:
                 "Give another folder, or --extend to keep them and add what is missing, or "
                 "--overwrite to delete them."
             )
-        if asked.parameters["n"] < earlier.parameters["n"]:
-            raise BadConfig(f"--extend with fewer samples: give --n {earlier.parameters['n']}.")
+        if asked.parameters.n < earlier.parameters.n:
+            raise BadConfig(f"--extend with fewer samples: give --n {earlier.parameters.n}.")
         if asked.input_digest != earlier.input_digest:
             self._extend_table(asked.input_digest, files)
         asked.model = earlier.model

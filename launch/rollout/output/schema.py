@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 
-from launch.rollout.input.rows import SAMPLING_COLUMNS
+from common.json import JsonObject
+from launch.rollout.input.rows import SAMPLING_COLUMNS, Sampling
 
 
 class Turn(msgspec.Struct):
@@ -36,7 +36,7 @@ class Sample(msgspec.Struct):
     sample: int
     id: str
     prompt: str | None
-    messages: list[dict[str, Any]]
+    messages: list[JsonObject]
     token_ids: list[int]
     logprobs: list[float]
     """Of the generated tokens, in their order; empty if they were not asked for."""
@@ -45,7 +45,7 @@ class Sample(msgspec.Struct):
     reward: float | None
     error: str | None
     turns: list[Turn]
-    sampling: dict[str, Any]
+    sampling: Sampling
     started_at_s: float
     """Unix time."""
     seconds: float
@@ -110,9 +110,10 @@ assert set(_SAMPLING.names) == set(SAMPLING_COLUMNS)
 
 def sample_columns(samples: Sequence[Sample]) -> list[pa.Array]:
     """The arrays of ``COLUMNS`` for these samples."""
-    values: dict[str, list[Any]] = {
+    values: dict[str, Sequence[object]] = {
         "messages": [[_message(m) for m in s.messages] for s in samples],
         "turns": [[_turn(t) for t in s.turns] for s in samples],
+        "sampling": [msgspec.to_builtins(s.sampling) for s in samples],
         "weight_version": [s.turns[0].weight_version if s.turns else None for s in samples],
         "started_at": [round(s.started_at_s * 1000) for s in samples],
     }
@@ -167,20 +168,22 @@ def _logprobs(
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, kind)
 
 
-def _message(message: dict[str, Any]) -> dict[str, str | None]:
+def _message(message: JsonObject) -> dict[str, str | None]:
     """Content that is not text, and every other field, as JSON in ``extra``."""
     content = message.get("content")
+    text = content if isinstance(content, str) else None
     extra = {k: v for k, v in message.items() if k not in ("role", "content")}
-    if content is not None and not isinstance(content, str):
-        extra["content"], content = content, None
+    if content is not None and text is None:
+        extra["content"] = content
     return {
-        "role": message["role"],
-        "content": content,
+        "role": str(message["role"]),
+        "content": text,
         "extra": msgspec.json.encode(extra).decode() if extra else None,
     }
 
 
-def _turn(turn: Turn) -> dict[str, Any]:
-    fields = msgspec.to_builtins(turn)
-    fields["generated_tokens"] = fields.pop("end") - fields.pop("begin")
+def _turn(turn: Turn) -> JsonObject:
+    fields: JsonObject = msgspec.to_builtins(turn)
+    del fields["begin"], fields["end"]
+    fields["generated_tokens"] = turn.end - turn.begin
     return fields

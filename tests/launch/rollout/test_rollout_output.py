@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from launch.rollout.input.files import input_files
 from launch.rollout.input.prompt_table import PromptTable, build_table
+from launch.rollout.input.rows import Sampling
 from launch.rollout.output.schema import TAKEN_NAMES, Sample, Turn
 from launch.rollout.output.shards import Output
 from tests.examples import examples
@@ -35,7 +36,7 @@ def make_sample(row: int, number: int) -> Sample:
         reward=None,
         error=None,
         turns=[Turn(2, 4, 2, 0, "stop", "v1", 1, 0, 0.1)],
-        sampling={"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "seed": None, "stop": []},
+        sampling=Sampling(1.0, 1.0, 4, None, []),
         started_at_s=1.5,
         seconds=0.1,
     )

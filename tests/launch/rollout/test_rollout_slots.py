@@ -28,12 +28,12 @@ def test_the_course_of_requests_in_flight_is_that_of_the_job(steps):
             area += seconds * in_flight
             full_s += seconds * (in_flight == LIMIT)
         found = use.summary()
-    course, step_s = found["in_flight"], found["step_s"]
+    course, step_s = found.in_flight, found.step_s
     assert len(course) <= BINS_MAX + 1
     assert max(course) <= max(in_flight for _, in_flight in steps) + 0.01
     lengths = [step_s] * (len(course) - 1)
     lengths.append(now_s - sum(lengths))
     by_course = sum(mean * length for mean, length in zip(course, lengths, strict=True))
     assert by_course == pytest.approx(area, abs=0.01 * now_s + 1e-6)
-    assert found["mean_share"] * LIMIT * now_s == pytest.approx(area, abs=1e-3 * now_s + 1e-6)
-    assert found["full_share"] * now_s == pytest.approx(full_s, abs=1e-4 * now_s + 1e-6)
+    assert found.mean_share * LIMIT * now_s == pytest.approx(area, abs=1e-3 * now_s + 1e-6)
+    assert found.full_share * now_s == pytest.approx(full_s, abs=1e-4 * now_s + 1e-6)
