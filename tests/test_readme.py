@@ -10,7 +10,8 @@ from launch.rollout.config import JobConfig
 from launch.settings import help_markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+ROOMS = "common|storage|transfer|scheduler|engine|launch|tests|benchmarks|scripts|examples|docs"
 
 
 def test_the_table_of_flags_is_current():
@@ -21,6 +22,12 @@ def test_the_table_of_flags_is_current():
 def test_links_and_pictures_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page):
+    named = re.findall(rf"`((?:{ROOMS})/[\w/.]*)`", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_some_page_leads_to_every_page():
