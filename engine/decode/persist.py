@@ -13,7 +13,7 @@ planned under other weights than this engine's.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 import msgspec
@@ -23,6 +23,7 @@ from common.block import NO_PARENT, BlockKey, block_keys, tenant_digest
 from common.ids import NO_INCARNATION, JobId
 from common.messages import PullBlocks, PullEnded
 from common.page_hashes import continue_chain, namespace_seed
+from common.samples import Sample, sample
 from engine.config import EngineConfig
 from engine.plans import Plans
 from engine.ranks.group import Links
@@ -138,6 +139,12 @@ class Persister:
     def pull_ended(self, message: PullEnded) -> None:
         """Count what the agent now holds (link thread)."""
         self.stored_blocks_total += sum(message.held)
+
+    def samples(self) -> Iterator[Sample]:
+        """For the metrics."""
+        yield sample("engine_blocks_offered_total", self.offered_blocks_total)
+        yield sample("engine_blocks_stored_total", self.stored_blocks_total)
+        yield sample("engine_offers_deferred_total", self.deferred_offers_total)
 
 
 def _tokens(request: Request, start: int, end: int) -> Iterable[int]:

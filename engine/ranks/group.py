@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 import torch
 import torch.distributed
+from torch.distributed import ProcessGroup
 
 from common.ids import Incarnation, JobId
 from common.messages import EndPlan, EnginePlan, Message, RegisterEngine
@@ -52,14 +53,14 @@ class Events(msgspec.Struct, frozen=True):
 
 
 class RankGroup:
-    """This rank's place, and what the ranks agree on. ``cpu_group``: their process group.
+    """This rank's place, and what the ranks agree on. ``cpu_group``: theirs; None of one rank.
 
     ``apply`` is called with each event, in the scheduler's thread; in an engine of one rank
     by whoever posts it, at once.
     """
 
     def __init__(
-        self, rank: int, size: int, cpu_group: Any, apply: Callable[[Event], None]
+        self, rank: int, size: int, cpu_group: ProcessGroup | None, apply: Callable[[Event], None]
     ) -> None:
         self.rank = rank
         self.size = size
@@ -88,7 +89,7 @@ class RankGroup:
             events, self._events = self._events, []
         return [Events(events)] if events else []
 
-    def arrived(self, requests: list[Any]) -> list[Any]:
+    def arrived(self, requests: list[object]) -> list[object]:
         """Let the events among the broadcast requests take effect; returns the others."""
         for item in requests:
             if isinstance(item, Events):
@@ -102,7 +103,7 @@ class RankGroup:
         """Every rank's value, by rank."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        values = [value] * self.size
         torch.distributed.all_gather_object(values, value, group=self._cpu_group)
         return values
 

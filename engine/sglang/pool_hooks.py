@@ -87,7 +87,7 @@ def after_request_release(result: Any, tree: Any, *_: Any, **__: Any) -> None:
 def poison_pool(engine: EngineRuntime) -> None:
     """Fill the pool with noise, except pages that an agent is still reading."""
     allocator = engine.holds.allocator
-    pool = allocator.get_kvcache()
+    pool: Any = allocator.get_kvcache()
     buffers = pool.kv_buffer if hasattr(pool, "kv_buffer") else [*pool.k_buffer, *pool.v_buffer]
     poison(buffers, allocator.page_size, engine.holds.held_pages())
 

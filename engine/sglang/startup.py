@@ -5,28 +5,83 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from sglang.srt.arg_groups.model_override_base import resolved_view
+from sglang.srt.distributed.parallel_state import get_mooncake_transfer_engine
 from sglang.srt.mem_cache.utils import get_hash_str
+from sglang.srt.runtime_context import get_parallel
 
+from common.process_settings import incarnation
 from engine.config import EngineConfig
-from engine.runtime import start_runtime
+from engine.report import EngineIdentity
+from engine.runtime import EngineRuntime, Host, set_runtime
 from engine.sglang.border import Use
+from engine.sglang.kv_pool import memory_of
 from engine.sglang.pool_hooks import poison_pool
 
 log = logging.getLogger(__name__)
 
+_ARGS = "server_args.ServerArgs."
+_SCHEDULER = "managers.scheduler.Scheduler."
+
 USES = (
-    Use(
-        "mem_cache.utils.get_hash_str",
-        "compiled at first use: 5 s that some request would wait for",
-    ),
+    Use("arg_groups.model_override_base.resolved_view", "flags as they hold, not as given"),
+    Use(_SCHEDULER + "server_args", "SGLang's flags"),
+    Use(_ARGS + "pp_size", "refused above 1"),
+    Use(_ARGS + "dp_size", "refused above 1"),
+    Use(_ARGS + "attn_cp_size", "refused above 1"),
+    Use(_ARGS + "attn_dp_size", "attention groups are engines of their own"),
+    Use(_ARGS + "model_path", "the weights' folder"),
+    Use(_ARGS + "weight_version", "the weights' name, where they have one"),
+    Use(_ARGS + "disaggregation_bootstrap_port", "a prefill engine's, for the gateway"),
+    Use("runtime_context.get_parallel", "which attention group this is"),
+    Use("distributed.parallel_state.get_mooncake_transfer_engine", "Mooncake's, of the process"),
+    Use(_SCHEDULER + "model_config", "the model"),
+    Use("configs.model_config.ModelConfig.get_total_num_kv_heads", "at all ranks together"),
+    Use(_SCHEDULER + "token_to_kv_pool_allocator", "has the KV pool"),
+    Use("mem_cache.allocator.base.BaseTokenToKVPoolAllocator.get_kvcache", "the KV pool"),
+    Use("mem_cache.utils.get_hash_str", "compiled when first used: 5 s that a request would wait"),
 )
 
 
 def after_init_disaggregation(result: Any, scheduler: Any) -> None:
     """AFTER ``Scheduler.init_disaggregation``: SGLang's P/D side exists."""
-    engine = start_runtime(EngineConfig.from_env(), scheduler)
-    if engine.config.role == "prefill":
+    config = EngineConfig.from_env()
+    engine = EngineRuntime(config, _host(config, scheduler))
+    set_runtime(engine)
+    engine.prefill_timing.start_quota(
+        engine.weights.namespace.model_digest, engine.memory.layout.page_tokens
+    )
+    if config.role == "prefill":
         get_hash_str([0])
-    engine.config.experiment.announce(log)
-    if engine.config.experiment.poison_kv:
+    config.experiment.announce(log)
+    if config.experiment.poison_kv:
         poison_pool(engine)
+
+
+def _host(config: EngineConfig, scheduler: Any) -> Host:
+    # As given, --dp-size may still be an older name for --attn-dp-size.
+    given = scheduler.server_args
+    args = resolved_view(given)
+    if max(args.pp_size, args.dp_size, args.attn_cp_size) > 1:
+        raise NotImplementedError("DualPath knows --tp and --attn-dp-size: take others out")
+    group = get_parallel().attn_dp_rank
+    is_prefill = config.role == "prefill"
+    return Host(
+        identity=EngineIdentity(
+            name=f"{config.name}.{group}" if args.attn_dp_size > 1 else config.name,
+            role=config.role,
+            agent=config.agent,
+            group=config.name,
+            incarnation=incarnation(),
+            bootstrap_port=int(given.disaggregation_bootstrap_port) if is_prefill else 0,
+        ),
+        control=config.controls[group],
+        scheduler=scheduler,
+        transfer_engine=get_mooncake_transfer_engine(),
+        memory=memory_of(
+            scheduler.token_to_kv_pool_allocator.get_kvcache(),
+            scheduler.model_config.get_total_num_kv_heads(),
+        ),
+        model_path=given.model_path,
+        weight_version=str(given.weight_version or ""),
+    )

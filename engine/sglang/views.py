@@ -52,6 +52,9 @@ class Request(Protocol):
     pending_bootstrap: bool
     """No decode engine has said yet where it wants the request's KV."""
 
+    def finished(self) -> bool:
+        """Whether it has ended."""
+
 
 @view("managers.schedule_batch.ScheduleBatch")
 class Batch(Protocol):
@@ -94,6 +97,14 @@ class KvPool(Protocol):
 class Allocator(Protocol):
     """Gives out the pages of the pool."""
 
+    page_size: int
+    """Tokens of a page."""
+    num_pages: int
+    """All that it has, free or not."""
+    free_pages: torch.Tensor
+    num_staged_pages: int
+    """Freed, and not among the free ones yet."""
+
     def available_size(self) -> int:
         """Tokens that it can give out. For the scheduler's thread only: it is hooked."""
 
@@ -120,6 +131,14 @@ class TransferEngine(Protocol):
     def register(self, ptr: int, length: int) -> None:
         """Make memory usable for transfers of both sides."""
 
+    def get_session_id(self) -> str:
+        """How others address it: "host:port"."""
+
+    def transfer_sync(
+        self, session_id: str, buffer: int, peer_buffer_address: int, length: int
+    ) -> int:
+        """Write to another engine's memory; 0 if that succeeded."""
+
 
 @view("disaggregation.prefill.PrefillBootstrapQueue")
 class BootstrapQueue(Protocol):
@@ -134,6 +153,15 @@ class ServerArgs(Protocol):
     """SGLang's flags."""
 
     tp_size: int
+
+
+@view("distributed.parallel_state.GroupCoordinator")
+class Group(Protocol):
+    """Ranks that work together."""
+
+    rank_in_group: int
+    world_size: int
+    cpu_group: ProcessGroup
 
 
 @view("managers.scheduler.Scheduler")
@@ -153,5 +181,7 @@ class Scheduler(Protocol):
     tree_cache: PrefixTree
     tp_cpu_group: ProcessGroup
     """All ranks of the engine."""
-    attn_tp_cpu_group: ProcessGroup
+    attn_tp_group: Group
     """Those that share requests."""
+    attn_tp_cpu_group: ProcessGroup
+    """Theirs."""

@@ -19,6 +19,7 @@ from common.block import BlockKey
 from common.board_word import FAILED
 from common.ids import NO_INCARNATION, NO_JOB, BoardSlot, JobId
 from common.messages import CancelJob, Deliver, EnginePlan
+from common.samples import Sample, sample
 from engine.config import EngineConfig
 from engine.prefill.forward_clock import Waits
 from engine.ranks.group import Links
@@ -184,6 +185,11 @@ class Deliveries:
         yield
         self.waited_s[layer] += time.monotonic() - began_s
         self._waited_cpu_s += time.thread_time() - began_cpu_s
+
+    def samples(self) -> Iterator[Sample]:
+        """For the metrics."""
+        yield sample("engine_deliveries_total", self.started_total)
+        yield sample("engine_deliveries_failed_total", self.failed_total)
 
     def waits(self) -> Waits:
         """Of all forwards so far."""

@@ -12,11 +12,12 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
 from common.ids import Incarnation, JobId
+from common.samples import Sample, sample
 from engine.transfers.page_holds import PageHolds
 
 DEATH_GRACE_S = 1.0
@@ -125,11 +126,20 @@ class Jobs:
         for opened in dead:
             self.over(opened.job, f"agent {opened.agent} died")
 
-    def overdue(self) -> list[int]:
+    def overdue(self) -> list[JobId]:
         """Jobs past their deadline whose end is not known: their pages are in quarantine."""
         now = self._clock()
         with self._lock:
             return [o.job for o in self._open.values() if now > o.deadline and not o.is_over]
+
+    def quarantined_pages(self) -> int:
+        """How many pages those jobs hold."""
+        return self._holds.pages_of(self.overdue())
+
+    def samples(self) -> Iterator[Sample]:
+        """For the metrics."""
+        yield sample("engine_open_jobs", len(self))
+        yield sample("engine_quarantined_pages", self.quarantined_pages())
 
     def __len__(self) -> int:
         return len(self._open)

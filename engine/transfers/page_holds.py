@@ -16,18 +16,18 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
 from common.ids import JobId
+from engine.sglang.views import Allocator
 
 
 class PageHolds:
     """Holds by job. ``hold`` and ``release`` may come from any thread; everything that
     touches the allocator runs in the scheduler's thread."""
 
-    def __init__(self, allocator: Any) -> None:
+    def __init__(self, allocator: Allocator) -> None:
         self.allocator = allocator
         self._lock = threading.Lock()
         self._pages_of: dict[int, list[int]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ class _Request:
     extra_key: str | None = None
     cache_salt: str | None = None
     kv: Kv = field(default_factory=Kv)
+    prefix_len: int = 0
     finished_reason: object | None = None
 
     def finished(self) -> bool:
@@ -106,7 +107,7 @@ class Parts:
         )
         self.weights = Weights(NAMESPACE, "e0")
         self.plans = Plans(self.weights, PAGE)
-        self.allocator = Allocator(pages)
+        self.allocator = cast(Any, Allocator(pages))
         self.holds = PageHolds(self.allocator)
         self.jobs = Jobs(Incarnation(1), self.holds)
         self.board = CompletionBoard(8, lambda address, length: None)
@@ -131,6 +132,7 @@ class Parts:
         readers: tuple[str, ...] = ("a",),
         keys: list[BlockKey] | None = None,
         namespace_digest: bytes | None = None,
+        deadline_s: float = 60.0,
     ) -> EnginePlan:
         """Announce that the request's first blocks are with the readers, in turns."""
         namespace_digest = namespace_digest or self.weights.digest
@@ -138,7 +140,7 @@ class Parts:
             keys = keys_of(request, namespace_digest)[:blocks]
         reader = [block % len(readers) for block in range(len(keys))]
         plan = EnginePlan(
-            PlanId(7), request.rid, namespace_digest, keys, list(readers), reader, 60.0
+            PlanId(7), request.rid, namespace_digest, keys, list(readers), reader, deadline_s
         )
         self.plans.put(plan)
         return plan

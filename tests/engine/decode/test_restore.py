@@ -177,7 +177,7 @@ def test_a_request_without_a_restore_keeps_what_the_tree_protects(parts):
     request = Request("r", PROMPT)
     engine.plan(request, 2)
     queues.admit(request, cached_tokens=8)
-    assert request.kv.cache_protected_len == 8 and engine.jobs_sent() == []
+    assert request.kv.cache_protected_len == 8 and engine.deliveries.started_total == 0
     assert len(engine.allocator.free_pages) == 64
 
 

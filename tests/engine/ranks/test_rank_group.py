@@ -61,7 +61,7 @@ class Rank:
 
     def __init__(self, rank: int, size: int) -> None:
         self.group = RankGroup(rank, size, None, self.apply)
-        self.allocator = Allocator(40)
+        self.allocator = cast(Any, Allocator(40))
         self.holds = PageHolds(self.allocator)
         self.jobs = Jobs(Incarnation(7), self.holds, tell=self.tell)
         self.board = CompletionBoard(8, lambda address, length: None)

@@ -1,0 +1,59 @@
+"""What has to end without a message: jobs of dead agents, plans past their deadline, and the
+engine itself when too many of its pages are in quarantine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+from common.messages import EndPlan
+from engine.plans import Plans
+from engine.transfers.jobs import Jobs
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 0.25
+
+
+class Watchdog:
+    """A thread of the leader's. ``post`` lets an event take effect at every rank."""
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        plans: Plans,
+        post: Callable[[EndPlan], None],
+        quarantined_pages_max: float,
+    ) -> None:
+        self._jobs = jobs
+        self._plans = plans
+        self._post = post
+        self._quarantined_pages_max = quarantined_pages_max
+
+    def start(self) -> None:
+        """Look from now on."""
+        threading.Thread(target=self._run, name="dualpath-watch", daemon=True).start()
+
+    def look(self) -> None:
+        """Once."""
+        self._jobs.reap()
+        for plan in self._plans.expired():
+            self._post(EndPlan(plan.id, plan.rid))
+        quarantined = self._jobs.quarantined_pages()
+        if quarantined > self._quarantined_pages_max:
+            log.critical("%d pages in quarantine: ending to be restarted", quarantined)
+            end_engine()
+
+    def _run(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(_LOOK_EVERY_S):
+            self.look()
+
+
+def end_engine() -> None:
+    """SGLang's own convention: the HTTP process ends everything on SIGQUIT."""
+    os.kill(os.getppid(), signal.SIGQUIT)
+    os._exit(1)

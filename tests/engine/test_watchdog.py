@@ -1,0 +1,52 @@
+"""What ends without a message: jobs of dead agents, late plans, an engine full of quarantine."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.ids import Incarnation
+from common.messages import EndPlan
+from engine import watchdog
+from engine.watchdog import Watchdog
+from tests.engine.parts import Parts, Request
+
+
+@pytest.fixture
+def ended(monkeypatch) -> list[str]:
+    ended: list[str] = []
+    monkeypatch.setattr(watchdog, "end_engine", lambda: ended.append("engine"))
+    return ended
+
+
+def looked_after(engine: Parts, quarantined_pages_max: float = 2.0) -> list[EndPlan]:
+    posted: list[EndPlan] = []
+    Watchdog(engine.jobs, engine.plans, posted.append, quarantined_pages_max).look()
+    return posted
+
+
+def test_a_plan_past_its_deadline_is_ended_at_every_rank(ended):
+    engine = Parts("decode")
+    engine.plan(Request("late", list(range(9))), 2, deadline_s=0.0)
+    engine.plan(Request("r", list(range(9))), 2)
+    assert [plan.rid for plan in looked_after(engine)] == ["late"]
+    assert engine.plans.get("late") is not None  # until the event takes effect
+
+
+@pytest.mark.parametrize(("pages", "ends"), [(2, []), (3, ["engine"])])
+def test_an_engine_with_too_many_pages_in_quarantine_ends(ended, pages, ends):
+    engine = Parts("decode")
+    for page in range(pages):
+        engine.jobs.open("a", Incarnation(5), [page + 1], -1.0, lambda reason: None)
+    engine.jobs.open("a", Incarnation(5), [9], 60.0, lambda reason: None)  # not overdue
+    looked_after(engine)
+    assert ended == ends
+
+
+def test_jobs_of_a_dead_agent_are_ended(ended, monkeypatch):
+    engine = Parts("decode")
+    reasons: list[str] = []
+    engine.jobs.open("a", Incarnation(5), [1], 60.0, reasons.append)
+    engine.jobs.agent_restarted("a", Incarnation(6))
+    monkeypatch.setattr("engine.transfers.jobs.DEATH_GRACE_S", 0.0)
+    looked_after(engine)
+    assert reasons == ["agent a died"] and engine.holds.held_pages() == []
