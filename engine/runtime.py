@@ -31,6 +31,7 @@ from engine.decode.persist import Persister
 from engine.decode.restore import Restores
 from engine.kv_memory import KvMemory
 from engine.model_digest import model_digest
+from engine.page_table import PageTable
 from engine.plans import Plans
 from engine.prefill.forwards import PrefillForwards
 from engine.prefill.hit_loads import HitLoads
@@ -171,10 +172,11 @@ class EngineRuntime:
 
     def _open_decode(self) -> None:
         """Parts that only a decode engine uses."""
-        table = self._host.scheduler.req_to_token_pool.req_to_token
+        rows = self._host.scheduler.req_to_token_pool.req_to_token
+        table = PageTable(rows, self.memory.layout.page_tokens)
         self.persister = Persister(self.config, table, self.jobs, self.links, self.plans)
         self.restores = Restores(
-            self.config, self.plans, self.deliveries, self.persister, self.links
+            self.config, self.plans, self.deliveries, self.persister, self.links, table
         )
 
     def _listen(self) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 
 import msgspec
-import torch
 
 from common.block import NO_PARENT, BlockKey, block_keys, tenant_digest
 from common.ids import NO_INCARNATION, JobId
@@ -25,6 +24,7 @@ from common.messages import PullBlocks, PullEnded
 from common.page_hashes import continue_chain, namespace_seed
 from common.samples import Sample, sample
 from engine.config import EngineConfig
+from engine.page_table import PageTable
 from engine.plans import Plans
 from engine.ranks.group import Links
 from engine.sglang.views import Request
@@ -56,14 +56,13 @@ class Persister:
     def __init__(
         self,
         config: EngineConfig,
-        req_to_token: torch.Tensor,
+        table: PageTable,
         jobs: Jobs,
         links: Links,
         plans: Plans,
     ) -> None:
-        """``req_to_token``: SGLang's table, [requests, positions]."""
         self._config = config
-        self._req_to_token = req_to_token
+        self._table = table
         self._jobs = jobs
         self._links = links
         self._plans = plans
@@ -116,11 +115,11 @@ class Persister:
         start, page = progress.blocks_done, self._page_tokens
         tokens = _tokens(request, start * page, end * page)
         hashes = continue_chain(progress.last_hash, tokens, page)
-        rows = self._req_to_token[request.kv.req_pool_idx, start * page : end * page : page]
+        pages = self._table.pages(request, start * page, end * page)
         keys = block_keys(progress.namespace_digest, hashes)
         parent = progress.last_key
         progress.blocks_done, progress.last_hash = end, hashes[-1]
-        self._pull(keys, (rows // page).tolist(), parent, progress.tenant)
+        self._pull(keys, pages.tolist(), parent, progress.tenant)
 
     def _pull(self, keys: list[BlockKey], pages: list[int], parent: BlockKey, tenant: str) -> None:
         agent, timeout_s = self._config.agent, self._config.pull_timeout_s

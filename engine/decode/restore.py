@@ -17,6 +17,7 @@ import msgspec
 from common.messages import ReleasePlan
 from engine.config import EngineConfig
 from engine.decode.persist import Persister
+from engine.page_table import PageTable
 from engine.plans import Fit, Plans
 from engine.ranks.group import Links
 from engine.sglang.views import Request
@@ -52,12 +53,14 @@ class Restores:
         deliveries: Deliveries,
         persister: Persister,
         links: Links,
+        table: PageTable,
     ) -> None:
         self._planned_only = config.promise_planned_only
         self._plans = plans
         self._deliveries = deliveries
         self._persister = persister
         self._links = links
+        self._table = table
 
     def match_tokens_max(self, request: Request) -> int | None:
         """How much of the prompt the engine's own cache may be asked for; None: all. Where P
@@ -79,9 +82,12 @@ class Restores:
         restore = Restore(fit, first, min(fit.blocks, end))
         return restore if restore.end_block > first else None
 
-    def start(self, restore: Restore, pages: list[int]) -> None:
-        """Have the promised blocks written into ``pages``, one each."""
-        restore.delivery = self._deliveries.start(restore.fit.plan, restore.first_block, pages)
+    def start(self, request: Request, restore: Restore) -> None:
+        """The pages exist: have the promised blocks written into them."""
+        page = self._plans.page_tokens
+        first, end = restore.first_block, restore.end_block
+        pages = self._table.pages(request, first * page, end * page).tolist()
+        restore.delivery = self._deliveries.start(restore.fit.plan, first, pages)
 
     def state(self, restore: Restore) -> RestoreState:
         """Whether the request may decode."""

@@ -32,9 +32,6 @@ USES = (
     Use("mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc", "pages, as rows"),
     Use(_QUEUE + "DecodePreallocQueue.req_to_token_pool", "the table of the requests' rows"),
     Use("mem_cache.memory_pool.ReqToTokenPool.write", "note the gap's rows there"),
-    Use("mem_cache.memory_pool.ReqToTokenPool.req_to_token", "the gap's rows, to be filled"),
-    Use("managers.scheduler.Scheduler.req_to_token_pool", "the same table"),
-    Use(_QUEUE + "DecodeTransferQueue.scheduler", "the way to that table"),
     Use(_QUEUE + "DecodeTransferQueue.queue", "requests whose KV is on its way"),
     Use(_QUEUE + "DecodeTransferQueue.tree_cache", "for the page size"),
     Use("mem_cache.base_prefix_cache.BasePrefixCache.page_size", "tokens of a page"),
@@ -115,15 +112,12 @@ def before_transfer_extend(queue: Any, decode_reqs: list[Any]) -> None:
         restore = _restore_of(decode_req)
         if restore is None:
             continue
-        req, page = decode_req.req, queue.tree_cache.page_size
-        start, end = restore.first_block * page, restore.end_block * page
+        req = decode_req.req
         # SGLang took the restored prefix for the tree's own; it is this request's until it
         # inserts it, and must be freed with it (decode.py sets cache_protected_len to the
         # promised length; a failed restore would leak the pages).
-        req.kv.cache_protected_len = start
-        table = queue.scheduler.req_to_token_pool.req_to_token
-        rows = table[req.kv.req_pool_idx, start:end:page]
-        _restores().start(restore, (rows // page).tolist())
+        req.kv.cache_protected_len = restore.first_block * queue.tree_cache.page_size
+        _restores().start(req, restore)
 
 
 def around_scatter(

@@ -16,6 +16,7 @@ from common.messages import Deliver, EnginePlan, Message, RegisterEngine
 from common.page_hashes import page_hashes
 from engine.config import EngineConfig
 from engine.decode.persist import Persister
+from engine.page_table import PageTable
 from engine.plans import Plans
 from engine.transfers.completion_board import CompletionBoard
 from engine.transfers.deliveries import Deliveries
@@ -120,7 +121,8 @@ class Parts:
             LAYERS,
             tell_failure=lambda slot, job: None,
         )
-        self.table = torch.zeros((4, 256), dtype=torch.int64)
+        self.rows = torch.zeros((4, 256), dtype=torch.int64)
+        self.table = PageTable(self.rows, PAGE)
         self.persister = Persister(self.config, self.table, self.jobs, self.links, self.plans)
 
     # ---- the gateway ----

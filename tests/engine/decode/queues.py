@@ -20,7 +20,7 @@ class DecodeParts(Parts):
     def __init__(self, **settings: Any) -> None:
         super().__init__("decode", **settings)
         self.restores = Restores(
-            self.config, self.plans, self.deliveries, self.persister, self.links
+            self.config, self.plans, self.deliveries, self.persister, self.links, self.table
         )
 
 
@@ -41,13 +41,12 @@ class Queues:
         self.engine = engine
         self.tree_cache = SimpleNamespace(page_size=PAGE)
         self.token_to_kv_pool_allocator = engine.allocator
-        self.req_to_token_pool = SimpleNamespace(req_to_token=engine.table, write=self._write)
-        self.scheduler = self
+        self.req_to_token_pool = SimpleNamespace(req_to_token=engine.rows, write=self._write)
         self.queue: list = []
         self.matched_prompt: list[int] = []
 
     def _write(self, where, rows) -> None:
-        self.engine.table[where] = rows
+        self.engine.rows[where] = rows
 
     def match(self, request: Any, cached_tokens: int) -> DecodePrefixMatch:
         def original(queue, req):

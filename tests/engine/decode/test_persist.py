@@ -29,7 +29,7 @@ def engine(monkeypatch) -> Parts:
     engine = Parts("decode")
     monkeypatch.setattr(runtime, "_runtime", engine)
     # Position p of the request's row is row 10 * PAGE + p: its pages are 10, 11 and so on.
-    engine.table[0] = torch.arange(10 * PAGE, 10 * PAGE + engine.table.shape[1])
+    engine.rows[0] = torch.arange(10 * PAGE, 10 * PAGE + engine.rows.shape[1])
     return engine
 
 

@@ -151,7 +151,7 @@ def test_each_reader_is_asked_for_its_blocks_into_the_gaps_pages(parts):
     request = Request("r", PROMPT)
     plan = engine.plan(request, 4, readers=("a", "b"))
     queues.admit(request, cached_tokens=4)
-    gap = engine.table[0, 4:16]
+    gap = engine.rows[0, 4:16]
     assert gap.reshape(-1, PAGE)[:, 0].tolist() == [4, 8, 12]  # pages 1, 2, 3
     assert torch.equal(gap, torch.arange(4, 16))
     # Of blocks 1, 2 and 3: the second reader has 1 and 3.
