@@ -1,0 +1,188 @@
+"""An engine's runtime between a gateway, an agent and an SGLang that are made up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
+
+import pytest
+import torch
+import zmq
+
+from common.ids import Incarnation, PlanId
+from common.messages import (
+    AgentHello,
+    EngineHello,
+    EnginePlan,
+    JobEnded,
+    Message,
+    Ping,
+    PlanAccepted,
+    PlanRefused,
+    PullBlocks,
+    PullEnded,
+    RegisterEngine,
+    UnknownEngine,
+    decode,
+    encode,
+)
+from engine import runtime as runtime_module
+from engine.config import EngineConfig
+from engine.kv_memory import KvMemory
+from engine.report import EngineIdentity
+from engine.runtime import EngineRuntime, Host
+from tests.engine.parts import NAMESPACE, Allocator, Request, keys_of
+from transfer import client
+
+T = TypeVar("T")
+AGENT_INCARNATION = Incarnation(9)
+
+
+class Peer:
+    """A socket's other end; messages are taken by kind, others are put aside."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._sender: list[bytes] = []
+        self._others: list[Message] = []
+
+    def send(self, message: Message) -> None:
+        self._socket.send_multipart([*self._sender, encode(message)])
+
+    def take(self, kind: type[T], is_it: Callable[[T], bool] = lambda message: True) -> T:
+        """The next message of this kind that is meant; pings are answered meanwhile."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            for message in self._others:
+                if isinstance(message, kind) and is_it(message):
+                    self._others.remove(message)
+                    return message
+            if self._socket.poll(1000):
+                *self._sender, frame = self._socket.recv_multipart()
+                message = decode(frame)
+                if isinstance(message, Ping):
+                    self.send(AgentHello("own", AGENT_INCARNATION, "h:2"))
+                else:
+                    self._others.append(message)
+        raise AssertionError(f"no {kind.__name__}, but {self._others}")
+
+
+class TransferEngine:
+    """Mooncake's, without a network."""
+
+    def register(self, ptr: int, length: int) -> None:
+        pass
+
+    def get_session_id(self) -> str:
+        return "h:1"
+
+    def transfer_sync(
+        self, session_id: str, buffer: int, peer_buffer_address: int, length: int
+    ) -> int:
+        return 0
+
+
+def scheduler() -> Any:
+    """SGLang's, of one rank, without requests."""
+    allocator: Any = Allocator(64)
+    allocator.num_pages = 64
+    no_queue = SimpleNamespace(queue=[])
+    return SimpleNamespace(
+        attn_tp_group=SimpleNamespace(rank_in_group=0, world_size=1, cpu_group=None),
+        token_to_kv_pool_allocator=allocator,
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(256).reshape(1, 256) + 40),
+        tree_cache=SimpleNamespace(evictable_size=lambda: 0),
+        device="cpu",
+        running_batch=SimpleNamespace(reqs=[]),
+        waiting_queue=[],
+        chunked_req=None,
+        disagg_prefill_bootstrap_queue=None,
+        disagg_decode_prealloc_queue=no_queue,
+        disagg_decode_transfer_queue=no_queue,
+    )
+
+
+@pytest.fixture
+def peers(tmp_path) -> Iterator[tuple[Peer, Peer]]:
+    """A gateway and the engine's own agent."""
+    with zmq.Context() as context:
+        gateway, agent = context.socket(zmq.DEALER), context.socket(zmq.ROUTER)
+        agent.bind(f"ipc://{tmp_path}/agent")
+        gateway.connect(f"ipc://{tmp_path}/control")
+        yield Peer(gateway), Peer(agent)
+        for socket in (gateway, agent):
+            socket.close(linger=0)
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch, peers) -> Iterator[EngineRuntime]:
+    monkeypatch.setattr(runtime_module, "model_digest", lambda folder: NAMESPACE.model_digest)
+    monkeypatch.setattr(client, "PING_EVERY_S", 0.05)
+    config = EngineConfig(
+        name="d0",
+        role="decode",
+        controls=[],
+        agent="own",
+        agents={"own": f"ipc://{tmp_path}/agent"},
+    )
+    host = Host(
+        identity=EngineIdentity("d0", "decode", "own", "d0", Incarnation(3), 0),
+        control=f"ipc://{tmp_path}/control",
+        scheduler=scheduler(),
+        transfer_engine=cast(Any, TransferEngine()),
+        memory=KvMemory(NAMESPACE.layout, [[1, 2]] * 3, NAMESPACE.kv_dtype),
+        model_path="/models/x",
+        weight_version=NAMESPACE.weight_version,
+    )
+    engine = EngineRuntime(config, host)
+    yield engine
+    cast(Any, engine.links).close()
+
+
+def test_plans_and_weights_are_agreed_on_with_the_gateway_and_told_to_agents(engine, peers):
+    gateway, agent = peers
+    registered = agent.take(RegisterEngine)
+    assert (registered.engine, registered.namespace) == ("d0", NAMESPACE)
+    (memory,) = registered.ranks
+    assert (memory.session_id, memory.kv_addresses) == ("h:1", [[1, 2]] * 3)
+    gateway.send(EnginePlan(PlanId(7), "r", NAMESPACE.digest(), [], [], [], 60.0))
+    assert gateway.take(PlanAccepted).plan == 7 and engine.plans.get("r").id == 7
+    engine.weights.changed("2", None)
+    gateway.send(EnginePlan(PlanId(8), "s", NAMESPACE.digest(), [], [], [], 60.0))
+    assert gateway.take(EngineHello).namespace.weight_version == "2"
+    assert gateway.take(PlanRefused).plan == 8 and engine.plans.get("s") is None
+    agent.take(RegisterEngine, lambda hello: hello.namespace.weight_version == "2")
+
+
+def test_an_agents_word_about_a_job_counts_if_it_is_the_incarnation_that_has_it(engine, peers):
+    _, agent = peers
+    agent.take(RegisterEngine)
+    request = Request("r", list(range(18)))
+    engine.persister.begin(request)
+    pull = agent.take(PullBlocks)
+    assert pull.keys == keys_of(request, engine.weights.digest)
+    assert pull.pages == [10, 11, 12, 13]
+    agent.send(PullEnded(Incarnation(8), pull.job, [True] * 4))
+    agent.send(JobEnded(Incarnation(8), pull.job, ""))
+    agent.send(PullEnded(AGENT_INCARNATION, pull.job, [True, True, True, False]))
+    wait_until(lambda: len(engine.jobs) == 0)
+    assert engine.persister.stored_blocks_total == 3 and engine.holds.held_pages() == []
+
+
+def test_a_job_that_an_agent_does_not_know_is_over(engine, peers):
+    _, agent = peers
+    agent.take(RegisterEngine)
+    engine.persister.begin(Request("r", list(range(18))))
+    agent.send(UnknownEngine(AGENT_INCARNATION, agent.take(PullBlocks).job))
+    wait_until(lambda: len(engine.jobs) == 0)
+    assert engine.persister.stored_blocks_total == 0
+    agent.take(RegisterEngine)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
