@@ -15,6 +15,7 @@ from common.sizes import format_size
 from launch.cluster.config import PACE, ClusterConfig
 from launch.cluster.engine_command import served_model_name
 from launch.cluster.hardware import Hardware
+from launch.cluster.layout import role_of
 from launch.cluster.process_record import ProcessRecord
 from scheduler.policies import experiment_of, read_policy
 from transfer.traffic import cgroup
@@ -71,7 +72,7 @@ def _role(record: ProcessRecord) -> str:
         return f"storage and transfer of node {record.name.removeprefix('agent-')}"
     if record.kind == "gateway":
         return "OpenAI API and scheduler"
-    return f"SGLang, {'prefill' if record.name.startswith('p') else 'decode'}"
+    return f"SGLang, {role_of(record.name)}"
 
 
 def _tiers(config: ClusterConfig) -> str:

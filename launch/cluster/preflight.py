@@ -16,10 +16,10 @@ from common.sizes import format_size
 from launch.cluster.config import ClusterConfig
 from launch.cluster.process_record import ProcessRecord
 from launch.settings import BadConfig
+from storage.remote.settings import RemoteSettings
 from storage.ssd.folder import OtherFormat, read_state
 
 _LOCK = ".cluster.lock"
-REMOTE_TIMEOUT_S = 20.0
 
 
 def check(config: ClusterConfig, records: Sequence[ProcessRecord]) -> list[IO[str]]:
@@ -74,7 +74,7 @@ def check_remote(config: ClusterConfig) -> None:
     from storage.remote.objects.open_store import open_store
 
     try:
-        open_store(config.remote, config.remote_options, REMOTE_TIMEOUT_S)
+        open_store(config.remote, config.remote_options, RemoteSettings().timeout_s)
     except RemoteUnusable as error:
         raise BadConfig(f"--remote (--remote-options): {error}.") from error
 

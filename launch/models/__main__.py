@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from launch.models.resolve import RECIPES, build_into, is_model, model_folder
+from launch.models.recipes import RECIPES, build_into, is_model, model_folder
 from launch.settings import BadConfig
 
 

@@ -6,7 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.models import tiny_model
-from launch.models.resolve import build_into, model_folder, resolve_model
+from launch.models.recipes import build_into, model_folder
+from launch.models.resolve import resolve_model
 from launch.settings import BadConfig
 
 

@@ -1,0 +1,55 @@
+"""The models that are built here, and where.
+
+They are cached under the digest of everything that made them, so that a changed recipe never
+meets an old folder. ``python -m launch.models NAME`` builds one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib import util
+from importlib.metadata import version
+from pathlib import Path
+
+from common.user_cache import cache_folder
+
+RECIPES = {
+    "tiny": ("launch.models.tiny_model", ("tokenizers", "safetensors")),
+    "default": ("launch.models.default_model", ("transformers", "gguf")),
+}
+"""Name -> module with ``build(folder)``, and the packages that shape its output."""
+
+
+def model_folder(name: str) -> Path:
+    """Where the built model ``name`` belongs, whether or not it is there."""
+    module, packages = RECIPES[name]
+    spec = util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(module)
+    digest = hashlib.sha256(Path(spec.origin).read_bytes())
+    for package in packages:
+        digest.update(f"{package}=={version(package)}\n".encode())
+    return cache_folder() / "models" / f"{name}-{digest.hexdigest()[:16]}"
+
+
+def build_into(folder: Path, build: Callable[[Path], None]) -> None:
+    """Run ``build`` on a scratch folder and rename it: ``folder`` is whole or absent."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        build(scratch)
+        scratch.chmod(0o755)
+        os.rename(scratch, folder)
+    except OSError:
+        if not is_model(folder):  # else another process was faster: its files are the same
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
