@@ -8,6 +8,7 @@ declared where that process has its own settings, and only named here (:func:`ow
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import json
@@ -165,7 +166,7 @@ def owned(owner: type[msgspec.Struct], name: str, form: Form[T]) -> T:
 def _declared(declared: Setting[T]) -> T:
     default, metadata = declared.default, {"setting": declared}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -195,8 +196,8 @@ def flags_of(config: object, kind: type) -> list[str]:
     for name, declared in settings_of(kind).items():
         value = getattr(config, name)
         if value != declared.default:
-            text = "" if declared.is_switch else f"={declared.form.text(value)}"
-            argv.append(flag(name) + text)
+            written = "" if declared.is_switch else f"={declared.form.text(value)}"
+            argv.append(flag(name) + written)
     return argv
 
 
@@ -238,8 +239,8 @@ def _parsed(declared: Setting[object], value: object, where: str) -> object:
 def read_file(kind: type, path: Path) -> JsonObject:
     """The settings in a YAML or TOML file; keys as the flags, with - or _."""
     try:
-        text = path.read_text()
-        raw = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+        written = path.read_text()
+        raw = tomllib.loads(written) if path.suffix == ".toml" else yaml.safe_load(written)
     except OSError as error:
         raise BadConfig(
             f"--config {path}: {error.strerror}; give a readable YAML or TOML file."
@@ -281,13 +282,13 @@ def make_parser(kind: type, prog: str, description: str) -> argparse.ArgumentPar
         help="Print the table of flags for the README and exit.",
     )
     for name, declared in settings_of(kind).items():
-        text = declared.description.replace("%", "%%")
+        usage = declared.description.replace("%", "%%")
         if declared.is_switch:
-            parser.add_argument(flag(name), action="store_true", help=text)
+            parser.add_argument(flag(name), action="store_true", help=usage)
         else:
-            text += f" (default: {declared.default_text})"
+            usage += f" (default: {declared.default_text})"
             metavar = declared.metavar or name.upper()
-            parser.add_argument(flag(name), metavar=metavar, help=text)
+            parser.add_argument(flag(name), metavar=metavar, help=usage)
     return parser
 
 
