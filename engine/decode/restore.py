@@ -4,7 +4,7 @@ SGLang's decode engine matches its own radix tree, tells P how long the prefix i
 already has (``decode_prefix_len``), and P sends only the rest. Here that length is raised by
 the blocks of the plan: SGLang allocates pages for them, agents write them, and the request
 joins the decode batch when P's part and every layer of ours have come. The moments at which
-SGLang asks are those of :mod:`engine.sglang.decode_hooks`.
+SGLang asks are those of :mod:`engine.sglang.decode.restore_hooks`.
 """
 
 from __future__ import annotations

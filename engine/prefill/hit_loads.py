@@ -1,7 +1,7 @@
 """Prefill engine: the hit prefix of a batch is delivered while its forward runs.
 
 SGLang asks how much of a request's prompt can be restored, hands out device pages for that,
-and lets each layer's attention wait for that layer (:mod:`engine.sglang.prefill_linker`). Here
+and lets each layer's attention wait for that layer (:mod:`engine.sglang.prefill.linker`). Here
 the answer comes from the plan that the gateway announced, the bytes come by one-sided writes
 from the plan's readers, and the wait reads the completion board. The gateway sends a request
 only when its blocks are in DRAM, so a forward waits for delivery, never for storage.

@@ -204,7 +204,7 @@ PREFILL = (
     Hook(
         "mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper.finish_loads",
         "around",
-        "engine.sglang.prefill_linker:only_failed_requests",
+        "engine.sglang.prefill.linker:only_failed_requests",
         "a failed delivery drops its own request, not its batch-mates",
     ),
 )
@@ -213,68 +213,68 @@ DECODE = (
     Hook(
         _PREALLOC + "_match_prefix_and_lock",
         "around",
-        "engine.sglang.decode_hooks:around_match",
+        "engine.sglang.decode.restore_hooks:around_match",
         "layer window: promise P only a prefix that agents can bring to it as well",
     ),
     Hook(
         "disaggregation.decode_hicache_mixin.DecodeHiCachePreallocMixin._build_decode_prefix_match",
         "after",
-        "engine.sglang.decode_hooks:after_prefix_match",
+        "engine.sglang.decode.restore_hooks:after_prefix_match",
         "promise P the plan's blocks in `decode_prefix_len`",
     ),
     Hook(
         _PREALLOC + "_pre_alloc",
         "around",
-        "engine.sglang.decode_hooks:around_pre_alloc",
+        "engine.sglang.decode.restore_hooks:around_pre_alloc",
         "allocate pages for the promised prefix",
     ),
     Hook(
         _PREALLOC + "_allocatable_token_budgets",
         "after",
-        "engine.sglang.decode_hooks:less_unevictable",
+        "engine.sglang.decode.restore_hooks:less_unevictable",
         "pages under a transfer cannot be evicted for a new request",
     ),
     Hook(
         _TRANSFER + "extend",
         "before",
-        "engine.sglang.decode_hooks:before_transfer_extend",
+        "engine.sglang.decode.restore_hooks:before_transfer_extend",
         "start the delivery of the prefix",
     ),
     Hook(
         "disaggregation.common.staging_handler.DecodeStagingHandler._scatter_region",
         "around",
-        "engine.sglang.decode_hooks:around_scatter",
+        "engine.sglang.decode.restore_hooks:around_scatter",
         "what P sends begins after the promised prefix, also through a staging buffer (unlike "
         "tensor parallel sizes)",
     ),
     Hook(
         _TRANSFER + "_pollers",
         "around",
-        "engine.sglang.decode_hooks:gated_pollers",
+        "engine.sglang.decode.restore_hooks:gated_pollers",
         "a request decodes only when its prefix is whole",
     ),
     Hook(
         _TRANSFER + "_commit_transfer_to_req",
         "around",
-        "engine.sglang.decode_hooks:around_commit",
+        "engine.sglang.decode.restore_hooks:around_commit",
         "the restored pages are the request's own; release the plan; begin persisting",
     ),
     Hook(
         _TRANSFER + "_release_request",
         "before",
-        "engine.sglang.decode_hooks:before_release",
+        "engine.sglang.decode.restore_hooks:before_release",
         "cancel the delivery of a failed or aborted request",
     ),
     Hook(
         _SCHEDULER + "process_batch_result",
         "after",
-        "engine.sglang.persist_hooks:after_batch_result",
+        "engine.sglang.decode.persist_hooks:after_batch_result",
         "offer blocks to the agent as soon as they are full",
     ),
     Hook(
         _TREE + "checkpoint",
         "before",
-        "engine.sglang.persist_hooks:before_checkpoint",
+        "engine.sglang.decode.persist_hooks:before_checkpoint",
         "offer the last blocks while the request still has its pages",
     ),
 )

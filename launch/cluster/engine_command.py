@@ -15,7 +15,7 @@ CPU_POOL_TOKENS = 65536
 
 _LINKER = {
     "linker": "PrefillLinker",
-    "linker_module_path": "engine.sglang.prefill_linker",
+    "linker_module_path": "engine.sglang.prefill.linker",
     "linker_extra_config": {},
 }
 

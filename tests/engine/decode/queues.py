@@ -10,7 +10,7 @@ from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.decode_hicache_mixin import DecodePrefixMatch
 
 from engine.decode.restore import Restores
-from engine.sglang import decode_hooks
+from engine.sglang.decode import restore_hooks
 from tests.engine.parts import PAGE, Parts
 
 
@@ -53,9 +53,9 @@ class Queues:
             self.matched_prompt = list(req.origin_input_ids)
             cached = torch.arange(1000, 1000 + cached_tokens)
             match = DecodePrefixMatch(cached, 0, 0, None)
-            return decode_hooks.after_prefix_match(match, queue, req, None)
+            return restore_hooks.after_prefix_match(match, queue, req, None)
 
-        return decode_hooks.around_match(original, self, request)
+        return restore_hooks.around_match(original, self, request)
 
     def admit(self, request: Any, cached_tokens: int = 0) -> SimpleNamespace:
         """From the match until the request waits for its KV."""
@@ -67,18 +67,18 @@ class Queues:
             return "rows of the suffix"
 
         prefix = match.prefix_indices
-        rows = decode_hooks.around_pre_alloc(
+        rows = restore_hooks.around_pre_alloc(
             alloc_suffix, self, request, prefix, len(prefix), promised
         )
         assert rows == "rows of the suffix"
         request.kv.cache_protected_len = promised
         waiting = SimpleNamespace(req=request, kv_receiver=Receiver(), prefix_match=match)
-        decode_hooks.before_transfer_extend(self, [waiting])
+        restore_hooks.before_transfer_extend(self, [waiting])
         self.queue.append(waiting)
         return waiting
 
     def polls(self) -> list[KVPoll]:
-        pollers = decode_hooks.gated_pollers(
+        pollers = restore_hooks.gated_pollers(
             lambda queue: [r.kv_receiver for r in queue.queue], self
         )
         return [poller.poll() for poller in pollers]
@@ -90,4 +90,4 @@ class Queues:
             decode_req.req.finished_reason = None if is_sound else "metadata of another request"
             return "committed"
 
-        assert decode_hooks.around_commit(original, self, waiting) == "committed"
+        assert restore_hooks.around_commit(original, self, waiting) == "committed"

@@ -16,7 +16,7 @@ from common.messages import PullBlocks, PullEnded
 from common.page_hashes import page_hashes
 from engine import runtime
 from engine.decode import persist
-from engine.sglang import persist_hooks
+from engine.sglang.decode import persist_hooks
 from tests.engine.parts import EARLIER_WEIGHTS, PAGE, Parts, Request, keys_of
 from tests.examples import examples
 

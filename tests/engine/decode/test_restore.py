@@ -15,7 +15,7 @@ from common.board_word import FAILED
 from common.messages import CancelJob, PullBlocks, ReleasePlan
 from engine import plans as plans_module
 from engine import runtime
-from engine.sglang import decode_hooks
+from engine.sglang.decode import restore_hooks
 from tests.engine.decode.queues import DecodeParts, Queues
 from tests.engine.parts import EARLIER_WEIGHTS, LAYERS, PAGE, Request, keys_of
 
@@ -121,7 +121,7 @@ def test_the_prompt_is_whole_again_also_after_a_match_that_raised(make):
         raise RuntimeError("a bug of SGLang's")
 
     with pytest.raises(RuntimeError):
-        decode_hooks.around_match(original, queues, request)
+        restore_hooks.around_match(original, queues, request)
     assert request.origin_input_ids == PROMPT
 
 
@@ -204,20 +204,20 @@ def test_what_p_sends_through_staging_lands_behind_the_promised_prefix(parts):
     plain = queues.admit(Request("s", PROMPT), cached_tokens=8)
     for waiting in (restored, plain):
         for page_start in (0, 1):
-            decode_hooks.around_scatter(original, handler, 0, page_start, 1, waiting, None)
+            restore_hooks.around_scatter(original, handler, 0, page_start, 1, waiting, None)
     assert seen == [12, 16, 8, 12]
 
 
 def test_pages_under_a_transfer_are_not_counted_on(parts):
     engine, queues = parts
-    assert decode_hooks.less_unevictable(100, queues) == 100
+    assert restore_hooks.less_unevictable(100, queues) == 100
     request = Request("r", PROMPT)
     engine.plan(request, 3)
     queues.admit(request)
-    assert decode_hooks.less_unevictable(100, queues) == 100 - 3 * PAGE
+    assert restore_hooks.less_unevictable(100, queues) == 100 - 3 * PAGE
     ((_, job),) = engine.jobs_sent()
     engine.jobs.over(job.job)
-    assert decode_hooks.less_unevictable(100, queues) == 100
+    assert restore_hooks.less_unevictable(100, queues) == 100
 
 
 # ---- when it may decode ----
@@ -342,7 +342,7 @@ def test_an_aborted_request_stops_its_writers_and_holds_its_pages_until_they_hav
     waiting = queues.admit(request)
     jobs = engine.jobs_sent()
     engine.links.sent.clear()
-    decode_hooks.before_release(queues, waiting)
+    restore_hooks.before_release(queues, waiting)
     assert engine.links.of(CancelJob) == [(agent, CancelJob(job.job)) for agent, job in jobs]
     assert engine.links.of(ReleasePlan) == [(a, ReleasePlan(plan.id)) for a in ("a", "b")]
     assert engine.deliveries.failed_total == 0
@@ -361,7 +361,7 @@ def test_a_failed_restore_is_counted_once_and_says_why(parts, caplog):
     engine.write(engine.jobs_sent()[0][1], FAILED)
     queues.polls()
     queues.polls()
-    decode_hooks.before_release(queues, waiting)
+    restore_hooks.before_release(queues, waiting)
     assert engine.deliveries.failed_total == 1
     assert "agent a could not deliver" in caplog.text
 
@@ -369,7 +369,7 @@ def test_a_failed_restore_is_counted_once_and_says_why(parts, caplog):
 def test_a_request_that_was_promised_nothing_is_released_quietly(parts):
     engine, queues = parts
     waiting = queues.admit(Request("r", PROMPT))
-    decode_hooks.before_release(queues, waiting)
+    restore_hooks.before_release(queues, waiting)
     waiting.prefix_match = None  # without a radix cache SGLang matches nothing
-    decode_hooks.before_release(queues, waiting)
+    restore_hooks.before_release(queues, waiting)
     assert engine.links.sent == []

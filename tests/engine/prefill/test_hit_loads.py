@@ -18,8 +18,8 @@ from common.messages import CancelJob, Deliver
 from engine import runtime
 from engine.prefill.hit_loads import HitLoads
 from engine.ranks.group import RankGroup
-from engine.sglang import prefill_linker
-from engine.sglang.prefill_linker import PrefillLinker
+from engine.sglang.prefill import linker
+from engine.sglang.prefill.linker import PrefillLinker
 from tests.engine.parts import EARLIER_WEIGHTS, LAYERS, PAGE, Parts, Request, hashes_of, keys_of
 
 PROMPT = list(range(100, 122))  # five blocks and two tokens
@@ -61,7 +61,7 @@ class Wrapper:
             rids, self.inflight_load_rids = self.inflight_load_rids, []
             return [] if self.cache_linker.finish_layer_wise_loading(index) else rids
 
-        return prefill_linker.only_failed_requests(original, self)
+        return linker.only_failed_requests(original, self)
 
 
 @pytest.fixture

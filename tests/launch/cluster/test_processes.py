@@ -108,7 +108,7 @@ def test_the_users_engine_flags_come_last_and_so_win():
 def test_a_prefill_engine_loads_blocks_through_our_linker():
     record = records_of(ClusterConfig())["p0"]
     linker = json.loads(flag_value(record, "--unified-cache-external-linker-config"))
-    assert linker["linker_module_path"] == "engine.sglang.prefill_linker"
+    assert linker["linker_module_path"] == "engine.sglang.prefill.linker"
     assert "--enable-unified-cache-external-linker" in record.argv
 
 

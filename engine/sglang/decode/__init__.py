@@ -1,0 +1,1 @@
+"""Decode engines: the restored prefix, and the blocks that fill."""
