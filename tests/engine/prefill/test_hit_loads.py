@@ -290,8 +290,8 @@ def test_a_failed_delivery_drops_its_own_request_and_stops_its_writers(parts):
     assert engine.links.of(CancelJob) == [("a", CancelJob(first.job))]
     assert engine.deliveries.failed_total == 1
     assert sorted(engine.holds.held_pages()) == [1, 2, 3, 4]  # until the writers have ended
-    index, (*_, third) = _loading(engine, sglang, "t")
-    engine.write(third, LAYERS)
+    index, (*_, again) = _loading(engine, sglang, "r")
+    engine.write(again, LAYERS)
     assert sglang.run(index) == []  # a failure is told once
 
 
