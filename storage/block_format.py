@@ -42,20 +42,21 @@ _LAYOUT_AT = _OWNER_AT + _OWNER.size
 _CHECKSUM_AT = _LAYOUT_AT + _LAYOUT.size
 _PAD = bytes(HEADER_BYTES - _CHECKSUM_AT - _CHECKSUM.size)
 
+_FIELDS = (
+    ("magic", "S8", 0),
+    ("version", "<u4", 8),
+    ("payload_bytes", "<u8", _BODY_AT),
+    ("key", f"V{KEY_BYTES}", _BODY_AT + 16),
+    ("parent", f"V{KEY_BYTES}", _BODY_AT + 48),
+    ("sequence", "<u8", _BODY_AT + 80),
+    ("written_ms", "<u8", _BODY_AT + 88),
+    ("owner", f"V{OWNER_BYTES}", _OWNER_AT),
+)
 HEADER_FIELDS = np.dtype(
     {
-        "names": [
-            *("magic", "version", "payload_bytes", "key"),
-            *("parent", "sequence", "written_ms", "owner"),
-        ],
-        "formats": [
-            *("S8", "<u4", "<u8", f"V{KEY_BYTES}"),
-            *(f"V{KEY_BYTES}", "<u8", "<u8", f"V{OWNER_BYTES}"),
-        ],
-        "offsets": [
-            *(0, 8, _BODY_AT, _BODY_AT + 16),
-            *(_BODY_AT + 48, _BODY_AT + 80, _BODY_AT + 88, _OWNER_AT),
-        ],
+        "names": [name for name, _, _ in _FIELDS],
+        "formats": [kind for _, kind, _ in _FIELDS],
+        "offsets": [offset for _, _, offset in _FIELDS],
         "itemsize": HEADER_BYTES,
     }
 )
@@ -92,15 +93,13 @@ def encode_header(
     1970; 0 where another place tells it. Raises ValueError if the layout has more than
     ``COMPONENTS_MAX`` components, or a name of the owner is too long.
     """
-    checksum = xxhash.xxh3_64_intdigest(payload)
+    checksum, layout = xxhash.xxh3_64_intdigest(payload), label.layout
     fields = b"".join(
         (
-            _START.pack(
-                *(MAGIC, VERSION, len(label.layout.component_bytes), label.layout.shards - 1)
-            ),
+            _START.pack(MAGIC, VERSION, len(layout.component_bytes), layout.shards - 1),
             _BODY.pack(len(payload), checksum, key, label.parent, sequence, written_ms),
             encode_owner(label.owner),
-            _encode_layout(label.layout),
+            _encode_layout(layout),
         )
     )
     return fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields)) + _PAD
@@ -123,8 +122,12 @@ def decode_header(header: Buffer) -> BlockHeader:
     owner = decode_owner(bytes(view[_OWNER_AT:_LAYOUT_AT]))
     layout = _decode_layout(bytes(view[_LAYOUT_AT:_CHECKSUM_AT]), components, more_shards + 1)
     label = BlockLabel(
-        *(owner.namespace_digest, layout, owner.model_digest, owner.weight_version),
-        *(owner.tenant, parent),
+        namespace_digest=owner.namespace_digest,
+        layout=layout,
+        model_digest=owner.model_digest,
+        weight_version=owner.weight_version,
+        tenant=owner.tenant,
+        parent=parent,
     )
     return BlockHeader(key, label, sequence, written_ms, payload_bytes, payload_checksum)
 

@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from storage.block_format import verify
 from storage.index.owners import Selector
@@ -70,7 +71,7 @@ class SsdBackend:
         for operation in operations:
             device = self._slots.at(operation.place).device
             threads = device.readers if operation.kind is Kind.READ else device.writers
-            threads.submit(lambda operation=operation: self._run(operation))  # type: ignore[misc]
+            threads.submit(partial(self._run, operation))
 
     def _run(self, operation: Operation) -> None:
         """In an I/O thread."""

@@ -30,9 +30,18 @@ class CalledOff(Exception):
 
 
 _PERMANENT = (
-    *(FileNotFoundError, FileExistsError, PermissionError, NotImplementedError, CalledOff),
-    *(BlockMissing, BlockCorrupt, RemoteUnusable, ValueError, TypeError),
+    BlockCorrupt,
+    BlockMissing,
+    CalledOff,
+    FileExistsError,
+    FileNotFoundError,
+    NotImplementedError,
+    PermissionError,
+    RemoteUnusable,
+    TypeError,
+    ValueError,
 )
+"""Another attempt would fail alike."""
 
 
 class RemoteCalls:

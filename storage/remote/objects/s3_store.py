@@ -30,9 +30,19 @@ CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 5.0
 """A request from which nothing comes for so long is given up, and tried again."""
 _OF_NO_MEANING = {
-    *("use_listings_cache", "skip_instance_cache", "listings_expiry_time", "max_paths"),
-    *("default_block_size", "default_fill_cache", "default_cache_type", "max_concurrency"),
-    *("fixed_upload_size", "version_aware", "asynchronous", "use_ssl", "cache_regions"),
+    "asynchronous",
+    "cache_regions",
+    "default_block_size",
+    "default_cache_type",
+    "default_fill_cache",
+    "fixed_upload_size",
+    "listings_expiry_time",
+    "max_concurrency",
+    "max_paths",
+    "skip_instance_cache",
+    "use_listings_cache",
+    "use_ssl",
+    "version_aware",
 }
 """Options of s3fs that say nothing about who is asked, and how."""
 

@@ -7,6 +7,7 @@ import queue
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -189,7 +190,7 @@ class PackCatalog:
                 answers.put((found, error))
 
         for found in packs:
-            self._footer_threads.submit(lambda found=found: read(found))  # type: ignore[misc]
+            self._footer_threads.submit(partial(read, found))
         for _ in packs:
             found, contents = self._next(answers)
             if isinstance(contents, Exception):

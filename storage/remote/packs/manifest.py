@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -18,6 +19,9 @@ from common.block import KEY_BYTES, BlockLabel
 from storage.block_format import Buffer
 from storage.remote.packs.format import ROW, PackContents
 from storage.remote.packs.pack import Pack
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 VERSION = b"1"
 _NAME = re.compile(r"manifest/([0-9a-f]{12})-([0-9a-f]{16})\.parquet")
@@ -75,7 +79,7 @@ def encode_manifest(packs: Iterable[Pack]) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _dictionary(indices: NDArray[np.int32], values: list[str]):  # type: ignore[no-untyped-def]
+def _dictionary(indices: NDArray[np.int32], values: list[str]) -> pa.DictionaryArray:
     import pyarrow as pa
 
     return pa.DictionaryArray.from_arrays(pa.array(indices), pa.array(values, pa.string()))
@@ -105,7 +109,7 @@ def decode_manifest(path: str, data: Buffer) -> list[Pack]:
     return list(_packs_of(table, rows))
 
 
-def _packs_of(table, rows: NDArray[np.void]) -> Iterable[Pack]:  # type: ignore[no-untyped-def]
+def _packs_of(table: pa.Table, rows: NDArray[np.void]) -> Iterable[Pack]:
     """Cut the table's rows where another pack begins."""
     packs, labels = (table[name].combine_chunks() for name in ("pack", "label"))
     names = packs.dictionary.to_pylist()

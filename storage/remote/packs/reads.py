@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from storage.block_format import HEADER_BYTES, verify
 from storage.remote.objects.calls import RemoteCalls
@@ -84,7 +85,7 @@ class PackReads:
     def submit(self, located: Sequence[tuple[Pack, int, Operation]]) -> None:
         for run in cut_runs(located, self._num_threads):
             self._pacer.read_begins(run.nbytes)
-            self._threads.submit(lambda run=run: self._read(run))  # type: ignore[misc]
+            self._threads.submit(partial(self._read, run))
 
     def _read(self, run: Run) -> None:
         started_s = self.last_start_s = time.monotonic()
@@ -113,6 +114,6 @@ def _deliver(stored: memoryview, operation: Operation) -> Exception | None:
         payload = stored[HEADER_BYTES:]
         operation.label = verify(stored[:HEADER_BYTES], payload, operation.key).label
         operation.deliver(payload)
-    except Exception as error:  # BlockCorrupt or BlockMissing
+    except Exception as error:  # whatever is wrong with the bytes ends this block alone
         return error
     return None
