@@ -9,6 +9,7 @@ PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cpu}
 LOG=.venv/setup.log
 STAMP=.venv/setup.stamp
+STUB=engine/cpu/torchvision_stub.py
 
 say() { echo "set-up: $*"; }
 
@@ -68,9 +69,12 @@ install_packages() {
         say "SGLang and Mooncake for CUDA, with their own pins ..."
         logged "${pip[@]}" -e '.[cuda,s3,test]'
     fi
-    # See engine/cpu/torchvision_stub.py.
-    echo 'import engine.cpu.torchvision_stub' \
-        >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_dualpath.pth"
+    # As a module of its own: were it imported from the package, each interpreter would begin with
+    # this checkout's `engine`, also one that is to run the code of another.
+    local packages
+    packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    cp "$STUB" "$packages/dualpath_torchvision_stub.py"
+    echo 'import dualpath_torchvision_stub' >"$packages/zz_dualpath.pth"
     logged .venv/bin/python -c 'import mooncake.engine, sglang'
 }
 
@@ -83,7 +87,7 @@ build_default_model() {
 mkdir -p .venv
 exec 9>.venv/setup.lock
 flock 9
-wanted=$({ cat requirements.lock pyproject.toml scripts/setup.sh; echo "$DEVICE $PWD"; "$PYTHON" -V; } | sha256sum)
+wanted=$({ cat requirements.lock pyproject.toml scripts/setup.sh "$STUB"; echo "$DEVICE $PWD"; "$PYTHON" -V; } | sha256sum)
 if [ "$wanted" != "$(cat "$STAMP" 2>/dev/null)" ]; then
     began=$SECONDS
     : >"$LOG"

@@ -3,7 +3,8 @@
 ``import sglang`` imports transformers, which imports torchvision, whose operators
 come as a CUDA build: beside a CPU torch they do not load, and the import dies with
 "operator torchvision::nms does not exist" before any SGLang plugin has run. Set-up
-therefore writes a ``.pth`` file that imports this module at interpreter start. It
+therefore copies this module beside the packages, and writes a ``.pth`` file that
+imports the copy at interpreter start (so that ``engine`` is not imported then). It
 only leaves a finder behind, which looks at nothing but ``torchvision.extension`` and
 declares the missing operators once that module has found that it has none: beside a
 torchvision that works nothing changes, and without torchvision nothing is imported.
