@@ -203,6 +203,7 @@ def test_a_flush_forgets_what_was_found_queued_and_waited_for(parts):
     sglang.cache_linker.reset()
     assert sglang.cache_linker.start_layer_wise_loading() == -1
     sglang.cache_linker.layer_done_counter.wait_until(LAYERS - 1)  # at once
+    assert sglang.cache_linker.layer_done_counter.take(0) is None
     with pytest.raises(KeyError):
         sglang.load(request, [5, 6])
     assert len(engine.jobs_sent()) == 1

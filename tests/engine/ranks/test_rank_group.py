@@ -23,22 +23,12 @@ from engine.transfers.completion_board import CompletionBoard, OtherBoards
 from engine.transfers.deliveries import Deliveries
 from engine.transfers.jobs import Jobs
 from engine.transfers.page_holds import PageHolds
+from tests.engine.parts import PAGE, Allocator
 from tests.examples import examples
 
-PAGE = 4
 CONFIG = EngineConfig(
     name="p0", role="prefill", controls=[], agent="a", agents={}, deliver_timeout_s=10.0
 )
-
-
-class Allocator:
-    """SGLang's list of free pages."""
-
-    page_size = PAGE
-
-    def __init__(self, pages: int) -> None:
-        self.free_pages = torch.arange(1, pages + 1)
-        self.num_staged_pages = 0
 
 
 class Links:
