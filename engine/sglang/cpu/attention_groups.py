@@ -17,11 +17,17 @@ USES = (
     Use("layers.dp_attention.memcpy_cpu", "what copies on a CPU"),
     Use("model_executor.forward_batch_info._is_cpu", "set: no pinned memory"),
     Use("model_executor.model_runner.ModelRunner.attn_backend", "given the value that it lacks"),
+    Use(
+        "layers.attention.hybrid_linear_attn_backend.MambaAttnBackendBase"
+        ".get_cpu_graph_seq_len_fill_value",
+        "that value, as another backend has it",
+    ),
     Use(_GROUP + "_all_gather_into_tensor", "what gathers by torch's own means"),
     Use(_GROUP + "all_reduce", "a reduce-scatter is made of it"),
     Use(_GROUP + "world_size", "how many shares that has"),
     Use(_GROUP + "rank_in_group", "which is this rank's"),
     Use(_CONTROLLER + "soft_watchdog", "fed while nothing comes"),
+    Use("utils.watchdog.Watchdog.feed", "feeds it"),
     Use(_CONTROLLER + "recv_from_tokenizer", "where requests come from"),
     Use(_CONTROLLER + "_request_dispatcher", "hands one to a group"),
     Use("managers.io_struct.sock_recv", "reads one"),

@@ -24,7 +24,6 @@ USES = (
     Use(_LINKER + "UnifiedCacheLinker.layer_done_counter", "asked before each layer's attention"),
     Use(_LINKER + "UnifiedCacheLinker.forward_stream", "kept for it, as its docstring asks"),
     Use(_LINKER + "UnifiedCacheLinkerWrapper.inflight_load_rids", "the batch's loads"),
-    Use(_LINKER + "UnifiedCacheLinkerWrapper.cache_linker", "ours"),
     Use("mem_cache.hicache_storage.PoolName.KV", "the pool that we restore"),
     Use("mem_cache.hicache_storage.PoolTransfer.name", "of which pool a transfer is"),
     Use("mem_cache.hicache_storage.PoolTransfer.keys", "page hashes, in hexadecimal"),

@@ -2,14 +2,19 @@
 
 import ast
 import inspect
+import re
 
 import pytest
+import torch
+import zmq
 
 from engine.sglang import tables
 from engine.sglang.border import ROOT, VIEWS, function_of
 from tests.engine.sglang.installed import Missing, accepts, find, function
+from tests.engine.sglang.touched import attributes_touched
 
 HOOKS = [hook for table in tables.HOOKS.values() for hook in table]
+FOREIGN = (dict, list, set, str, torch.Tensor, zmq.Socket)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,10 +89,50 @@ def test_what_is_imported_stands_in_a_table():
     assert lacking == {}
 
 
+def test_what_is_touched_of_an_object_stands_in_a_table():
+    """Also attributes, except those of Python's, torch's and zmq's own types, and ours."""
+    modules = tables.modules()
+    seen = {member for view in VIEWS for member in tables.members(view)}
+    foreign = {name for kind in FOREIGN for name in dir(kind)}
+    unlisted = {
+        _short(module): names
+        for module in modules
+        if (names := attributes_touched(_syntax(module)) - _last_names(module) - seen - foreign)
+    }
+    assert unlisted == {"decode.restore_hooks": {"dualpath_restore"}}
+
+
+def test_what_stands_in_a_table_is_touched():
+    stale = [
+        f"{_short(module)}: {name}"
+        for module in tables.modules()
+        for name in _last_names(module)
+        if not re.search(rf"\b{name}\b", _code_beside_the_table(module))
+    ]
+    assert stale == []
+
+
+def _code_beside_the_table(module):
+    lines = inspect.getsource(module).splitlines()
+    for node in _syntax(module).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "USES":
+            del lines[node.lineno - 1 : node.end_lineno]
+            break
+    return "\n".join(lines)
+
+
+def _last_names(module):
+    return {use.name.rsplit(".", 1)[-1] for use in tables.uses_of(module)}
+
+
+def _syntax(module):
+    return ast.parse(inspect.getsource(module))
+
+
 def _imported(module):
     """Names that a file takes from SGLang, relative to ``sglang.srt`` where they are there."""
     found = set()
-    for node in ast.walk(ast.parse(inspect.getsource(module))):
+    for node in ast.walk(_syntax(module)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "sglang"}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sglang":
