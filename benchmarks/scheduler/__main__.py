@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.goals import Goal, goals_table, write_report
 from benchmarks.scheduler import balance, speed
-from benchmarks.scheduler.balance import Balance, Step
+from benchmarks.scheduler.balance import Balance, JobTime, Step
 from benchmarks.scheduler.speed import PlanLoop, Speed
 
 PAPER = (48, 96)
@@ -65,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         "speed": msgspec.to_builtins(speeds),
         "directory_bytes_a_block": block_bytes,
         "balance": [msgspec.to_builtins(result) for result, _ in uses],
-        "jobs_with_a_slow_node": jobs,
+        "jobs_with_a_slow_node": msgspec.to_builtins(jobs),
         "step": msgspec.to_builtins(step),
     }
     if arguments.json:
@@ -111,7 +110,7 @@ def measure_balance(bar: Bar) -> Uses:
     ]
 
 
-def measure_jobs(bar: Bar) -> list[dict[str, Any]]:
+def measure_jobs(bar: Bar) -> list[JobTime]:
     """With one node at a quarter of its speed."""
     progress, jobs = bar("jobs, one node at a quarter"), []
     for policy in ("n-way", "shorter-queue"):
@@ -127,7 +126,7 @@ def goals(
     speeds: dict[str, Speed],
     ratios: dict[str, float],
     balances: list[Balance],
-    jobs: list[dict[str, Any]],
+    jobs: list[JobTime],
     step: Step,
 ) -> list[Goal]:
     """The issue's, in its order."""
@@ -148,7 +147,7 @@ def goals(
         Goal("n-way storage-NIC Max/Avg, worst 10 s window", n_way, "", at_most=1.05),
         Goal(
             "n-way job time over ideal, one node at a quarter",
-            jobs[0]["over_ideal"],
+            jobs[0].over_ideal,
             "",
             at_most=1.08,
         ),
@@ -171,7 +170,7 @@ def show(
     rows: list[Goal],
     speeds: dict[str, Speed],
     balances: list[Balance],
-    jobs: list[dict[str, Any]],
+    jobs: list[JobTime],
 ) -> None:
     console = Console()
     console.print(goals_table(rows))
@@ -188,8 +187,8 @@ def show(
     console.print(table)
     table = Table("job, one node at a quarter", "s", "ideal, s", "over ideal")
     for job in jobs:
-        figures = (job["job_s"], job["ideal_s"], job["over_ideal"])
-        table.add_row(job["policy"], *("-" if v is None else f"{v:.3f}" for v in figures))
+        figures = (job.job_s, job.ideal_s, job.over_ideal)
+        table.add_row(job.policy, *("-" if v is None else f"{v:.3f}" for v in figures))
     console.print(table)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -65,9 +64,18 @@ def balance(
     return result, use
 
 
+class JobTime(msgspec.Struct, frozen=True):
+    """None: longer than the limit."""
+
+    policy: str
+    job_s: float | None
+    ideal_s: float | None
+    over_ideal: float | None
+
+
 def job_times(
     policy: str, nodes: tuple[int, int], load: float, turns: int, slow_part: float
-) -> dict[str, Any]:
+) -> JobTime:
     """A job with the first node's storage NIC at ``slow_part`` of its rate, and the same where
     one NIC with the rates of all reads everything: the ideal."""
     times = {}
@@ -77,7 +85,7 @@ def job_times(
         times[pooled] = fluid.run_job(JOB_LIMIT_S)
     measured, ideal = times[False], times[True]
     ratio = measured / ideal if measured and ideal else None
-    return {"policy": policy, "job_s": measured, "ideal_s": ideal, "over_ideal": ratio}
+    return JobTime(policy, measured, ideal, ratio)
 
 
 class Step(msgspec.Struct, frozen=True):

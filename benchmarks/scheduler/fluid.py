@@ -13,7 +13,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeVarTuple
 
 import msgspec
 import numpy as np
@@ -24,6 +24,8 @@ from common.block import BlockKey
 from common.rate import RateMeter
 from scheduler.options import SchedulerOptions
 from scheduler.plan import NoEngine, Plan, PlanRequest
+
+Ts = TypeVarTuple("Ts")
 
 REPORT_PERIOD_S = 1.0
 SAMPLE_PERIOD_S = 0.5
@@ -57,17 +59,18 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._calls: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._calls: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
 
-    def after(self, delay_s: float, call: Callable[..., None], *arguments: Any) -> None:
+    def after(self, delay_s: float, call: Callable[[*Ts], None], *arguments: *Ts) -> None:
         self._count += 1
-        heapq.heappush(self._calls, (self.now + delay_s, self._count, call, arguments))
+        due: Callable[[], None] = partial(call, *arguments)
+        heapq.heappush(self._calls, (self.now + delay_s, self._count, due))
 
     def run(self, until_s: float, done: Callable[[], bool] = lambda: False) -> None:
         while self._calls and self._calls[0][0] <= until_s and not done():
-            self.now, _, call, arguments = heapq.heappop(self._calls)
-            call(*arguments)
+            self.now, _, call = heapq.heappop(self._calls)
+            call()
 
 
 class Nic:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -25,7 +24,6 @@ def nic_use(
     figure, panels = plt.subplots(
         len(uses), 1, figsize=(9, 1.6 * len(uses) + 0.8), sharex=True, layout="constrained"
     )
-    image: Any = None
     for panel, (result, use) in zip(panels, uses, strict=True):
         image = panel.imshow(
             use, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest"

@@ -71,4 +71,4 @@ def test_policies_differ_as_they_should_when_nics_are_barely_saturated():
 @pytest.mark.slow
 def test_one_slow_node_slows_an_n_way_job_by_no_more_than_its_lost_rate():
     job = job_times("n-way", (4, 8), 1.5, turns=3000, slow_part=0.25)
-    assert job["over_ideal"] <= 1.08
+    assert job.over_ideal <= 1.08

@@ -77,7 +77,7 @@ class EngineClient:
         return (await self.ask_any("POST", "/v1/tokenize", body)).body
 
     async def ask_any(self, method: str, path: str, body: JsonObject | None = None) -> HttpAnswer:
-        """That of the first live engine that answers 200; 4xx raises ``EngineRefused``."""
+        """The answer of the first live engine that gives one; 4xx raises ``EngineRefused``."""
         engines = self.members.live_engines()
         if not engines:
             raise Unavailable("no engine is alive")
