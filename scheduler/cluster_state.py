@@ -189,7 +189,8 @@ class Engines(Processes):
     def note_chosen(self, *rows: int) -> None:
         """A decision chose these."""
         self.chosen_total += 1
-        self.last_chosen[list(rows)] = self.chosen_total
+        for row in rows:
+            self.last_chosen[row] = self.chosen_total
 
     def compute_s(self, row: int | Rows, tokens: float | Floats, context: float | Floats) -> Floats:
         """Time of prefilling ``tokens`` after ``context`` tokens; 0 while not measured."""
