@@ -29,7 +29,8 @@ check-types: setup
 # SGLang (13 s of CPU time) run in one process; the others wait for processes of theirs most of the
 # time, so two of them go on at once.
 QUICK = EXAMPLES=few .venv/bin/python -m pytest -m "not slow" --durations=9 --durations-min=4
-WITHOUT_SGLANG = tests/transfer tests/storage tests/scheduler tests/common
+WITHOUT_SGLANG = $(addprefix tests/,transfer launch/rollout launch/cluster storage scheduler \
+    benchmarks common)
 
 check-engines: setup
 	@$(QUICK) $(WITHOUT_SGLANG:%=--ignore=%) tests

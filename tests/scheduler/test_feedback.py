@@ -55,6 +55,7 @@ def test_shares_follow_a_step_of_one_nodes_rate_and_stay():
     assert result.worst_given <= 0.1
 
 
+@pytest.mark.slow
 def test_policies_differ_as_they_should_when_nics_are_barely_saturated():
     found = {
         policy: balance(policy, (4, 8), 1.1, 30.0, silent)[0]

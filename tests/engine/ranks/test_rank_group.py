@@ -191,6 +191,7 @@ def _agree(rank: int, port: int, results) -> None:
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.slow
 def test_only_what_holds_at_every_rank_is_agreed_on():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
