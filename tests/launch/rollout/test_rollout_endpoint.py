@@ -54,6 +54,7 @@ def test_a_restart_of_the_endpoint_in_mid_job(tmp_path):
     assert len(keys(tmp_path / "out")) == 60
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_is_gone_stops_the_job(stub, tmp_path, capfd):
     source = write_jsonl(tmp_path / "in.jsonl", text_rows(40))
     stub.set(delay_s=0.02)
