@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ class Goal(msgspec.Struct, frozen=True):
 def write_report(path: Path, goals: list[Goal], figures: dict[str, Any]) -> None:
     """One JSON file: ``goals`` at its top, everything else under names of its own."""
     path.write_text(json.dumps({"goals": [g.row() for g in goals], **figures}, indent=2) + "\n")
+
+
+def draw_report(draw: Callable[[dict[str, Any], Path], None], usage: str | None) -> int:
+    """``main`` of a module that draws: with REPORT and FOLDER on the command line, ``draw`` gets
+    what :func:`write_report` wrote, and the folder; else the usage is shown. Exit status."""
+    if len(sys.argv) != 3:
+        print(usage, file=sys.stderr)
+        return 2
+    draw(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    return 0
 
 
 def goals_table(goals: Sequence[Goal]) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")  # no display
 import matplotlib.pyplot as plt
 import numpy as np
+
+from benchmarks.goals import draw_report
 
 DPI = 110
 
@@ -39,13 +40,9 @@ def in_flight(path: Path, report: dict[str, Any]) -> None:
     plt.close(figure)
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) != 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    in_flight(Path(argv[1]) / "rollout_in_flight.png", json.loads(Path(argv[0]).read_text()))
-    return 0
+def draw(report: dict[str, Any], folder: Path) -> None:
+    in_flight(folder / "rollout_in_flight.png", report)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(draw_report(draw, __doc__))

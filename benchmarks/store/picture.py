@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display
 import matplotlib.pyplot as plt
+
+from benchmarks.goals import draw_report
 
 DPI = 110
 
@@ -51,16 +52,10 @@ def hit_rates(path: Path, percent: dict[str, dict[str, float]]) -> None:
     plt.close(figure)
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) != 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    report: dict[str, Any] = json.loads(Path(argv[0]).read_text())
-    folder = Path(argv[1])
+def draw(report: dict[str, Any], folder: Path) -> None:
     rates(folder / "store_rates.png", report["bytes_per_s"])
     hit_rates(folder / "store_hit_rates.png", report["hit_rate_percent"])
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(draw_report(draw, __doc__))
