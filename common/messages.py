@@ -20,7 +20,7 @@ from common.ids import BoardSlot, Incarnation, JobId, PlanId
 from common.loads import AgentLoad, EngineLoad
 from common.samples import Sample
 
-PROTOCOL = b"DP1"
+PROTOCOL = b"DP2"
 
 
 class MalformedMessage(Exception):
