@@ -288,7 +288,7 @@ async def test_a_gap_in_the_announcements_is_healed() -> None:
 async def test_malformed_messages_are_counted_and_dropped() -> None:
     async with cluster_of() as cluster:
         await cluster.agents["node-d"].push_raw(b"DP0rubbish")
-        await cluster.decodes[0].push_raw(b"DP1\xff")
+        await cluster.decodes[0].push_raw(m.PROTOCOL + b"\xff")
         name = "dualpath:malformed_messages_total"
         members = cluster.services.plane.members
         peers = [members.engines["d0"], members.agents["node-d"]]

@@ -14,6 +14,7 @@ from common.block import BlockLayout
 from common.board_word import BOARD_WORD_BYTES, FAILED
 from common.ids import BoardSlot, JobId, PlanId
 from common.messages import (
+    PROTOCOL,
     Announcement,
     CancelJob,
     Deliver,
@@ -248,7 +249,7 @@ def test_what_is_no_message_is_counted_and_dropped(agent, gateway, start_engine)
     engine = start_engine("d0")
     noise = random.Random(1)
     frames = [noise.randbytes(noise.randrange(200)) for _ in range(50)]
-    frames += [b"", b"DP1", b"DP0" + encode(Ping())[3:], encode(PlanAccepted(PlanId(1)))]
+    frames += [b"", PROTOCOL, b"DP0" + encode(Ping())[3:], encode(PlanAccepted(PlanId(1)))]
     frames += [encode(Ping())[:-1], encode(Ping()) + b"x"]
     for frame in frames:
         gateway.socket.send(frame)
