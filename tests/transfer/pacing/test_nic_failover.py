@@ -130,7 +130,7 @@ def test_kv_goes_over_to_the_other_nic_and_stays_in_its_class(hosts):
 def test_an_agent_holds_deliveries_over_a_link_to_its_rate(hosts, tmp_path):
     blocks, rate = range(40), 400_000
     control = f"tcp://{HOSTS['a']}:30100"
-    here: dict[str, Any] = {"host": HOSTS["a"], "control": control, "pace": str(rate)}
+    here: dict[str, Any] = {"host": HOSTS["a"], "control": control, "pace": float(rate)}
     with entered(namespace("a")), running_agent(tmp_path, **here):
         gateway = FakeGateway(control)
         gateway.send(Subscribe())
