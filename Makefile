@@ -26,17 +26,17 @@ check-types: setup
 	.venv/bin/mypy
 
 # Fewer random examples than `make test`, and no test that is marked slow. Tests that import
-# SGLang (13 s of CPU time) run in one process; the others wait for processes of theirs most of the
-# time, so two of them go on at once.
+# SGLang (13 s of CPU time) run in one process. Those of the gateway wait nearly all the time, those
+# of agents and stores for processes and disks: four go on beside it.
 QUICK = EXAMPLES=few .venv/bin/python -m pytest -m "not slow" --durations=9 --durations-min=4
-WITHOUT_SGLANG = $(addprefix tests/,transfer launch/rollout launch/cluster storage scheduler \
-    benchmarks common)
+WITHOUT_SGLANG = $(addprefix tests/,transfer launch/gateway launch/rollout launch/cluster storage \
+    scheduler benchmarks)
 
 check-engines: setup
 	@$(QUICK) $(WITHOUT_SGLANG:%=--ignore=%) tests
 
 check-stores: setup
-	@$(QUICK) --numprocesses=2 $(WITHOUT_SGLANG)
+	@$(QUICK) --numprocesses=4 --dist=worksteal $(WITHOUT_SGLANG)
 
 check: setup
 	@$(MAKE) --no-print-directory --jobs --keep-going --output-sync=target \

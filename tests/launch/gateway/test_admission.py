@@ -39,7 +39,13 @@ class Part:
         self._cost_tokens = cost_tokens
         self._finish = asyncio.Event()
         self.task = asyncio.create_task(self._run())
-        self.task.add_done_callback(lambda _: admission.leave(seat))
+        self.task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        # Asked for: asyncio would log it when the task is collected, in the midst of whatever.
+        if not task.cancelled():
+            task.exception()
+        self._admission.leave(self.seat)
 
     async def _run(self) -> None:
         async with self._admission.turn(self.seat, self._cost_tokens, 0):
