@@ -87,6 +87,7 @@ def test_what_one_engine_computed_reaches_another(agent, gateway, start_engine):
     assert counters[moved.format("low", "write")] == size + LAYERS * BOARD_WORD_BYTES
 
 
+@pytest.mark.slow
 def test_a_killed_agent_comes_back_and_reads_its_blocks_from_ssd(agent, gateway, start_engine):
     engine = start_engine("d0")
     before = engine.wait_alive("a0")
@@ -125,6 +126,7 @@ def test_a_delivery_past_its_deadline_fails(gateway, start_engine):
     assert engine.board(0) == (2, FAILED)
 
 
+@pytest.mark.slow
 def test_a_plan_is_released_at_its_deadline(gateway, start_engine):
     engine = start_engine("p0")
     store(engine, 1, range(3))
@@ -134,6 +136,7 @@ def test_a_plan_is_released_at_its_deadline(gateway, start_engine):
     assert "not in DRAM" in engine.wait_end(2).error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [8])
 def test_dram_for_less_than_two_shares_serves_both(gateway, start_engine, slots):
     engine = start_engine("d0")
@@ -199,6 +202,7 @@ def test_a_pull_from_a_hung_engine_keeps_its_slots_out_of_use(agent, gateway, st
     assert hung.wait_end(6).held == [True] * 5
 
 
+@pytest.mark.slow
 def test_an_engine_killed_in_mid_delivery_leaves_nothing_behind(agent, gateway, start_engine):
     dying, other = start_engine("p0"), start_engine("p1")
     store(other, 1, range(6))
@@ -217,6 +221,7 @@ def test_an_engine_killed_in_mid_delivery_leaves_nothing_behind(agent, gateway, 
     assert by_name(status.samples)['dualpath:agent_jobs{kind="delivery"}'] == 0
 
 
+@pytest.mark.slow
 def test_a_block_that_two_engines_offer_is_pulled_once(agent, gateway, start_engine):
     engines = [start_engine(name) for name in ("d0", "d1")]
     agent.process.send_signal(signal.SIGSTOP)
@@ -245,6 +250,7 @@ def test_a_job_number_is_used_once(gateway, start_engine):
     assert sum(getattr(m, "job", 0) == 2 for _, m in engine.messages) == 1
 
 
+@pytest.mark.slow
 def test_what_is_no_message_is_counted_and_dropped(agent, gateway, start_engine):
     engine = start_engine("d0")
     noise = random.Random(1)
@@ -276,6 +282,7 @@ def test_jobs_of_a_stranger_are_answered_and_not_obeyed(agent, gateway):
     assert gateway.read(1, range(3)).in_dram == [False] * 3
 
 
+@pytest.mark.slow
 def test_an_engine_with_blocks_of_another_size_is_refused(agent, gateway, start_engine):
     first = start_engine("d0")
     wide = start_engine("d1", layout=BlockLayout(4, 4, (8192, 8192)))
@@ -303,6 +310,7 @@ def test_announcements_are_numbered_for_each_subscriber(agent, gateway, start_en
     }
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_agent_within_three_seconds(agent, gateway, start_engine):
     hung = start_engine("d0")
     hung.fill_all(range(5), 0)

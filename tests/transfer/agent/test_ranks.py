@@ -86,12 +86,10 @@ def test_any_even_split_is_cut_or_joined_to_any_other(data):
         assert got == shard_of(content, layout, target, shard)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stored", "wanted"),
-    [
-        *((2, 1), (1, 2)),
-        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 2), (2, 4), (4, 2))),
-    ],
+    [(2, 1), (1, 2), (2, 2), (2, 4), (4, 2)],
 )
 def test_blocks_of_one_tensor_parallel_size_serve_another(gateway, start_engine, stored, wanted):
     decode = start_engine("d0", layout=in_shards(stored), ranks=stored)
@@ -113,6 +111,7 @@ def test_blocks_of_one_tensor_parallel_size_serve_another(gateway, start_engine,
     assert counters['dualpath:agent_delivered_bytes_total{engine="p0"}'] == whole_bytes
 
 
+@pytest.mark.slow
 def test_the_shards_of_a_block_are_known_after_a_restart(agent, gateway, start_engine):
     engine = start_engine("d0", layout=in_shards(2), ranks=2)
     before = engine.wait_alive("a0")
@@ -129,6 +128,7 @@ def test_the_shards_of_a_block_are_known_after_a_restart(agent, gateway, start_e
         assert other.page_bytes(20 + block) == shard_of(content_of(block), in_shards(2), 1, 0)
 
 
+@pytest.mark.slow
 def test_replicated_kv_is_pulled_once_and_delivered_whole_to_each_rank(gateway, start_engine):
     engine = start_engine("d0", ranks=2)
     store(engine, 1, range(4))
@@ -148,6 +148,7 @@ def test_replicated_kv_is_pulled_once_and_delivered_whole_to_each_rank(gateway, 
     assert delivered == 2 * 4 * LAYOUT.block_bytes
 
 
+@pytest.mark.slow
 def test_blocks_whose_heads_do_not_divide_are_misses(gateway, start_engine):
     thirds = BlockLayout(4, 4, (4608, 2304), 3)
     engine = start_engine("d0", layout=thirds, ranks=3)
@@ -157,6 +158,7 @@ def test_blocks_whose_heads_do_not_divide_are_misses(gateway, start_engine):
     assert gateway.read(8, range(2)).in_dram == [False] * 2
 
 
+@pytest.mark.slow
 def test_a_failed_rank_ends_the_delivery_to_all(gateway, start_engine):
     engine = start_engine("d0", layout=in_shards(2), ranks=2)
     store(engine, 1, range(3))
