@@ -28,8 +28,9 @@ apt_install() {
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         say "system packages for $why: $*"
         logged apt-get update -qq
-        logged env DEBIAN_FRONTEND=noninteractive \
-            apt-get install -y -qq --no-install-recommends "$@"
+        # another installation may be under way, such as a fresh machine's own upgrade
+        logged env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 \
+            install -y -qq --no-install-recommends "$@"
     else
         say "$why needs these system packages (Debian's names), please install them: $*" >&2
         return 1
