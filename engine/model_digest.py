@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from common.user_cache import cache_folder, keep
+from common.user_files import cache_folder, keep
 
 _CHUNK_BYTES = 8 << 20
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")

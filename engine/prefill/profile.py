@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from common.user_cache import cache_folder
+from common.user_files import cache_folder
 from engine.prefill.forward_clock import ForwardClock, ForwardSample
 from engine.sglang.prefill.made_up_forwards import MadeUpForwards
 from scheduler.quota import Chunk

@@ -11,7 +11,7 @@ import torch
 
 from common.prefill_cost import PrefillCost
 from common.samples import Sample, sample
-from common.user_cache import keep
+from common.user_files import keep
 from engine.prefill.cost_fit import CostFit, relative
 from engine.prefill.forward_clock import ForwardClock, ForwardSample, Waits
 from engine.prefill.quota_chunking import QuotaChunking

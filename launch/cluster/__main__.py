@@ -10,10 +10,12 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
+from common.user_files import close_to_others
 from launch.cluster import preflight
 from launch.cluster.config import ClusterConfig, load_config
 from launch.cluster.console import ConsoleReporter, make_summary
 from launch.cluster.hardware import detect
+from launch.cluster.log_files import LogFile, keep_small
 from launch.cluster.process_record import ProcessRecord
 from launch.cluster.processes import process_records
 from launch.cluster.supervisor import StartFailed, Supervisor
@@ -51,11 +53,18 @@ def main(argv: Sequence[str]) -> int:
 async def _supervise(
     config: ClusterConfig, records: list[ProcessRecord], reporter: ConsoleReporter
 ) -> None:
-    logs = [config.log_folder / f"{record.name}.log" for record in records]
-    for log in logs:  # the last run's stays readable beside this one's
-        if log.exists():
-            log.replace(log.with_suffix(".log.1"))
-    follower = asyncio.create_task(reporter.follow_logs(logs))
+    logs = [
+        LogFile(config.log_folder / f"{record.name}.log", config.log_bytes, config.log_files)
+        for record in records
+    ]
+    if not config.log_dir:
+        close_to_others([config.log_folder])
+    for log in logs:
+        log.begin()
+    followers = [
+        asyncio.create_task(reporter.follow_logs([log.path for log in logs])),
+        asyncio.create_task(keep_small(logs)),
+    ]
     supervisor = Supervisor(
         records,
         config.log_folder,
@@ -66,7 +75,8 @@ async def _supervise(
     try:
         await supervisor.run()
     finally:
-        follower.cancel()
+        for follower in followers:
+            follower.cancel()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import msgspec
 
 from common.experiment import Experiment
 from common.json import JsonObject
-from common.user_cache import cache_folder
+from common.user_files import cache_folder
 from engine.config import EngineConfig
 from launch import settings
 from launch.gateway.config import GatewayConfig
@@ -205,6 +205,12 @@ class ClusterConfig:
         "Lines of the processes' logs from this level on are shown on the console too.",
         choice(("debug", "info", "warning", "error", "none")),
     )
+    log_bytes: int = setting(
+        64 << 20, "A log of this size is put aside, and a new one begun; 0: never.", SIZE
+    )
+    log_files: int = setting(
+        3, "Logs of each process that are kept when put aside, NAME.log.1 the latest.", integer("N")
+    )
     engine_args: tuple[str, ...] = setting(
         (),
         "SGLang server flags for all engines, such as '--tp-size 2'; they win over ours.",
@@ -300,6 +306,7 @@ def _check(config: ClusterConfig) -> None:
         ":" not in config.served_model_name,
         f"--served-model-name {config.served_model_name}: SGLang refuses a colon in it.",
     )
+    require(config.log_files >= 1, f"--log-files {config.log_files}: give 1 or more.")
     require(
         not config.remote_options or bool(config.remote),
         "--remote-options without --remote: give the URL of the remote tier as well.",

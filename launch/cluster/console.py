@@ -182,6 +182,8 @@ class LogFollower:
         try:
             with self._log.open("rb") as file:
                 size = file.seek(0, 2)
+                if size < self._offset:  # it was put aside (log_files.py)
+                    self._offset, self._partial = 0, b""
                 self._offset = file.seek(max(self._offset, size - _TAIL_BYTES_MAX))
                 data = self._partial + file.read(_TAIL_BYTES_MAX)
                 self._offset = file.tell()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from common.sizes import format_size
+from common.user_files import PRIVATE_FOLDER
 from launch.cluster.config import ClusterConfig
 from launch.cluster.process_record import ProcessRecord
 from launch.settings import BadConfig
@@ -98,7 +99,7 @@ def check_formats(config: ClusterConfig, agents: Sequence[str]) -> None:
 
 def _check_writable(folder: Path, option: str) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

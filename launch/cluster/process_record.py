@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transfer.traffic.classes import CLASS_OF_KIND, TrafficClass
 
@@ -36,6 +36,9 @@ class ProcessRecord:
     """All must pass before the process counts as started."""
     alive: HealthCheck
     """Must keep passing from then on."""
+    secrets: bytes = field(default=b"", repr=False)
+    """What this process alone may read: the content of a private file, whose path it gets in its
+    environment (``common.process_settings.SECRETS``)."""
     cgroup: str = ""
     """Control group (v2) to start in, where it exists."""
 

@@ -64,6 +64,7 @@ class _Records:
             ssd_dirs=[str(folder) for folder in config.ssd_folders_of(name)],
             remote=filled(RemoteSettings(), config),
         )
+        settings = filled(settings, config)
         alive = HealthCheck("zmq", self.layout.agents[name])
         return ProcessRecord(
             name=name,
@@ -71,8 +72,9 @@ class _Records:
             argv=(sys.executable, "-m", "transfer.agent"),
             env={
                 **self._mooncake_env("agent", self.layout.port(node, "agent", 0), ranks=1),
-                **filled(settings, config).to_env(),
+                **settings.to_env(),
             },
+            secrets=settings.secrets(),
             host=self.layout.hosts[node],
             ports={"control": self.layout.port(node, "agent", CONTROL)},
             ready=(alive,),

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from common.ids import Incarnation
-from common.process_settings import RUN_FOLDER
+from common.process_settings import RUN_FOLDER, SECRETS
+from common.user_files import write_private
 from launch.cluster.child import Child, end_sessions
 from launch.cluster.health import Prober
 from launch.cluster.ports import respawn
@@ -128,9 +129,17 @@ class Supervisor:
         self._incarnation = max(self._incarnation + 1, int(time.time() * 1000))
         # SGLang leaves its sockets in the folder for temporary files.
         env = {"TMPDIR": self._scratch, RUN_FOLDER: self._scratch}
+        if record.secrets:
+            env[SECRETS] = str(self._secrets_file(record))
         child = Child(record, self._logs[record.name], env, Incarnation(self._incarnation))
         self._children[record.name] = child
         return child
+
+    def _secrets_file(self, record: ProcessRecord) -> Path:
+        """Made anew at each start, so that nobody need keep it in order."""
+        path = Path(self._scratch, f"{record.name}.secrets")
+        write_private(path, record.secrets)
+        return path
 
     async def _watch(self, child: Child) -> str:
         """Returns, with the reason, when the process has ended or must be ended."""

@@ -15,7 +15,7 @@ from importlib import util
 from importlib.metadata import version
 from pathlib import Path
 
-from common.user_cache import cache_folder
+from common.user_files import cache_folder
 
 RECIPES = {
     "tiny": ("launch.models.tiny_model", ("tokenizers", "safetensors")),

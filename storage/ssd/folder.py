@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from common.user_files import PRIVATE_FILE, PRIVATE_FOLDER, close_to_others
 from storage.ssd.direct_io import PAGE_BYTES, sync_folder
 from storage.ssd.notes import FolderNotes
 
@@ -108,7 +109,9 @@ class SsdFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.notes = FolderNotes(path)
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
+        if (path / "state").exists() or not any(path.iterdir()):
+            close_to_others([path, *path.iterdir()])
         self._lock_file = open(path / "lock", "a+")
         try:
             self._lock()
@@ -141,7 +144,7 @@ class SsdFolder:
         """``os.O_DIRECT`` if the file system can do it, else 0 and a line in the log."""
         probe, page = self.path / "probe", mmap.mmap(-1, PAGE_BYTES)
         try:
-            fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o644)
+            fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_DIRECT, PRIVATE_FILE)
             try:
                 os.pwritev(fd, [page], 0)
             finally:

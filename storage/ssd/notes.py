@@ -16,6 +16,7 @@ from typing import TypeVar
 import msgspec
 
 from common.block import BlockOwner
+from common.user_files import PRIVATE_FILE
 from storage.index.owners import Selector
 from storage.ssd.direct_io import sync_folder
 from storage.tiers.contract import TierStats
@@ -119,7 +120,7 @@ def _lines(path: Path, kind: type[T]) -> Iterator[T]:
 
 def _append(path: Path, entries: Iterable[msgspec.Struct]) -> None:
     is_new = not path.exists()
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE_FILE)
     try:
         # the leading line end closes a line that a crash has cut
         os.write(fd, b"".join(b"\n" + msgspec.json.encode(entry) for entry in entries) + b"\n")

@@ -7,6 +7,7 @@ import os
 import threading
 from pathlib import Path
 
+from common.user_files import PRIVATE_FILE
 from storage.ssd.direct_io import sync_folder
 
 
@@ -38,7 +39,7 @@ class SlabFile:
     def _open(self) -> int:
         """Open the file; preallocate it if it is new, or if its maker was killed before that."""
         access = os.O_RDONLY if self.is_read_only else os.O_RDWR | os.O_CREAT
-        fd = os.open(self.path, access | self._direct_flag, 0o644)
+        fd = os.open(self.path, access | self._direct_flag, PRIVATE_FILE)
         if not self.is_read_only and os.fstat(fd).st_size < self._nbytes:
             try:
                 os.posix_fallocate(fd, 0, self._nbytes)

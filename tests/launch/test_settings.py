@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig, load_config
 from launch.cluster.hardware import Hardware
 from launch.cluster.processes import process_records
+from common.process_settings import SECRETS
 from launch.gateway.config import GatewayConfig
 from launch.settings import flags_of, settings_of
 from scheduler.options import SchedulerOptions
@@ -70,10 +71,12 @@ def test_the_flags_of_a_config_give_it_again():
             assert again == getattr(CONFIG, name), name
 
 
-def test_each_process_is_told_what_was_asked_for():
+def test_each_process_is_told_what_was_asked_for(tmp_path):
     # CONFIG's windows and quotas are of prefill engines: so p0.
     records = process_records(CONFIG, Path("/models/tiny"), Hardware("cpu", "tcp", "test"))
-    env = {record.name: record.env for record in records}
+    env = {record.name: {**record.env, SECRETS: str(tmp_path / record.name)} for record in records}
+    for record in records:
+        (tmp_path / record.name).write_bytes(record.secrets or b"{}")
     agent, engine = AgentConfig.from_env(env["agent-p0"]), EngineConfig.from_env(env["p0"])
     gateway = GatewayConfig.from_env(env["gateway"])
     told = (agent, agent.remote, engine, gateway, gateway.scheduler)

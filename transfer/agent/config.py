@@ -19,6 +19,7 @@ class AgentConfig(ProcessSettings, frozen=True):
     flags': :func:`launch.settings.owned`.)"""
 
     VARIABLE: ClassVar[str] = "DUALPATH_AGENT"
+    SECRET: ClassVar[tuple[str, ...]] = ("remote_options",)
 
     name: str
     control: str

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from common.user_cache import keep
+from common.user_files import keep
 from engine.prefill.forward_clock import ForwardClock, ForwardSample, Waits
 from engine.prefill.timing import PrefillTiming, QuotaUnusable
 from tests.engine.parts import Parts

@@ -21,7 +21,7 @@ def one_rank(rank: int, folder: Path, answers: multiprocessing.Queue) -> None:
     }
     import torch
 
-    from common.user_cache import keep
+    from common.user_files import keep
     from engine.prefill import profile as prefill_profile
     from engine.prefill.forward_clock import ForwardSample
     from engine.prefill.timing import PrefillTiming

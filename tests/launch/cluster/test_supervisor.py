@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ port, mode = int(sys.argv[1]), sys.argv[2]
 if mode == "crash":
     time.sleep(0.5)  # by then others have begun
     sys.exit("cannot go on: out of luck")
+if mode == "secretive":
+    with open(sys.argv[3], "w") as file:
+        file.write(os.environ["DUALPATH_SECRETS"])
 if mode == "stubborn":  # ignores SIGTERM, with a child of another process group
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     from multiprocessing.shared_memory import SharedMemory
@@ -204,6 +208,21 @@ async def test_a_process_that_hangs_is_ended_and_started_again(quick, tmp_path):
         await ask_until(record, pid)
         assert session_members([pid]) == []
         assert "no sign of life" in told.restarts[0][1]
+
+
+async def test_what_a_process_writes_and_its_secrets_are_its_users_alone(quick, tmp_path):
+    note = tmp_path / "note"
+    record = replace(stand_in("agent-p0", "secretive", note), secrets=b'{"a": "hush"}')
+    mask = os.umask(0o022)
+    try:
+        async with Cluster([record], tmp_path):
+            secrets = Path(note.read_text())
+            assert secrets.read_bytes() == record.secrets
+            files = [secrets, note, tmp_path / "agent-p0.log", secrets.parent]
+            assert [f.stat().st_mode & 0o777 for f in files] == [0o600] * 3 + [0o700]
+        assert not secrets.exists()
+    finally:
+        os.umask(mask)
 
 
 LAUNCHER = """
