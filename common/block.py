@@ -75,6 +75,11 @@ class Namespace(msgspec.Struct, frozen=True):
     kv_dtype: str
     layout: BlockLayout
     """In one shard."""
+    settings: str = ""
+    """JSON of the flags of SGLang that change KV (:mod:`engine.sglang.kv_settings`)."""
+    variant: int = 0
+    """0, but where engines whose KV differs all the same had to be told apart
+    (:mod:`engine.witness`)."""
 
     def digest(self) -> bytes:
         """32 bytes, stable across processes and versions of msgspec."""

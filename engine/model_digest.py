@@ -2,14 +2,16 @@
 
 A path or a served name proves nothing (another model can be put under the same one), so
 the bytes are hashed: config and weight files, with xxh3-128, at disk speed. The result is
-remembered beside the user's cache under the files' sizes and modification times, so that
-a large model is read for this only once.
+remembered beside the user's cache under the files' sizes and times, so that a large model is
+read for this only once. Beside the time of the last modification, which anyone may set, it is
+the time of the last change of the inode, which the kernel alone sets.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import xxhash
@@ -30,6 +32,16 @@ def model_digest(model: Path) -> str:
     files += sorted(f for pattern in _WEIGHTS for f in model.glob(pattern))
     if len(files) < 2 or not files[0].exists():
         raise NoWeights(f"{model} holds no config.json with weights beside it")
+    return _digest_of(files)
+
+
+def contents_digest(path: Path) -> str:
+    """Hex digest of a file, or of all files below a folder with their names."""
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    return _digest_of(files)
+
+
+def _digest_of(files: Sequence[Path]) -> str:
     stamp = hashlib.sha256(json.dumps([_identity(f) for f in files]).encode()).hexdigest()
     remembered = cache_folder() / "digests" / stamp
     if remembered.exists():
@@ -44,7 +56,8 @@ def model_digest(model: Path) -> str:
 
 def _identity(file: Path) -> list[str | int]:
     status = file.resolve().stat()
-    return [str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ino]
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return [str(file.resolve()), status.st_size, *times, status.st_ino]
 
 
 def _file_digest(file: Path) -> bytes:

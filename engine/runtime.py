@@ -87,6 +87,8 @@ class Host(msgspec.Struct, frozen=True):
     memory: KvMemory
     model_path: str
     weight_version: str
+    settings: str
+    """Of :func:`engine.sglang.kv_settings.kv_settings`."""
 
 
 class EngineRuntime:
@@ -138,6 +140,7 @@ class EngineRuntime:
             self._host.weight_version,
             self.memory.kv_dtype,
             msgspec.structs.replace(self.memory.layout, shards=1),
+            self._host.settings,
         )
 
     def _open_links(self) -> Links:
@@ -199,13 +202,14 @@ class EngineRuntime:
 
     def _say_up(self) -> None:
         log.info(
-            "dualpath engine up name=%s role=%s rank=%d of=%d shards=%d namespace=%s",
+            "dualpath engine up name=%s role=%s rank=%d of=%d shards=%d namespace=%s settings=%s",
             self._me.name,
             self._me.role,
             self.ranks.rank,
             self.ranks.size,
             self.memory.layout.shards,
             self.weights.digest.hex()[:16],
+            self.weights.namespace.settings,
         )
 
     # ---- what the leader says ----

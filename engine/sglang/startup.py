@@ -16,6 +16,7 @@ from engine.report import EngineIdentity
 from engine.runtime import EngineRuntime, Host, set_runtime
 from engine.sglang.border import Use
 from engine.sglang.kv_pool import memory_of
+from engine.sglang.kv_settings import kv_settings
 from engine.sglang.pool_hooks import poison_pool
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ USES = (
     Use("distributed.parallel_state.get_mooncake_transfer_engine", "Mooncake's, of the process"),
     Use(_SCHEDULER + "model_config", "the model"),
     Use("configs.model_config.ModelConfig.get_total_num_kv_heads", "at all ranks together"),
+    Use("configs.model_config.ModelConfig.dtype", "the type in which it computes"),
     Use(_SCHEDULER + "token_to_kv_pool_allocator", "has the KV pool"),
     Use("mem_cache.allocator.base.BaseTokenToKVPoolAllocator.get_kvcache", "the KV pool"),
     Use("mem_cache.utils.get_hash_str", "compiled when first used: 5 s that a request would wait"),
@@ -84,4 +86,5 @@ def _host(config: EngineConfig, scheduler: Any) -> Host:
         ),
         model_path=given.model_path,
         weight_version=str(given.weight_version or ""),
+        settings=kv_settings(given, str(scheduler.model_config.dtype).removeprefix("torch.")),
     )

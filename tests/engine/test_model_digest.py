@@ -1,5 +1,7 @@
 """A model's digest follows its bytes, not its name."""
 
+import os
+
 import pytest
 
 from engine.model_digest import NoWeights, model_digest
@@ -24,6 +26,16 @@ def test_same_bytes_elsewhere_have_the_same_digest(model):
 def test_another_weight_under_the_same_name_has_another_digest(model):
     before = model_digest(model)
     (model / "model.safetensors").write_bytes(b"w" * 999 + b"x")
+    assert model_digest(model) != before
+
+
+def test_another_weight_in_a_file_of_the_same_size_and_time_has_another_digest(model):
+    file = model / "model.safetensors"
+    before, times = model_digest(model), file.stat()
+    with file.open("r+b") as stream:  # in place: its inode stays too
+        stream.write(b"x")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert file.stat().st_mtime_ns == times.st_mtime_ns
     assert model_digest(model) != before
 
 

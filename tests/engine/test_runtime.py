@@ -135,6 +135,7 @@ def engine(tmp_path, monkeypatch, peers) -> Iterator[EngineRuntime]:
         memory=KvMemory(NAMESPACE.layout, [[1, 2]] * 3, NAMESPACE.kv_dtype),
         model_path="/models/x",
         weight_version=NAMESPACE.weight_version,
+        settings=NAMESPACE.settings,
     )
     engine = EngineRuntime(config, host)
     yield engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 
@@ -60,10 +61,30 @@ class Membership:
         if missing:
             return [f"no live {role} engine" for role in missing]
         if self.namespace() is None:
-            return ["no prefill and decode engine serve the same model, weights and KV layout"]
+            return [
+                "no prefill and decode engine serve the same model, weights and KV layout under "
+                f"the same settings: {self._differences()}"
+            ]
         return []
+
+    def _differences(self) -> str:
+        """In what the namespaces of the live engines differ."""
+        namespaces = {e.known().namespace for e in self.live_engines()}
+        names = [
+            name
+            for name in Namespace.__struct_fields__
+            if len({getattr(namespace, name) for namespace in namespaces}) > 1
+        ]
+        if names == ["settings"]:
+            flags = Counter(flag for namespace in namespaces for flag in _flags(namespace))
+            names = sorted({name for (name, _), n in flags.items() if n < len(namespaces)})
+        return f"they differ in {', '.join(names)}"
 
     def strangers(self) -> frozenset[str]:
         """Live engines of another namespace than the served one: they cannot exchange KV."""
         served = self.namespace()
         return frozenset(e.name for e in self.live_engines() if e.known().namespace != served)
+
+
+def _flags(namespace: Namespace) -> set[tuple[str, str]]:
+    return {(name, str(value)) for name, value in json.loads(namespace.settings or "{}").items()}

@@ -309,7 +309,16 @@ async def test_engines_of_another_namespace_are_not_paired() -> None:
             assert trace["decode"] == second.name
         second.namespace = other
         await cluster.until(lambda: peers[second.name].hello.namespace == other)
-        assert (await post(cluster, "/generate", GENERATE))[0] == 503
+        status, body, _ = await post(cluster, "/generate", GENERATE)
+        assert status == 503 and "they differ in weight_version" in str(body)
+        settings = '{"dtype": "float32", "quantization": "fp8"}'
+        for decode in (first, second):
+            decode.namespace = msgspec.structs.replace(NAMESPACE, settings=settings)
+        await cluster.until(
+            lambda: all(peers[d.name].hello.namespace.settings for d in (first, second))
+        )
+        troubles = cluster.services.plane.members.troubles()
+        assert troubles[0].endswith("they differ in dtype, quantization")
 
 
 async def test_a_request_planned_for_weights_that_were_just_updated_is_planned_again(monkeypatch):
