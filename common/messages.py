@@ -8,19 +8,42 @@ Numbers that name things are never reused: a *plan* is numbered by the gateway, 
 *job* by the engine that issues it (both 48 bits). Agents and engines carry an
 *incarnation*, the start time of their process in ms: a greater one replaces all
 that came before it.
+
+What the type of a field excludes does not decode, so whoever handles a message can count on it.
+Who may send which message: :mod:`transfer.control.senders`.
 """
 
 from __future__ import annotations
 
-import msgspec
+from typing import Annotated
 
-from common.block import NO_PARENT, BlockKey, Namespace, TierName
+import msgspec
+from msgspec import Meta
+
+from common.block import KEY_BYTES, NO_PARENT, TENANT_CHARS, BlockKey, Namespace, TierName
 from common.experiment import NO_EXPERIMENT, Experiment
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
 from common.loads import AgentLoad, EngineLoad
 from common.samples import Sample
 
-PROTOCOL = b"DP2"
+PROTOCOL = b"DP3"
+
+INT64_MAX = (1 << 63) - 1
+Number = Meta(ge=0, lt=1 << 48)
+Plan = Annotated[PlanId, Number]
+Job = Annotated[JobId, Number]
+Started = Annotated[Incarnation, Number]
+Address = Annotated[int, Meta(ge=0, le=INT64_MAX)]
+"""In a process's memory; msgpack carries it, numpy and Mooncake take it as an int64."""
+Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Key = Annotated[BlockKey, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Tenant = Annotated[str, Meta(pattern=f"^([0-9a-f]{{{TENANT_CHARS}}})?$")]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Bytes = Annotated[int, Meta(ge=0, le=INT64_MAX)]
+
+RANKS_MAX = 4096
+"""Of one engine."""
 
 
 class MalformedMessage(Exception):
@@ -41,11 +64,11 @@ class Ping(_Message):
 class AgentHello(_Message):
     """An agent's answer to ``Ping``, ``Subscribe`` and ``RegisterEngine``."""
 
-    agent: str
-    incarnation: Incarnation
-    session_id: str
+    agent: Name
+    incarnation: Started
+    session_id: Name
     """Mooncake session ("host:port") of this incarnation."""
-    credit_address: int = 0
+    credit_address: Address = 0
     """Of the words in its memory with the credits of the engine that is greeted: its first
     rank's, then those of the others."""
 
@@ -60,8 +83,8 @@ class Subscribe(_Message):
 class ReadShare(_Message):
     """Have these blocks in DRAM, and keep them there until the plan is released."""
 
-    plan: PlanId
-    keys: list[BlockKey]
+    plan: Plan
+    keys: list[Key]
     deadline_s: float
     experiment: Experiment = NO_EXPERIMENT
 
@@ -69,7 +92,7 @@ class ReadShare(_Message):
 class ReleasePlan(_Message):
     """Nobody needs the plan's blocks any more (sent by gateway or decode engine)."""
 
-    plan: PlanId
+    plan: Plan
 
 
 # ---- agent -> gateway -------------------------------------------------------------------
@@ -79,7 +102,7 @@ class Holding(_Message):
     """A block came to or left a tier of the announcing agent; SSD and remote gain it when it is
     durable there."""
 
-    key: BlockKey
+    key: Key
     tier: TierName
     held: bool
 
@@ -87,8 +110,8 @@ class Holding(_Message):
 class Announcement(_Message):
     """Holdings of an agent. ``sequence`` counts from 0 (a snapshot); a gap means resync."""
 
-    incarnation: Incarnation
-    sequence: int
+    incarnation: Started
+    sequence: Annotated[int, Number]
     snapshot: bool
     changes: list[Holding]
 
@@ -96,21 +119,21 @@ class Announcement(_Message):
 class ShareRead(_Message):
     """A reader's whole share is settled: which blocks are in DRAM, and what was read for it."""
 
-    plan: PlanId
+    plan: Plan
     in_dram: list[bool]
     read_bytes: dict[TierName, int]
-    queue_s: float
+    queue_s: Seconds
     """Waited for DRAM slots."""
-    read_s: float
+    read_s: Seconds
 
 
 class Delivered(_Message):
     """A delivery for a plan has completed: for the request's trace."""
 
-    plan: PlanId
-    engine: str
-    sent_bytes: int
-    seconds: float
+    plan: Plan
+    engine: Name
+    sent_bytes: Bytes
+    seconds: Seconds
     """From the message to the last layer's completion."""
 
 
@@ -129,10 +152,10 @@ class RankMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     address of a buffer with one shard's part of each page: page p begins at
     ``base + p * layout.component_bytes[component] / shards``."""
 
-    session_id: str
+    session_id: Name
     """Mooncake session ("host:port")."""
-    kv_addresses: list[list[int]]
-    board_address: int
+    kv_addresses: list[list[Address]]
+    board_address: Address
     """Of the rank's completion board."""
 
 
@@ -140,13 +163,17 @@ class RegisterEngine(_Message):
     """Where an engine's KV lives. All of its ranks use the same page numbers and the same
     board slots; its first rank speaks for all."""
 
-    engine: str
-    incarnation: Incarnation
+    engine: Name
+    incarnation: Started
     namespace: Namespace
-    shards: int
+    shards: Annotated[int, Meta(ge=1, le=RANKS_MAX)]
     """Equal parts into which the ranks split the KV heads. Rank r holds shard
     ``r * shards // len(ranks)``: with fewer shards than ranks (MLA has one) some hold alike."""
-    ranks: list[RankMemory]
+    ranks: Annotated[list[RankMemory], Meta(min_length=1, max_length=RANKS_MAX)]
+    pages: Count
+    """Of each rank's KV pool: a job names lower numbers."""
+    board_slots: Count
+    """Words of each rank's completion board, likewise."""
 
 
 class Deliver(_Message):
@@ -155,12 +182,13 @@ class Deliver(_Message):
     After each layer's batch for a rank has completed, the agent writes
     ``board_word(job, layers)`` (:mod:`common.board_word`) into slot ``board_slot`` of the rank's
     completion board; on failure ``board_word(job, FAILED)``. ``JobEnded`` follows when no byte
-    of this job can land any more, at any rank.
+    of this job can land any more, at any rank. What the engine has not registered (a page, a
+    slot of its boards) fails the job alone.
     """
 
-    job: JobId
-    plan: PlanId
-    keys: list[BlockKey]
+    job: Job
+    plan: Plan
+    keys: list[Key]
     pages: list[int]
     board_slot: BoardSlot
     urgent: bool
@@ -174,7 +202,7 @@ class Deliver(_Message):
 class CancelJob(_Message):
     """Stop at the next batch; ``JobEnded`` follows."""
 
-    job: JobId
+    job: Job
 
 
 class PullBlocks(_Message):
@@ -184,12 +212,12 @@ class PullBlocks(_Message):
     :func:`common.block.tenant_digest` of the request's salt, or empty.
     """
 
-    job: JobId
-    keys: list[BlockKey]
+    job: Job
+    keys: list[Key]
     pages: list[int]
     deadline_s: float
-    parent: BlockKey = NO_PARENT
-    tenant: str = ""
+    parent: Key = NO_PARENT
+    tenant: Tenant = ""
 
 
 # ---- agent -> engine --------------------------------------------------------------------
@@ -198,8 +226,8 @@ class PullBlocks(_Message):
 class JobEnded(_Message):
     """No transfer of this ``Deliver`` is in flight any more."""
 
-    incarnation: Incarnation
-    job: JobId
+    incarnation: Started
+    job: Job
     error: str
     """Empty on success."""
 
@@ -207,16 +235,16 @@ class JobEnded(_Message):
 class PullEnded(_Message):
     """No transfer of this ``PullBlocks`` is in flight; ``held[i]``: the agent holds block i."""
 
-    incarnation: Incarnation
-    job: JobId
+    incarnation: Started
+    job: Job
     held: list[bool]
 
 
 class UnknownEngine(_Message):
     """The agent restarted and does not know the sender: register again and resend nothing."""
 
-    incarnation: Incarnation
-    job: JobId
+    incarnation: Started
+    job: Job
 
 
 # ---- gateway -> engine ------------------------------------------------------------------
@@ -226,14 +254,23 @@ class EnginePlan(_Message):
     """The hit prefix of a request that is about to arrive as ``rid``: block i of the prompt
     is ``keys[i]`` and is in the DRAM of agent ``agents[reader[i]]``."""
 
-    id: PlanId
-    rid: str
-    namespace_digest: bytes
+    id: Plan
+    rid: Name
+    namespace_digest: Annotated[bytes, Meta(min_length=32, max_length=32)]
     """Of the weights and the layout that both engines must have."""
-    keys: list[BlockKey]
+    keys: list[Key]
     agents: list[str]
-    reader: list[int]
-    deadline_s: float
+    reader: list[Annotated[int, Meta(ge=0, lt=1 << 31)]]
+    deadline_s: Seconds
+
+    @property
+    def fault(self) -> str:
+        """Why nobody can act on the plan; empty if one can."""
+        if len(self.reader) != len(self.keys):
+            return f"{len(self.reader)} readers for {len(self.keys)} blocks"
+        if self.reader and max(self.reader) >= len(self.agents):
+            return f"reader {max(self.reader)} of {len(self.agents)} agents"
+        return ""
 
     def reader_of(self, block: int) -> str:
         """The agent that delivers a block."""
@@ -243,8 +280,8 @@ class EnginePlan(_Message):
 class EndPlan(_Message):
     """The request is over or was cancelled: forget the plan."""
 
-    plan: PlanId
-    rid: str
+    plan: Plan
+    rid: Name
 
 
 # ---- engine -> gateway ------------------------------------------------------------------
@@ -263,13 +300,15 @@ class EngineHello(_Message):
 class PlanAccepted(_Message):
     """The plan is in place: the request may be sent."""
 
-    plan: PlanId
+    plan: Plan
 
 
 class PlanRefused(_Message):
-    """The engine is of another namespace by now: its ``EngineHello`` has just been sent."""
+    """The engine is of another namespace by now (its ``EngineHello`` has just been sent), or
+    nobody could carry the plan out."""
 
-    plan: PlanId
+    plan: Plan
+    reason: str
 
 
 Message = (

@@ -66,8 +66,11 @@ class ControlServer:
             case Ping():
                 return [self._hello()]
             case EnginePlan():
+                if message.fault:
+                    log.warning("plan refused plan=%d: %s", message.id, message.fault)
+                    return [PlanRefused(message.id, message.fault)]
                 if not self._accepts(message):
-                    return [self._hello(), PlanRefused(message.id)]
+                    return [self._hello(), PlanRefused(message.id, "other weights by now")]
                 self._on_plan(message)
                 return [PlanAccepted(message.id)]
             case EndPlan():

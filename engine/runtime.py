@@ -221,6 +221,8 @@ class EngineRuntime:
             self.weights.namespace,
             self.memory.layout.shards,
             self._rank_memories,
+            self._host.scheduler.token_to_kv_pool_allocator.num_pages + 1,  # page 0 is a dummy
+            BOARD_WORDS,
         )
 
     # ---- what it hears ----

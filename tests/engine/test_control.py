@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import zmq
 
-from common.block import BlockLayout, Namespace
+from common.block import BlockKey, BlockLayout, Namespace
 from common.ids import Incarnation, PlanId
 from common.loads import EngineLoad
 from common.messages import (
@@ -79,9 +79,21 @@ def test_a_plan_for_other_weights_is_refused_and_the_present_ones_are_told(clien
     plans = Plans(Weights(NAMESPACE), page_tokens=64)
     ControlServer(endpoint, cast(Any, plans.put), lambda: HELLO, plans.accepts)
     client.connect(endpoint)
-    client.send(encode(EnginePlan(PlanId(7), "rid", b"earlier weights", [], [], [], 60.0)))
+    client.send(encode(EnginePlan(PlanId(7), "rid", bytes(32), [], [], [], 60.0)))
     assert decode(client.recv()) == HELLO
-    assert decode(client.recv()) == PlanRefused(PlanId(7))
+    assert decode(client.recv()) == PlanRefused(PlanId(7), "other weights by now")
+    assert plans.get("rid") is None
+
+
+@pytest.mark.parametrize("reader", [[], [0, 1]])
+def test_a_plan_that_nobody_can_carry_out_is_refused_with_the_reason(client, tmp_path, reader):
+    endpoint = f"ipc://{tmp_path}/control"
+    plans, keys = Plans(Weights(NAMESPACE), page_tokens=64), [BlockKey(bytes(32))] * 2
+    ControlServer(endpoint, cast(Any, plans.put), lambda: HELLO, plans.accepts)
+    client.connect(endpoint)
+    plan = EnginePlan(PlanId(7), "rid", NAMESPACE.digest(), keys, ["agent-p0"], reader, 60.0)
+    client.send(encode(plan))
+    assert decode(client.recv()) == PlanRefused(PlanId(7), plan.fault) and plan.fault
     assert plans.get("rid") is None
 
 

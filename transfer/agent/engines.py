@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
@@ -9,22 +10,31 @@ import msgspec
 import numpy as np
 
 from common.block import BlockLayout, label_of
-from common.ids import JobId
-from common.messages import JobEnded, PullEnded, RankMemory, RegisterEngine
+from common.board_word import FAILED
+from common.ids import BoardSlot, JobId
+from common.messages import INT64_MAX, JobEnded, PullEnded, RankMemory, RegisterEngine
 from transfer.agent.jobs.job import Job
 from transfer.credits import WORDS, CreditBoard, CreditWord
 from transfer.mooncake import host_of
 
 JOBS_REMEMBERED = 65536
 UNSENT_MAX = 4096
+AHEAD_MAX_MS = 86_400_000
+"""How far an engine's clock may be ahead of ours: a day. A number from farther on would keep every
+later start of the engine out."""
+LAYERS_MAX = FAILED - 1
+"""That a completion word can count."""
+COMPONENTS_MAX = 16
+PAGE_TOKENS_MAX = 1 << 16
+_SESSION = re.compile(r"\S+:\d{1,5}")
 
 
 class BadRegistration(Exception):
-    """The engine's KV memory does not fit its layout."""
+    """What an engine says of itself cannot be."""
 
 
-class BadPages(Exception):
-    """The pages of a job are no pages, or not one for each block."""
+class BadJob(Exception):
+    """A job names what the engine has not registered, or not a page for each block."""
 
 
 class Rank(msgspec.Struct, frozen=True, eq=False):
@@ -69,8 +79,22 @@ class Engine:
             raise BadRegistration(f"engine {message.engine}: other ranks than before")
         self.identity = identity
         self.layout = _layout(message)
+        self._pages, self._board_slots = message.pages, message.board_slots
         self.label = msgspec.structs.replace(label_of(message.namespace), layout=self.layout)
         self.ranks = [_rank(message, index, word) for index, word in enumerate(self._credits)]
+
+    def page_array(self, pages: Sequence[int], blocks: int) -> np.ndarray:
+        """A job's pages, one for each block; shape (blocks,), int64. Raises :class:`BadJob`."""
+        if len(pages) != blocks or not all(0 <= page < self._pages for page in pages):
+            raise BadJob(
+                f"{len(pages)} pages ({min(pages, default=0)} to {max(pages, default=0)}) for "
+                f"{blocks} blocks, of {self._pages} pages"
+            )
+        return np.array(pages, np.int64)
+
+    def has_board_slot(self, slot: BoardSlot) -> bool:
+        """Whether there is such a word on the board of each rank."""
+        return 0 <= slot < self._board_slots
 
     def first_time(self, job: JobId) -> bool:
         """False if this job number was seen before."""
@@ -126,17 +150,21 @@ class Engines:
         return known, replaced
 
 
-def page_array(pages: Sequence[int], blocks: int) -> np.ndarray:
-    """A job's pages, one for each block; shape (blocks,), int64. Raises :class:`BadPages`."""
-    try:
-        array = np.array(pages, np.int64)
-    except OverflowError as error:
-        raise BadPages(str(error)) from error
-    if len(array) != blocks or (array < 0).any():
-        raise BadPages(
-            f"{len(array)} pages for {blocks} blocks, the least is {min(pages, default=0)}"
+def check_registration(message: RegisterEngine, now_ms: float, memory_bytes: int) -> None:
+    """Raises :class:`BadRegistration`. ``memory_bytes``: of the agent's DRAM tier."""
+    if message.incarnation > now_ms + AHEAD_MAX_MS:
+        raise BadRegistration(
+            f"engine {message.engine}: incarnation {message.incarnation} is more than a day ahead "
+            "of this host's clock"
         )
-    return array
+    layout = _layout(message)
+    if layout.block_bytes > memory_bytes:
+        raise BadRegistration(
+            f"engine {message.engine}: blocks of {layout.block_bytes} bytes, but this agent has "
+            f"{memory_bytes} bytes of DRAM"
+        )
+    for index in range(len(message.ranks)):
+        _addresses(message, index)
 
 
 def _layout(message: RegisterEngine) -> BlockLayout:
@@ -145,22 +173,39 @@ def _layout(message: RegisterEngine) -> BlockLayout:
     sizes = layout.component_bytes
     if layout.shards != 1 or not 1 <= shards <= len(message.ranks) <= WORDS:
         raise BadRegistration(f"engine {message.engine}: {shards} shards of {layout}")
-    if not sizes or min(sizes) <= 0 or any(size % (shards * layout.page_tokens) for size in sizes):
+    if not 0 < layout.num_layers <= LAYERS_MAX or not 0 < layout.page_tokens <= PAGE_TOKENS_MAX:
+        raise BadRegistration(f"engine {message.engine}: {layout}")
+    if (
+        not 0 < len(sizes) <= COMPONENTS_MAX
+        or min(sizes) <= 0
+        or any(size % (shards * layout.page_tokens) for size in sizes)
+    ):
         raise BadRegistration(f"engine {message.engine}: {sizes} bytes in {shards} shards")
     return msgspec.structs.replace(layout, shards=shards)
 
 
 def _rank(message: RegisterEngine, index: int, credit: CreditWord) -> Rank:
     memory: RankMemory = message.ranks[index]
-    layout = message.namespace.layout
+    shard = index * message.shards // len(message.ranks)
+    addresses = _addresses(message, index)
+    return Rank(memory.session_id, addresses, memory.board_address, shard, credit)
+
+
+def _addresses(message: RegisterEngine, index: int) -> np.ndarray:
+    """Of a rank's buffers. Raises :class:`BadRegistration`."""
+    memory, layout = message.ranks[index], message.namespace.layout
     shape = (layout.num_layers, len(layout.component_bytes))
     try:
         addresses = np.array(memory.kv_addresses, np.int64)
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:  # rows of unlike lengths
         raise BadRegistration(f"engine {message.engine}: {error}") from error
     if addresses.shape != shape or not addresses.size:
         raise BadRegistration(
             f"engine {message.engine}: addresses of shape {addresses.shape} for a layout of {shape}"
         )
-    shard = index * message.shards // len(message.ranks)
-    return Rank(memory.session_id, addresses, memory.board_address, shard, credit)
+    end = int(addresses.max()) + max(layout.component_bytes) // message.shards * message.pages
+    if end > INT64_MAX or not _SESSION.fullmatch(memory.session_id):
+        raise BadRegistration(
+            f"engine {message.engine}: no memory of a peer, {memory.session_id} up to {end:#x}"
+        )
+    return addresses

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator
 
 from common.loads import AgentLoad
@@ -31,6 +32,7 @@ from common.messages import (
 from common.samples import Sample, reported, sample
 from storage.store_events import StoreStats
 from transfer.agent.config import AgentConfig
+from transfer.agent.engines import BadRegistration, check_registration
 from transfer.agent.metrics import store_samples
 from transfer.agent.resources import Resources
 from transfer.agent.serving import Serving, Unserved
@@ -124,9 +126,7 @@ class Agent:
                 self._greet(sender)
                 self._resources.announcer.subscribe(sender, self._state.holdings())
             case RegisterEngine():
-                self._state = self._state.opened_for(message)
-                self._state.register(sender, message)
-                self._greet(sender)
+                self._register(sender, message)
             case ReadShare():
                 self._state.read_share(sender, message)
             case ReleasePlan():
@@ -135,6 +135,15 @@ class Agent:
                 self._state.job(sender, message)
             case _:
                 raise MalformedMessage(f"{type(message).__name__} is not for agents")
+
+    def _register(self, sender: bytes, message: RegisterEngine) -> None:
+        try:
+            check_registration(message, time.time() * 1000, self._resources.memory.size_bytes)
+            self._state = self._state.opened_for(message)
+            self._state.register(sender, message)
+        except BadRegistration as error:
+            raise MalformedMessage(str(error)) from error
+        self._greet(sender)
 
     def _greet(self, client: bytes) -> None:
         resources = self._resources

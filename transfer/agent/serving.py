@@ -20,7 +20,6 @@ from common.messages import (
     Deliver,
     Holding,
     JobEnded,
-    MalformedMessage,
     PullBlocks,
     PullEnded,
     ReadShare,
@@ -32,7 +31,7 @@ from storage.slot_pool import SlotPool
 from storage.store_events import StoreStats
 from storage.store_options import StoreOptions
 from storage.tiered_store import TieredStore
-from transfer.agent.engines import BadRegistration, Engine, Engines
+from transfer.agent.engines import Engine, Engines
 from transfer.agent.jobs.deliver_jobs import DeliverJobs
 from transfer.agent.jobs.pull_jobs import PullJobs
 from transfer.agent.jobs.reports import Reports
@@ -138,7 +137,7 @@ class Serving:
         return self
 
     def register(self, client: bytes, message: RegisterEngine) -> None:
-        """Raises :class:`MalformedMessage`."""
+        """Raises :class:`~transfer.agent.engines.BadRegistration`."""
         block_bytes = message.namespace.layout.block_bytes
         if block_bytes != self._store.pool.block_bytes:
             log.error(
@@ -148,10 +147,7 @@ class Serving:
                 self._store.pool.block_bytes,
             )
             return
-        try:
-            engine, replaced = self._engines.register(client, message)
-        except BadRegistration as error:
-            raise MalformedMessage(str(error)) from error
+        engine, replaced = self._engines.register(client, message)
         if engine is None:
             log.info("old incarnation ignored engine=%s", message.engine)
             return

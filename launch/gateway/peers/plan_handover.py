@@ -40,7 +40,8 @@ class PlanHandover:
         self._members = members
         self._read_timeout_s = read_timeout_s
         self._shares: dict[tuple[PlanId, str], asyncio.Future[ShareRead | None]] = {}
-        self._accepts: dict[tuple[PlanId, str], asyncio.Future[bool]] = {}
+        self._accepts: dict[tuple[PlanId, str], asyncio.Future[str]] = {}
+        """Why a plan was refused; "" when it was not."""
         self.on_delivered: dict[PlanId, Callable[[Delivered], None]] = {}
         """By plan: who wants to hear of its deliveries."""
         for agent in members.agents.values():
@@ -91,9 +92,9 @@ class PlanHandover:
         silent = [name for name, future in futures.items() if not future.done()]
         if silent:
             raise AttemptFailed(f"{' and '.join(silent)} took no plan", frozenset(silent))
-        refused = [name for name, future in futures.items() if not future.result()]
+        refused = [f"{name} ({why})" for name, f in futures.items() if (why := f.result())]
         if refused:
-            raise AttemptFailed(f"{' and '.join(refused)} had other weights than planned for")
+            raise AttemptFailed(f"{' and '.join(refused)} refused the plan")
 
     def release(self, plan: PlanId, agents: Iterable[str]) -> None:
         """The readers need not keep the plan's blocks any longer."""
@@ -112,7 +113,8 @@ class PlanHandover:
         _settle(self._shares.get((answer.plan, agent)), answer)
 
     def answered(self, engine: str, answer: PlanAccepted | PlanRefused) -> None:
-        _settle(self._accepts.get((answer.plan, engine)), isinstance(answer, PlanAccepted))
+        refusal = answer.reason if isinstance(answer, PlanRefused) else ""
+        _settle(self._accepts.get((answer.plan, engine)), refusal)
 
     def delivered(self, news: Delivered) -> None:
         if news.plan in self.on_delivered:

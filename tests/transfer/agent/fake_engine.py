@@ -213,7 +213,9 @@ def main() -> None:
         addresses = [[int(buffer.ctypes.data) for buffer in layer] for layer in pool.buffers]
         memories.append(RankMemory(peer.session_id, addresses, int(pool.board.ctypes.data)))
     whole = msgspec.structs.replace(layout, shards=1)
-    hello = RegisterEngine(name, incarnation, namespace(whole), layout.shards, memories)
+    hello = RegisterEngine(
+        name, incarnation, namespace(whole), layout.shards, memories, PAGES, BOARD_WORDS
+    )
 
     def on_message(agent: str, message: Message) -> None:
         _say({"message": base64.b64encode(encode(message)).decode()})

@@ -173,7 +173,13 @@ def test_registrations_that_split_no_heads_are_refused():
 
     def hello(shards: int, ranks: int) -> RegisterEngine:
         return RegisterEngine(
-            "e", Incarnation(1), namespace(), shards, [RankMemory("s", addresses, 0)] * ranks
+            "e",
+            Incarnation(1),
+            namespace(),
+            shards,
+            [RankMemory("s:1", addresses, 0)] * ranks,
+            pages=64,
+            board_slots=64,
         )
 
     credits = CreditBoard(lambda address, length: None)

@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 
 from common.board_word import BOARD_WORD_BYTES
-from common.ids import JobId, PlanId
+from common.ids import BoardSlot, JobId, PlanId
 from common.messages import Deliver, Delivered, JobEnded
 from storage.slot_pool import SlotPool
-from transfer.agent.engines import BadPages, Engine, Rank, page_array
+from transfer.agent.engines import BadJob, Engine, Rank
 from transfer.agent.jobs.heads import OtherShards
 from transfer.agent.jobs.job import Job
 from transfer.agent.jobs.reports import Reports
@@ -100,7 +100,9 @@ class DeliverJobs:
         """Queue a delivery; one that cannot be made fails, on the boards as well."""
         owner = next(self._owners)
         delivery = _Delivery(engine, message, time.monotonic())
-        if self._is_zero_io(message.plan):
+        if not engine.has_board_slot(message.board_slot):
+            delivery.refused = BadJob(f"board slot {message.board_slot}")
+        elif self._is_zero_io(message.plan):
             delivery.layers_done = engine.layout.num_layers - 1
         else:
             self._find(delivery)
@@ -118,9 +120,9 @@ class DeliverJobs:
         """Where the blocks are, and into how many shards they are split."""
         message, pool = delivery.message, self._pool
         try:
-            pages = page_array(message.pages, len(message.keys))
+            pages = delivery.engine.page_array(message.pages, len(message.keys))
             self._check_present(message)
-        except (BadPages, BlocksMissing) as error:
+        except (BadJob, BlocksMissing) as error:
             delivery.refused = error
             return
         delivery.pages, delivery.offsets = pages, pool.offsets(message.keys)
@@ -142,7 +144,7 @@ class DeliverJobs:
             ended=ended,
             urgent=message.urgent,
             plan=message.plan,
-            board_address=rank.board_address + message.board_slot * BOARD_WORD_BYTES,
+            board_address=_word_address(delivery.engine, rank, message.board_slot),
             stop_reason=delivery.refused,
             layers_done=delivery.layers_done,
             credit=rank.credit if message.first_position >= 0 else None,
@@ -221,3 +223,9 @@ class DeliverJobs:
 
     def _say_ended(self, engine: Engine, job: JobId, error: str) -> None:
         self._reports.reply(engine, JobEnded(self._reports.incarnation, job, error))
+
+
+def _word_address(engine: Engine, rank: Rank, slot: BoardSlot) -> int:
+    """Of a completion word at a rank; 0 where there is none."""
+    has_word = engine.has_board_slot(slot)
+    return rank.board_address + slot * BOARD_WORD_BYTES if has_word else 0

@@ -23,7 +23,11 @@ class Job:
 
     def submit(self, make_transfers: Sequence[Callable[[Ended], Transfer]]) -> None:
         """Queue the transfers, each made with what it calls at its end."""
-        self._transfers = [make(partial(self._end, i)) for i, make in enumerate(make_transfers)]
+        try:
+            self._transfers = [make(partial(self._end, i)) for i, make in enumerate(make_transfers)]
+        except Exception as error:  # none is under way: whatever it is, the owner hears of an end
+            self._ended(error)
+            return
         self._open = set(range(len(self._transfers)))
         for index, transfer in enumerate(self._transfers):
             try:

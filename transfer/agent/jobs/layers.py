@@ -84,4 +84,6 @@ class LayerMover:
             log.debug("board not written job=%d", transfer.job)
         except TransferFailed as also:
             return error if isinstance(error, TransferFailed) else also
+        except Exception:  # of the word alone, which was not sent: the worker goes on
+            log.exception("board not written job=%d", transfer.job)
         return error

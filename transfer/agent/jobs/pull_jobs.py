@@ -14,7 +14,7 @@ import numpy as np
 from common.block import TENANT_CHARS, BlockKey, BlockLabel
 from common.messages import PullBlocks, PullEnded
 from storage.tiered_store import TieredStore
-from transfer.agent.engines import BadPages, Engine, Rank, page_array
+from transfer.agent.engines import BadJob, Engine, Rank
 from transfer.agent.jobs.job import Job
 from transfer.agent.jobs.reports import Reports
 from transfer.agent.jobs.transfer import Ended, Transfer
@@ -67,8 +67,8 @@ class PullJobs:
     def start(self, engine: Engine, message: PullBlocks) -> None:
         """Pull those blocks that are neither held nor on their way here."""
         try:
-            pages = page_array(message.pages, len(message.keys))
-        except BadPages as error:
+            pages = engine.page_array(message.pages, len(message.keys))
+        except BadJob as error:
             log.warning("pull refused engine=%s job=%d: %s", engine.name, message.job, error)
             self._finish(_Pull(engine, message, set()))
             return

@@ -46,7 +46,9 @@ def world():
     replies, queue = [], StoppedQueue()
     addresses = np.zeros((LAYOUT.num_layers, 2), int).tolist()
     credits = CreditBoard(lambda address, length: None)
-    hello = RegisterEngine("p0", Incarnation(1), namespace(), 1, [RankMemory("h:1", addresses, 0)])
+    hello = RegisterEngine(
+        "p0", Incarnation(1), namespace(), 1, [RankMemory("h:1", addresses, 0)], 64, 64
+    )
     engine = Engine(b"id", hello, credits)
 
     def reply(engine, message) -> None:
@@ -135,7 +137,9 @@ def test_pulls_stay_on_the_node_where_they_can(world, shards, read_from):
     ranks = [RankMemory(session, addresses, 0) for session in ("away:1", "h:2")]
     credits = CreditBoard(lambda address, length: None)
     engine = Engine(
-        b"id", RegisterEngine("d0", Incarnation(1), namespace(), shards, ranks), credits
+        b"id",
+        RegisterEngine("d0", Incarnation(1), namespace(), shards, ranks, 64, 64),
+        credits,
     )
     world.pulls.start(engine, PullBlocks(JobId(1), [key_of(0)], [0], 10.0))
     assert {transfer.session_id for transfer in world.queue.transfers} == read_from
@@ -171,7 +175,7 @@ def test_only_the_newest_incarnation_of_an_engine_is_known():
 
     def hello(incarnation: int, session: str) -> RegisterEngine:
         ranks = [RankMemory(session, addresses, 0)]
-        return RegisterEngine("p0", Incarnation(incarnation), namespace(), 1, ranks)
+        return RegisterEngine("p0", Incarnation(incarnation), namespace(), 1, ranks, 64, 64)
 
     old, _ = engines.register(b"a", hello(5, "h:1"))
     new, replaced = engines.register(b"b", hello(6, "h:2"))
