@@ -118,14 +118,15 @@ class RadosGateway:
         self._run("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap)
         self._spawn("ceph-mon", "-i", "a", "-f")
         osd = str(uuid.uuid4())
-        self._run("ceph", "osd", "new", osd)
+        self._ask(end, "osd", "new", osd)
         self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
         self._start_osd(end)
 
     def _start_osd(self, end: float) -> None:
-        """An OSD that asks its monitor before the two have met exits: then start another."""
+        """An OSD whose monitor has refused a command, see :meth:`_ask`, exits: then start
+        another."""
         osd = self._spawn("ceph-osd", "-i", "0", "-f")
-        while b'"num_up_osds":1' not in self._run("ceph", "osd", "stat", "--format=json"):
+        while b'"num_up_osds":1' not in self._ask(end, "osd", "stat", "--format=json"):
             if time.monotonic() > end:
                 raise RuntimeError(f"ceph-osd did not start: see {self._root}/log")
             if osd.poll() is not None:
@@ -146,6 +147,20 @@ class RadosGateway:
                 if gateway.poll() is not None or time.monotonic() > end:
                     raise RuntimeError(f"radosgw did not start: see {self._root}/log") from None
                 time.sleep(0.2)
+
+    def _ask(self, end: float, *arguments: str) -> bytes:
+        """A command to the monitor, which may be given twice.
+
+        Every client of Ceph begins with a cluster's id of zeros, and takes the right one from the
+        monitor's map; a command that overtakes the map, as on a busy machine one in thirty does, is
+        refused with EPERM ("wrong fsid"), and nothing has been done.
+        """
+        while True:
+            try:
+                return self._run("ceph", *arguments)
+            except RuntimeError as refused:
+                if "EPERM" not in str(refused) or time.monotonic() > end:
+                    raise
 
     def _command(self, program: str, *arguments: str) -> list[str]:
         config = () if program == "monmaptool" else ("-c", str(self._root / "ceph.conf"))
