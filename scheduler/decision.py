@@ -45,6 +45,7 @@ class PlanView(TypedDict):
 
     plan: PlanId
     rid: str
+    engine_rid: str
     policy: str
     age_s: float
     prompt_tokens: int
@@ -82,6 +83,7 @@ class Decision(msgspec.Struct, frozen=True):
         return {
             "plan": plan.id,
             "rid": plan.rid,
+            "engine_rid": plan.engine_rid,
             "policy": self.policy,
             "age_s": round(now - self.decided_s, 3),
             "prompt_tokens": self.prompt_tokens,
@@ -165,11 +167,11 @@ class Decisions:
             self._decisions.popitem(last=False)
 
     def find(self, plan: PlanId | str) -> Decision | None:
-        """By plan number, or the latest of a request id."""
+        """By plan number, or the latest of a request id, the client's or the engines'."""
         if isinstance(plan, int):
             return self._decisions.get(PlanId(plan))
-        found = (d for d in reversed(self._decisions.values()) if d.plan.rid == plan)
-        return next(found, None)
+        latest = reversed(self._decisions.values())
+        return next((d for d in latest if plan in (d.plan.rid, d.plan.engine_rid)), None)
 
     def expected_first_token_s(self, plan: PlanId) -> float:
         """What a plan's choice to load or to recompute was made by, from the plan on; 0 where

@@ -26,6 +26,7 @@ class PlanRequest(msgspec.Struct, frozen=True):
     """One request, tokenised and hashed."""
 
     rid: str
+    """As the client knows it."""
     prompt_tokens: int
     keys: list[BlockKey]
     """Full blocks of the prompt, at most floor((prompt_tokens - 1) / page_tokens): the last
@@ -38,6 +39,8 @@ class PlanRequest(msgspec.Struct, frozen=True):
     avoided: frozenset[str] = frozenset()
     """Engines that it goes to only where there is no other."""
     use_cache: bool = True
+    engine_rid: str = ""
+    """As its engines are to know it."""
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -63,6 +66,7 @@ class Plan(msgspec.Struct, frozen=True):
     keys: list[BlockKey]
     ranges: list[Range]
     block_bytes: int
+    engine_rid: str = ""
     estimated_read_s: float = 0.0
     """Until the last block is in DRAM, as the scheduler sees it."""
     experiment: Experiment = NO_EXPERIMENT

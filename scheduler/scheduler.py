@@ -177,6 +177,7 @@ class Scheduler:
             keys=request.keys[:blocks],
             ranges=ranges,
             block_bytes=request.block_bytes,
+            engine_rid=request.engine_rid,
             estimated_read_s=assigned.work.read_s,
             experiment=experiment_of(self._policy),
         )

@@ -11,6 +11,7 @@ import uvicorn
 from common.process_settings import RUN_FOLDER
 from launch.gateway.app import create_app
 from launch.gateway.config import GatewayConfig
+from launch.gateway.listening import listen
 
 SHUTDOWN_S = 3
 """Open streams get this long to end once a signal has come."""
@@ -23,13 +24,14 @@ def main() -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     config = GatewayConfig.from_env()
     run_folder = os.environ.get(RUN_FOLDER)
-    uvicorn.run(
+    serving = uvicorn.Config(
         create_app(config, Path(run_folder) if run_folder else None),
         host=config.host,
         port=config.port,
         log_level="warning",
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
+    uvicorn.Server(serving).run([listen(serving, config.client_stall_s)])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,11 @@ TURNS_KEPT = 64
 """The pace of the queue is that of its last turns, at most so many."""
 
 
+def owner_of(authorization: str | None) -> str:
+    """A short digest of who sent a request, who alone may abort it; "" for anybody."""
+    return tenant_of({}, authorization)
+
+
 def tenant_of(body: JsonObject, authorization: str | None) -> str:
     """A short digest (salts and keys are secrets); "" for a request that names nobody."""
     salt, user = body.get("cache_salt"), body.get("user")
@@ -44,6 +49,8 @@ class Seat:
     tenant: str
     parts: int
     """Not ended yet."""
+    owner: str = ""
+    """Who may abort it (:func:`owner_of`)."""
     begun: bool = False
     """One of the parts has had its turn: the request is never displaced."""
     waiting: set[Entry[Waiter]] = field(default_factory=set)
@@ -103,13 +110,13 @@ class Admission:
 
     # ---- the bound --------------------------------------------------------------------
 
-    def admit(self, tenant: str, parts: int) -> Seat:
+    def admit(self, tenant: str, parts: int, owner: str = "") -> Seat:
         """Room for a request; raises ``TooManyRequests``. :meth:`leave` once for each part."""
         for seat in self._in_the_way(tenant, parts):
             self._displace(seat)
         self._held[tenant] += parts
         self.admitted += parts
-        return Seat(tenant, parts)
+        return Seat(tenant, parts, owner)
 
     def leave(self, seat: Seat) -> None:
         """A part has ended, however."""

@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request, Response
 
 from common.ids import PlanId
 from common.json import JsonObject
-from launch.gateway.admission import Seat
+from launch.gateway.admission import Seat, owner_of
 from launch.gateway.config import GatewayConfig
 from launch.gateway.errors import BadRequest, GatewayError, NotFound, Unavailable
 from launch.gateway.orders import Orders
@@ -58,7 +58,8 @@ class DrainChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AbortRequest(msgspec.Struct, frozen=True):
-    """Body of ``POST /abort_request``, as SGLang takes it."""
+    """Body of ``POST /abort_request``, as SGLang takes it. ``rid`` is a whole id: SGLang's takes
+    all that begin alike."""
 
     rid: str = ""
     abort_all: bool = False
@@ -128,21 +129,15 @@ def _generating_routes(app: FastAPI) -> None:
     @app.post("/abort_request")
     async def abort_request(request: Request) -> Response:
         asked = await _decode(request, AbortRequest)
-        walks = _services(request).walks
-        # As SGLang does: every request whose id begins with the given one.
+        owner = owner_of(request.headers.get("authorization"))
         chosen = [
             walk
-            for rid, walk in walks.items()
-            if asked.abort_all or (asked.rid and _named(rid, asked.rid))
+            for walk in _services(request).walks.values()
+            if asked.abort_all
+            or (walk.seat.owner == owner and asked.rid in (walk.part.rid, walk.part.request_rid))
         ]
         await asyncio.gather(*(walk.abort() for walk in chosen))
         return Response(status_code=200)
-
-
-def _named(rid: str, asked: str) -> bool:
-    """``rid`` may be a part ("3-ID") of the request that the client knows as ID."""
-    index, _, rest = rid.partition("-")
-    return rid.startswith(asked) or (index.isdigit() and rest.startswith(asked))
 
 
 def _model_routes(app: FastAPI) -> None:

@@ -63,3 +63,7 @@ class GatewayConfig(ProcessSettings, frozen=True):
         ),
     ] = 20.0
     request_timeout_s: Annotated[float, Meta(description="Longest life of a request.")] = 600.0
+    client_stall_s: Annotated[
+        float,
+        Meta(description="A client that reads nothing of its answer for so long is cut off."),
+    ] = 60.0

@@ -80,6 +80,14 @@ class RequestTimeout(GatewayError):
     kind = "timeout_error"
 
 
+class ClientStalled(GatewayError):
+    """The client did not read its answer: said to whoever may still look."""
+
+    status = 408
+    kind = "timeout_error"
+    outcome = "client_stalled"
+
+
 class RequestFailed(GatewayError):
     """An engine failed with the request, and trying again was no option or failed too."""
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Coroutine
 from typing import Protocol, TypedDict
 
-from launch.gateway.admission import Admission
+from launch.gateway.admission import Admission, Seat
 from launch.gateway.config import GatewayConfig
 from launch.gateway.metrics import GatewayMetrics
 from launch.gateway.orders import Orders
@@ -15,6 +15,7 @@ from launch.gateway.peers.control_plane import ControlPlane
 from launch.gateway.peers.engine_client import EngineClient
 from launch.gateway.peers.http_probe import HttpProbe
 from launch.gateway.recent_requests import EndedView, RecentRequests
+from launch.gateway.request.parts import Part
 from launch.gateway.request.prompt import vocabulary_tokens
 from scheduler.cluster_view import ClusterView
 from scheduler.scheduler import Scheduler
@@ -22,6 +23,9 @@ from scheduler.scheduler import Scheduler
 
 class Walk(Protocol):
     """A part of a request that is under way."""
+
+    part: Part
+    seat: Seat
 
     def cancel(self) -> None:
         """The client is gone."""
@@ -62,7 +66,8 @@ class Services:
         self.admission = Admission(config.requests_max)
         self.metrics = GatewayMetrics(plane, self.admission)
         self.vocabulary_tokens = vocabulary_tokens(config.model)
-        self.walks: dict[str, Walk] = {}
+        self.walks: dict[tuple[str, str], Walk] = {}
+        """By tenant and the client's id."""
         self.recent = RecentRequests()
         self._background: set[asyncio.Task[None]] = set()
 

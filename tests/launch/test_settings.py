@@ -50,6 +50,7 @@ WRITTEN = {
     "read-timeout-s": "3",
     "deliver-timeout-s": "4",
     "request-timeout-s": "5",
+    "client-stall-s": "7",
 }
 CONFIG = load_config(["--poison-kv", *(f"--{name}={value}" for name, value in WRITTEN.items())])
 

@@ -72,7 +72,7 @@ class PlanHandover:
         does not accept it in time."""
         message = EnginePlan(
             id=plan.id,
-            rid=plan.rid,
+            rid=plan.engine_rid,
             namespace_digest=namespace_digest,
             keys=plan.keys,
             agents=plan.agents,
@@ -104,7 +104,7 @@ class PlanHandover:
     def end(self, plan: Plan) -> None:
         """The request is over, whatever became of it."""
         for name in (plan.prefill, plan.decode):
-            self._members.engines[name].try_send(EndPlan(plan.id, plan.rid))
+            self._members.engines[name].try_send(EndPlan(plan.id, plan.engine_rid))
         self.release(plan.id, plan.agents)
 
     # ---- what is answered -------------------------------------------------------------

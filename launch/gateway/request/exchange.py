@@ -44,6 +44,7 @@ class Exchange:
         self._answer = answer
         self._trace = trace
         self._posted_s = 0.0
+        self._rid = b""
 
     async def run(
         self,
@@ -54,6 +55,7 @@ class Exchange:
     ) -> asyncio.Task[bytes]:
         """Returns when D's answer is complete: the task of P's, to be drained."""
         self._posted_s = now
+        self._rid = str(body["rid"]).encode()
         prefill = asyncio.create_task(self._prefill(engines[0], body, scope))
         try:
             with _engine_errors(engines[1]):
@@ -74,7 +76,7 @@ class Exchange:
         try:
             with _engine_errors(engine):
                 async with self._client.post(engine, self._part.path, body) as response:
-                    data = await response.read()
+                    data = self._for_client(await response.read())
                 self._check_whole(engine, response, data)
         except (AttemptFailed, EngineRefused) as failure:
             if not self._answer.opened:
@@ -85,6 +87,10 @@ class Exchange:
         if not self._part.stream:
             self._answer.first_token_s = now
         return data
+
+    def _for_client(self, data: bytes) -> bytes:
+        """With the client's id where the engines wrote theirs, which nothing else can equal."""
+        return data.replace(self._rid, msgspec.json.encode(self._part.rid)[1:-1])
 
     # ---- what an answer says ----------------------------------------------------------
 
@@ -130,7 +136,7 @@ class Exchange:
         response: aiohttp.ClientResponse,
         prefill: asyncio.Task[bytes],
     ) -> None:
-        data = await response.read()
+        data = self._for_client(await response.read())
         self._check_whole(engine, response, data)
         if self._needs_input_logprobs():
             prefill_answer = msgspec.json.decode(await prefill)
@@ -150,7 +156,8 @@ class Exchange:
         held_events = 2 if self._part.path == CHAT else 1
         held: list[bytes] = []
         prefill_answer: EngineAnswer | None = None
-        async for events in sse_events(response.content):
+        async for received in sse_events(response.content):
+            events = [self._for_client(event) for event in received]
             if not self._answer.opened:
                 for event in events:
                     self._check(engine, event)

@@ -53,6 +53,8 @@ class Part(msgspec.Struct):
     """The prompt, where it is to be tokenised as plain text."""
     token_ids: list[int] | None = None
     """The tokenised prompt; None where only SGLang can say (it then refuses or recomputes)."""
+    request_rid: str = ""
+    """Of the request that it is a part of."""
 
     @property
     def stream(self) -> bool:
@@ -128,9 +130,9 @@ def split_request(path: str, body: JsonObject, parts_max: int) -> PartedRequest:
     parts = []
     for index in range(count):
         part = _part(path, body, prompts, index // samples)
-        part.index = index
-        # A prefix names each part: engines abort every request whose id begins alike.
-        part.rid = names[index] if names else rid if count == 1 else f"{index}-{rid}"
+        part.index, part.request_rid = index, rid
+        # As SGLang names the parts of a request; its engines know other ids.
+        part.rid = names[index] if names else rid if count == 1 else f"{rid}_{index}"
         parts.append(part)
     listed = path == GENERATE and (samples > 1 or _is_list_of_prompts(body))
     return PartedRequest(path, rid, body, parts, samples, merged=count > 1 or listed)

@@ -12,7 +12,7 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from common.json import JsonObject
-from launch.gateway.admission import Seat, tenant_of
+from launch.gateway.admission import Seat, owner_of, tenant_of
 from launch.gateway.errors import BadRequest, GatewayError
 from launch.gateway.request.answer import CHUNKS_MAX
 from launch.gateway.request.merge_answers import EngineAnswer, StreamMerger, merge_answers
@@ -76,21 +76,24 @@ async def _body(request: Request) -> JsonObject:
 
 
 def _admit(services: Services, parted: PartedRequest, request: Request) -> Seat:
+    authorization = request.headers.get("authorization")
+    tenant = tenant_of(parted.body, authorization)
     rids = [part.rid for part in parted.parts]
-    taken = sorted({rid for rid in rids if rid in services.walks or rids.count(rid) > 1})
+    walks = services.walks
+    taken = sorted({rid for rid in rids if (tenant, rid) in walks or rids.count(rid) > 1})
     if taken:
         raise BadRequest(f"Duplicate request ID: {', '.join(taken)}")
-    tenant = tenant_of(parted.body, request.headers.get("authorization"))
-    return services.admission.admit(tenant, len(parted.parts))
+    return services.admission.admit(tenant, len(parted.parts), owner_of(authorization))
 
 
 def _walk(
     services: Services, part: Part, seat: Seat, begun_s: float, tokenized: asyncio.Future[None]
 ) -> RequestWalk:
-    walk = services.walks[part.rid] = RequestWalk(services, part, seat, begun_s, tokenized)
+    walk = RequestWalk(services, part, seat, begun_s, tokenized)
+    services.walks[seat.tenant, part.rid] = walk
 
     def ended(_: asyncio.Task[None]) -> None:
-        del services.walks[part.rid]
+        del services.walks[seat.tenant, part.rid]
         services.admission.leave(seat)
 
     walk.task.add_done_callback(ended)

@@ -36,6 +36,7 @@ from scheduler.plan import NoEngine, Plan, PlanRequest
 log = logging.getLogger(__name__)
 
 ROOM_BITS = 62
+ENGINE_RID_BYTES = 16
 ABORT_GRACE_S = 5.0
 """An aborted request that an engine has not begun to answer by then is given up here."""
 
@@ -55,13 +56,14 @@ class RequestWalk:
         """``tokenized``: what fills in the part's ``token_ids``, unless they are there."""
         self.part = part
         self.trace = Trace()
-        self.answer = Answer(part.stream)
+        self.answer = Answer(part.stream, services.config.client_stall_s)
         self._services = services
-        self._seat = seat
+        self.seat = seat
         self._tokenized = tokenized
         self._use_cache = use_cache
         self._begun_s = begun_s
-        self._rid = part.rid
+        self._engine_rid = ""
+        """Of this attempt: as long as all others, so that no engine takes one for another."""
         self._posted: list[EnginePeer] = []
         self._tried: frozenset[str] = frozenset()
         """Engines of the failed attempt. Its error does not tell which one was at fault."""
@@ -77,18 +79,18 @@ class RequestWalk:
         """``/abort_request``: the engines end the answer, if they have the request yet."""
         self.answer.aborted = True
         if self._posted:
-            await self._services.client.abort(self._posted, {"rid": self._rid})
+            await self._services.client.abort(self._posted, {"rid": self._engine_rid})
             self._services.in_background(self._end_unanswered())
         elif not self.answer.opened:
             self.task.cancel()
-            await self.answer.close(BadRequest("the request was aborted before it started"))
+            self.answer.close(BadRequest("the request was aborted before it started"))
 
     async def _end_unanswered(self) -> None:
         """An engine that was told of the abort before it got the request ends nothing."""
         await asyncio.wait({self.task}, timeout=ABORT_GRACE_S)
         if not self.answer.opened:
             self.task.cancel()
-            await self.answer.close(BadRequest("the request was aborted"))
+            self.answer.close(BadRequest("the request was aborted"))
 
     # ---- the whole walk ---------------------------------------------------------------
 
@@ -106,7 +108,7 @@ class RequestWalk:
             outcome, error = "failed", RequestFailed("internal error of the gateway")
         finally:
             self._account(outcome)
-        await self.answer.close(error)
+        self.answer.close(error)
 
     def _account(self, outcome: str) -> None:
         self.trace.clock("total", self._begun_s)
@@ -115,8 +117,10 @@ class RequestWalk:
             first_token_s = self.answer.first_token_s - self._begun_s
             self._services.metrics.served(self.trace, self._page_tokens, first_token_s)
         log.info(
-            "request rid=%s path=%s outcome=%s prompt_tokens=%d attempts=%d total_s=%.3f",
+            "request rid=%s engine_rid=%s path=%s outcome=%s prompt_tokens=%d attempts=%d "
+            "total_s=%.3f",
             self.part.rid,
+            self._engine_rid,
             self.part.path,
             outcome,
             len(self.part.token_ids or ()),
@@ -140,9 +144,6 @@ class RequestWalk:
             log.warning("retrying rid=%s reason=%s", self.part.rid, failure)
             dead = failure.dead
         self._services.metrics.retries.inc()
-        # The first id may still be known at an engine, and an abort of it, still under
-        # way there, ends every request whose id begins with it.
-        self._rid = f"retry-{self.part.rid}"
         try:
             await self._attempt(dead, use_cache=False)
         except AttemptFailed as failure:
@@ -150,6 +151,7 @@ class RequestWalk:
 
     async def _attempt(self, dead: frozenset[str], use_cache: bool) -> None:
         self.trace.attempts += 1
+        self._engine_rid = secrets.token_hex(ENGINE_RID_BYTES)
         plan = await self._plan(dead, use_cache)
         self._tried = frozenset((plan.prefill, plan.decode))
         exchange = Exchange(self._services.client, self.part, self.answer, self.trace)
@@ -166,7 +168,7 @@ class RequestWalk:
             del self._services.plane.plans.on_delivered[plan.id]
             self._services.plane.end(plan)
             if self._posted and not finished:
-                abort = self._services.client.abort(self._posted, {"rid": self._rid})
+                abort = self._services.client.abort(self._posted, {"rid": self._engine_rid})
                 self._services.in_background(abort)
             self._posted = []
 
@@ -182,7 +184,7 @@ class RequestWalk:
     async def _plan(self, dead: frozenset[str], use_cache: bool) -> Plan:
         begun_s = time.monotonic()
         tokens = len(self.part.token_ids or ())
-        turn = self._services.admission.turn(self._seat, tokens, self.part.priority)
+        turn = self._services.admission.turn(self.seat, tokens, self.part.priority)
         try:
             async with asyncio.timeout(self._left_s()), turn:
                 plan = await self._next_plan(dead, use_cache)
@@ -203,7 +205,7 @@ class RequestWalk:
             self._page_tokens = namespace.layout.page_tokens
             self._namespace_digest = namespace.digest()
             request = PlanRequest(
-                rid=self._rid,
+                rid=self.part.rid,
                 prompt_tokens=len(self.part.token_ids or ()),
                 keys=hit_candidates(self.part, namespace) if use_cache else [],
                 max_new_tokens=self.part.max_new_tokens,
@@ -212,6 +214,7 @@ class RequestWalk:
                 excluded=dead | plane.members.strangers(),
                 avoided=self._tried,
                 use_cache=use_cache,
+                engine_rid=self._engine_rid,
             )
             try:
                 return self._services.scheduler.plan(request, time.monotonic())
@@ -267,7 +270,7 @@ class RequestWalk:
         engines = self._services.plane.members.engines
         prefill, decode = engines[plan.prefill], engines[plan.decode]
         body = self.part.engine_body() | {
-            "rid": self._rid,
+            "rid": self._engine_rid,
             "bootstrap_host": prefill.address.bootstrap_host,
             "bootstrap_port": prefill.known().bootstrap_port,
             "bootstrap_room": secrets.randbits(ROOM_BITS),

@@ -23,6 +23,7 @@ from common.loads import AgentLoad, EngineLoad
 from common.samples import sample
 from launch.gateway.app import create_app
 from launch.gateway.config import EngineAddress, GatewayConfig
+from launch.gateway.listening import listen
 from scheduler.options import SchedulerOptions
 from tests.launch.gateway.control_stub import ControlStub, free_port
 
@@ -76,7 +77,8 @@ class StubAgent(ControlStub):
 
 
 class StubEngine(ControlStub):
-    """``faults`` are taken one a request: "500", "400", "close", "abort" or "hang". While
+    """``faults`` are taken one a request: "500", "400", "named", "close",
+    "abort" or "hang". While
     ``tokenizing`` is not set, there is no answer from ``/v1/tokenize``."""
 
     def __init__(self, name: str, role: str, rooms: dict[int, asyncio.Event]) -> None:
@@ -86,8 +88,9 @@ class StubEngine(ControlStub):
         self.port = free_port()
         self.faults: list[str] = []
         self.word_delay_s = 0.0
+        self.words = WORDS
         self.tokenizing: asyncio.Event | None = None
-        self.break_after_words = len(WORDS) + 1
+        self.break_after_words = -1
         self.namespace = NAMESPACE
         self.load_changes: dict[str, Any] = {}
         self.samples = [sample("engine_kv_wait_seconds_total", 2, layer="0")]
@@ -180,6 +183,9 @@ class StubEngine(ControlStub):
             return web.Response()
         if fault == "hang":
             await asyncio.sleep(60)
+        if fault == "named":
+            error = {"message": f"request {body['rid']} is refused", "code": 400}
+            return web.json_response(error, status=400)
         if fault in ("400", "500"):
             error = {"object": "error", "message": f"fault {fault}", "code": int(fault)}
             return web.json_response(error, status=int(fault))
@@ -234,7 +240,7 @@ class StubEngine(ControlStub):
         common = {"id": body["rid"], "object": "chunk", "model": "stub"}
         delta: dict[str, Any] = {"role": "assistant", "content": ""}
         await send({**common, "choices": [{"index": 0, "delta": delta}]})
-        for position, word in enumerate(WORDS):
+        for position, word in enumerate(self.words):
             if position == self.break_after_words:
                 assert request.transport is not None
                 request.transport.abort()
@@ -271,11 +277,10 @@ class StubCluster:
         self.others: list[asyncio.Task[Any]] = []
         """Requests beside the one that a test watches."""
         self.app = create_app(self.config)
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                self.app, port=self.config.port, log_level="warning", timeout_graceful_shutdown=1
-            )
+        self._serving = uvicorn.Config(
+            self.app, port=self.config.port, log_level="warning", timeout_graceful_shutdown=1
         )
+        self._server = uvicorn.Server(self._serving)
         self._server_task: asyncio.Task[None] | None = None
         self.http: ClientSession
 
@@ -286,6 +291,14 @@ class StubCluster:
     @property
     def services(self) -> Any:
         return self.app.state.services
+
+    def connections(self) -> set[Any]:
+        """Of clients to the gateway that are busy with a request."""
+        connections: set[Any] = self._server.server_state.connections
+        return {c for c in connections if c.cycle and not c.cycle.response_complete}
+
+    def walks_named(self, rid: str) -> list[Any]:
+        return [walk for (_, name), walk in self.services.walks.items() if name == rid]
 
     def _address(self, engine: StubEngine) -> EngineAddress:
         return EngineAddress(
@@ -302,7 +315,9 @@ class StubCluster:
             await engine.start_http()
         with contextlib.suppress(AttributeError):  # uvicorn would take the test's signals
             self._server.capture_signals = contextlib.nullcontext  # type: ignore
-        self._server_task = asyncio.create_task(self._server.serve())
+        self._server_task = asyncio.create_task(
+            self._server.serve([listen(self._serving, self.config.client_stall_s)])
+        )
         self.http = ClientSession(f"http://127.0.0.1:{self.config.port}")
         await self.until(lambda: self._server.started)
         await self.until(self._ready)

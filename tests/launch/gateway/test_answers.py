@@ -58,9 +58,11 @@ def test_every_prompt_gets_every_sample_in_sglangs_order(prompts: int, samples: 
         f"p{i}" for i in range(prompts) for _ in range(samples)
     ]
     assert [p.index for p in parted.parts] == list(range(prompts * samples))
-    rids = [p.rid for p in parted.parts]
-    # An abort ends every request whose id begins with the given one.
-    assert not any(a != b and b.startswith(a) for a in rids for b in rids)
+    count = prompts * samples
+    assert [p.rid for p in parted.parts] == (
+        [f"r_{i}" for i in range(count)] if count > 1 else ["r"]
+    )
+    assert {p.request_rid for p in parted.parts} == {"r"}
 
 
 def test_one_prompt_stays_one_request() -> None:

@@ -28,7 +28,7 @@ async def _fill(cluster: StubCluster) -> None:
 async def _tokenizing(cluster: StubCluster) -> Callable[[], bool]:
     for engine in cluster.engines:
         engine.tokenizing = asyncio.Event()
-    return lambda: "mine" in cluster.services.walks
+    return lambda: bool(cluster.walks_named("mine"))
 
 
 async def _queued(cluster: StubCluster) -> Callable[[], bool]:
@@ -85,9 +85,11 @@ async def test_a_request_is_cancelled_wherever_it_is(place, way, monkeypatch) ->
                 status, answer, _ = await request
                 assert status == 400 and "aborted" in answer["error"]["message"]
         if place is _streaming:
-            await cluster.until(lambda: all("mine" in e.aborted for e in cluster.engines))
+            await cluster.until(
+                lambda: all(e.aborted == [e.bodies[0]["rid"]] for e in cluster.engines)
+            )
             request.cancel()
-        await cluster.until(lambda: "mine" not in cluster.services.walks)
+        await cluster.until(lambda: not cluster.walks_named("mine"))
         await _serve_again(cluster)
         await asyncio.gather(*cluster.others)
         await _nothing_is_left(cluster)
@@ -128,7 +130,7 @@ async def test_an_id_is_taken_from_the_moment_of_admission() -> None:
         await _tokenizing(cluster)
         body = {**CHAT, "rid": "mine"}
         first = asyncio.create_task(post(cluster, "/v1/chat/completions", body))
-        await cluster.until(lambda: "mine" in cluster.services.walks)
+        await cluster.until(lambda: cluster.walks_named("mine"))
         status, answer, _ = await post(cluster, "/v1/chat/completions", body)
         assert status == 400 and "Duplicate" in answer["error"]["message"]
         for engine in cluster.engines:
