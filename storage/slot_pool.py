@@ -56,7 +56,8 @@ class SlotPool:
         self._slots: dict[BlockKey, _Slot] = {}
         self._num_pinned = 0
         """Of the resident ones."""
-        self._groups = OwnerGroups()
+        self.owners = OwnerGroups()
+        """Of the resident ones."""
         self._pinned_by: defaultdict[int, dict[BlockKey, None]] = defaultdict(dict)
 
     # ---- questions ------------------------------------------------------------------
@@ -117,7 +118,8 @@ class SlotPool:
             raise ValueError(f"block {key.hex()} is resident already")
         slot.filling, slot.label = False, label
         self._num_pinned += bool(slot.owners)
-        group = self._groups.group_of(label.owner)
+        group = self.owners.group_of(label.owner)
+        self.owners.note(group, 1, self.slot_bytes)
         self.resident.add(key, slot.index, label.parent, group)
 
     def abandon(self, key: BlockKey) -> None:
@@ -134,13 +136,14 @@ class SlotPool:
         """Free the slots of those of the blocks that are evictable; returns them."""
         evicted = [key for key in keys if self.is_evictable(key)]
         for key in evicted:
+            self.owners.note(self.resident.group(key), -1, -self.slot_bytes)
             self.resident.pop(key)
             self._free.append(self._slots.pop(key).index)
         return evicted
 
     def drop(self, selector: Selector) -> list[BlockKey]:
         """Evict the blocks of some owners, and return them. What is pinned is left to eviction."""
-        return self.evict(self.resident.of_groups(self._groups.drop(selector)))
+        return self.evict(self.resident.of_groups(self.owners.drop(selector)))
 
     # ---- pins -----------------------------------------------------------------------
 

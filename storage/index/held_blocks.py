@@ -45,9 +45,9 @@ class HeldBlocks:
         self.index = BlockIndex()
         self._tier = tier
         self._bytes_at = bytes_at
-        self.owners = OwnerGroups(quotas)
         self._dropped: set[int] = set()
         """Groups whose blocks are still to be taken out."""
+        self.owners = OwnerGroups(quotas, self._dropped.discard)
         self._reclaimable: list[BlockKey] = []
         self._changes: list[Holding] = []
 
@@ -117,17 +117,17 @@ class HeldBlocks:
         for group, count, total in zip(groups.tolist(), blocks, nbytes, strict=True):
             self.owners.note(group, count, int(total))
 
-    def quota_victim(self, group: int, nbytes: int, is_idle: IsIdle) -> BlockKey | None:
-        """Who has to go before owner ``group`` may have ``nbytes`` more; None: nobody has to.
+    def quota_victim(self, group: int, is_idle: IsIdle) -> BlockKey | None:
+        """Who has to go, as a quota of owner ``group`` is exceeded; None: nobody has to.
 
         Raises TierFull if somebody has to and nobody is idle.
         """
-        groups = self.owners.over_quota(group, nbytes)
+        groups = self.owners.over_quota(group)
         if groups is None:
             return None
         victim = next(self.index.victims(is_idle, groups), None)
         if victim is None:
-            raise TierFull(f"a quota leaves no room for {nbytes} bytes")
+            raise TierFull("a quota leaves no room for the block")
         return victim
 
     # ---- bulk drop ----------------------------------------------------------------------

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import msgspec
 
@@ -87,67 +86,106 @@ def read_quotas(text: str) -> list[Quota]:
     return [Quota.parse(part.strip()) for part in text.split(",") if part.strip()]
 
 
+class _Group(msgspec.Struct):
+    owner: BlockOwner
+    subjects: list[str | None]
+    """In each quota; None where it does not count, or no more."""
+    blocks: int = 0
+    nbytes: int = 0
+
+
+class _Subject(msgspec.Struct):
+    """What a quota counts together."""
+
+    groups: set[int] = msgspec.field(default_factory=set)
+    nbytes: int = 0
+
+
 class OwnerGroups:
     """Gives owners the small numbers, *groups*, by which an index knows them, and keeps what
-    each uses. A dropped owner that comes back gets a new group."""
+    each uses. A dropped owner that comes back gets a new group. A group of which nothing is
+    left is forgotten: what is kept grows with the owners of what is here, not with all who
+    ever came. ``forgotten`` is told its number before it may serve another owner.
+    """
 
-    def __init__(self, quotas: Sequence[Quota] = ()) -> None:
+    def __init__(
+        self, quotas: Sequence[Quota] = (), forgotten: Callable[[int], None] = lambda group: None
+    ) -> None:
         self._quotas = list(quotas)
-        self._groups: dict[BlockOwner, int] = {}
-        self._owners: list[BlockOwner] = []
-        """By group, also of dropped ones."""
-        self._subjects: list[list[str | None]] = []
-        """Of each group, in each quota; None where it does not count, or no more."""
-        self._used_bytes: Counter[int] = Counter()
-        self._blocks: Counter[int] = Counter()
-        self._subject_bytes: list[Counter[str]] = [Counter() for _ in self._quotas]
+        self._forgotten = forgotten
+        self._numbers: dict[BlockOwner, int] = {}
+        """Without dropped ones."""
+        self._groups: dict[int, _Group] = {}
+        """Also of dropped owners, as long as something of theirs is left."""
+        self._unused: list[int] = []
+        self._subjects: list[dict[str, _Subject]] = [{} for _ in self._quotas]
+        """Of each quota."""
+
+    def __len__(self) -> int:
+        return len(self._groups)
 
     def group_of(self, owner: BlockOwner) -> int:
-        group = self._groups.get(owner)
+        """Known until what was noted of it has gone again."""
+        group = self._numbers.get(owner)
         if group is None:
-            group = self._groups[owner] = len(self._owners)
-            self._owners.append(owner)
-            self._subjects.append([quota.subject(owner) for quota in self._quotas])
+            group = self._unused.pop() if self._unused else len(self._groups)
+            self._numbers[owner] = group
+            subjects = [quota.subject(owner) for quota in self._quotas]
+            self._groups[group] = _Group(owner, subjects)
+            for of_quota, subject in zip(self._subjects, subjects, strict=True):
+                if subject is not None:
+                    of_quota.setdefault(subject, _Subject()).groups.add(group)
         return group
 
     def note(self, group: int, blocks: int, nbytes: int) -> None:
         """So much more, or less, belongs to a group."""
-        self._blocks[group] += blocks
-        self._used_bytes[group] += nbytes
-        self._count(group, nbytes)
-
-    def _count(self, group: int, nbytes: int) -> None:
-        for used, subject in zip(self._subject_bytes, self._subjects[group], strict=True):
+        noted = self._groups[group]
+        noted.blocks += blocks
+        noted.nbytes += nbytes
+        for of_quota, subject in zip(self._subjects, noted.subjects, strict=True):
             if subject is not None:
-                used[subject] += nbytes
+                of_quota[subject].nbytes += nbytes
+        if not noted.blocks and not noted.nbytes:
+            self._leave_quotas(group)
+            del self._groups[group]
+            if self._numbers.get(noted.owner) == group:
+                del self._numbers[noted.owner]
+            self._forgotten(group)
+            self._unused.append(group)
+
+    def _leave_quotas(self, group: int) -> None:
+        noted = self._groups[group]
+        for of_quota, subject in zip(self._subjects, noted.subjects, strict=True):
+            if subject is not None:
+                of_quota[subject].groups.discard(group)
+                of_quota[subject].nbytes -= noted.nbytes
+                if not of_quota[subject].groups:
+                    del of_quota[subject]
+        noted.subjects = [None] * len(self._quotas)
 
     def drop(self, selector: Selector) -> set[int]:
         """Groups of the owners selected; what comes of theirs from now on has other groups."""
-        gone = {self._groups.pop(owner) for owner in selected(self._groups, [selector])}
+        gone = {self._numbers.pop(owner) for owner in selected(self._numbers, [selector])}
         for group in gone:
-            self._count(group, -self._used_bytes[group])
-            self._subjects[group] = [None] * len(self._quotas)
+            self._leave_quotas(group)
         return gone
 
-    def over_quota(self, group: int, nbytes: int) -> set[int] | None:
-        """The groups one of whose blocks must go before ``group`` may have ``nbytes`` more;
-        None if it may."""
+    def over_quota(self, group: int) -> Collection[int] | None:
+        """The groups one of whose blocks must go, as a quota that ``group`` counts in is
+        exceeded; None: none is."""
         for number, quota in enumerate(self._quotas):
-            subject = self._subjects[group][number]
+            subject = self._groups[group].subjects[number]
             if subject is None:
                 continue
-            if self._subject_bytes[number][subject] + nbytes > quota.bytes_max:
-                groups = self._groups.values()
-                return {g for g in groups if self._subjects[g][number] == subject}
+            used = self._subjects[number][subject]
+            if used.nbytes > quota.bytes_max:
+                return used.groups
         return None
 
     def usage(self) -> list[tuple[BlockOwner, int, int]]:
         """(owner, blocks, bytes) of each that has any and was not dropped."""
-        return [
-            (owner, self._blocks[group], self._used_bytes[group])
-            for owner, group in self._groups.items()
-            if self._blocks[group]
-        ]
+        noted = (self._groups[group] for group in self._numbers.values())
+        return [(each.owner, each.blocks, each.nbytes) for each in noted if each.blocks]
 
 
 def selected(owners: Iterable[BlockOwner], selectors: Collection[Selector]) -> set[BlockOwner]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from storage.block_format import decode_owner
 from storage.ssd.folder import DirectoryUnusable, SsdFolder
@@ -87,15 +90,15 @@ class SsdDevice:
         """
         try:
             records = self._read_records()
+            for number in sorted(records, key=lambda n: records[n]["sequence"].max()):
+                if not self.space.is_too_large:
+                    break
+                del records[number]
+                self.space.delete_unused(number)
+            self._compact_notes(records.values())
         except OSError as error:
             self.close()
             raise DirectoryUnusable(self.path, error.strerror or str(error)) from error
-        for number in sorted(records, key=lambda n: records[n]["sequence"].max()):
-            if not self.space.is_too_large:
-                break
-            del records[number]
-            self.space.delete_unused(number)
-        apply_drops(records.values(), self.notes.drops(), self.owners.numbers)
         return records
 
     def _read_records(self) -> dict[int, Records]:
@@ -104,8 +107,17 @@ class SsdDevice:
         slabs = self.space.slabs
         with ThreadPoolExecutor(SCAN_THREADS) as pool:
             found = list(pool.map(lambda slab: slab.records(known), slabs.values()))
-        self.owners.note({decode_owner(raw) for _, owners in found for raw in owners})
+        self.owners.found({decode_owner(raw) for _, owners in found for raw in owners})
         return dict(zip(slabs, (records for records, _ in found), strict=True))
+
+    def _compact_notes(self, tables: Collection[Records]) -> None:
+        """Take dropped blocks out of what was found, and out of the notes what covers nothing."""
+        named = (np.unique(table["owner"][table["sequence"] > 0]).tolist() for table in tables)
+        self.owners.keep_only(set(itertools.chain.from_iterable(named)))
+        drops = self.notes.drops()
+        needed = apply_drops(tables, drops, self.owners.numbers)
+        if len(needed) < len(drops):
+            self.notes.rewrite_drops(needed)
 
     def close(self) -> None:
         """End the threads."""

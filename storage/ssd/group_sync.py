@@ -57,8 +57,7 @@ class GroupSync:
     def _sync(self, slab: Slab, group: list[Written]) -> Exception | None:
         """Make the blocks durable, and with them what the table says of them."""
         try:
-            self._owners.note({written.operation.label.owner for written in group})
-            numbers = self._owners.numbers
+            numbers = self._owners.note({written.operation.label.owner for written in group})
             slab.record((each, numbers[each.operation.label.owner]) for each in group)
             slab.file.sync()
         except Exception as error:  # it ends this group, and not the slab's turn to sync

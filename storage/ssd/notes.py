@@ -62,6 +62,10 @@ class FolderNotes:
         """Durably."""
         _append(self._owners, owners)
 
+    def rewrite_owners(self, owners: Iterable[BlockOwner]) -> None:
+        """These and no others, durably."""
+        _rewrite(self._owners, owners)
+
     def drops(self) -> list[Drop]:
         """Blocks that these cover are not to be found again."""
         return list(_lines(self._drops, Drop))
@@ -69,6 +73,10 @@ class FolderNotes:
     def add_drop(self, drop: Drop) -> None:
         """Durably."""
         _append(self._drops, [drop])
+
+    def rewrite_drops(self, drops: Iterable[Drop]) -> None:
+        """These and no others, durably."""
+        _rewrite(self._drops, drops)
 
     def counters(self) -> Counters | None:
         """The last that the tier noted; None if it noted none."""
@@ -129,3 +137,12 @@ def _append(path: Path, entries: Iterable[msgspec.Struct]) -> None:
         os.close(fd)
     if is_new:
         sync_folder(path.parent)
+
+
+def _rewrite(path: Path, entries: Iterable[msgspec.Struct]) -> None:
+    """Seen as a whole or not at all."""
+    temporary = path.with_suffix(".new")
+    temporary.unlink(missing_ok=True)
+    _append(temporary, entries)
+    temporary.rename(path)
+    sync_folder(path.parent)

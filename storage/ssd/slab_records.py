@@ -32,12 +32,19 @@ def latest(blocks: Records) -> NDArray[np.int64]:
 
 def apply_drops(
     tables: Iterable[Records], drops: Iterable[Drop], numbers: Mapping[BlockOwner, int]
-) -> None:
-    """Take what was dropped for free slots; ``numbers`` are those of the owners in tables."""
-    tables = list(tables)
+) -> list[Drop]:
+    """Take what was dropped for free slots; ``numbers`` are those of the owners in tables.
+    Returns the drops that cover something that still lies in a slot."""
+    tables, needed = list(tables), []
     for drop in drops:
         gone = selected(numbers, [drop.selector])
         dropped = np.array([numbers[owner] for owner in gone], np.uint64)
+        covers = 0
         for records in tables:
             is_gone = np.isin(records["owner"], dropped)
-            records["sequence"][is_gone & (records["sequence"] < drop.sequence)] = 0
+            is_gone &= (records["sequence"] > 0) & (records["sequence"] < drop.sequence)
+            covers += int(np.count_nonzero(is_gone))
+            records["sequence"][is_gone] = 0
+        if covers:
+            needed.append(drop)
+    return needed

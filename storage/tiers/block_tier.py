@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from common.block import BlockKey, BlockOwner, TierName
 from common.messages import Holding
-from storage.index.owners import Selector
+from storage.index.owners import OwnerGroups, Selector
 from storage.tiers.contract import (
     BlockCorrupt,
     BlockIO,
@@ -103,9 +103,14 @@ class BlockTier:
     def stats(self) -> TierStats:
         return self._backend.stats()
 
+    @property
+    def owners(self) -> OwnerGroups:
+        """Whose blocks are here."""
+        return self._held.owners
+
     def usage(self) -> list[tuple[BlockOwner, int, int]]:
         """(owner, blocks, bytes) of each owner of blocks here."""
-        return self._held.owners.usage()
+        return self.owners.usage()
 
     def close(self) -> None:
         self._backend.close()

@@ -26,26 +26,32 @@ class Room:
         """A place for a block that is to be written; raises TierFull."""
         stored_bytes, owners = self._placement.stored_bytes(write.nbytes), self.held.owners
         group = write.group = owners.group_of(write.label.owner)
-        while (victim := self.held.quota_victim(group, stored_bytes, self.is_idle)) is not None:
+        owners.note(group, 0, stored_bytes)  # first: it keeps the group, whatever goes for it
+        try:
+            write.place = self._make_room(group, write.nbytes)
+        except TierFull:
+            owners.note(group, 0, -stored_bytes)
+            raise
+
+    def _make_room(self, group: int, nbytes: int) -> int:
+        while (victim := self.held.quota_victim(group, self.is_idle)) is not None:
             self.evict(victim, EvictionCause.QUOTA)
-        write.place = self._placement.reserve(write.nbytes, self)
-        if write.place is None:
-            raise TierFull(f"no room for {write.nbytes} bytes")
-        owners.note(group, 0, stored_bytes)
+        place = self._placement.reserve(nbytes, self)
+        if place is None:
+            raise TierFull(f"no room for {nbytes} bytes")
+        return place
 
     def settle(self, write: Operation) -> None:
         """The block lies in its place, or the write has failed."""
         place, owners = write.place, self.held.owners
         assert place is not None
-        owners.note(write.group, 0, -self._placement.stored_bytes(write.nbytes))
-        if place == TOLD_LATER:
-            return
-        if write.error is not None:
+        if place != TOLD_LATER and write.error is not None:
             self._placement.release(place)
-            return
-        self.held.add(write.key, place, write.label)
-        if write.group != owners.group_of(write.label.owner):  # while it was written
-            self.evict(write.key, EvictionCause.DROPPED)
+        elif place != TOLD_LATER:
+            self.held.add(write.key, place, write.label)
+            if write.group != owners.group_of(write.label.owner):  # while it was written
+                self.evict(write.key, EvictionCause.DROPPED)
+        owners.note(write.group, 0, -self._placement.stored_bytes(write.nbytes))
 
     def adopt(self, read: Operation) -> None:
         """A block that was read without being held lies here all the same."""

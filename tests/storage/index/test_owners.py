@@ -9,8 +9,11 @@ import pytest
 
 from common.block import TierName, tenant_digest
 from storage.block_format import HEADER_BYTES
+from storage.index.held_blocks import HeldBlocks
 from storage.index.owners import BadSelector, Quota, Selector
+from storage.slot_pool import SlotPool
 from storage.ssd import backend as ssd_backend
+from storage.ssd import owner_numbers
 from storage.ssd.notes import FolderNotes
 from storage.ssd.slab import slot_bytes_for
 from storage.ssd.tier import SsdTier
@@ -139,6 +142,83 @@ def test_another_process_may_ask_for_a_drop(
     assert held(tier) == {5}
     assert tier.take_drops() == [Selector.parse(f"tenant:{ANN}")] and tier.take_drops() == []
     tier.close()
+
+
+# ---- what is kept of owners does not grow with all who ever came ---------------------------
+
+
+def salts(count: int) -> list[str]:
+    return [f"salt of session {i}" for i in range(count)]
+
+
+def test_a_group_is_forgotten_with_the_last_of_its_blocks() -> None:
+    index = HeldBlocks(TierName.SSD, lambda place: 10, [Quota.parse("tenant:*=1GiB")])
+    for number, salt in enumerate(salts(1000)):
+        index.add(key_of(number), number, label(salt))
+        if number >= 20:
+            assert index.pop(key_of(number - 20)) == number - 20
+        if number % 50 == 0:
+            index.drop(Selector.parse(f"tenant:{salt}"))
+        assert len(index.owners) <= 21 and index.index.group(key_of(number)) <= 21
+    assert len(index.owners.usage()) == 20
+    assert all(count == 1 and nbytes == 10 for _, count, nbytes in index.owners.usage())
+
+
+def test_a_new_owner_is_not_taken_for_a_dropped_one() -> None:
+    index = HeldBlocks(TierName.SSD, lambda place: 10)
+    index.add(key_of(1), 1, label(ANN))
+    index.drop(Selector.parse("tenant:*"))
+    index.pop(key_of(1))
+    index.add(key_of(2), 2, label(BOB))
+    assert key_of(2) in index and not index.is_dropped(key_of(2))
+
+
+def test_slots_know_the_owners_of_what_they_hold() -> None:
+    pool = SlotPool(memoryview(bytearray(4 * BLOCK_BYTES)), BLOCK_BYTES)
+    for number, salt in enumerate(salts(100)):
+        pool.begin_fill(key_of(number))
+        pool.commit(key_of(number), label(salt))
+    assert len(pool.owners) == pool.num_slots
+    assert pool.drop(Selector.parse("tenant:*")) and not len(pool.owners)
+
+
+def test_a_refused_write_leaves_no_owner_behind() -> None:
+    tier = MemoryTier(TierName.SSD, no_wake, quotas=[Quota.parse("tenant:*=100")])
+    for number, salt in enumerate(salts(20)):
+        assert write_as(tier, label(salt), number) == []
+    assert tier.usage() == [] and not len(tier.owners)
+
+
+def test_the_notes_of_a_folder_have_the_owners_of_its_blocks(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(owner_numbers, "OWNERS_MAX", 8)
+    notes = FolderNotes(tmp_path)
+    tier = SsdTier(tmp_path, 40 * SLOT_BYTES, no_wake, threads=2)
+    for number, salt in enumerate(salts(100)):
+        write_as(tier, label(salt), number)
+        assert len(notes.owners()) <= 8
+    last = held(tier)
+    usage = {(owner.tenant, blocks) for owner, blocks, _ in tier.usage()}
+    tier.close()
+    for _ in range(2):  # owners that were not noted any more are found by the headers
+        tier = SsdTier(tmp_path, 40 * SLOT_BYTES, no_wake, threads=2)
+        assert held(tier) >= last and len(notes.owners()) == len(held(tier))
+        assert usage <= {(owner.tenant, blocks) for owner, blocks, _ in tier.usage()}
+        tier.close()
+
+
+def test_drops_that_cover_nothing_leave_the_notes(tmp_path: Path) -> None:
+    tier = SsdTier(tmp_path, 40 * SLOT_BYTES, no_wake, threads=2)
+    write_as(tier, label(ANN, "v1"), 1, 2)
+    for version in range(50):
+        tier.drop(Selector.parse(f"version:v{version}"))
+    tier.close()
+    notes = FolderNotes(tmp_path)
+    assert len(notes.drops()) == 50
+    for _ in range(2):
+        tier = SsdTier(tmp_path, 40 * SLOT_BYTES, no_wake, threads=2)
+        assert held(tier) == set()
+        tier.close()
+        assert [str(drop.selector) for drop in notes.drops()] == ["version:v1"]
 
 
 @pytest.mark.parametrize("text", ["", "tenant", "tenant:", "colour:red"])
