@@ -10,13 +10,18 @@ from collections.abc import Sequence
 from storage.index.owners import Selector
 from storage.remote.objects.calls import RemoteCalls
 from storage.remote.objects.object_store import ObjectStore
-from storage.remote.packs.catalog import Drop, PackCatalog
+from storage.remote.packs.catalog import Drop, PackCatalog, new_drop_path
 from storage.remote.packs.format import PackClock, now_ms
 from storage.remote.packs.indexer import PackIndexer
 from storage.remote.packs.known import KnownPacks
 from storage.remote.packs.pack import Pack
 from storage.remote.packs.reads import PackGone, PackReads
-from storage.remote.packs.upkeep import PackUpkeep, latest_manifest_ms, plan_upkeep
+from storage.remote.packs.upkeep import (
+    PackUpkeep,
+    latest_manifest_ms,
+    old_drops,
+    plan_upkeep,
+)
 from storage.remote.packs.uploads import PackUploads
 from storage.remote.settings import RemoteSettings
 from storage.remote.upload_pacer import UploadPacer
@@ -52,7 +57,8 @@ class RemoteBackend:
         """Reads, each with the look that it waits for."""
         self._next_check_s = 0.0
         self._next_upkeep_s = time.monotonic() + settings.upkeep_s
-        clock, pacer = PackClock(), UploadPacer()
+        self._clock = clock = PackClock()
+        pacer = UploadPacer()
         self.indexer = PackIndexer(packs, room, clock, settings.index_blocks_max, queue.wake)
         self._calls = RemoteCalls(
             store, settings.timeout_s, settings.hedge_after_s, settings.threads
@@ -168,16 +174,17 @@ class RemoteBackend:
         """Only with an index that has all that was found: what is not in it counts as dead."""
         if self._upkeep.is_busy:
             return
-        objects = self.indexer.objects
+        objects, packs, now = self.indexer.objects, list(self._packs), now_ms()
         plan = plan_upkeep(
-            list(self._packs),
+            packs,
             self.indexer.live_rows,
             self._settings,
-            now=now_ms(),
+            now=now,
             manifest_ms=latest_manifest_ms(objects),
         )
+        plan = plan._replace(drops=old_drops(self.indexer.drops, now))
         if plan:
-            self._upkeep.submit(plan, objects)
+            self._upkeep.submit(plan, objects, packs)
 
     def _watch(self) -> None:
         """Have the owner poll now and then: for deadlines, for packs to be closed, for upkeep."""
@@ -191,9 +198,10 @@ class RemoteBackend:
 
     def drop(self, selector: Selector) -> None:
         """For every process that shares the store, within ``refresh_s``."""
-        drop = Drop(selector, now_ms())
-        self.indexer.drop(drop)
-        self._upkeep.write_drop(drop)
+        drop = Drop(selector, self._clock.next_ms())
+        path = new_drop_path(drop)
+        self.indexer.drop(path, drop)
+        self._upkeep.write_drop(path, drop)
 
     def take_drops(self) -> list[Selector]:
         return self.indexer.take_drops()

@@ -9,6 +9,7 @@ from storage.index.held_blocks import HeldBlocks
 from storage.remote.backend import RemoteBackend
 from storage.remote.objects.object_store import RemoteUnusable
 from storage.remote.objects.open_store import open_store
+from storage.remote.packs.catalog import Drop
 from storage.remote.packs.known import KnownPacks
 from storage.remote.packs.pack import Pack
 from storage.remote.settings import RemoteSettings
@@ -51,6 +52,11 @@ class RemoteTier(BlockTier):
     def has_looked(self) -> bool:
         """What lay in the store at start is in the index."""
         return self._indexer.looks > 0
+
+    @property
+    def drops(self) -> Mapping[str, Drop]:
+        """In force, by the paths of their objects."""
+        return self._indexer.drops
 
     def known_packs(self) -> list[Pack]:
         """The oldest first."""

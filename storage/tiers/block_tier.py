@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from common.block import BlockKey, BlockOwner, TierName
+from common.block import BlockKey, TierName
 from common.messages import Holding
 from storage.index.owners import OwnerGroups, Selector
 from storage.tiers.contract import (
@@ -107,10 +107,6 @@ class BlockTier:
     def owners(self) -> OwnerGroups:
         """Whose blocks are here."""
         return self._held.owners
-
-    def usage(self) -> list[tuple[BlockOwner, int, int]]:
-        """(owner, blocks, bytes) of each owner of blocks here."""
-        return self.owners.usage()
 
     def close(self) -> None:
         self._backend.close()

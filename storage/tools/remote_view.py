@@ -20,19 +20,23 @@ from storage.remote.objects.open_store import open_store
 from storage.remote.packs.catalog import (
     Drop,
     DropFound,
+    DropsGone,
     News,
     PackCatalog,
     PackFound,
     PacksGone,
     Refreshed,
     dropped_before_ms,
+    is_left,
+    new_drop_path,
 )
-from storage.remote.packs.format import PackClock, now_ms
+from storage.remote.packs.format import PackClock, now_ms, written_ms_of
 from storage.remote.packs.pack import Pack
 from storage.remote.packs.upkeep import (
     LiveRows,
     PackUpkeep,
     latest_manifest_ms,
+    old_drops,
     plan_upkeep,
     write_drop,
 )
@@ -61,7 +65,8 @@ class _Look:
         self.objects: list[StoredObject] = []
         self.unreadable = 0
         """Packs."""
-        self._drops: list[Drop] = []
+        self.drops: dict[str, Drop] = {}
+        """By path."""
         news: queue.SimpleQueue[News] = queue.SimpleQueue()
         catalog = PackCatalog(calls, news.put, refresh_s=LOOK_S_MAX)
         end = time.monotonic() + LOOK_S_MAX
@@ -80,7 +85,7 @@ class _Look:
         if isinstance(news, PackFound):
             self.packs.append(news.pack)
         elif isinstance(news, DropFound):
-            self._drops.append(news.drop)
+            self.drops[news.path] = news.drop
         elif isinstance(news, Refreshed):
             self.objects = news.objects
             return True
@@ -90,15 +95,11 @@ class _Look:
         """Rows that an agent would read, by pack: of two copies the later one."""
         located: dict[BlockKey, tuple[str, int]] = {}
         for pack in self.packs:
-            dead_before_ms = [dropped_before_ms(self._drops, label) for label in pack.labels]
-            facts = zip(
-                pack.keys(),
-                pack.rows["label"].tolist(),
-                pack.rows["written_ms"].tolist(),
-                strict=True,
-            )
-            for row, (key, label, written_ms) in enumerate(facts):
-                if written_ms > dead_before_ms[label]:
+            drops = self.drops.values()
+            dead = np.array([dropped_before_ms(drops, label) for label in pack.labels], np.int64)
+            left = is_left(pack.rows["written_ms"].astype(np.int64), dead[pack.rows["label"]])
+            for row, (key, is_here) in enumerate(zip(pack.keys(), left.tolist(), strict=True)):
+                if is_here:
                     located[key] = pack.path, row
         rows: dict[str, list[int]] = {pack.path: [] for pack in self.packs}
         for path, row in located.values():
@@ -122,6 +123,10 @@ class RemoteView:
         self._packs, self._objects = look.packs, look.objects
         self._unreadable = look.unreadable
         self._rows = look.live()
+        self._drops = look.drops
+        self._clock = PackClock()
+        for pack in self._packs:
+            self._clock.see(written_ms_of(pack.path))
 
     # ---- blocks -----------------------------------------------------------------------
 
@@ -194,7 +199,8 @@ class RemoteView:
         return open_remote_tier(self.url, self._options)
 
     def drop(self, selector: Selector) -> str:
-        write_drop(self._calls, Drop(selector, now_ms()))
+        drop = Drop(selector, self._clock.next_ms())
+        write_drop(self._calls, new_drop_path(drop), drop)
         return f"noted; agents see it within {self._settings.refresh_s:g} s"
 
     def collect(self) -> dict[str, int]:
@@ -202,17 +208,15 @@ class RemoteView:
         for pack in self._packs:
             pack.live_blocks = len(self._rows[pack.path])
             pack.live_bytes = pack.stored_bytes(self._live_rows(pack))
-        manifest_ms = latest_manifest_ms(self._objects)
-        plan = plan_upkeep(self._packs, self._live_rows, self._settings, now_ms(), manifest_ms)
+        manifest_ms, now = latest_manifest_ms(self._objects), now_ms()
+        plan = plan_upkeep(self._packs, self._live_rows, self._settings, now, manifest_ms)
+        plan = plan._replace(drops=old_drops(self._drops, now))
         if not plan:
             return {}
         done: Counter[str] = Counter()
-        clock = PackClock()
-        for pack in self._packs:
-            clock.see(pack.path)
         news: queue.SimpleQueue[News] = queue.SimpleQueue()
-        upkeep = PackUpkeep(self._calls, UploadPacer(), clock, self._settings, news.put)
-        upkeep.submit(plan, self._objects)
+        upkeep = PackUpkeep(self._calls, UploadPacer(), self._clock, self._settings, news.put)
+        upkeep.submit(plan, self._objects, self._packs)
         upkeep.close(UPKEEP_S_MAX)
         if not upkeep.has_lease:
             raise StoreUnusable(f"{self.url}: an agent is doing upkeep in this minute")
@@ -222,6 +226,8 @@ class RemoteView:
                 done["packs written"] += 1
             elif isinstance(found, PacksGone):
                 done["packs deleted"] += len(found.paths)
+            elif isinstance(found, DropsGone):
+                done["drops deleted"] += len(found.paths)
         done["manifests written"] += plan.manifest is not None
         return dict(done)
 

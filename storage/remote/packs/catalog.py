@@ -5,25 +5,31 @@ from __future__ import annotations
 import logging
 import queue
 import re
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from common.block import BlockLabel
 from storage.index.owners import Selector
 from storage.remote.objects.calls import RemoteCalls
 from storage.remote.objects.object_store import StoredObject
 from storage.remote.packs.format import (
+    AHEAD_MS_MAX,
     TRAILER_BYTES,
     PackContents,
     PackDamaged,
     UnknownPackVersion,
     decode_footer,
     footer_bytes,
+    is_far_ahead,
     is_pack_path,
+    now_ms,
     scan,
     written_ms_of,
 )
@@ -42,16 +48,29 @@ _DROP_NAME = re.compile(r"drops/[0-9a-f]{12}-[0-9a-f]{16}\.json")
 
 
 class Drop(msgspec.Struct, frozen=True):
-    """Blocks of these owners that were written by then are dropped."""
+    """Blocks of these owners that were written by then are dropped. Both times are of
+    :class:`storage.remote.packs.format.PackClock`."""
 
     selector: Selector
     before_ms: int
+
+
+def new_drop_path(drop: Drop) -> str:
+    """Below the remote URL; no two are alike."""
+    return f"drops/{drop.before_ms:012x}-{secrets.token_hex(8)}.json"
 
 
 def dropped_before_ms(drops: Iterable[Drop], label: BlockLabel) -> int:
     """Blocks with this label that were written by then are dropped; -1: none."""
     before = [d.before_ms for d in drops if d.selector.value_of(label.owner) is not None]
     return max(before, default=-1)
+
+
+def is_left(written_ms: NDArray[np.int64], before_ms: int | NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which blocks the drops leave that :func:`dropped_before_ms` told. One that was written far
+    in the future was written by a wrong clock, nobody knows when: every drop takes it."""
+    is_known_later = (written_ms > before_ms) & (written_ms <= now_ms() + AHEAD_MS_MAX)
+    return is_known_later | (np.asarray(before_ms) < 0)
 
 
 class PackFound(NamedTuple):
@@ -63,7 +82,12 @@ class PacksGone(NamedTuple):
 
 
 class DropFound(NamedTuple):
+    path: str
     drop: Drop
+
+
+class DropsGone(NamedTuple):
+    paths: list[str]
 
 
 class Refreshed(NamedTuple):
@@ -73,7 +97,7 @@ class Refreshed(NamedTuple):
     objects: list[StoredObject]
 
 
-News = PackFound | PacksGone | DropFound | Refreshed
+News = PackFound | PacksGone | DropFound | DropsGone | Refreshed
 
 
 class PackCatalog:
@@ -134,6 +158,7 @@ class PackCatalog:
         listed = {found.path for found in objects if is_pack_path(found.path)}
         drops = {found.path for found in objects if _DROP_NAME.fullmatch(found.path)}
         gone = [path for path in known - listed - drops if is_pack_path(path)]
+        drops_gone = [path for path in known - drops if _DROP_NAME.fullmatch(path)]
         for path in sorted(drops - known):
             self._read_drop(path)
         new = [found for found in objects if found.path in listed - self._known]
@@ -146,6 +171,9 @@ class PackCatalog:
         if gone:  # last: what was rewritten is in a new pack by now
             self._known.difference_update(gone)
             self._report(PacksGone(gone))
+        if drops_gone:
+            self._known.difference_update(drops_gone)
+            self._report(DropsGone(drops_gone))
         self._report(Refreshed(number, objects))
 
     def _read_drop(self, path: str) -> None:
@@ -154,7 +182,12 @@ class PackCatalog:
         except (msgspec.DecodeError, FileNotFoundError) as error:
             logger.warning("%s is not used: %s", path, error)
         else:
-            self._report(DropFound(drop))
+            if is_far_ahead(drop.before_ms):
+                logger.warning(
+                    "%s is from a clock more than an hour ahead: taken for one of now", path
+                )
+                drop = Drop(drop.selector, now_ms())
+            self._report(DropFound(path, drop))
         self._known.add(path)
 
     def _from_manifest(

@@ -167,19 +167,29 @@ def _headers(view: memoryview) -> Iterator[tuple[int, BlockKey, int, BlockLabel]
         at = end
 
 
+AHEAD_MS_MAX = 3_600_000
+"""A time so far ahead of this host's clock is taken for a wrong clock's."""
+
+
 class PackClock:
-    """Time in ms for names of packs: later than that of every pack seen so far, so that a
-    rewritten block counts more than its source, whatever other writers' clocks say."""
+    """Time in ms for packs, their blocks and drops: later than every one seen so far, so that
+    a rewritten block counts more than its source, and a drop covers what its writer knew of,
+    whatever other hosts' clocks say (a hybrid logical clock; Kulkarni et al., 2014)."""
 
     def __init__(self) -> None:
         self._last_ms = 0
         self._lock = threading.Lock()
 
-    def see(self, path: str) -> None:
+    def see(self, ms: int) -> bool:
+        """False for a time that is too far ahead to be followed."""
+        if is_far_ahead(ms):
+            return False
         with self._lock:
-            self._last_ms = max(self._last_ms, written_ms_of(path))
+            self._last_ms = max(self._last_ms, ms)
+        return True
 
     def next_ms(self) -> int:
+        """Later than whatever was seen, or given out."""
         with self._lock:
             self._last_ms = max(self._last_ms + 1, now_ms())
             return self._last_ms
@@ -188,6 +198,11 @@ class PackClock:
 def now_ms() -> int:
     """Since the epoch."""
     return time.time_ns() // 1_000_000
+
+
+def is_far_ahead(ms: int) -> bool:
+    """No clock that is about right says this yet."""
+    return ms > now_ms() + AHEAD_MS_MAX
 
 
 # ---- names ------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -17,12 +17,14 @@ from storage.remote.objects.object_store import StoredObject
 from storage.remote.packs.catalog import (
     Drop,
     DropFound,
+    DropsGone,
     News,
     PackFound,
     PacksGone,
     dropped_before_ms,
+    is_left,
 )
-from storage.remote.packs.format import PackClock
+from storage.remote.packs.format import PackClock, written_ms_of
 from storage.remote.packs.known import KnownPacks
 from storage.remote.packs.pack import Pack
 from storage.remote.packs.upkeep import LiveRows
@@ -62,7 +64,8 @@ class PackIndexer:
         self._blocks_max = blocks_max
         self._wake = wake
         self._numbers = itertools.count()
-        self._drops: list[Drop] = []
+        self._drops: dict[str, Drop] = {}
+        """By the paths of their objects, which upkeep takes away."""
         self._new_drops: list[Selector] = []
         """Of other processes, not taken yet."""
         self._own_packs: deque[Pack] = deque()
@@ -90,9 +93,14 @@ class PackIndexer:
         live = [row for row, key in keys if self._held.get(key) == pack.place(row)]
         return np.array(live, np.int64)
 
-    def drop(self, drop: Drop) -> None:
+    @property
+    def drops(self) -> Mapping[str, Drop]:
+        """Those in force, by the paths of their objects."""
+        return self._drops
+
+    def drop(self, path: str, drop: Drop) -> None:
         """What comes from packs, and was written by then, stays away."""
-        self._drops.append(drop)
+        self._drops[path] = drop
 
     def take_drops(self) -> list[Selector]:
         """Of other processes, since the last call."""
@@ -135,16 +143,22 @@ class PackIndexer:
                     self.forget(pack)
                     yield
         elif isinstance(news, DropFound):
-            yield from self._adopt_drop(news.drop)
+            if news.path not in self._drops:
+                yield from self._adopt_drop(news.path, news.drop)
+        elif isinstance(news, DropsGone):
+            for path in news.paths:
+                self._drops.pop(path, None)
         else:
             self.looks, self.objects = news.number, news.objects
 
-    def _adopt_drop(self, drop: Drop) -> Iterator[None]:
-        self._drops.append(drop)
+    def _adopt_drop(self, path: str, drop: Drop) -> Iterator[None]:
+        self._clock.see(drop.before_ms)  # what is written here from now on is later
+        self._drops[path] = drop
         self._new_drops.append(drop.selector)
         self._held.drop(drop.selector)
         for pack in self._packs:  # what was written after it stays
-            is_dropped = any(drop.selector.value_of(label.owner) for label in pack.labels)
+            owners = (label.owner for label in pack.labels)
+            is_dropped = any(drop.selector.value_of(owner) is not None for owner in owners)
             if is_dropped and int(pack.rows["written_ms"].max()) > drop.before_ms:
                 yield from self._index_pack(pack)
 
@@ -152,7 +166,12 @@ class PackIndexer:
         if pack.path in self._packs:
             return
         pack.number = next(self._numbers)
-        self._clock.see(pack.path)
+        if not self._clock.see(written_ms_of(pack.path)):
+            logger.warning(
+                "%s was named more than an hour ahead of this host's clock, which does not "
+                "follow it: is a clock wrong here or there?",
+                pack.path,
+            )
         self._packs.add(pack)
         yield from self._index_pack(pack)
         while len(self._held) > self._blocks_max and len(self._packs) > 1:
@@ -161,11 +180,12 @@ class PackIndexer:
 
     def _index_pack(self, pack: Pack) -> Iterator[None]:
         """Its blocks but for dropped ones, and those of which a later pack has a copy."""
-        dead_before_ms = [dropped_before_ms(self._drops, label) for label in pack.labels]
+        drops = self._drops.values()
+        dead_before_ms = [dropped_before_ms(drops, label) for label in pack.labels]
         rows, keys = pack.rows, pack.keys()
         for number, label in enumerate(pack.labels):
             is_wanted = rows["label"] == number
-            is_wanted &= rows["written_ms"].astype(np.int64) > dead_before_ms[number]
+            is_wanted &= is_left(rows["written_ms"].astype(np.int64), dead_before_ms[number])
             wanted = np.flatnonzero(is_wanted)
             for first in range(0, len(wanted), ADOPT_ROWS):
                 if pack.path not in self._packs:

@@ -28,6 +28,12 @@ class Pack:
         self.live_blocks = 0
         self.live_bytes = 0
 
+    def first_ms(self) -> list[int]:
+        """When the first block of each label was written."""
+        first = np.full(len(self.labels), np.iinfo(np.int64).max)
+        np.minimum.at(first, self.rows["label"], self.rows["written_ms"].astype(np.int64))
+        return first.tolist()
+
     def key(self, row: int) -> BlockKey:
         return BlockKey(self.rows["key"][row].tobytes())
 

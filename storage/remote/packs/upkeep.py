@@ -8,23 +8,24 @@ from __future__ import annotations
 import logging
 import math
 import queue
-import secrets
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from common.block import BlockOwner
 from storage.block_format import HEADER_BYTES, Buffer, verify
 from storage.remote.objects.calls import CalledOff, RemoteCalls
 from storage.remote.objects.object_store import TEMPORARY_SUFFIX, StoredObject
-from storage.remote.packs.catalog import Drop, News, PackFound, PacksGone
+from storage.remote.packs.catalog import Drop, DropsGone, News, PackFound, PacksGone
 from storage.remote.packs.format import (
     PackBuilder,
     PackClock,
+    is_far_ahead,
     namespace_of,
     new_pack_path,
     now_ms,
@@ -49,6 +50,10 @@ CAPACITY_PART = 0.95
 MANIFEST_PACKS_MIN = 16
 MANIFEST_PART = 0.25
 """A new manifest is written when this part of the packs, at least so many, is not in one."""
+DROP_KEPT_MS = 86_400_000
+"""A drop stays so long at least: packs that were being written when it came are known by then."""
+DROPS_AT_ONCE = 64
+"""Looked at in one round."""
 LEFTOVER_MS = 3_600_000
 """Temporary objects of writers that died go after so long."""
 _LEASES = "upkeep/"
@@ -69,9 +74,11 @@ class UpkeepPlan(NamedTuple):
     rewrites: list[Rewrite]
     manifest: list[Pack] | None
     """The packs that a new one is to hold; None: none is due."""
+    drops: Mapping[str, Drop] = {}
+    """By path: those that may be needless by now."""
 
     def __bool__(self) -> bool:
-        return bool(self.delete or self.rewrites or self.manifest is not None)
+        return bool(self.delete or self.rewrites or self.manifest is not None or self.drops)
 
 
 def plan_upkeep(
@@ -89,6 +96,8 @@ def plan_upkeep(
     delete = _oldest_beyond(packs, settings.capacity_bytes)
     rewritten: defaultdict[bytes, list[tuple[Pack, LiveRows]]] = defaultdict(list)
     kept = packs[len(delete) :]
+    # A pack named in the far future could only be rewritten into one that counts less.
+    kept = [pack for pack in kept if not is_far_ahead(written_ms_of(pack.path))]
     merged = _scattered(kept, int(SMALL_PART * settings.pack_bytes))
     for pack in kept:
         has_expired = len(pack.rows) and int(pack.rows["written_ms"].min()) < cutoff_ms
@@ -108,14 +117,16 @@ def plan_upkeep(
     ]
     gone = {pack.path for pack in delete} | {p.path for r in rewrites for p, _ in r.sources}
     left = [pack for pack in packs if pack.path not in gone]
-    unknown = sum(written_ms_of(pack.path) > manifest_ms for pack in left)
+    named = [written_ms_of(pack.path) for pack in left]
+    unknown = sum(ms > manifest_ms and not is_far_ahead(ms) for ms in named)
     is_due = unknown >= max(MANIFEST_PACKS_MIN, MANIFEST_PART * len(left))
     return UpkeepPlan(delete, rewrites, left if is_due else None)
 
 
 def latest_manifest_ms(objects: Iterable[StoredObject]) -> int:
     """When the latest pack of the latest manifest was named; 0 without one."""
-    return max((sequence_of(found.path) or 0 for found in objects), default=0)
+    sequences = (sequence_of(found.path) or 0 for found in objects)
+    return max((ms for ms in sequences if not is_far_ahead(ms)), default=0)
 
 
 def _oldest_beyond(packs: Sequence[Pack], capacity_bytes: int) -> list[Pack]:
@@ -159,9 +170,31 @@ def _groups(
         yield group
 
 
-def write_drop(calls: RemoteCalls, drop: Drop) -> None:
+def old_drops(drops: Mapping[str, Drop], now: int) -> dict[str, Drop]:
+    """Some that are so old that no block comes any more which they cover."""
+    old = {path: d for path, d in drops.items() if d.before_ms < now - DROP_KEPT_MS}
+    return dict(sorted(old.items())[:DROPS_AT_ONCE])
+
+
+def needless(drops: Mapping[str, Drop], packs: Iterable[Pack]) -> list[str]:
+    """Paths of the drops that cover no row of any pack."""
+    first_ms: dict[BlockOwner, int] = {}
+    for pack in packs:
+        for label, written_ms in zip(pack.labels, pack.first_ms(), strict=True):
+            owner = label.owner
+            first_ms[owner] = min(written_ms, first_ms.get(owner, written_ms))
+    return [
+        path
+        for path, drop in drops.items()
+        if not any(
+            (ms <= drop.before_ms or is_far_ahead(ms)) and drop.selector.value_of(o) is not None
+            for o, ms in first_ms.items()
+        )
+    ]
+
+
+def write_drop(calls: RemoteCalls, path: str, drop: Drop) -> None:
     """For every process that shares the store, and those to come."""
-    path = f"drops/{drop.before_ms:012x}-{secrets.token_hex(8)}.json"
     calls.write(path, lambda: [msgspec.json.encode(drop)])
 
 
@@ -199,14 +232,14 @@ class PackUpkeep:
         self._work.put(None)
         self._thread.join(timeout_s)
 
-    def submit(self, plan: UpkeepPlan, objects: list[StoredObject]) -> None:
-        """``objects``: the latest listing."""
+    def submit(self, plan: UpkeepPlan, objects: list[StoredObject], packs: Sequence[Pack]) -> None:
+        """``objects``: the latest listing; ``packs``: all of them."""
         self.is_busy = True
-        self._work.put(lambda: self._carry_out(plan, objects))
+        self._work.put(lambda: self._carry_out(plan, objects, packs))
 
-    def write_drop(self, drop: Drop) -> None:
+    def write_drop(self, path: str, drop: Drop) -> None:
         """For the other processes, and the next ones."""
-        self._work.put(lambda: write_drop(self._calls, drop))
+        self._work.put(lambda: write_drop(self._calls, path, drop))
 
     # ---- the thread -------------------------------------------------------------------
 
@@ -217,7 +250,9 @@ class PackUpkeep:
             except Exception as error:  # of any store's library; the next round does the rest
                 logger.warning("upkeep of the remote tier: %s", error)
 
-    def _carry_out(self, plan: UpkeepPlan, objects: list[StoredObject]) -> None:
+    def _carry_out(
+        self, plan: UpkeepPlan, objects: list[StoredObject], packs: Sequence[Pack]
+    ) -> None:
         try:
             self.has_lease = self._get_lease(objects)
             if self.has_lease:
@@ -226,6 +261,7 @@ class PackUpkeep:
                 self._delete([pack.path for pack in plan.delete])
                 if plan.manifest is not None:
                     self._write_manifest(plan.manifest, objects)
+                self._delete_drops(needless(plan.drops, packs))
                 self._clean(objects)
         finally:
             self.is_busy = False
@@ -244,6 +280,12 @@ class PackUpkeep:
             self._calls.delete(path)
         if paths:
             self._report(PacksGone(list(paths)))
+
+    def _delete_drops(self, paths: list[str]) -> None:
+        for path in paths:
+            self._calls.delete(path)
+        if paths:
+            self._report(DropsGone(paths))
 
     def _rewrite(self, rewrite: Rewrite) -> None:
         """The new pack is there before the old ones go."""
@@ -269,7 +311,8 @@ class PackUpkeep:
     def _write_manifest(self, packs: list[Pack], objects: Iterable[StoredObject]) -> None:
         data = encode_manifest(packs)
         earlier = sorted(found.path for found in objects if sequence_of(found.path) is not None)
-        sequence = max(written_ms_of(pack.path) for pack in packs)
+        named = (written_ms_of(pack.path) for pack in packs)
+        sequence = max((ms for ms in named if not is_far_ahead(ms)), default=now_ms())
         self._pacer.wait_turn(len(data))
         self._calls.write(manifest_path(sequence, data), lambda: [data])
         for path in earlier[:-1]:  # the last one may be being read

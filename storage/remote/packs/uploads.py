@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from storage.block_format import Buffer, encode_header
 from storage.remote.objects.calls import CalledOff, RemoteCalls
-from storage.remote.packs.format import PackBuilder, PackClock, new_pack_path, now_ms
+from storage.remote.packs.format import PackBuilder, PackClock, new_pack_path
 from storage.remote.packs.pack import Pack
 from storage.remote.settings import RemoteSettings
 from storage.remote.upload_pacer import UploadPacer
@@ -75,11 +75,11 @@ class PackUploads:
         """In a thread: one attempt after another, each with what is still wanted."""
         self.last_start_s = time.monotonic()
         path = new_pack_path(namespace_digest, self._clock.next_ms())
-        content = _Content([], self._pacer)
+        content = _Content([], self._pacer, self._clock)
 
         def attempt() -> Iterator[Buffer]:
             nonlocal content
-            content = _Content(operations, self._pacer)
+            content = _Content(operations, self._pacer, self._clock)
             return content.parts()
 
         error = None
@@ -99,9 +99,10 @@ class PackUploads:
 class _Content:
     """The bytes of a pack, each block copied when its turn has come."""
 
-    def __init__(self, operations: list[Operation], pacer: UploadPacer) -> None:
+    def __init__(self, operations: list[Operation], pacer: UploadPacer, clock: PackClock) -> None:
         self._operations = operations
         self._pacer = pacer
+        self._clock = clock
         self.builder = PackBuilder()
         self.nbytes = 0
 
@@ -112,7 +113,7 @@ class _Content:
             yield part
 
     def _blocks(self) -> Iterator[Buffer]:
-        written_ms = now_ms()
+        written_ms = self._clock.next_ms()
         for operation in self._operations:
             self._pacer.wait_turn(operation.nbytes)
             try:

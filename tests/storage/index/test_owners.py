@@ -57,7 +57,8 @@ def test_quotas_of_a_model_and_of_one_tenant_hold_together() -> None:
     assert held(tier) == {3, 10, 11, 12}
     write_as(tier, label(ANN, "v2"), 20, 21)
     assert held(tier) == {10, 11, 12, 20, 21}
-    assert {(o.weight_version, blocks) for o, blocks, _ in tier.usage()} == {("v1", 3), ("v2", 2)}
+    used = {(o.weight_version, blocks) for o, blocks, _ in tier.owners.usage()}
+    assert used == {("v1", 3), ("v2", 2)}
 
 
 def test_a_block_that_no_quota_has_room_for_is_refused() -> None:
@@ -118,7 +119,7 @@ def test_what_was_dropped_stays_away_after_a_restart(tmp_path: Path, tables: str
         lose_tables(tmp_path)
     tier = SsdTier(tmp_path, 40 * SLOT_BYTES, no_wake, threads=2)
     assert held(tier) == {10, 11, 12, 13, 20}
-    assert {o.tenant: blocks for o, blocks, _ in tier.usage()} == {
+    assert {o.tenant: blocks for o, blocks, _ in tier.owners.usage()} == {
         tenant_digest(BOB): 4,
         tenant_digest(ANN): 1,
     }
@@ -186,7 +187,7 @@ def test_a_refused_write_leaves_no_owner_behind() -> None:
     tier = MemoryTier(TierName.SSD, no_wake, quotas=[Quota.parse("tenant:*=100")])
     for number, salt in enumerate(salts(20)):
         assert write_as(tier, label(salt), number) == []
-    assert tier.usage() == [] and not len(tier.owners)
+    assert tier.owners.usage() == [] and not len(tier.owners)
 
 
 def test_the_notes_of_a_folder_have_the_owners_of_its_blocks(tmp_path: Path, monkeypatch) -> None:
@@ -197,12 +198,12 @@ def test_the_notes_of_a_folder_have_the_owners_of_its_blocks(tmp_path: Path, mon
         write_as(tier, label(salt), number)
         assert len(notes.owners()) <= 8
     last = held(tier)
-    usage = {(owner.tenant, blocks) for owner, blocks, _ in tier.usage()}
+    usage = {(owner.tenant, blocks) for owner, blocks, _ in tier.owners.usage()}
     tier.close()
     for _ in range(2):  # owners that were not noted any more are found by the headers
         tier = SsdTier(tmp_path, 40 * SLOT_BYTES, no_wake, threads=2)
         assert held(tier) >= last and len(notes.owners()) == len(held(tier))
-        assert usage <= {(owner.tenant, blocks) for owner, blocks, _ in tier.usage()}
+        assert usage <= {(owner.tenant, blocks) for owner, blocks, _ in tier.owners.usage()}
         tier.close()
 
 

@@ -132,7 +132,7 @@ def test_namespaces_have_packs_of_their_own(open_remote: Open, url: str, tmp_pat
     assert read(tier, key_of(3))[0].label == labels[1]
     again = open_remote(url)
     settle(again, lambda: len(again.keys()) == 6)
-    assert {owner for owner, *_ in again.usage()} == {label.owner for label in labels}
+    assert {owner for owner, *_ in again.owners.usage()} == {label.owner for label in labels}
 
 
 @pytest.mark.parametrize("at", [4, 50, HEADER_BYTES, -1])

@@ -1,0 +1,136 @@
+"""Drops and packs where hosts' clocks differ, or one is plainly wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from common.block import BlockLabel, BlockLayout
+from storage.index.owners import Selector
+from storage.remote.packs import format as pack_format
+from storage.remote.packs import upkeep as pack_upkeep
+from storage.remote.tier import RemoteTier
+from storage.tiers.contract import BlockIO
+from tests.storage.conftest import QUICK, finish, key_of, no_wake, payload_of, read, settle
+from tests.storage.remote.pack_files import packs_in
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"file://{tmp_path}/remote"
+
+
+@pytest.fixture
+def open_remote() -> Iterator[Callable[..., RemoteTier]]:
+    tiers: list[RemoteTier] = []
+
+    def open_with(url: str, **settings: Any) -> RemoteTier:
+        changed = msgspec.structs.replace(QUICK, **settings)
+        tiers.append(RemoteTier(url, {}, no_wake, changed))
+        return tiers[-1]
+
+    yield open_with
+    for tier in tiers:
+        tier.close()
+
+
+Open = Callable[..., RemoteTier]
+STEP_1 = BlockLabel(bytes(32), BlockLayout(64, 2, (8,)), weight_version="step-1")
+
+
+def write_step_1(tier: RemoteTier, number: int) -> None:
+    key = key_of(number)
+    tier.submit_writes([BlockIO(key, memoryview(payload_of(key)), STEP_1)])
+    assert finish(tier, 1)[key].error is None
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Set this host's clock so many seconds ahead."""
+
+    def set_ahead(seconds: float) -> None:
+        ahead_ms = int(seconds * 1000)
+        monkeypatch.setattr(pack_format, "now_ms", lambda: time.time_ns() // 1_000_000 + ahead_ms)
+
+    return set_ahead
+
+
+def test_a_drop_takes_what_was_written_before_it_whatever_clocks_say(
+    open_remote: Open, url: str, clock: Callable[[float], None]
+) -> None:
+    ours, theirs = open_remote(url), open_remote(url, refresh_s=0.05)
+    clock(600)  # the writer's is ahead
+    write_step_1(theirs, 1)
+    clock(0)
+    settle(ours, lambda: isinstance(read(ours, key_of(1))[1], bytes))
+    ours.drop(Selector.parse("version:step-1"))
+    assert ours.contains([key_of(1)]) == [False]
+    settle(theirs, lambda: theirs.contains([key_of(1)]) == [False])
+    clock(-600)  # and now behind
+    write_step_1(theirs, 2)
+    keys = [key_of(1), key_of(2)]
+    settle(theirs, lambda: theirs.contains(keys) == [False, True])
+    again = open_remote(url)
+    settle(again, lambda: again.contains(keys) == [False, True])
+
+
+def test_nobody_s_clock_follows_one_far_in_the_future(
+    open_remote: Open, url: str, clock: Callable[[float], None], tmp_path: Path, caplog
+) -> None:
+    wrong = open_remote(url)
+    clock(100 * 86400)
+    write_step_1(wrong, 1)
+    clock(0)
+    ours = open_remote(url)
+    settle(ours, lambda: ours.contains([key_of(1)]) == [True])
+    assert "ahead of this host's clock" in caplog.text
+    write_step_1(ours, 2)
+    newest = max(pack_format.written_ms_of(str(p)) for p in packs_in(tmp_path / "remote")[:1])
+    assert newest < pack_format.now_ms() + 1000
+    ours.drop(Selector.parse("version:step-1"))
+    settle(ours, lambda: ours.contains([key_of(1), key_of(2)]) == [False, False])
+    again = open_remote(url)
+    write_step_1(again, 3)
+    settle(again, lambda: again.contains([key_of(i) for i in (1, 2, 3)]) == [False, False, True])
+
+
+def test_a_drop_of_a_wrong_clock_takes_what_there_is_now(
+    open_remote: Open, url: str, clock: Callable[[float], None], tmp_path: Path, caplog
+) -> None:
+    wrong = open_remote(url)
+    write_step_1(wrong, 1)
+    clock(100 * 86400)
+    wrong.drop(Selector.parse("version:step-1"))
+    settle(wrong, lambda: bool(list(tmp_path.glob("remote/drops/*.json"))))
+    clock(0)
+    ours = open_remote(url)
+    settle(ours, lambda: ours.has_looked)
+    assert ours.contains([key_of(1)]) == [False] and "taken for one of now" in caplog.text
+    write_step_1(ours, 2)
+    assert ours.contains([key_of(2)]) == [True]
+
+
+def test_drops_go_once_they_cover_nothing(
+    open_remote: Open, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack_upkeep, "DROP_KEPT_MS", 0)
+    tier = open_remote(url, refresh_s=0.05, upkeep_s=0.1)
+    other = open_remote(url, refresh_s=0.05, upkeep_s=3600)
+    write_step_1(tier, 1)
+    for version in range(20):
+        tier.drop(Selector.parse(f"version:step-{version}"))
+    folder = tmp_path / "remote" / "drops"
+    settle(other, lambda: 0 < len(other.drops) <= 20)
+
+    def left() -> list[str]:
+        other.poll()
+        return [str(drop.selector) for drop in other.drops.values()]
+
+    # the pack itself goes first, and then the last drop
+    settle(tier, lambda: not list(folder.glob("*")) and not tier.drops and not left())
+    assert tier.contains([key_of(1)]) == other.contains([key_of(1)]) == [False]
