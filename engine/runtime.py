@@ -33,13 +33,14 @@ from engine.kv_memory import KvMemory
 from engine.model_digest import model_digest
 from engine.page_table import PageTable
 from engine.plans import Plans
-from engine.prefill.forwards import PrefillForwards
+from engine.prefill.forwards import Credits, PrefillForwards
 from engine.prefill.hit_loads import HitLoads
 from engine.prefill.timing import PrefillTiming
 from engine.ranks.group import CreditsAt, Event, JobOver, Links, RankGroup, SilentLinks
 from engine.report import EngineIdentity, EngineReport
 from engine.sglang.requests import EngineRequests
 from engine.sglang.views import Scheduler, TransferEngine
+from engine.streams import Streams
 from engine.transfers.completion_board import CompletionBoard, OtherBoards
 from engine.transfers.deliveries import Deliveries
 from engine.transfers.jobs import Jobs
@@ -85,6 +86,7 @@ class Host(msgspec.Struct, frozen=True):
     scheduler: Scheduler
     transfer_engine: TransferEngine
     memory: KvMemory
+    streams: Streams
     model_path: str
     weight_version: str
     settings: str
@@ -99,6 +101,7 @@ class EngineRuntime:
         self._host = host
         self._me = host.identity
         self.memory = host.memory
+        self.streams = host.streams
         group = host.scheduler.attn_tp_group
         self.ranks = RankGroup(group.rank_in_group, group.world_size, group.cpu_group, self._apply)
         self.weights = Weights(
@@ -158,8 +161,9 @@ class EngineRuntime:
         """Parts that only a prefill engine uses."""
         config, scheduler = self.config, self._host.scheduler
         self.prefill_timing = PrefillTiming(
-            scheduler, config.prefill_quota_s, self.deliveries.waits
+            scheduler, config.prefill_quota_s, self.deliveries.waits, self.streams.device
         )
+        self.deliveries.pause = self.prefill_timing.clock.pause
         self.prefill_forwards: PrefillForwards | None = None
         if self._me.role == "prefill":
             self.prefill_forwards = PrefillForwards(
@@ -167,8 +171,8 @@ class EngineRuntime:
                 scheduler,
                 self.memory,
                 self.deliveries,
-                self.ranks.rank,
-                self.credits_at,
+                self.streams,
+                Credits(self.ranks.rank, self.credits_at),
             )
         window = self.prefill_forwards.window if self.prefill_forwards is not None else None
         self.hit_loads = HitLoads(config, self.plans, self.deliveries, window)
@@ -176,7 +180,7 @@ class EngineRuntime:
     def _open_decode(self) -> None:
         """Parts that only a decode engine uses."""
         rows = self._host.scheduler.req_to_token_pool.req_to_token
-        table = PageTable(rows, self.memory.layout.page_tokens)
+        table = PageTable(rows, self.memory.layout.page_tokens, self.streams)
         self.persister = Persister(self.config, table, self.jobs, self.links, self.plans)
         self.restores = Restores(
             self.config, self.plans, self.deliveries, self.persister, self.links, table

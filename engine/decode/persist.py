@@ -119,7 +119,8 @@ class Persister:
         keys = block_keys(progress.namespace_digest, hashes)
         parent = progress.last_key
         progress.blocks_done, progress.last_hash = end, hashes[-1]
-        self._pull(keys, pages.tolist(), parent, progress.tenant)
+        # Here and now: a request that ends may free its pages next, and they have to be held.
+        self._pull(keys, pages.get().tolist(), parent, progress.tenant)
 
     def _pull(self, keys: list[BlockKey], pages: list[int], parent: BlockKey, tenant: str) -> None:
         agent, timeout_s = self._config.agent, self._config.pull_timeout_s

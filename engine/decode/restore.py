@@ -86,8 +86,11 @@ class Restores:
         """The pages exist: have the promised blocks written into them."""
         page = self._plans.page_tokens
         first, end = restore.first_block, restore.end_block
-        pages = self._table.pages(request, first * page, end * page).tolist()
-        restore.delivery = self._deliveries.start(restore.fit.plan, first, pages)
+        pages = self._table.pages(request, first * page, end * page)
+        # A request that has just ended gave its pages back while the forward in flight, which
+        # still has it, writes one more token: agents must not be first.
+        behind = self._table.streams.after_forwards()
+        restore.delivery = self._deliveries.start(restore.fit.plan, first, pages, behind)
 
     def state(self, restore: Restore) -> RestoreState:
         """Whether the request may decode."""

@@ -10,9 +10,9 @@ from functools import partial
 import numpy as np
 
 from engine.prefill.layer_ring import LayerRing
-from engine.prefill.session_workers import SessionWorkers
 from engine.ranks.group import CreditsAt
 from engine.sglang.views import TransferEngine
+from engine.transfers.session_workers import SessionWorkers
 from transfer.credits import WORD_BYTES
 from transfer.mooncake import transfer_batch
 

@@ -2,25 +2,27 @@
 
 On a CPU attention is measured in the CPU time of the scheduler's thread, so that neither other
 processes nor sleeping count; the forward is measured by the clock. What is spent waiting for KV
-is no part of either. On CUDA both are measured by events on the forward's stream (untested: no such
-machine was at hand).
+is no part of either. With streams (CUDA) both are measured by marks in the forward's stream, and
+what is taken off is the time for which the device stood still meanwhile: from when it had done
+all that it was given before the wait, until it was given the next.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
-import torch
 
 from engine.sglang.views import ForwardBatch
+from engine.streams import Device, Mark
 
 T = TypeVar("T")
 
-CUDA_BACKLOG = 2
+DEVICE_BACKLOG = 2
 """Forwards that SGLang's overlap loop keeps in flight: an older one has ended."""
 
 
@@ -46,6 +48,7 @@ class _Spans(Protocol):
     """Adds up the time between pairs of marks."""
 
     def mark(self) -> None: ...
+    def mark_pause(self, mark: Mark) -> None: ...
     def total_s(self) -> float: ...
 
 
@@ -62,31 +65,37 @@ class _TimeSpans:
             self._sum_s += self._now_s() - self._begun_s
             self._begun_s = None
 
+    def mark_pause(self, mark: Mark) -> None:
+        """The clock is told of waits by their sum."""
+
     def total_s(self) -> float:
         return self._sum_s
 
 
-class _CudaSpans:
-    def __init__(self, waits: Callable[[], Waits]) -> None:
-        self._waits = waits
-        self._events: list[torch.cuda.Event] = []
-        self._waited_s: list[float] = []
+class _DeviceSpans:
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._marks: list[Mark] = []
+        self._pauses: list[Mark] = []
 
     def mark(self) -> None:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._events.append(event)
-        self._waited_s.append(self._waits().wall_s)
+        self._marks.append(self._device.mark(None, timed=True))
+
+    def mark_pause(self, mark: Mark) -> None:
+        """The begin or the end of one; what lies between two spans is none of theirs."""
+        if len(self._marks) % 2:
+            self._pauses.append(mark)
 
     def total_s(self) -> float:
         """Waits for the last mark."""
-        if self._events:
-            self._events[-1].synchronize()
-        pairs = zip(self._events[::2], self._events[1::2], strict=True)
-        elapsed_s = sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
-        # The stream stands still while the host waits for KV before it launches a layer.
-        waited_s = sum(self._waited_s[1::2]) - sum(self._waited_s[::2])
-        return max(0.0, elapsed_s - waited_s)
+        if self._marks:
+            self._marks[-1].synchronize()
+        return (_between_ms(self._marks) - _between_ms(self._pauses)) / 1000
+
+
+def _between_ms(marks: list[Mark]) -> float:
+    pairs = zip(marks[::2], marks[1::2], strict=True)
+    return sum(begin.elapsed_time(end) for begin, end in pairs)
 
 
 class _Timed(NamedTuple):
@@ -106,15 +115,16 @@ class ForwardClock:
 
     def __init__(
         self,
-        device: str,
+        device: Device | None,
         waits: Callable[[], Waits],
         agree: Callable[[list[float]], list[float]],
         sink: Callable[[ForwardSample], None],
     ) -> None:
-        self._on_cuda = device == "cuda"
+        self._device = device
         self._waits, self._agree = waits, agree
         self.sink = sink
         self._attention: _Spans | None = None
+        self._running: list[_Spans] = []
         self._timed: deque[_Timed] = deque()
 
     def forward(self, run: Callable[[], T], forward_batch: ForwardBatch) -> T:
@@ -123,27 +133,27 @@ class ForwardClock:
         if not mode.is_extend() or forward_batch.extend_seq_lens_cpu is None:
             return run()
         forward, attention = self._spans(self._wall_s), self._spans(self._cpu_s)
-        self._attention = attention
+        self._attention, self._running = attention, [forward, attention]
         forward.mark()
         try:
             result = run()
         finally:
-            self._attention = None
+            self._attention, self._running = None, []
         forward.mark()
         new, context = forward_batch.extend_seq_lens_cpu, forward_batch.extend_prefix_lens_cpu
         self._timed.append(_Timed(list(new), list(context), forward, attention))
-        self.flush(CUDA_BACKLOG if self._on_cuda else 0)
+        self.flush(DEVICE_BACKLOG if self._device is not None else 0)
         return result
 
     def flush(self, left: int = 0) -> None:
-        """Hand over all forwards but the last ``left``; on CUDA, wait for them."""
+        """Hand over all forwards but the last ``left``; with streams, wait for them."""
         while len(self._timed) > left:
             self.sink(self._sample(self._timed.popleft()))
 
     def attention(self, run: Callable[[], T]) -> T:
         """Run and time the attention of one layer."""
         spans = self._attention
-        if spans is None or (self._on_cuda and torch.cuda.is_current_stream_capturing()):
+        if spans is None or (self._device is not None and self._device.is_capturing()):
             return run()
         self._attention = None  # a backend may hand over to another one: the outer call counts
         spans.mark()
@@ -153,8 +163,21 @@ class ForwardClock:
             spans.mark()
             self._attention = spans
 
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """The thread of the forward waits for KV, and gives the device nothing."""
+        self._mark_pause()
+        yield
+        self._mark_pause()
+
+    def _mark_pause(self) -> None:
+        if self._device is not None and self._running:
+            mark = self._device.mark(None, timed=True)
+            for spans in self._running:
+                spans.mark_pause(mark)
+
     def _spans(self, now_s: Callable[[], float]) -> _Spans:
-        return _CudaSpans(self._waits) if self._on_cuda else _TimeSpans(now_s)
+        return _DeviceSpans(self._device) if self._device is not None else _TimeSpans(now_s)
 
     def _wall_s(self) -> float:
         return time.monotonic() - self._waits().wall_s

@@ -1,20 +1,21 @@
 """Prefill engine: forwards, followed from layer to layer.
 
-SGLang computes a batch in one call, which calls us around each layer's attention
-(``engine/sglang/prefill/forward_hooks.py``). Before it the layer waits for its buffer and its
-prefix, where there is a layer window (:mod:`engine.prefill.layer_window`); after it the
-layer's new KV leaves for the decode engines (:mod:`engine.prefill.suffix_send`).
+SGLang launches a batch in one call, which calls us around each layer's attention, also where
+it replays a breakable CUDA graph (``engine/sglang/prefill/forward_hooks.py``). Before it the
+layer waits for its buffer and its prefix, where there is a layer window
+(:mod:`engine.prefill.layer_window`); after it the layer's new KV leaves for the decode engines
+(:mod:`engine.prefill.suffix_send`).
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
+import msgspec
 import numpy as np
-import torch
 
 from common.samples import Sample, sample
 from engine.config import EngineConfig
@@ -25,12 +26,13 @@ from engine.prefill.layer_copies import LayerCopies
 from engine.prefill.layer_ring import LayerRing
 from engine.prefill.layer_window import LayerWindow, WindowForward
 from engine.prefill.leaving import LeavingRequests
-from engine.prefill.session_workers import SessionWorkers
 from engine.prefill.suffix_send import LayerSend, SuffixSender
 from engine.ranks.group import CreditsAt
 from engine.sglang.prefill.send_manager import SendManager
 from engine.sglang.views import Batch, Scheduler
+from engine.streams import Mark, Streams
 from engine.transfers.deliveries import Deliveries
+from engine.transfers.session_workers import SessionWorkers
 from transfer.pacing.peer_nics import MovedBytes, PeerNics
 
 
@@ -66,28 +68,33 @@ class PrefillForward:
             self._done_until(layer + 1)
 
     def finish(self) -> None:
-        """The forward has been launched: whatever was not seen is done (CUDA graphs call no
-        hook)."""
+        """The forward has been launched: whatever was not seen is done."""
         self._done_until(self._forwards.num_layers)
 
     def _done_until(self, layer: int) -> None:
         for done in range(self._next_layer, layer):
-            written = self._forwards.mark()
+            written = self._forwards.streams.after_forwards()
             for session_id, sends in self._sends.items():
                 call = partial(self._send, session_id, sends, done, written)
                 self._forwards.workers.submit(session_id, call)
         self._next_layer = max(self._next_layer, layer)
 
-    def _send(
-        self, session_id: str, sends: list[LayerSend], layer: int, written: Callable[[], None]
-    ) -> None:
-        written()
+    def _send(self, session_id: str, sends: list[LayerSend], layer: int, written: Mark) -> None:
+        written.synchronize()
         self._forwards.suffix.send_layer(session_id, sends, layer)
         with self._lock:
             self._unsent[layer] -= 1
             has_left = not self._unsent[layer]
         if has_left and self.window is not None:
             self.window.layer_left(layer)
+
+
+class Credits(msgspec.Struct, frozen=True):
+    """Where this rank writes the credits of a layer window."""
+
+    rank: int
+    at: dict[str, CreditsAt]
+    """By agent; filled in as agents say it."""
 
 
 class PrefillForwards:
@@ -99,31 +106,36 @@ class PrefillForwards:
         scheduler: Scheduler,
         memory: KvMemory,
         deliveries: Deliveries,
-        rank: int,
-        credits_at: dict[str, CreditsAt],
+        streams: Streams,
+        credits: Credits,
     ) -> None:
-        """``credits_at``: filled in as agents say it, by agent."""
         self.num_layers = memory.layout.num_layers
         self.one_call_a_layer = len(memory.layout.component_bytes) == 2
         self.workers = SessionWorkers("dualpath-suffix")
         manager = SendManager(scheduler.disagg_prefill_bootstrap_queue.kv_manager)
         self.copies = LayerCopies(manager, self.num_layers)
-        table = PageTable(scheduler.req_to_token_pool.req_to_token, memory.layout.page_tokens)
+        rows = scheduler.req_to_token_pool.req_to_token
+        table = PageTable(rows, memory.layout.page_tokens, streams)
         sends_by_layer = config.experiment.send_by_layer or config.layer_window is not None
         self.suffix = SuffixSender(manager, self.copies, table, sends_by_layer)
         self.window: LayerWindow | None = None
         if config.layer_window is not None and config.layer_window < self.num_layers:
             ring = LayerRing(self.num_layers, config.layer_window)
-            credits = CreditWriter(
-                ring, rank, list(config.agents), credits_at, manager.engine, self.workers
+            writer = CreditWriter(
+                ring,
+                credits.rank,
+                list(config.agents),
+                credits.at,
+                manager.engine,
+                self.workers,
             )
-            self.window = LayerWindow(ring, table, self.suffix, deliveries, credits, self.workers)
+            self.window = LayerWindow(ring, table, self.suffix, deliveries, writer, self.workers)
         self.leaving = LeavingRequests(scheduler)
         self.current: PrefillForward | None = None
         self._moved = MovedBytes(_nics_of(self.copies), "engine")
         self._deliveries = deliveries
         self._pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-        self._is_cuda = str(self._pool.device).startswith("cuda")
+        self.streams = streams
 
     def begin(self, batch: Batch) -> None:
         """A batch's forward starts."""
@@ -150,20 +162,8 @@ class PrefillForwards:
         yield sample("engine_suffix_late_seconds_total", self.suffix.late_s_total)
         yield sample("engine_read_back_pages_total", read_back)
 
-    def mark(self) -> Callable[[], None]:
-        """Waits, in another thread, until the device has done what it was given so far."""
-        if not self._is_cuda:
-            return _already
-        event = torch.cuda.Event()  # untested: no such machine was at hand
-        event.record()
-        return event.synchronize
-
 
 def _nics_of(copies: LayerCopies) -> PeerNics:
     """For the metrics. The launcher names the protocol where it is not RDMA."""
     is_rdma = os.environ.get("MOONCAKE_PROTOCOL", "rdma") == "rdma"
     return PeerNics(copies.is_local, is_rdma)
-
-
-def _already() -> None:
-    """A CPU has done its work when the call returns."""

@@ -20,6 +20,7 @@ import msgspec
 from engine.config import EngineConfig
 from engine.plans import Fit, Plans
 from engine.prefill.layer_window import LayerWindow
+from engine.streams import HostPages
 from engine.transfers.deliveries import Deliveries, Delivery
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 class _Load(msgspec.Struct, frozen=True):
     fit: Fit
-    pages: list[int]
+    pages: HostPages
 
 
 class BatchLoad:
@@ -118,7 +119,7 @@ class HitLoads:
             self._window.note_hit(fit.plan, fit.blocks)
         return fit.blocks
 
-    def queue(self, rid: str, pages: list[int]) -> None:
+    def queue(self, rid: str, pages: HostPages) -> None:
         """The pages into which what was found is to be delivered, with the next batch."""
         fit = self._found.pop(rid)
         if self._window is None:

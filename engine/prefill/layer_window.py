@@ -25,11 +25,11 @@ from engine.plans import PLANS_MAX
 from engine.prefill.credit_writer import CreditWriter
 from engine.prefill.layer_copies import LayerCopies
 from engine.prefill.layer_ring import LayerRing, RingStuck
-from engine.prefill.session_workers import SessionWorkers
 from engine.prefill.suffix_send import Earlier, SuffixSender
 from engine.sglang.views import Request
+from engine.streams import HostPages
 from engine.transfers.deliveries import Deliveries, Delivery
-from transfer.ranges import Addresses
+from engine.transfers.session_workers import SessionWorkers
 
 READ_TIMEOUT_S = 20.0
 
@@ -44,7 +44,7 @@ class _Hit(msgspec.Struct, frozen=True):
 class ReadBack:
     """Pages of a request's earlier chunks, read from the decode engine layer by layer."""
 
-    def __init__(self, rid: str, earlier: Earlier, pages: Addresses, first_position: int):
+    def __init__(self, rid: str, earlier: Earlier, pages: HostPages, first_position: int):
         self.rid = rid
         self.error = ""
         self._earlier = earlier
@@ -56,11 +56,10 @@ class ReadBack:
     def run(self, ring: LayerRing, copies: LayerCopies) -> None:
         """In a worker: each layer as soon as its buffer is free."""
         try:
+            here, there = self._pages.get(), self._earlier.pages
             for layer in range(ring.num_layers):
                 ring.wait_free(self._first_position + layer, READ_TIMEOUT_S)
-                copies.copy(
-                    "read", self._earlier.session_id, self._pages, self._earlier.pages, layer
-                )
+                copies.copy("read", self._earlier.session_id, here, there, layer)
                 with self._condition:
                     self._layers = layer + 1
                     self._condition.notify()
@@ -171,7 +170,7 @@ class LayerWindow:
         planned = min(hit.pages, len(pages)) if hit is not None else 0
         if hit is not None and planned:
             delivery = self.deliveries.start(
-                hit.plan, 0, pages[:planned].tolist(), forward.first_position
+                hit.plan, 0, pages[:planned], first_position=forward.first_position
             )
             forward.deliveries.append(delivery)
             forward.agents.update(writer.agent for writer in delivery.writers)
@@ -180,7 +179,7 @@ class LayerWindow:
             self._read_back(forward, request, pages[planned:], start)
 
     def _read_back(
-        self, forward: WindowForward, request: Request, pages: Addresses, start: int
+        self, forward: WindowForward, request: Request, pages: HostPages, start: int
     ) -> None:
         """Pages from token ``start`` on, which this engine has computed."""
         earlier = self._suffix.earlier(request, start, len(pages))

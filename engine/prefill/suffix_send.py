@@ -25,6 +25,7 @@ from engine.page_table import PageTable
 from engine.prefill.layer_copies import LayerCopies
 from engine.sglang.prefill.send_manager import Destination, SendManager
 from engine.sglang.views import Request
+from engine.streams import HostPages
 from transfer.mooncake import Addresses
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class LayerSend(msgspec.Struct, eq=False):
     session_id: str
     first_page: int
     """Of the request's suffix."""
-    src: Addresses
+    src: HostPages
     dst: Addresses
     done: threading.Event = msgspec.field(default_factory=threading.Event)
     """Set when nothing of it is in flight, or when it has failed."""
@@ -156,9 +157,9 @@ class SuffixSender:
         """Write one layer of these sends, all to one session. Never raises."""
         live = [send for send in sends if self._is_wanted(send)]
         if live:
-            src = np.concatenate([send.src for send in live])
             dst = np.concatenate([send.dst for send in live])
             try:
+                src = np.concatenate([send.src.get() for send in live])
                 self.copies.copy("write", session_id, src, dst, layer)
             except Exception as error:  # whatever it is, it ends these sends
                 log.warning("layer not sent session=%s layer=%d: %s", session_id, layer, error)

@@ -16,6 +16,7 @@ from engine.prefill.cost_fit import CostFit, relative
 from engine.prefill.forward_clock import ForwardClock, ForwardSample, Waits
 from engine.prefill.quota_chunking import QuotaChunking
 from engine.sglang.views import Scheduler
+from engine.streams import Device
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +34,15 @@ class PrefillTiming:
     reckon with the slowest one's times. Each attention group of an engine packs its own
     requests by its own times, to the same quota; only the profile is taken, forward by
     forward, by all groups together. ``waits`` says what forwards have spent waiting
-    for KV so far.
+    for KV so far; ``device`` is one with streams.
     """
 
     def __init__(
-        self, scheduler: Scheduler, quota_s: float | None, waits: Callable[[], Waits] = Waits
+        self,
+        scheduler: Scheduler,
+        quota_s: float | None,
+        waits: Callable[[], Waits] = Waits,
+        device: Device | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._quota_s = quota_s
@@ -49,7 +54,7 @@ class PrefillTiming:
         self._forwards = 0
         self._requests_max = 0
         self._forward_s = 0.0
-        self.clock = ForwardClock(scheduler.device, waits, self._slowest, self._note)
+        self.clock = ForwardClock(device, waits, self._slowest, self._note)
 
     def start_quota(self, model_digest: str, page_tokens: int) -> None:
         """Profile the engine, or read its last profile, and pack to the quota from now on.

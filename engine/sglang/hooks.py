@@ -98,8 +98,9 @@ PREFILL = (
     Hook(
         "layers.attention.base_attn_backend.AttentionBackend.forward",
         "around",
-        "engine.sglang.prefill.timing_hooks:around_backend_attention",
-        "time the attention in it, which the quota is about",
+        "engine.sglang.prefill.forward_hooks:around_backend_attention",
+        "a layer's attention has run, also where CUDA graphs are replayed: its new KV can leave; "
+        "and it is timed, which the quota is about",
     ),
     Hook(
         _SCHEDULER + "get_prefill_adder_class",
@@ -186,7 +187,7 @@ PREFILL = (
         "layers.radix_attention.RadixAttention.forward",
         "around",
         "engine.sglang.prefill.forward_hooks:around_layer_attention",
-        "a layer's attention has run: its new KV can leave",
+        "the same for kinds of attention that the hook on the backend does not see",
     ),
     Hook(
         _SENDS + "add_transfer_request",

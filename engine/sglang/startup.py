@@ -18,6 +18,7 @@ from engine.sglang.border import Use
 from engine.sglang.kv_pool import memory_of
 from engine.sglang.kv_settings import kv_settings
 from engine.sglang.pool_hooks import poison_pool
+from engine.streams import Cuda, Streams
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ USES = (
     Use("configs.model_config.ModelConfig.dtype", "the type in which it computes"),
     Use(_SCHEDULER + "token_to_kv_pool_allocator", "has the KV pool"),
     Use("mem_cache.allocator.base.BaseTokenToKVPoolAllocator.get_kvcache", "the KV pool"),
+    Use(_SCHEDULER + "enable_overlap", "forwards have a stream of their own"),
+    Use(_SCHEDULER + "forward_stream", "which that is"),
     Use("mem_cache.utils.get_hash_str", "compiled when first used: 5 s that a request would wait"),
 )
 
@@ -84,7 +87,14 @@ def _host(config: EngineConfig, scheduler: Any) -> Host:
             scheduler.token_to_kv_pool_allocator.get_kvcache(),
             scheduler.model_config.get_total_num_kv_heads(),
         ),
+        streams=_streams(scheduler),
         model_path=given.model_path,
         weight_version=str(given.weight_version or ""),
         settings=kv_settings(given, str(scheduler.model_config.dtype).removeprefix("torch.")),
     )
+
+
+def _streams(scheduler: Any) -> Streams:
+    if not scheduler.device.startswith("cuda"):
+        return Streams()
+    return Streams(Cuda(), scheduler.forward_stream if scheduler.enable_overlap else None)

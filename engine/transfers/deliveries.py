@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 
 import msgspec
 
-from common.block import BlockKey
 from common.board_word import FAILED
 from common.ids import NO_INCARNATION, NO_JOB, BoardSlot, JobId
 from common.messages import CancelJob, Deliver, EnginePlan
@@ -23,8 +25,10 @@ from common.samples import Sample, sample
 from engine.config import EngineConfig
 from engine.prefill.forward_clock import Waits
 from engine.ranks.group import Links
+from engine.streams import PASSED, HostPages, Mark
 from engine.transfers.completion_board import BoardFull, CompletionBoard
 from engine.transfers.jobs import Jobs
+from engine.transfers.session_workers import SessionWorkers
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,8 @@ _POLL_S = 0.0002
 class _Writer(msgspec.Struct):
     agent: str
     slot: BoardSlot
+    blocks: list[int]
+    """Which of the delivery's blocks it writes."""
     job: JobId = NO_JOB
     has_ended: bool = False
     """Ended well: every layer is delivered, and the slot may serve another job."""
@@ -52,6 +58,19 @@ class Delivery:
         self.writers: list[_Writer] = []
         self._num_layers = num_layers
         self._deadline = deadline
+        self._lock = threading.Lock()
+        self._send: Callable[[], None] | None = None
+
+    def send_by(self, send: Callable[[], None]) -> None:
+        """How its writers are told to begin."""
+        self._send = send
+
+    def send(self) -> None:
+        """Tell them, once: whoever comes first, all return when it is done."""
+        with self._lock:
+            send, self._send = self._send, None
+            if send is not None:
+                send()
 
     def fail(self, reason: str) -> None:
         """The first reason is kept."""
@@ -94,20 +113,29 @@ class Deliveries:
         self.board = board
         self._jobs = jobs
         self._links = links
+        self.workers = SessionWorkers("dualpath-delivery")
         self.num_layers = num_layers
         self._timeout_s = config.deliver_timeout_s
         self._urgent = config.role == "prefill"
         self.started_total = 0
         self.failed_total = 0
+        self.pause: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        """Around each wait of a forward: the clock's (:mod:`engine.prefill.forward_clock`)."""
         self.waited_s = [0.0] * num_layers
         """How long forwards have waited for KV, by layer."""
         self._waited_cpu_s = 0.0
 
     def start(
-        self, plan: EnginePlan, first_block: int, pages: Sequence[int], first_position: int = -1
+        self,
+        plan: EnginePlan,
+        first_block: int,
+        pages: HostPages,
+        behind: Mark = PASSED,
+        first_position: int = -1,
     ) -> Delivery:
         """Have blocks ``first_block ...`` of the plan written into ``pages``; into a layer
-        window from ``first_position`` on, as its credits allow (-1: at once).
+        window from ``first_position`` on, as its credits allow (-1: at once). Agents begin when
+        the device has passed ``behind``: no forward writes to the pages any more.
 
         Never raises for a transfer's sake: what cannot start is a failed delivery.
         """
@@ -118,25 +146,23 @@ class Deliveries:
         for offset in range(len(pages)):
             share[plan.reader_of(first_block + offset)].append(offset)
         for agent, offsets in share.items():
-            keys = [plan.keys[first_block + offset] for offset in offsets]
             try:
-                writer = _Writer(agent, self.board.take())
+                self._open(delivery, _Writer(agent, self.board.take(), offsets))
             except BoardFull as error:
                 delivery.fail(str(error))
-                continue
-            self._start_writer(delivery, writer, plan, keys, [pages[o] for o in offsets])
+        send = partial(self._send, delivery, plan, first_block, pages, behind)
+        delivery.send_by(send)
         if delivery.error:
             self.abandon(delivery)
+        elif pages.here.query() and behind.query():
+            delivery.send()
+        else:
+            self.workers.submit("", delivery.send)
         return delivery
 
-    def _start_writer(
-        self,
-        delivery: Delivery,
-        writer: _Writer,
-        plan: EnginePlan,
-        keys: list[BlockKey],
-        pages: list[int],
-    ) -> None:
+    def _open(self, delivery: Delivery, writer: _Writer) -> None:
+        """Number its job now: all ranks open the same ones in the same order."""
+
         def failed(reason: str) -> None:
             delivery.fail(reason)
             self._tell_failure(writer.slot, writer.job)
@@ -148,25 +174,44 @@ class Deliveries:
             self.board.give_back(writer.slot)
 
         incarnation = self._links.incarnation(writer.agent) or NO_INCARNATION
-        writer.job = self._jobs.open(
-            writer.agent, incarnation, pages, self._timeout_s, ended, failed
-        )
+        writer.job = self._jobs.open(writer.agent, incarnation, (), self._timeout_s, ended, failed)
         delivery.writers.append(writer)
-        message = Deliver(
-            job=writer.job,
-            plan=plan.id,
-            keys=keys,
-            pages=pages,
-            board_slot=writer.slot,
-            urgent=self._urgent,
-            deadline_s=self._timeout_s,
-            first_position=delivery.first_position,
-        )
-        if not self._links.send(writer.agent, message):
-            self._jobs.over(writer.job, f"agent {writer.agent} is not reachable")
+
+    def _send(
+        self,
+        delivery: Delivery,
+        plan: EnginePlan,
+        first_block: int,
+        pages: HostPages,
+        behind: Mark,
+    ) -> None:
+        """Hold the pages and have them written; waits for the device, as a rule in a worker."""
+        behind.synchronize()
+        here = pages.get().tolist()
+        for writer in delivery.writers:
+            into = [here[block] for block in writer.blocks]
+            if not self._jobs.hold(writer.job, into):
+                continue
+            message = Deliver(
+                job=writer.job,
+                plan=plan.id,
+                keys=[plan.keys[first_block + block] for block in writer.blocks],
+                pages=into,
+                board_slot=writer.slot,
+                urgent=self._urgent,
+                deadline_s=self._timeout_s,
+                first_position=delivery.first_position,
+            )
+            if not self._links.send(writer.agent, message):
+                self._jobs.over(writer.job, f"agent {writer.agent} is not reachable")
 
     def abandon(self, delivery: Delivery) -> None:
-        """Nobody wants the rest: stop the writers. Pages stay held until they have."""
+        """Nobody wants the rest: stop the writers. Pages stay held until they have.
+
+        Where they have not begun yet, they do so first: only the first rank tells the agents, and
+        the others have to hold the pages, whose owner may give them back now.
+        """
+        delivery.send()
         self.failed_total += bool(delivery.error)
         for writer in delivery.writers:
             self._links.send(writer.agent, CancelJob(writer.job))
@@ -174,6 +219,8 @@ class Deliveries:
     def wait_layer(self, delivery: Delivery, layer: int) -> None:
         """Return when ``layer`` is ready or the delivery has failed; never later than its
         timeout. Called in the forward's thread: it sleeps without the GIL."""
+        if delivery.error or delivery.layers_ready(self.board) > layer:
+            return
         with self.waiting(layer):
             while not delivery.error and delivery.layers_ready(self.board) <= layer:
                 time.sleep(_POLL_S)
@@ -182,7 +229,8 @@ class Deliveries:
     def waiting(self, layer: int) -> Iterator[None]:
         """Count what passes as time in which a forward waits for KV."""
         began_s, began_cpu_s = time.monotonic(), time.thread_time()
-        yield
+        with self.pause():
+            yield
         self.waited_s[layer] += time.monotonic() - began_s
         self._waited_cpu_s += time.thread_time() - began_cpu_s
 

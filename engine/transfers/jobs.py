@@ -70,7 +70,8 @@ class Jobs:
         ended: Callable[[str], None],
         failed: Callable[[str], None] = lambda reason: None,
     ) -> JobId:
-        """Number a job of ``agent``'s present incarnation and hold its pages."""
+        """Number a job of ``agent``'s present incarnation and hold its pages, as far as they are
+        known: of others see :meth:`hold`."""
         with self._lock:
             job = JobId(next(self._numbers))
             now = self._clock()
@@ -80,6 +81,14 @@ class Jobs:
             self._open[job] = opened
         self._holds.hold(job, pages)
         return job
+
+    def hold(self, job: JobId, pages: Iterable[int]) -> bool:
+        """Hold the pages of a job that was opened without any; False if it has ended since."""
+        with self._lock:
+            if job not in self._open:
+                return False
+            self._holds.hold(job, pages)
+            return True
 
     def over(self, job: JobId, reason: str = "") -> None:
         """The job has ended: nothing of it is in flight. Unknown jobs are ignored."""

@@ -18,6 +18,7 @@ from engine.config import EngineConfig
 from engine.decode.persist import Persister
 from engine.page_table import PageTable
 from engine.plans import Plans
+from engine.streams import Streams
 from engine.transfers.completion_board import CompletionBoard
 from engine.transfers.deliveries import Deliveries
 from engine.transfers.jobs import Jobs
@@ -102,7 +103,13 @@ class Links:
 class Parts:
     """The parts of one engine of one rank, and what its agents do."""
 
-    def __init__(self, role: str = "decode", pages: int = 64, **settings: Any) -> None:
+    def __init__(
+        self,
+        role: str = "decode",
+        pages: int = 64,
+        streams: Streams | None = None,
+        **settings: Any,
+    ) -> None:
         self.config = EngineConfig(
             name="e0", role=role, controls=[], agent="own", agents={}, **settings
         )
@@ -121,8 +128,9 @@ class Parts:
             LAYERS,
             tell_failure=lambda slot, job: None,
         )
+        self.streams = streams or Streams()
         self.rows = torch.zeros((4, 256), dtype=torch.int64)
-        self.table = PageTable(self.rows, PAGE)
+        self.table = PageTable(self.rows, PAGE, self.streams)
         self.persister = Persister(self.config, self.table, self.jobs, self.links, self.plans)
 
     # ---- the gateway ----

@@ -33,6 +33,7 @@ from engine.config import EngineConfig
 from engine.kv_memory import KvMemory
 from engine.report import EngineIdentity
 from engine.runtime import EngineRuntime, Host
+from engine.streams import Streams
 from tests.engine.parts import NAMESPACE, Allocator, Request, keys_of
 from transfer import client
 
@@ -133,6 +134,7 @@ def engine(tmp_path, monkeypatch, peers) -> Iterator[EngineRuntime]:
         scheduler=scheduler(),
         transfer_engine=cast(Any, TransferEngine()),
         memory=KvMemory(NAMESPACE.layout, [[1, 2]] * 3, NAMESPACE.kv_dtype),
+        streams=Streams(),
         model_path="/models/x",
         weight_version=NAMESPACE.weight_version,
         settings=NAMESPACE.settings,

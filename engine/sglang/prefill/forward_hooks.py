@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -61,12 +62,34 @@ def before_latent_write(pool: Any, layer: Any, *_: Any, **__: Any) -> None:
 
 
 def around_layer_attention(original: Any, attention: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND ``RadixAttention.forward``."""
+    """AROUND ``RadixAttention.forward``, which some kinds of attention do not hand on to
+    ``AttentionBackend.forward``."""
+    return _followed(lambda: original(attention, *args, **kwargs), attention)
+
+
+def around_backend_attention(
+    original: Any, backend: Any, q: Any, k: Any, v: Any, layer: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """AROUND ``AttentionBackend.forward``: one layer's, the writing of its KV included. The
+    replay of a breakable CUDA graph calls it at each break, and ``RadixAttention.forward``
+    not at all."""
+    engine = runtime_if_up()
+    if engine is None:
+        return original(backend, q, k, v, layer, *args, **kwargs)
+    clock = engine.prefill_timing.clock
+    return _followed(
+        lambda: clock.attention(lambda: original(backend, q, k, v, layer, *args, **kwargs)),
+        layer,
+    )
+
+
+def _followed(run: Callable[[], Any], attention: Any) -> Any:
+    """Both hooks may come, one within the other: the same layer counts once."""
     forward = _current()
     if forward is None:
-        return original(attention, *args, **kwargs)
+        return run()
     forward.before_attention(attention.layer_id)
-    result = original(attention, *args, **kwargs)
+    result = run()
     forward.after_attention(attention.layer_id)
     return result
 

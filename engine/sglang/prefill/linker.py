@@ -65,8 +65,7 @@ class PrefillLinker(UnifiedCacheLinker):
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         """Queue the delivery of the found pages into the device pages given."""
         rows = _of_kv(transfers).device_indices
-        pages = rows.reshape(-1, self._page_tokens)[:, 0] // self._page_tokens
-        _loads().queue(rid, pages.tolist())
+        _loads().queue(rid, runtime().streams.pages(rows, self._page_tokens))
         return True
 
     def cancel_queued_load(self, rid: str) -> bool:

@@ -1,4 +1,4 @@
-"""Forwards are timed, and the attention in them (:mod:`engine.prefill.forward_clock`)."""
+"""Forwards are timed (:mod:`engine.prefill.forward_clock`)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,3 @@ def around_forward(original: Any, runner: Any, forward_batch: Any, *args: Any, *
     return engine.prefill_timing.clock.forward(
         lambda: original(runner, forward_batch, *args, **kw), forward_batch
     )
-
-
-def around_backend_attention(original: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND ``AttentionBackend.forward``: one layer's, the writing of its KV included."""
-    engine = runtime_if_up()
-    if engine is None:
-        return original(*args, **kwargs)
-    return engine.prefill_timing.clock.attention(lambda: original(*args, **kwargs))

@@ -143,15 +143,26 @@ def test_however_tokens_come_each_block_is_offered_once(prompt, output, planned,
 def test_the_last_blocks_are_offered_before_the_request_loses_its_pages(engine):
     request = request_of()
     engine.persister.begin(request)
-    request.output_ids = OUTPUT[:6]
+    request.output_ids = OUTPUT[:7]
     request.finished_reason = "length"
     persist_hooks.after_batch_result(None, None, SimpleNamespace(reqs=[request]))
     assert len(offered(engine)) == 4  # a finished request's pages may be others' already
     persist_hooks.before_checkpoint(None, request, up_to=24)
     assert offered(engine) == keys(PROMPT + OUTPUT[:6], engine)
-    persist_hooks.before_checkpoint(None, request, up_to=24)
+    persist_hooks.before_checkpoint(None, request, up_to=25)
     engine.persister.advance(request, 24)
     assert len(offered(engine)) == 6
+
+
+def test_what_the_batch_in_flight_is_about_to_compute_is_not_offered(engine):
+    """With overlap SGLang has committed one more token when a request ends: here the last of a
+    block."""
+    request = request_of()
+    engine.persister.begin(request)
+    request.output_ids = OUTPUT[:6]
+    request.finished_reason = "length"
+    persist_hooks.before_checkpoint(None, request, up_to=24)
+    assert offered(engine) == keys(PROMPT + OUTPUT[:5], engine) != keys(PROMPT + OUTPUT[:6], engine)
 
 
 def test_a_request_that_goes_on_after_a_checkpoint_is_still_followed(engine):

@@ -8,8 +8,8 @@ import numpy as np
 
 from engine.prefill.credit_writer import CreditWriter
 from engine.prefill.layer_ring import LayerRing
-from engine.prefill.session_workers import SessionWorkers
 from engine.ranks.group import CreditsAt
+from engine.transfers.session_workers import SessionWorkers
 
 
 class Memory:

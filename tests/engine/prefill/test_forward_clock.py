@@ -33,7 +33,7 @@ def busy(seconds: float) -> None:
 
 def test_attention_is_a_part_of_the_forward_and_waiting_is_no_part_of_either():
     deliveries, seen = Parts("prefill").deliveries, []
-    clock = ForwardClock("cpu", deliveries.waits, lambda seconds: seconds, seen.append)
+    clock = ForwardClock(None, deliveries.waits, lambda seconds: seconds, seen.append)
 
     def layer():
         with deliveries.waiting(0):
@@ -57,7 +57,7 @@ def test_attention_is_a_part_of_the_forward_and_waiting_is_no_part_of_either():
 
 def test_attention_that_hands_over_to_another_backend_counts_once():
     seen = []
-    clock = ForwardClock("cpu", Waits, lambda seconds: seconds, seen.append)
+    clock = ForwardClock(None, Waits, lambda seconds: seconds, seen.append)
     inner = lambda: clock.attention(lambda: busy(0.02))  # noqa: E731
     clock.forward(lambda: clock.attention(inner), forward_batch())
     assert 0.02 <= seen[0].attention_s < 0.035
@@ -65,7 +65,7 @@ def test_attention_that_hands_over_to_another_backend_counts_once():
 
 def test_forwards_of_no_prompt_and_attention_outside_of_one_are_only_run():
     seen = []
-    clock = ForwardClock("cpu", Waits, lambda seconds: seconds, seen.append)
+    clock = ForwardClock(None, Waits, lambda seconds: seconds, seen.append)
     assert clock.forward(lambda: 1, forward_batch(extends=False)) == 1
     assert clock.attention(lambda: 2) == 2
     assert seen == []
@@ -73,7 +73,7 @@ def test_forwards_of_no_prompt_and_attention_outside_of_one_are_only_run():
 
 def test_the_ranks_of_an_engine_reckon_with_the_slowest():
     seen = []
-    clock = ForwardClock("cpu", Waits, lambda seconds: [9.0, 8.0], seen.append)
+    clock = ForwardClock(None, Waits, lambda seconds: [9.0, 8.0], seen.append)
     clock.forward(lambda: None, forward_batch())
     assert (seen[0].forward_s, seen[0].attention_s) == (9.0, 8.0)
 

@@ -19,6 +19,7 @@ from common.ids import BoardSlot, Incarnation, JobId, PlanId
 from common.messages import EndPlan, EnginePlan
 from engine.config import EngineConfig
 from engine.ranks.group import Events, JobOver, RankGroup, SilentLinks
+from engine.streams import HostPages
 from engine.transfers.completion_board import CompletionBoard, OtherBoards
 from engine.transfers.deliveries import Deliveries
 from engine.transfers.jobs import Jobs
@@ -87,7 +88,7 @@ class Rank:
         reader = [i % len(agents) for i in range(len(pages))]
         keys = [BlockKey(bytes([p]) * 32) for p in pages]
         plan = EnginePlan(PlanId(1), "r", b"n" * 32, keys, agents, reader, 60.0)
-        return self.deliveries.start(plan, 0, pages)
+        return self.deliveries.start(plan, 0, HostPages.of(pages))
 
 
 def step(ranks: list[Rank]) -> None:
