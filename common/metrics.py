@@ -70,6 +70,12 @@ def _histogram(name: str, unit: str, buckets: tuple[float, ...], text: str, *lab
 _TABLE = (
     # ---- gateway: requests
     _counter("requests_total", "requests", "Client requests that ended.", "endpoint", "outcome"),
+    _counter(
+        "refused_total",
+        "requests",
+        "Refused at the door (key, host, origin, content_type, operator).",
+        "reason",
+    ),
     _counter("retries_total", "attempts", "Attempts after a failed one."),
     _counter("hit_tokens_total", "tokens", "Prompt tokens whose KV was in DRAM."),
     _counter("recomputed_tokens_total", "tokens", "Prompt tokens without such KV."),

@@ -12,10 +12,12 @@ import copy
 import dataclasses
 import difflib
 import json
+import logging
+import os
 import shlex
 import tomllib
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, NoReturn, TypeVar
@@ -25,6 +27,8 @@ import yaml
 
 from common.json import JsonObject
 from common.sizes import format_size, parse_size
+
+log = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
 Struct = TypeVar("Struct", bound=msgspec.Struct)
@@ -47,6 +51,8 @@ class Form(Generic[T]):
     metavar: str = ""
     text: Callable[[T], str] = str
     choices: Sequence[str] = ()
+    is_secret: bool = False
+    """See :func:`secret`."""
 
 
 def number(value: object) -> float:
@@ -79,9 +85,12 @@ def _switch(value: object) -> bool:
 
 
 def _json_object(value: object) -> JsonObject:
-    parsed = json.loads(value) if isinstance(value, str) else value
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"this is no JSON object: {error}") from error
     if not isinstance(parsed, dict):
-        raise ValueError(f"{value!r} is not a JSON object")
+        raise ValueError("this is no JSON object")
     return parsed
 
 
@@ -106,6 +115,22 @@ def real(metavar: str) -> Form[float]:
 def choice(words: Sequence[str]) -> Form[str]:
     """One of these, which :func:`check_choices` sees to."""
     return Form(str, choices=words)
+
+
+def secret(form: Form[T]) -> Form[T]:
+    """Not for a command line, which every user of the machine can read, nor for a log: the value is
+    also taken from a file, as ``@FILE``, or from the environment (:func:`variable`)."""
+
+    def parse(value: object) -> T:
+        if not isinstance(value, str) or not value.startswith("@"):
+            return form.parse(value)
+        try:
+            return form.parse(Path(value[1:]).expanduser().read_text().strip())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read the file: {error}") from error
+
+    metavar = f"{form.metavar}|@FILE"
+    return dataclasses.replace(form, parse=parse, metavar=metavar, is_secret=True)
 
 
 SECONDS = real("S")
@@ -190,15 +215,35 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def variable(name: str) -> str:
+    """Of the environment, for a secret: ``api_key`` -> ``DUALPATH_API_KEY``."""
+    return "DUALPATH_" + name.upper()
+
+
 def flags_of(config: object, kind: type) -> list[str]:
-    """The command line that gives the settings of ``kind``, as ``config`` has them."""
-    argv = []
+    """The command line that gives the settings of ``kind``, as ``config`` has them; its secrets
+    are :func:`secrets_of` it."""
+    return [
+        flag(name) + ("" if declared.is_switch else f"={declared.form.text(value)}")
+        for name, declared, value in _changed(config, kind)
+        if not declared.form.is_secret
+    ]
+
+
+def secrets_of(config: object, kind: type) -> dict[str, str]:
+    """The environment that gives them."""
+    return {
+        variable(name): declared.form.text(value)
+        for name, declared, value in _changed(config, kind)
+        if declared.form.is_secret
+    }
+
+
+def _changed(config: object, kind: type) -> Iterator[tuple[str, Setting[object], object]]:
     for name, declared in settings_of(kind).items():
         value = getattr(config, name)
         if value != declared.default:
-            written = "" if declared.is_switch else f"={declared.form.text(value)}"
-            argv.append(flag(name) + written)
-    return argv
+            yield name, declared, value
 
 
 # ---- checking ---------------------------------------------------------------------------
@@ -233,7 +278,8 @@ def _parsed(declared: Setting[object], value: object, where: str) -> object:
     try:
         return declared.form.parse(value)
     except (ValueError, TypeError) as error:
-        raise BadConfig(f"{where} {value!r}: {error}.") from error
+        shown = "" if declared.form.is_secret else f" {value!r}"
+        raise BadConfig(f"{where}{shown}: {error}.") from error
 
 
 def read_file(kind: type, path: Path) -> JsonObject:
@@ -293,20 +339,43 @@ def make_parser(kind: type, prog: str, description: str) -> argparse.ArgumentPar
 
 
 def load_settings(
-    kind: type[Config], parser: argparse.ArgumentParser, argv: Sequence[str]
+    kind: type[Config],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str],
+    environ: MutableMapping[str, str] = os.environ,
 ) -> Config:
-    """Flags over file over defaults; raises :class:`BadConfig`."""
+    """Flags over file over environment (secrets only, which are taken out of it: a process's
+    children have it too) over defaults; raises :class:`BadConfig`."""
     known = settings_of(kind)
     given, unknown = parser.parse_known_args(list(argv))
     if unknown:
         flags = [*map(flag, known), "--config"]
         raise BadConfig(f"unknown flag {unknown[0]}.{near(unknown[0].split('=')[0], flags)}")
-    written = vars(given)
-    written.pop("help_markdown", None)
-    file = written.pop("config", None)
-    values = read_file(kind, Path(file).expanduser()) if file else {}
-    values |= {name: _parsed(known[name], value, flag(name)) for name, value in written.items()}
+    on_line = vars(given)
+    on_line.pop("help_markdown", None)
+    file = on_line.pop("config", None)
+    values = _read_environment(known, environ)
+    values |= read_file(kind, Path(file).expanduser()) if file else {}
+    values |= {name: _parsed(known[name], value, flag(name)) for name, value in on_line.items()}
+    for name, value in on_line.items():
+        if known[name].form.is_secret and not value.startswith("@"):
+            log.warning(
+                "%s on a command line can be read by every user of this machine: write it into a "
+                "file and give @FILE, or set %s.",
+                flag(name),
+                variable(name),
+            )
     return kind(**values)
+
+
+def _read_environment(
+    known: Mapping[str, Setting[object]], environ: MutableMapping[str, str]
+) -> JsonObject:
+    values = JsonObject()
+    for name, declared in known.items():
+        if declared.form.is_secret and (value := environ.pop(variable(name), "")):
+            values[name] = _parsed(declared, value, variable(name))
+    return values
 
 
 # ---- showing ----------------------------------------------------------------------------

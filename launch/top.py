@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import msgspec
@@ -18,6 +20,9 @@ from rich.text import Text
 
 from common.json import JsonObject
 from common.sizes import format_size
+from launch.access import NO_KEY, Access
+from launch.gateway.doors.keys import read_keys
+from launch.settings import Form, secret, variable
 
 if TYPE_CHECKING:  # which would bring all that the gateway needs
     from launch.gateway.recent_requests import EndedView
@@ -25,6 +30,7 @@ if TYPE_CHECKING:  # which would bring all that the gateway needs
     from scheduler.cluster_view import AgentView, EngineView
 
 FETCH_TIMEOUT_S = 5.0
+ADMIN_KEY, API_KEY = variable("admin_api_key"), variable("api_key")
 BAR_CELLS = 10
 RECENT_ROWS = 8
 RID_CHARS = 16
@@ -35,14 +41,34 @@ class Unreachable(Exception):
     """No cluster answers there; the text says why."""
 
 
-def fetch(url: str) -> GatewayView:
+def fetch(url: str, access: Access = NO_KEY) -> GatewayView:
     """The state of the cluster whose gateway is at ``url``; raises :class:`Unreachable`."""
     address = url.rstrip("/") + "/admin/cluster"
     try:
-        with urllib.request.urlopen(address, timeout=FETCH_TIMEOUT_S) as answer:
+        asked = urllib.request.Request(address, headers=access.headers)
+        tls = access.tls()
+        with urllib.request.urlopen(asked, timeout=FETCH_TIMEOUT_S, context=tls) as answer:
             return cast("GatewayView", msgspec.json.decode(answer.read(), type=JsonObject))
+    except urllib.error.HTTPError as error:
+        raise Unreachable(f"{address}: {_told(error)}") from error
     except (OSError, ValueError) as error:  # ValueError: no URL, or no JSON
         raise Unreachable(f"{address}: {error}") from error
+
+
+def _told(error: urllib.error.HTTPError) -> str:
+    """The gateway's own words, if it has any."""
+    try:
+        answer = msgspec.json.decode(error.read(), type=dict[str, dict[str, object]])
+        return str(answer["error"]["message"])
+    except (OSError, msgspec.DecodeError, KeyError):
+        return str(error)
+
+
+def _key(given: str) -> str:
+    """The first of those given."""
+    given = given or os.environ.get(ADMIN_KEY) or os.environ.get(API_KEY) or ""
+    keys = secret(Form(read_keys)).parse(given)
+    return keys[0].key if keys else ""
 
 
 # ---- the picture ----------------------------------------------------------------------------
@@ -155,14 +181,25 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--url", default="http://127.0.0.1:30000", help="the gateway")
     parser.add_argument("--interval-s", type=float, default=1.0, help="between two looks")
     parser.add_argument("--once", action="store_true", help="print one state and end")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY|@FILE",
+        default="",
+        help=f"an operator's key; also from {ADMIN_KEY} or {API_KEY} of the environment",
+    )
+    parser.add_argument(
+        "--ssl-ca-certs", default="", metavar="PATH", help="CA certificates (PEM) of the gateway"
+    )
     arguments = parser.parse_args(argv)
     console = Console()
     try:
+        access = Access(_key(arguments.api_key), arguments.ssl_ca_certs)
+        look = partial(fetch, arguments.url, access)
         if arguments.once:
-            console.print(render(fetch(arguments.url)))
+            console.print(render(look()))
         else:
-            _follow(console, arguments.url, arguments.interval_s)
-    except Unreachable as error:
+            _follow(console, look, arguments.interval_s)
+    except (Unreachable, ValueError, OSError) as error:  # the last two: of the key, the CA's file
         console.print(f"no cluster: {error}", style="red", highlight=False)
         return EXIT_UNREACHABLE
     except KeyboardInterrupt:
@@ -170,14 +207,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _follow(console: Console, url: str, interval_s: float) -> None:
+def _follow(console: Console, look: Callable[[], GatewayView], interval_s: float) -> None:
     """Until interrupted; a gateway that restarts is waited for."""
-    view = fetch(url)
+    view = look()
     with Live(render(view), console=console, screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(interval_s)
             try:
-                before, view = view, fetch(url)
+                before, view = view, look()
             except Unreachable as error:
                 live.update(Text(f"no answer: {error}", "red"), refresh=True)
                 continue

@@ -16,6 +16,8 @@ from common.user_files import cache_folder
 from engine.config import EngineConfig
 from launch import settings
 from launch.gateway.config import GatewayConfig
+from launch.gateway.doors.keys import ApiKey, keys_text, read_keys
+from launch.gateway.doors.settings import DoorKeys, DoorSettings
 from launch.settings import (
     ARGUMENTS,
     JSON_OBJECT,
@@ -31,6 +33,7 @@ from launch.settings import (
     near,
     owned,
     require,
+    secret,
     setting,
     settings_of,
     text,
@@ -105,6 +108,13 @@ def _comma_separated(values: tuple[object, ...]) -> str:
     return ",".join(map(str, values))
 
 
+def _names(value: object) -> tuple[str, ...]:
+    written = value if isinstance(value, list) else str(value).split(",")
+    return tuple(str(name).strip() for name in written if str(name).strip())
+
+
+KEYS = secret(Form(read_keys, "KEY", keys_text))
+NAMES = Form(_names, "LIST", _comma_separated)
 QUOTA_MS = Form(_quota_ms, "MS|off", lambda value: "off" if value is None else str(value))
 POLICY = Form(_policy, "NAME")
 WINDOW = Form(_window, "W|all", lambda value: "all" if value is None else str(value))
@@ -132,6 +142,15 @@ class ClusterConfig:
     host: str = setting(
         "127.0.0.1", "Address of the gateway; everything else stays on the loopback.", text()
     )
+    api_key: tuple[ApiKey, ...] = owned(DoorKeys, "api_keys", KEYS)
+    admin_api_key: tuple[ApiKey, ...] = owned(DoorKeys, "admin_api_keys", KEYS)
+    share_cache: bool = owned(DoorSettings, "share_cache", SWITCH)
+    allowed_hosts: tuple[str, ...] = owned(DoorSettings, "allowed_hosts", NAMES)
+    allowed_origins: tuple[str, ...] = owned(DoorSettings, "allowed_origins", NAMES)
+    ssl_certfile: str = owned(DoorSettings, "ssl_certfile", text("PATH"))
+    ssl_keyfile: str = owned(DoorSettings, "ssl_keyfile", text("PATH"))
+    ssl_ca_certs: str = owned(DoorSettings, "ssl_ca_certs", text("PATH"))
+    ssl_keyfile_password: str = owned(DoorKeys, "ssl_keyfile_password", secret(text("PASSWORD")))
     port: int = setting(30000, "Port of the gateway: the OpenAI API.", integer())
     base_port: int = setting(
         0,
@@ -171,7 +190,7 @@ class ClusterConfig:
     write_policy: str = owned(AgentConfig, "write_policy", choice(WRITE_POLICIES))
     promotion_policy: str = owned(AgentConfig, "promotion_policy", choice(PROMOTION_POLICIES))
     remote: str = owned(AgentConfig, "remote_url", text("URL"))
-    remote_options: JsonObject = owned(AgentConfig, "remote_options", JSON_OBJECT)
+    remote_options: JsonObject = owned(AgentConfig, "remote_options", secret(JSON_OBJECT))
     remote_bytes: int = owned(RemoteSettings, "capacity_bytes", SIZE)
     remote_ttl_s: float = owned(RemoteSettings, "ttl_s", SECONDS)
     remote_hedge_s: float = owned(RemoteSettings, "hedge_after_s", SECONDS)
@@ -308,9 +327,31 @@ def _check(config: ClusterConfig) -> None:
         f"--served-model-name {config.served_model_name}: SGLang refuses a colon in it.",
     )
     require(config.log_files >= 1, f"--log-files {config.log_files}: give 1 or more.")
+    _check_doors(config)
     require(
         not config.remote_options or bool(config.remote),
         "--remote-options without --remote: give the URL of the remote tier as well.",
+    )
+
+
+def _check_doors(config: ClusterConfig) -> None:
+    has_certificate, has_key = bool(config.ssl_certfile), bool(config.ssl_keyfile)
+    require(has_certificate == has_key, "--ssl-certfile and --ssl-keyfile: give both, or neither.")
+    for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
+        path = getattr(config, name)
+        require(
+            not path or Path(path).is_file(), f"{flag(name)} {path}: give a file that is there."
+        )
+    passed = (*config.engine_args, *config.prefill_args, *config.decode_args)
+    for word in passed:
+        require(
+            not word.startswith(("--api-key", "--admin-api-key", "--ssl-")),
+            f"{word.partition('=')[0]} among the engines' flags: only the gateway calls them, with "
+            "a key of its own; clients' keys and TLS are flags of the cluster itself.",
+        )
+    require(
+        "@" not in config.remote.partition("://")[2].partition("/")[0],
+        "--remote with a user and password in the URL: put them into --remote-options.",
     )
 
 

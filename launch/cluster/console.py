@@ -17,6 +17,7 @@ from launch.cluster.engine_command import served_model_name
 from launch.cluster.hardware import Hardware
 from launch.cluster.layout import role_of
 from launch.cluster.process_record import ProcessRecord
+from launch.gateway.doors.browsers import is_loopback
 from scheduler.policies import experiment_of, read_policy
 from transfer.traffic import cgroup
 
@@ -46,6 +47,7 @@ def make_summary(
         ("device", hardware.device),
         ("transfer", f"{hardware.transfer}: {hardware.reason}"),
         ("traffic", _traffic(config, hardware)),
+        ("doors", _doors(config)),
         ("tiers", _tiers(config)),
         *(("EXPERIMENT", f"not the product: {what}") for what in experiments(config)),
         *(("unused", f"{folder} {_UNUSED}") for folder in config.unused_stores),
@@ -64,7 +66,17 @@ def experiments(config: ClusterConfig) -> list[str]:
 
 def gateway_url(config: ClusterConfig) -> str:
     """Where clients connect."""
-    return f"http://{config.host}:{config.port}"
+    scheme = "https" if config.ssl_certfile else "http"
+    return f"{scheme}://{config.host}:{config.port}"
+
+
+def _doors(config: ClusterConfig) -> str:
+    """Who may use the gateway."""
+    reach = "this host" if is_loopback(config.host) else f"whoever reaches {gateway_url(config)}"
+    tenants = len({one.tenant for one in config.api_key})
+    generate = f"{tenants} tenants by API key" if tenants else f"{reach}, without a key"
+    operators = "by their API key" if config.admin_api_key else "this host only"
+    return f"generating: {generate}; operators' routes: {operators}"
 
 
 def _role(record: ProcessRecord) -> str:

@@ -16,6 +16,7 @@ from launch.cluster.ports import BOOTSTRAP, CONTROL, HTTP, RENDEZVOUS, mooncake_
 from launch.cluster.process_record import HealthCheck, ProcessRecord
 from launch.cluster.tensor_parallel import group_names
 from launch.gateway.config import EngineAddress, GatewayConfig
+from launch.gateway.doors.settings import DoorKeys, DoorSettings
 from launch.settings import BadConfig, filled
 from scheduler.options import SchedulerOptions
 from storage.remote.settings import RemoteSettings
@@ -136,17 +137,22 @@ class _Records:
             engines=[address for node in self.layout.nodes for address in self._addresses(node)],
             model=str(self.layout.model),
             scheduler=filled(SchedulerOptions(), config),
+            doors=filled(DoorSettings(), config),
+            keys=filled(DoorKeys(), config),
         )
+        settings = filled(settings, config)
         reachable = LOOPBACK if config.host in ("0.0.0.0", "") else config.host
-        health = f"http://{reachable}:{config.port}/health"
+        scheme = "https" if config.ssl_certfile else "http"
+        health = f"{scheme}://{reachable}:{config.port}/health"
         return ProcessRecord(
             name="gateway",
             kind="gateway",
             argv=(sys.executable, "-m", "launch.gateway"),
             env={
                 **self._python_env(),
-                **filled(settings, config).to_env(),
+                **settings.to_env(),
             },
+            secrets=settings.secrets(),
             host=config.host,
             ports={"http": config.port},
             ready=(HealthCheck("http", health),),

@@ -30,6 +30,10 @@ def main() -> None:
         port=config.port,
         log_level="warning",
         timeout_graceful_shutdown=SHUTDOWN_S,
+        ssl_certfile=config.doors.ssl_certfile or None,
+        ssl_keyfile=config.doors.ssl_keyfile or None,
+        ssl_keyfile_password=config.keys.ssl_keyfile_password or None,
+        ssl_ca_certs=config.doors.ssl_ca_certs or None,
     )
     uvicorn.Server(serving).run([listen(serving, config.client_stall_s)])
 

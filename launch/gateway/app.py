@@ -16,16 +16,21 @@ from typing import TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 
 from common.ids import PlanId
 from common.json import JsonObject
 from launch.gateway.admission import Seat, owner_of
 from launch.gateway.config import GatewayConfig
+from launch.gateway.doors.doors import Doors
+from launch.gateway.doors.refusals import Forbidden
+from launch.gateway.doors.visitor import visitor_of
 from launch.gateway.errors import BadRequest, GatewayError, NotFound, Unavailable
 from launch.gateway.orders import Orders
 from launch.gateway.peers.control_plane import ControlPlane
 from launch.gateway.request.parts import CHAT, COMPLETIONS, GENERATE, Part
 from launch.gateway.request.serve import error_response, serve
+from launch.gateway.request.trace import HEADER
 from launch.gateway.request.walk import RequestWalk
 from launch.gateway.services import Services
 from scheduler.policies import UnknownPolicy
@@ -85,11 +90,29 @@ def create_app(config: GatewayConfig, run_folder: Path | None = None) -> FastAPI
 
     app = FastAPI(lifespan=lifespan, title="DualPath", docs_url=None, redoc_url=None)
     app.add_exception_handler(GatewayError, _gateway_error)
+    _add_doors(app, config)
     _generating_routes(app)
     _model_routes(app)
     _health_routes(app)
     _admin_routes(app)
     return app
+
+
+def _add_doors(app: FastAPI, config: GatewayConfig) -> None:
+    def refused(reason: str) -> None:
+        app.state.services.metrics.refused.labels(reason).inc()
+
+    app.add_middleware(
+        Doors, bound=config.host, settings=config.doors, keys=config.keys, refused=refused
+    )
+    if config.doors.allowed_origins:  # what is added last comes first: it answers browsers' OPTIONS
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.doors.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[HEADER],
+        )
 
 
 async def _gateway_error(request: Request, error: Exception) -> Response:
@@ -129,6 +152,8 @@ def _generating_routes(app: FastAPI) -> None:
     @app.post("/abort_request")
     async def abort_request(request: Request) -> Response:
         asked = await _decode(request, AbortRequest)
+        if asked.abort_all and not visitor_of(request).is_operator:
+            raise Forbidden("Only operators may abort all requests.", "operator")
         owner = owner_of(request.headers.get("authorization"))
         chosen = [
             walk

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from common.process_settings import ProcessSettings
+from launch.gateway.doors.settings import DoorKeys, DoorSettings
 from scheduler.options import SchedulerOptions
 from scheduler.policies import POLICY_NAMES
 
@@ -33,6 +34,7 @@ class GatewayConfig(ProcessSettings, frozen=True):
     """The OpenAI-compatible front door and its scheduler."""
 
     VARIABLE: ClassVar[str] = "DUALPATH_GATEWAY"
+    SECRET: ClassVar[tuple[str, ...]] = ("keys",)
 
     host: str
     port: int
@@ -48,6 +50,8 @@ class GatewayConfig(ProcessSettings, frozen=True):
         ),
     ] = "shorter-queue"
     scheduler: SchedulerOptions = SchedulerOptions()
+    doors: DoorSettings = DoorSettings()
+    keys: DoorKeys = DoorKeys()
     requests_max: Annotated[
         int,
         Meta(

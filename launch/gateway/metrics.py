@@ -32,6 +32,7 @@ class GatewayMetrics:
     def __init__(self, plane: ControlPlane, admission: Admission) -> None:
         self._registry = CollectorRegistry()
         self.requests = self._counter("requests_total")
+        self.refused = self._counter("refused_total")
         self.retries = self._counter("retries_total")
         self._hit_tokens = self._counter("hit_tokens_total")
         self._recomputed = self._counter("recomputed_tokens_total")

@@ -98,7 +98,7 @@ async def _generate(
 ) -> int:
     """Returns how many samples could not be had."""
     async with _endpoint(config, folder, console) as url:
-        client = Client(url, config.timeout_s, config.retry_s)
+        client = Client(url, config.timeout_s, config.retry_s, config.access)
         try:
             folder.made_by(await client.model())
             limit = config.concurrency

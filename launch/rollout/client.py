@@ -16,6 +16,7 @@ import aiohttp
 import msgspec
 
 from common.json import JsonObject
+from launch.access import NO_KEY, Access
 from launch.gateway.request.trace import HEADER
 from launch.rollout.errors import EndpointGone, RequestFailed
 
@@ -103,12 +104,15 @@ T = TypeVar("T")
 class Client:
     """HTTP to one endpoint; :meth:`close` it."""
 
-    def __init__(self, url: str, timeout_s: float, retry_s: float) -> None:
+    def __init__(self, url: str, timeout_s: float, retry_s: float, access: Access = NO_KEY) -> None:
         self._retry_s = retry_s
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=access.tls())
         self._http = aiohttp.ClientSession(
-            url.rstrip("/") + "/", connector=connector, read_bufsize=1 << 20
+            url.rstrip("/") + "/",
+            connector=connector,
+            headers=access.headers,
+            read_bufsize=1 << 20,
         )
         self._run = uuid.uuid4().hex[:8]
         self.in_flight = 0

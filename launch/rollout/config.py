@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from launch import settings
+from launch.access import Access
 from launch.cluster.config import ClusterConfig
 from launch.rollout.env import BadEnv, load_env
 from launch.settings import (
@@ -24,8 +25,10 @@ from launch.settings import (
     integer,
     real,
     require,
+    secrets_of,
     setting,
     text,
+    variable,
 )
 
 AUTO = "auto"
@@ -175,6 +178,20 @@ class RolloutConfig(JobConfig, ClusterConfig):
         """The command line of ``launch.cluster`` that gives its part of these settings."""
         return flags_of(self, ClusterConfig)
 
+    def cluster_secrets(self) -> dict[str, str]:
+        """What goes with it in the environment."""
+        return secrets_of(self, ClusterConfig)
+
+    @property
+    def access(self) -> Access:
+        """How its client calls the cluster. The certificate of one of its own is known by itself,
+        whatever the name in it."""
+        return Access(
+            key=self.api_key[0].key if self.api_key else "",
+            ca_certs=self.ssl_ca_certs or self.ssl_certfile,
+            any_name=not self.endpoint,
+        )
+
     def parameters(self) -> Parameters:
         """Of the job that is asked for."""
         return Parameters(
@@ -189,6 +206,10 @@ class RolloutConfig(JobConfig, ClusterConfig):
             max_turns=self.max_turns,
             max_episode_tokens=self.max_episode_tokens,
         )
+
+
+_OF_A_CLIENT = flag("ssl_ca_certs")
+"""Like the API key, of use to a client too."""
 
 
 def _check(config: RolloutConfig) -> None:
@@ -212,7 +233,8 @@ def _check(config: RolloutConfig) -> None:
             config.endpoint.startswith(("http://", "https://")),
             f"--endpoint {config.endpoint}: give a URL such as http://127.0.0.1:30000.",
         )
-        given = config.cluster_flags()
+        given = [word for word in config.cluster_flags() if not word.startswith(_OF_A_CLIENT)]
+        given += [name for name in config.cluster_secrets() if name != variable("api_key")]
         require(
             not given,
             f"{' '.join(given)} with --endpoint: the cluster there has its own flags.",

@@ -81,7 +81,9 @@ async def _show_tokens(
     config: RolloutConfig, table: PromptTable, good: list[int], console: Console
 ) -> None:
     if config.endpoint:
-        tokenizer: Client | LocalTokenizer = Client(config.endpoint, config.timeout_s, 10.0)
+        tokenizer: Client | LocalTokenizer = Client(
+            config.endpoint, config.timeout_s, 10.0, config.access
+        )
     else:
         tokenizer = LocalTokenizer(config.model)
     try:

@@ -40,6 +40,7 @@ async def own_cluster(config: RolloutConfig, log: Path) -> AsyncIterator[str]:
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "launch.cluster", *config.cluster_flags()],
+            env=os.environ | config.cluster_secrets(),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -47,7 +48,8 @@ async def own_cluster(config: RolloutConfig, log: Path) -> AsyncIterator[str]:
             preexec_fn=end_with_parent,
         )
     try:
-        url = f"http://{config.host}:{config.port}"
+        scheme = "https" if config.ssl_certfile else "http"
+        url = f"{scheme}://{config.host}:{config.port}"
         await _healthy(process, url, log, config.start_timeout_s)
         yield url
     finally:
@@ -60,7 +62,7 @@ async def _healthy(process: subprocess.Popen[bytes], url: str, log: Path, timeou
     async with aiohttp.ClientSession(timeout=timeout) as http:
         while process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                async with http.get(f"{url}/health") as answer:
+                async with http.get(f"{url}/health", ssl=False) as answer:
                     if answer.status == 200:
                         return
             await asyncio.sleep(POLL_S)

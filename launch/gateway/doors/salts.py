@@ -1,0 +1,45 @@
+"""Cache salts of tenants that are told apart by their API keys.
+
+KV is found by its tokens and its salt alone. With a salt that only the tenant's key gives, nobody
+finds, or can tell that there is, what another tenant has sent: not by its time to the first
+token, nor by ``cached_tokens`` or the trace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping, Sequence
+
+from common.json import JsonObject
+from launch.gateway.doors.keys import ApiKey
+from launch.gateway.errors import BadRequest
+
+SALT_HEX_DIGITS = 32
+
+
+def salt_keys(keys: Sequence[ApiKey]) -> dict[str, bytes]:
+    """Of each tenant: its first key, so that others may be added and taken away."""
+    return {one.tenant: one.key.encode() for one in reversed(keys)}
+
+
+def derived_salt(key: bytes, salt: str) -> str:
+    """What stands for a client's own salt (or none), within its tenant."""
+    message = b"dualpath cache salt\0" + salt.encode(errors="surrogatepass")
+    return hmac.new(key, message, hashlib.sha256).hexdigest()[:SALT_HEX_DIGITS]
+
+
+def salted(body: JsonObject, key: bytes) -> JsonObject:
+    """A request of the tenant with this key; raises :class:`BadRequest` for what is no salt."""
+    given = body.get("cache_salt")
+    derived = []
+    for salt in given if isinstance(given, list) else [given]:
+        if salt is not None and not isinstance(salt, str):
+            raise BadRequest("cache_salt must be a string, or a list of one for each prompt.")
+        derived.append(derived_salt(key, salt or ""))
+    return body | {"cache_salt": derived if isinstance(given, list) else derived[0]}
+
+
+def tenant_salts(keys: Sequence[ApiKey]) -> Mapping[str, str]:
+    """Each tenant's salt for requests that have none of their own."""
+    return {tenant: derived_salt(key, "") for tenant, key in salt_keys(keys).items()}

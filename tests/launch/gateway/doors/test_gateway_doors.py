@@ -1,0 +1,75 @@
+"""The doors at a whole gateway, with the stubs behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fastapi.routing import APIRoute
+
+from launch.gateway.doors.doors import OPEN, is_operators
+from launch.gateway.doors.keys import ApiKey
+from launch.gateway.doors.settings import DoorKeys, DoorSettings
+from tests.launch.gateway.client import GENERATE, metric
+from tests.launch.gateway.stubs import StubCluster
+from tests.launch.gateway.stubs import running_cluster as cluster_of
+
+pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
+
+KEYS = DoorKeys(
+    api_keys=(ApiKey("alice", "key-a"), ApiKey("bob", "key-b")),
+    admin_api_keys=(ApiKey("root", "key-r"),),
+)
+CLIENTS = {
+    *("/v1/chat/completions", "/v1/completions", "/generate", "/abort_request"),
+    *("/v1/tokenize", "/v1/detokenize", "/v1/models", "/v1/models/{model:path}"),
+    *("/model_info", "/get_model_info"),
+}
+
+
+async def ask(
+    cluster: StubCluster, path: str, key: str, body: Any, **headers: str
+) -> tuple[int, Any]:
+    headers |= {"authorization": f"Bearer {key}"} if key else {}
+    async with cluster.http.post(path, json=body, headers=headers) as answer:
+        is_json = answer.content_type == "application/json"
+        return answer.status, await (answer.json() if is_json else answer.text())
+
+
+async def test_each_route_is_for_somebody() -> None:
+    async with cluster_of(keys=KEYS) as cluster:
+        routes = [route for route in cluster.app.routes if isinstance(route, APIRoute)]
+        known = {route.path for route in routes}
+        assert {path for path in known if not is_operators(path)} - {*OPEN} == CLIENTS
+        for route in routes:
+            path, method = route.path.split("{")[0], sorted(route.methods)[0]
+            for key in ("", "key-a") if is_operators(path) else ("", "key-r"):
+                headers = {"authorization": f"Bearer {key}"}
+                async with cluster.http.request(method, path, headers=headers) as answer:
+                    assert (answer.status == 401) == (path not in OPEN), (path, key)
+        assert await metric(cluster, 'dualpath:refused_total{reason="key"}') > 0
+
+
+async def test_keys_open_what_they_are_for() -> None:
+    async with cluster_of(keys=KEYS) as cluster:
+        assert (await ask(cluster, "/generate", "key-a", GENERATE))[0] == 200
+        assert (await ask(cluster, "/flush_cache", "key-r", {}))[0] == 200
+        status, answer = await ask(cluster, "/abort_request", "key-a", {"abort_all": True})
+        assert status == 403 and "operators" in answer["error"]["message"]
+        assert (await ask(cluster, "/abort_request", "key-a", {"rid": "none"}))[0] == 200
+
+
+async def test_a_page_may_call_if_its_origin_is_let_in() -> None:
+    settings = DoorSettings(allowed_origins=("https://chat.example",))
+    async with cluster_of(keys=KEYS, doors=settings) as cluster:
+        asks = {"access-control-request-method": "POST", "origin": "https://chat.example"}
+        async with cluster.http.options("/generate", headers=asks) as answer:
+            assert answer.status == 200
+            assert answer.headers["access-control-allow-origin"] == "https://chat.example"
+        asks["origin"] = "https://evil.example"
+        async with cluster.http.options("/generate", headers=asks) as answer:
+            assert "access-control-allow-origin" not in answer.headers
+        page = {"origin": "https://chat.example"}
+        assert (await ask(cluster, "/generate", "key-a", GENERATE, **page))[0] == 200
+        page = {"origin": "https://evil.example"}
+        assert (await ask(cluster, "/generate", "key-a", GENERATE, **page))[0] == 403
