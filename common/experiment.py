@@ -12,7 +12,8 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
 
     No flag and no key of a configuration file holds one. Benchmarks put it into the settings of
     single processes (:mod:`benchmarks.testbed.cluster`), ``--poison-kv`` into every engine's, and
-    the path policy ``oracle`` into its plans. Whoever has one says so in its log.
+    a path policy for measurements (:mod:`benchmarks.testbed.oracle`), where the flag names it, into
+    its plans and all processes. Whoever has one says so in its log.
     """
 
     poison_kv: bool = False
@@ -28,7 +29,8 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     """False: blocks stay in an agent's DRAM only while a plan or a write needs them."""
     zero_io: bool = False
     """The paper's Oracle: every block counts as read, and a delivery writes its completion
-    words but no KV. Tokens are wrong by design."""
+    words but no KV. Tokens are wrong by design. An agent without it refuses such plans, an engine
+    with it stores nothing, and no engine stores what such a plan gave."""
 
     @property
     def departures(self) -> list[str]:

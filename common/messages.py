@@ -262,6 +262,7 @@ class EnginePlan(_Message):
     agents: list[str]
     reader: list[Annotated[int, Meta(ge=0, lt=1 << 31)]]
     deadline_s: Seconds
+    experiment: Experiment = NO_EXPERIMENT
 
     @property
     def fault(self) -> str:

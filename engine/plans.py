@@ -90,6 +90,11 @@ class Plans:
         held = self._by_rid.get(rid)
         return held is not None and not self.accepts(held.plan)
 
+    def is_made_up(self, rid: str) -> bool:
+        """Whether a request's KV is computed from blocks that nobody delivers."""
+        held = self._by_rid.get(rid)
+        return held is not None and held.plan.experiment.zero_io and bool(held.plan.keys)
+
     def fit(self, request: Request) -> Fit | None:
         """What a request's plan holds of its prompt, from block 0 on. None where there is no
         plan, or one of other weights, or of another prompt."""

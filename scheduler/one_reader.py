@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from common.experiment import Experiment
 from scheduler.cluster_state import ClusterState
 from scheduler.directory.directory import Run
 from scheduler.directory.holder_sets import Holders
@@ -26,16 +25,6 @@ class OneSide:
     def assign(self, hit: Hit, state: ClusterState) -> list[Range]:
         side = hit.prefill_agent if self._side == "prefill" else hit.decode_agent
         return from_side(hit, state, side if side in hit.alive else None, dram_first=False)
-
-
-class Oracle(OneSide):
-    """As if P's side had every hit block delivered for nothing: the zero-I/O bound of the
-    paper's evaluation. Tokens are wrong by design; for benchmarks only."""
-
-    experiment = Experiment(zero_io=True)
-
-    def __init__(self) -> None:
-        super().__init__("prefill")
 
 
 class RoundRobin:

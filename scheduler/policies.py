@@ -7,13 +7,13 @@ who reads which consecutive blocks, and ends where a block has no possible reade
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from common.experiment import NO_EXPERIMENT, Experiment
 from scheduler.cluster_state import ClusterState
 from scheduler.hit import Hit
-from scheduler.one_reader import OneSide, Oracle, RoundRobin, ShorterQueue
+from scheduler.one_reader import OneSide, RoundRobin, ShorterQueue
 from scheduler.plan import Range
 from scheduler.water_filling import WaterFilling
 
@@ -40,9 +40,11 @@ def rotates_engines(policy: ReadPolicy) -> bool:
 class UnknownPolicy(ValueError):
     """No read assignment of that name."""
 
-    def __init__(self, name: str, reason: str = "") -> None:
-        choices = f"choose one of {', '.join(POLICY_NAMES)}, or module:Class"
-        super().__init__(f"unknown path policy {name!r}{reason and f' ({reason})'}; {choices}")
+    def __init__(self, name: str, choices: Iterable[str], reason: str = "") -> None:
+        named = ", ".join(choices)
+        super().__init__(
+            f"unknown path policy {name!r}{reason and f' ({reason})'}; choose one of {named}"
+        )
         self.name = name
 
 
@@ -53,21 +55,28 @@ POLICIES: dict[str, Callable[[], ReadPolicy]] = {
     "shorter-queue": ShorterQueue,
     "split": lambda: WaterFilling(anyone=False),
     "n-way": lambda: WaterFilling(anyone=True),
-    "oracle": Oracle,
 }
 POLICY_NAMES = tuple(POLICIES)
+OWN_CLASS = "module:Class"
 
 
 def read_policy(name: str) -> ReadPolicy:
-    """The policy of that name, or of a user's own class ``module:Class``, built without
+    """The policy of that name, or of an operator's own class ``module:Class``, built without
     arguments; raises :class:`UnknownPolicy` with the choices."""
     if name in POLICIES:
         return POLICIES[name]()
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise UnknownPolicy(name)
+    if ":" not in name:
+        raise UnknownPolicy(name, (*POLICY_NAMES, OWN_CLASS))
     try:
-        policy: ReadPolicy = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise UnknownPolicy(name, str(error)) from error
+        return _own_policy(*name.split(":", 1))
+    except Exception as error:  # of an operator's module: whatever it raises, it is no policy
+        raise UnknownPolicy(name, (*POLICY_NAMES, OWN_CLASS), str(error)) from error
+
+
+def _own_policy(module: str, attribute: str) -> ReadPolicy:
+    """Nothing but a class with the method is called."""
+    kind: object = getattr(importlib.import_module(module), attribute)
+    if not isinstance(kind, type) or not callable(getattr(kind, "assign", None)):
+        raise TypeError("it is no class with a method assign(hit, state)")
+    policy: ReadPolicy = kind()
     return policy

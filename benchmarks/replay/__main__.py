@@ -30,8 +30,6 @@ from scheduler.policies import POLICY_NAMES
 
 DEFAULT_TRACE = Path(__file__).parents[1] / "traces" / "mooncake_conversation_cut.jsonl"
 HIT_RATE_POINTS_MAX = 2.0
-MEASURED = tuple(name for name in POLICY_NAMES if name != "oracle")
-"""The oracle's outputs are not real, so its hits mean nothing here."""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -90,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
 def goals(results: dict[str, dict[str, Any]]) -> list[Goal]:
     """Two for each policy, measured or not, and for whatever else was measured."""
     rows = []
-    for policy in dict.fromkeys((*MEASURED, *results)):
+    for policy in dict.fromkeys((*POLICY_NAMES, *results)):
         result = results.get(policy)
         points = hit_rate_points(result) if result else None
         failures = result["failed"] if result else None
@@ -111,7 +109,7 @@ def hit_rate_points(result: dict[str, Any]) -> float | None:
 def _runs(arguments: argparse.Namespace) -> list[str]:
     if arguments.endpoint:
         return arguments.policies or ["endpoint"]
-    return arguments.policies or list(MEASURED)
+    return arguments.policies or list(POLICY_NAMES)
 
 
 def _measure(
@@ -203,9 +201,9 @@ def _fraction(text: str) -> Fraction:
 def _policies(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
-        if name not in MEASURED:
+        if name not in POLICY_NAMES:
             raise argparse.ArgumentTypeError(
-                f"unknown path policy {name!r}; choose from {', '.join(MEASURED)}"
+                f"unknown path policy {name!r}; choose from {', '.join(POLICY_NAMES)}"
             )
     return names
 

@@ -171,7 +171,9 @@ def _moved(
         return record
     env = dict(record.env)
     if record.kind == "agent":
-        _change(env, AgentConfig, experiment=Experiment(dram_keep=dram_keep))
+        experiment = AgentConfig.from_env(env).experiment
+        experiment = msgspec.structs.replace(experiment, dram_keep=dram_keep)
+        _change(env, AgentConfig, experiment=experiment)
     argv = (*within(network.namespace(node)), *record.argv)
     return dataclasses.replace(record, argv=argv, env=env)
 

@@ -7,6 +7,7 @@ every arm, in an order that rotates, so that whatever changes on the machine mee
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from benchmarks.testbed.cluster import (
 )
 from benchmarks.testbed.network import Network
 from benchmarks.testbed.nic_use import observed
+from benchmarks.testbed.oracle import ORACLE_CLASS
 from benchmarks.testbed.results import BASIC, N_WAY, ORACLE, Run, Shape, ShapeResult
 from benchmarks.testbed.workload import (
     AgentShape,
@@ -89,6 +91,8 @@ class Race:
             f"s3://{self._s3.bucket}/{REMOTE_FOLDER}",
             self._s3.options,
         )
+        if ORACLE in self._plan.arms:
+            config = dataclasses.replace(config, path_policy=ORACLE_CLASS)
         self._say(f"{shape.name}: links alone, by iperf3")
         storage = iperf.storage_rates(self._network, shape.nodes, IPERF_S)
         compute = iperf.compute_rates(self._network, shape.nodes, IPERF_S)
@@ -142,7 +146,7 @@ class _ShapeRace:
     async def _job(self, gateway: Gateway, arm: str, label: str, number: int = 0) -> Run:
         salt = f"{label}-{arm}"
         await self._store(gateway, self._work.contexts, salt)
-        await gateway.set_policy(arm)
+        await gateway.set_policy(ORACLE_CLASS if arm == ORACLE else arm)
         before, cpu_s = await gateway.metrics(), machine.cpu_seconds()
         async with observed(self._network, self._shape.nodes) as use:
             job = await run_job(gateway, self._work, salt)

@@ -78,6 +78,8 @@ class Persister:
         the others are offered from now on."""
         if self._plans.is_outdated(request.rid):
             return  # the prefill engine has computed with other weights
+        if self._config.experiment.zero_io or self._plans.is_made_up(request.rid):
+            return  # its KV would be found under right keys for ever
         fit = self._plans.fit(request)
         stored = fit.hashes if fit is not None else []
         seed = namespace_seed(request.extra_key, request.cache_salt)

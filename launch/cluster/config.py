@@ -39,7 +39,7 @@ from launch.settings import (
     text,
 )
 from scheduler.options import LOAD_POLICIES, SchedulerOptions
-from scheduler.policies import POLICY_NAMES, UnknownPolicy, read_policy
+from scheduler.policies import POLICY_NAMES, UnknownPolicy, experiment_of, read_policy
 from storage.index.owners import Quota, read_quotas
 from storage.remote.settings import RemoteSettings
 from storage.ssd import folder as ssd_folder
@@ -269,7 +269,12 @@ class ClusterConfig:
     @property
     def experiment(self) -> Experiment:
         """Of every engine."""
-        return Experiment(poison_kv=self.poison_kv)
+        return Experiment(poison_kv=self.poison_kv, zero_io=self.is_zero_io)
+
+    @property
+    def is_zero_io(self) -> bool:
+        """The path policy is one for measurements, whose plans read nothing."""
+        return experiment_of(read_policy(self.path_policy)).zero_io
 
     @property
     def first_port(self) -> int:

@@ -18,7 +18,6 @@ from launch.cluster.hardware import Hardware
 from launch.cluster.layout import role_of
 from launch.cluster.process_record import ProcessRecord
 from launch.gateway.doors.browsers import is_loopback
-from scheduler.policies import experiment_of, read_policy
 from transfer.traffic import cgroup
 
 _LEVELS = ("debug", "info", "warning", "error", "none")
@@ -49,19 +48,13 @@ def make_summary(
         ("traffic", _traffic(config, hardware)),
         ("doors", _doors(config)),
         ("tiers", _tiers(config)),
-        *(("EXPERIMENT", f"not the product: {what}") for what in experiments(config)),
+        *(("EXPERIMENT", f"not the product: {what}") for what in config.experiment.departures),
         *(("unused", f"{folder} {_UNUSED}") for folder in config.unused_stores),
         ("policy", f"{config.path_policy} reads hit blocks"),
         ("logs", str(config.log_folder)),
     ):
         table.add_row(name, "", text)
     return table
-
-
-def experiments(config: ClusterConfig) -> list[str]:
-    """What departs from the product, of the engines and of the path policy's plans."""
-    planned = experiment_of(read_policy(config.path_policy))
-    return config.experiment.departures + planned.departures
 
 
 def gateway_url(config: ClusterConfig) -> str:

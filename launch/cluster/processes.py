@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from common.experiment import Experiment
 from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig
 from launch.cluster.engine_command import engine_env, engine_flags
@@ -64,6 +65,7 @@ class _Records:
             gpus=self.layout.gpus(node),
             ssd_dirs=[str(folder) for folder in config.ssd_folders_of(name)],
             remote=filled(RemoteSettings(), config),
+            experiment=Experiment(zero_io=config.is_zero_io),
         )
         settings = filled(settings, config)
         alive = HealthCheck("zmq", self.layout.agents[name])

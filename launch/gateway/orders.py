@@ -6,12 +6,16 @@ cluster begins as its flags say.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
 
+from scheduler.policies import POLICY_NAMES, UnknownPolicy
 from scheduler.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
 
 
 class _Kept(msgspec.Struct, forbid_unknown_fields=True):
@@ -36,6 +40,8 @@ class Orders:
         self.names = names
         self._scheduler = scheduler
         self._file = run_folder / "orders.json" if run_folder is not None else None
+        self._policies = tuple(dict.fromkeys((*POLICY_NAMES, scheduler.policy)))
+        """An operator's own class is imported where the flag names it, never by order."""
         self._kept = self._read()
         if self._kept.path_policy is not None:
             scheduler.set_policy(self._kept.path_policy)
@@ -44,6 +50,8 @@ class Orders:
 
     def set_policy(self, name: str) -> None:
         """Another path policy from the next plan on; raises ``UnknownPolicy``."""
+        if name not in self._policies:
+            raise UnknownPolicy(name, self._policies)
         self._scheduler.set_policy(name)
         self._kept.path_policy = name
         self._write()
@@ -60,9 +68,21 @@ class Orders:
         self._write()
 
     def _read(self) -> _Kept:
+        """What can be obeyed of it: no order is worth a gateway that does not start."""
         if self._file is None or not self._file.exists():
             return _Kept()
-        return msgspec.json.decode(self._file.read_bytes(), type=_Kept)
+        try:
+            kept = msgspec.json.decode(self._file.read_bytes(), type=_Kept)
+        except (OSError, msgspec.DecodeError) as error:
+            log.warning("operators' orders are lost: %s: %s", self._file, error)
+            return _Kept()
+        if kept.path_policy not in (None, *self._policies):
+            log.warning("order dropped: no path policy %r", kept.path_policy)
+            kept.path_policy = None
+        for name in kept.drained.difference(self.names):
+            log.warning("order dropped: nobody is called %r", name)
+            kept.drained.discard(name)
+        return kept
 
     def _write(self) -> None:
         if self._file is None:

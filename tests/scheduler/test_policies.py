@@ -178,6 +178,23 @@ def test_a_dead_side_does_not_read():
         assert readers_of(name, hit_of([REMOTE] * 4, alive), state_of({"d": (0, 1e6)})) == expected
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("os:getcwd", "time:time", "os:abort", "os:_exit", "collections:Counter"),
+        *("no.such:Class", "os:no_such", "os:", "scheduler.policies:ReadPolicy"),
+    ],
+)
+def test_what_is_no_policy_is_not_called(name):
+    with pytest.raises(UnknownPolicy):
+        read_policy(name)
+
+
+def test_no_product_has_the_oracle():
+    with pytest.raises(UnknownPolicy):
+        read_policy("oracle")
+
+
 def test_an_unknown_policy_names_the_choices():
     with pytest.raises(
         UnknownPolicy, match="prefill, decode, round-robin, shorter-queue, split, n-way"

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from benchmarks.testbed.oracle import ORACLE_CLASS
 from common.block import BlockKey, TierName
 from common.ids import Incarnation, PlanId
 from common.messages import Holding
@@ -212,7 +213,7 @@ def test_a_plan_can_be_explained():
 
 
 def test_the_oracle_reads_nothing():
-    scheduler = cluster("oracle")
+    scheduler = cluster(ORACLE_CLASS)
     hold(scheduler, "agent-p1", 10, TierName.REMOTE)
     plan = scheduler.plan(request(), now=0.0)
     assert plan.experiment.zero_io and len(plan.keys) == 10 and plan.estimated_read_s == 0

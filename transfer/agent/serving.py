@@ -111,7 +111,13 @@ class Serving:
             promotion_policy=config.promotion_policy,
         )
         self._store = TieredStore(pool, resources.ssd, resources.remote, options)
-        self._shares = Shares(self._store, resources.socket.send, self.poll, self._engines.can_take)
+        self._shares = Shares(
+            self._store,
+            resources.socket.send,
+            self.poll,
+            self._engines.can_take,
+            config.experiment.zero_io,
+        )
         reports = Reports(
             resources.incarnation, resources.counters, self._reply, resources.announcer.tell
         )

@@ -35,8 +35,11 @@ class Shares:
         reply: Callable[[bytes, ShareRead], object],
         poll_store: Callable[[], None],
         can_deliver: Callable[[BlockLayout], bool],
+        takes_zero_io: bool,
     ) -> None:
-        """``can_deliver``: whether the engines can be given blocks of a layout."""
+        """``can_deliver``: whether the engines can be given blocks of a layout. ``takes_zero_io``:
+        whether this agent was started for a measurement without I/O."""
+        self._takes_zero_io = takes_zero_io
         self._can_deliver = can_deliver
         self._store = store
         self._reply = reply
@@ -47,6 +50,11 @@ class Shares:
     def start(self, client: bytes, message: ReadShare) -> None:
         """Have the blocks read; ``ShareRead`` follows. A plan that is known is ignored."""
         if message.plan in self._shares:
+            return
+        if message.experiment.zero_io and not self._takes_zero_io:
+            log.error("plan without I/O refused: this agent measures nothing plan=%d", message.plan)
+            nothing = [False] * len(message.keys)
+            self._reply(client, ShareRead(message.plan, nothing, {}, 0.0, 0.0))
             return
         now = time.monotonic()
         loop = asyncio.get_running_loop()

@@ -78,6 +78,7 @@ class PlanHandover:
             agents=plan.agents,
             reader=plan.reader,
             deadline_s=HOLD_S,
+            experiment=plan.experiment,
         )
         futures = {}
         for name in (plan.prefill, plan.decode):

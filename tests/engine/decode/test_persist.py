@@ -5,12 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.block import NO_PARENT, BlockKey, block_keys, tenant_digest
+from common.experiment import Experiment
 from common.ids import Incarnation
 from common.messages import PullBlocks, PullEnded
 from common.page_hashes import page_hashes
@@ -20,6 +22,7 @@ from engine.sglang.decode import persist_hooks
 from tests.engine.parts import EARLIER_WEIGHTS, PAGE, Parts, Request, keys_of
 from tests.examples import examples
 
+ZERO_IO = Experiment(zero_io=True)
 PROMPT = list(range(18))
 OUTPUT = list(range(500, 540))
 
@@ -85,6 +88,25 @@ def test_nothing_is_stored_of_a_prompt_that_was_planned_under_other_weights(engi
     engine.plan(request, 3, namespace_digest=EARLIER_WEIGHTS)
     engine.persister.begin(request)
     decode_steps(engine, request, OUTPUT)
+    assert offered(engine) == []
+
+
+def test_nothing_is_stored_of_a_prompt_whose_blocks_nobody_delivered(engine):
+    request = request_of()
+    plan = engine.plan(request, 3)
+    engine.plans.put(msgspec.structs.replace(plan, experiment=ZERO_IO))
+    engine.persister.begin(request)
+    decode_steps(engine, request, OUTPUT)
+    assert offered(engine) == []
+    # A plan without a hit is computed as ever: a benchmark fills its store so.
+    engine.plans.put(msgspec.structs.replace(plan, keys=[], reader=[], experiment=ZERO_IO))
+    engine.persister.begin(request)
+    assert offered(engine) != []
+
+
+def test_an_engine_of_a_measurement_without_io_stores_nothing():
+    engine = Parts("decode", experiment=ZERO_IO)
+    engine.persister.begin(request_of())
     assert offered(engine) == []
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.testbed.oracle import ORACLE_CLASS
 from common.experiment import NO_EXPERIMENT, Experiment
 from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig, load_config
@@ -54,6 +55,9 @@ def test_noise_in_the_engines_pools_is_said(caplog):
     assert "EXPERIMENT" in caplog.text and "poison_kv=True" in caplog.text
 
 
-def test_plans_without_reads_are_said():
-    config = load_config(["--path-policy", "oracle"])
+def test_plans_without_reads_are_said_and_known_to_every_process():
+    config = load_config(["--path-policy", ORACLE_CLASS])
     assert "zero_io=True" in summary_of(config)["EXPERIMENT"]
+    assert set(experiments_of(config).values()) == {Experiment(zero_io=True)}
+    with pytest.raises(BadConfig):
+        load_config(["--path-policy", "oracle"])

@@ -44,6 +44,7 @@ async def test_operator_endpoints() -> None:
         assert (await post(cluster, "/admin/policy", {"path_policy": "split"}))[0] == 200
         status, answer, _ = await post(cluster, "/admin/policy", {"path_policy": "none"})
         assert status == 400 and "split" in answer["error"]["message"]
+        assert (await post(cluster, "/admin/policy", {"path_policy": "os:abort"}))[0] == 400
         async with cluster.http.get("/admin/cluster") as answer:
             view = await answer.json()
         assert view["policy"] == "split" and len(view["engines"]) == 2
