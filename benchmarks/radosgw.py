@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 import socket
 import subprocess
 import time
@@ -91,6 +92,20 @@ class RadosGateway:
 
         s3fs.S3FileSystem(skip_instance_cache=True, **self.options).mkdir(self.bucket)
 
+    @property
+    def port(self) -> int:
+        """Of the S3 protocol."""
+        return self._rgw_port
+
+    def signal_gateway(self, number: signal.Signals) -> None:
+        """To what speaks S3; the objects are kept by another process."""
+        self._processes[-1].send_signal(number)
+
+    def start_gateway(self) -> None:
+        """Once more, after it was killed; returns when it answers."""
+        self._processes.pop().wait(10)
+        self._spawn_gateway(time.monotonic() + START_TIMEOUT_S)
+
     def stop(self) -> None:
         """End the daemons that were started, whether or not ``start`` succeeded."""
         for process in reversed(self._processes):
@@ -136,6 +151,9 @@ class RadosGateway:
         user = ("user", "create", "--uid=test", "--display-name=test")
         keys = (f"--access-key={self.options['key']}", f"--secret={self.options['secret']}")
         self._run("radosgw-admin", *user, *keys)
+        self._spawn_gateway(end)
+
+    def _spawn_gateway(self, end: float) -> None:
         gateway = self._spawn("radosgw", "-n", "client.rgw.a", "-f")
         while True:
             try:

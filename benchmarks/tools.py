@@ -13,6 +13,11 @@ PACKAGES = {
     "nft": "nftables",
     "iperf3": "iperf3",
     "taskset": "util-linux",
+    "mount": "mount",
+    "umount": "mount",
+    "findmnt": "util-linux",
+    "mkfs.ext4": "e2fsprogs",
+    "fsck.ext4": "e2fsprogs",
     "radosgw": "radosgw",
     "radosgw-admin": "radosgw",
     "ceph-mon": "ceph-mon",
@@ -24,6 +29,7 @@ PACKAGES = {
 ENGINES = ("g++",)
 """SGLang compiles its page hash at an engine's first look-up."""
 NETWORK = ("ip", "tc", "iperf3")
+DISKS = ("mount", "umount", "findmnt", "mkfs.ext4", "fsck.ext4")
 S3_SERVER = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "monmaptool")
 CANNOT_RUN = 2
 """Exit status of a benchmark on a machine that lacks something."""

@@ -81,6 +81,11 @@ class Network:
         """Of the S3 server, on the storage network."""
         return f"{_SUBNET[_STORAGE]}.{_STORE_HOST}"
 
+    @property
+    def control_storage_address(self) -> str:
+        """Of the control namespace, on the storage network."""
+        return f"{_SUBNET[_STORAGE]}.{_CONTROL_HOST}"
+
     # ---- life ---------------------------------------------------------------------------
 
     def build(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import tools
 
 FLAGS = {
+    "faults": ["--json", "out.json"],
     "layer_window": ["--json", "out.json"],
     "quota": ["--json", "out.json"],
     "replay": [],

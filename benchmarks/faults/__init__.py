@@ -1,0 +1,1 @@
+"""Faults at random on a whole cluster: docs/results_faults.md."""

@@ -1,0 +1,194 @@
+"""The cluster under faults: its supervisor is a child of ours, each node a namespace."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import psutil
+
+from benchmarks.faults import supervise
+from benchmarks.faults.supervise import Event
+from benchmarks.own_cluster import ClusterFailed, tail
+from common.user_files import write_private
+from launch.cluster.process_record import ProcessRecord
+from launch.rollout.own_cluster import stop
+
+SUPERVISOR = "supervisor"
+SERVE_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 20.0
+LOOK_TIMEOUT_S = 3.0
+OPERATOR_TIMEOUT_S = 30.0
+
+
+class Cluster:
+    """``start``, use, ``close``. Every process has a name: an agent's, an engine's, ``gateway``,
+    ``supervisor``, or a part of an engine's session: ``p0/scheduler``, ``p0/detokenizer``."""
+
+    def __init__(self, records: Sequence[ProcessRecord], url: str, folder: Path) -> None:
+        self.records = {record.name: record for record in records}
+        self.folder = folder
+        self._url = url
+        self._process: subprocess.Popen[bytes] | None = None
+        self._http = aiohttp.ClientSession(url)
+        write_private(folder / supervise.RECORDS, msgspec.json.encode(list(records)))
+        (folder / supervise.EVENTS).touch()
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def names(self, kind: str) -> list[str]:
+        return [record.name for record in self.records.values() if record.kind == kind]
+
+    # ---- life ---------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Returns at once; see :meth:`wait_whole`."""
+        with (self.folder / "supervisor.log").open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", supervise.__name__, str(self.folder)],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    async def close(self) -> None:
+        await self._http.close()
+        if self._process is not None:
+            self.signal(SUPERVISOR, signal.SIGCONT)
+            stop(self._process, STOP_TIMEOUT_S)
+
+    async def wait_whole(self, timeout_s: float = SERVE_TIMEOUT_S, since_s: float = 0.0) -> None:
+        """Until the gateway has heard from every agent and engine after ``since_s``."""
+        wanted = {*self.names("agent"), *self.names("engine")}
+        deadline = time.monotonic() + timeout_s
+        while await self.heard(since_s) != wanted:
+            if self._process is not None and self._process.poll() is not None:
+                raise ClusterFailed(
+                    f"the supervisor ended:\n{tail(self.folder / 'supervisor.log')}"
+                )
+            if time.monotonic() > deadline:
+                missing = wanted - await self.heard(since_s)
+                raise ClusterFailed(f"not there after {timeout_s:g} s: {sorted(missing)}")
+            await asyncio.sleep(0.25)
+
+    async def heard(self, since_s: float = 0.0) -> set[str]:
+        """Living agents and engines whose last report is younger."""
+        now = time.monotonic()
+        state = await self.state()
+        if state is None:
+            return set()
+        processes = [*state["agents"], *state["engines"]]
+        return {p["name"] for p in processes if p["alive"] and now - p["last_seen_s"] > since_s}
+
+    def events(self) -> list[Event]:
+        """All that the supervisors have said."""
+        lines = (self.folder / supervise.EVENTS).read_bytes().splitlines()
+        return [msgspec.json.decode(line, type=Event) for line in lines]
+
+    # ---- the gateway --------------------------------------------------------------------
+
+    async def state(self) -> dict[str, Any] | None:
+        """``/admin/cluster``; None while the gateway does not answer."""
+        text = await self._get("/admin/cluster")
+        return None if text is None else msgspec.json.decode(text)
+
+    async def metrics(self) -> dict[str, float]:
+        """Every sample, by name with labels; empty while the gateway does not answer."""
+        text = await self._get("/metrics") or b""
+        lines = [line for line in text.decode().splitlines() if line and line[0] != "#"]
+        pairs = (line.rpartition(" ") for line in lines)
+        return {name: float(value) for name, _, value in pairs}
+
+    async def _get(self, path: str) -> bytes | None:
+        try:
+            timeout = aiohttp.ClientTimeout(total=LOOK_TIMEOUT_S)
+            async with self._http.get(path, timeout=timeout) as response:
+                return await response.read() if response.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError):
+            return None
+
+    async def order(self, url: str, body: dict[str, Any]) -> str:
+        """An operator's POST to the gateway, or an engine: what came of it."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=OPERATOR_TIMEOUT_S)
+            async with self._http.post(url, json=body, timeout=timeout) as response:
+                return f"{response.status} {(await response.text())[:200]}"
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return f"no answer: {error!r}"
+
+    def engine_url(self, name: str) -> str:
+        """SGLang's own HTTP address."""
+        targets = [check.target for check in self.records[name].ready if check.kind == "http"]
+        return targets[0].removesuffix("/model_info")
+
+    # ---- processes ----------------------------------------------------------------------
+
+    def pids(self, name: str) -> list[int]:
+        """Of a process and all that it has started; of a part of an engine, that one's."""
+        if self._process is None:
+            return []
+        if name == SUPERVISOR:
+            return [self._process.pid]
+        owner, _, part = name.partition("/")
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self._process.pid).children():
+                if _name_of(child) == owner:
+                    family = [child, *child.children(recursive=True)]
+                    return [p.pid for p in family if not part or part in _title(p)]
+        return []
+
+    def all_pids(self) -> dict[str, list[int]]:
+        names = [SUPERVISOR, *self.records]
+        return {name: self.pids(name) for name in names}
+
+    def signal(self, name: str, number: signal.Signals) -> list[int]:
+        """To every process of that name; the ids of those that were there."""
+        sent = []
+        for pid in self.pids(name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+                sent.append(pid)
+        return sent
+
+    def resume(self, pids: Sequence[int]) -> None:
+        """Those of them that are still there."""
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def start_supervisor_again(self) -> None:
+        """After it was killed: its children end with it."""
+        assert self._process is not None
+        self._process.wait(10)
+        self.start()
+
+
+def _name_of(process: psutil.Process) -> str:
+    """Of a child of the supervisor, by its settings."""
+    with contextlib.suppress(psutil.Error):
+        environment = process.environ()
+        for variable in ("DUALPATH_AGENT", "DUALPATH_ENGINE"):
+            if variable in environment:
+                name: str = msgspec.json.decode(environment[variable])["name"]
+                return name
+        if "DUALPATH_GATEWAY" in environment:
+            return "gateway"
+    return ""
+
+
+def _title(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""

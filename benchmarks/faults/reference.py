@@ -1,0 +1,153 @@
+"""Conversations, and the tokens that plain SGLang answers them with."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from benchmarks.own_cluster import HOST, ClusterFailed, free_port, tail
+from launch.cluster.layout import PAGE_TOKENS
+from launch.cluster.tensor_parallel import cpu_env, ranks_of
+
+VOCABULARY = range(300, 2000)
+"""Ordinary words, no special token among them."""
+NEW_TOKENS = 16
+TURNS = 3
+TIE_MARGIN = 1e-3
+"""Of the logarithm of the probability, between the two likeliest tokens: some hundred times what
+batches of other sizes change in float32. A turn with a smaller one has no right answer."""
+START_TIMEOUT_S = 240.0
+ANSWER_TIMEOUT_S = 60.0
+
+FIRST, SECOND = "default", "second"
+"""Versions of the weights, by the names that SGLang says in its answers."""
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """One prompt, and its right answers by the version of the weights; a tie has none."""
+
+    prompt: list[int]
+    right: dict[str, list[int]]
+
+
+Conversation = list[Turn]
+
+
+def make_other_weights(model: Path, folder: Path) -> Path:
+    """The same model with other weights in one layer."""
+    from safetensors.torch import load_file, save_file  # slow to import
+
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.3.mlp.down_proj.weight"
+    weights[name] = weights[name] * -1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def make_conversations(
+    count: int, rng: random.Random, models: dict[str, Path], folder: Path
+) -> list[Conversation]:
+    """Each turn goes on from the first version's answer to the turn before.
+
+    Raises :class:`ClusterFailed` when plain SGLang does not answer.
+    """
+    prompts = [rng.choices(VOCABULARY, k=rng.randint(200, 1400)) for _ in range(count)]
+    turns: list[list[tuple[list[int], dict[str, list[int]]]]] = [[] for _ in range(count)]
+    with contextlib.ExitStack() as stack:
+        ports = {version: free_port() + 600 * i for i, version in enumerate(models)}
+        servers = {
+            version: stack.enter_context(_plain(models[version], port, folder / f"{version}.log"))
+            for version, port in ports.items()
+        }
+        for number in range(count * TURNS):
+            index, prompt = number % count, prompts[number % count]
+            right = {}
+            for version, url in servers.items():
+                tokens, margin = _ask(url, prompt)
+                if margin >= TIE_MARGIN:
+                    right[version] = tokens
+                if version == FIRST:
+                    appended = rng.choices(VOCABULARY, k=rng.randint(10, PAGE_TOKENS))
+                    prompts[index] = prompt + tokens + appended
+            turns[index].append((prompt, right))
+    return [[Turn(*turn) for turn in conversation] for conversation in turns]
+
+
+def sampling() -> dict[str, Any]:
+    return {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+
+
+def _ask(url: str, prompt: list[int]) -> tuple[list[int], float]:
+    """Tokens, and how much likelier each was than the next best one at least."""
+    body = {
+        "input_ids": prompt,
+        "sampling_params": sampling(),
+        "return_logprob": True,
+        "top_logprobs_num": 2,
+    }
+    request = urllib.request.Request(
+        f"{url}/generate", msgspec.json.encode(body), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S) as response:
+            answer = msgspec.json.decode(response.read())
+    except OSError as error:
+        raise ClusterFailed(f"plain SGLang does not answer: {error}") from error
+    return answer["output_ids"], tie_margin(answer["meta_info"]["output_top_logprobs"])
+
+
+def tie_margin(top: Sequence[Sequence[Sequence[Any]]]) -> float:
+    """Of SGLang's two likeliest tokens at each place, ``[[logprob, id, text], ...]``."""
+    return min(best[0] - second[0] for best, second in top)
+
+
+@contextlib.contextmanager
+def _plain(model: Path, port: int, log: Path) -> Iterator[str]:
+    """One ordinary SGLang server, that answers; ended at the end."""
+    argv = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+    argv += ["--device", "cpu", "--dtype", "float32", "--page-size", str(PAGE_TOKENS)]
+    argv += ["--max-total-tokens", "16384", "--host", HOST, "--port", str(port)]
+    argv += ["--skip-server-warmup", "--sleep-on-idle"]
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("DUALPATH_")}
+    environment |= {
+        "SGLANG_PLATFORM": "dualpath_cpu",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **cpu_env(ranks_of([])),
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            argv, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+    try:
+        _wait_answers(process, f"http://{HOST}:{port}", log)
+        yield f"http://{HOST}:{port}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+
+def _wait_answers(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{url}/model_info", timeout=5).close()
+            return
+        time.sleep(0.3)
+    raise ClusterFailed(f"plain SGLang did not start:\n{tail(log)}")
