@@ -29,6 +29,7 @@ class Scene:
 
     cluster: Cluster
     stage: Stage
+    url: str
     weights: Weights
     models: dict[str, Path]
     """By the version of their weights."""
@@ -187,18 +188,18 @@ async def _weights(scene: Scene, fault: Fault, rng: random.Random) -> str:
 async def _update(scene: Scene, name: str, version: str) -> str:
     url = f"{scene.cluster.engine_url(name)}/update_weights_from_disk"
     body = {"model_path": str(scene.models[version]), "weight_version": version}
-    return await scene.cluster.order(url, body)
+    return await scene.cluster.operator.order(url, body)
 
 
 async def _policy(scene: Scene, fault: Fault, rng: random.Random) -> str:
-    said = await scene.cluster.order("/admin/policy", {"path_policy": fault.target})
+    said = await scene.cluster.operator.order("/admin/policy", {"path_policy": fault.target})
     await asyncio.sleep(fault.lasts_s)
-    await scene.cluster.order("/admin/policy", {"path_policy": "n-way"})
+    await scene.cluster.operator.order("/admin/policy", {"path_policy": "n-way"})
     return said
 
 
 async def _drain(scene: Scene, fault: Fault, rng: random.Random) -> str:
-    said = await scene.cluster.order("/admin/drain", {"name": fault.target, "on": True})
+    said = await scene.cluster.operator.order("/admin/drain", {"name": fault.target, "on": True})
     await asyncio.sleep(fault.lasts_s)
     while not (await _undrain(scene, fault.target)).startswith("200"):
         await asyncio.sleep(1.0)  # the gateway is away
@@ -206,15 +207,15 @@ async def _drain(scene: Scene, fault: Fault, rng: random.Random) -> str:
 
 
 async def _undrain(scene: Scene, name: str) -> str:
-    return await scene.cluster.order("/admin/drain", {"name": name, "on": False})
+    return await scene.cluster.operator.order("/admin/drain", {"name": name, "on": False})
 
 
 async def _flush(scene: Scene, fault: Fault, rng: random.Random) -> str:
-    return await scene.cluster.order("/flush_cache", {})
+    return await scene.cluster.operator.order("/flush_cache", {})
 
 
 async def _hostile(scene: Scene, fault: Fault, rng: random.Random) -> str:
-    return "; ".join(await hostile.attack(scene.cluster.url, rng))
+    return "; ".join(await hostile.attack(scene.url, rng))
 
 
 ACTS: dict[str, Act] = {

@@ -24,6 +24,7 @@ from benchmarks.faults.watch import Watch
 from benchmarks.own_cluster import ClusterFailed
 from launch.cluster.layout import PAGE_TOKENS
 
+URL = f"http://127.0.0.1:{PORT}"
 WARM_SALT = "warm"
 HEAL_TIMEOUT_S = 120.0
 STORED_TIMEOUT_S = 60.0
@@ -54,10 +55,9 @@ class Campaign:
 
     async def run(self, stage: Stage, logs: Path, minutes: float, seed: int) -> None:
         """Raises :class:`ClusterFailed` when the cluster does not start, or does not heal."""
-        url = f"http://127.0.0.1:{PORT}"
-        cluster = Cluster(stage.records(logs), url, logs)
+        cluster = Cluster(stage.records(logs), URL, logs)
         self.records.engines = cluster.names("engine")
-        load = Load(url, self._conversations, self._weights, self._answered)
+        load = Load(URL, self._conversations, self._weights, self._answered)
         watch = Watch(cluster)
         try:
             cluster.start()
@@ -95,7 +95,7 @@ class Campaign:
     ) -> None:
         minutes, seed = lasts
         load.answers.clear()
-        scene = Scene(cluster, stage, self._weights, self._models)
+        scene = Scene(cluster, stage, URL, self._weights, self._models)
         begun_s = time.monotonic()
         async with asyncio.TaskGroup() as group:
             group.create_task(load.run(seed))
@@ -136,7 +136,9 @@ class Campaign:
         deadline = time.monotonic() + STORED_TIMEOUT_S
         busy = ("engine_open_jobs{", "agent_persisting_blocks{", "requests_in_flight")
         while sum(
-            v for name, v in (await cluster.metrics()).items() if any(b in name for b in busy)
+            v
+            for name, v in (await cluster.operator.metrics()).items()
+            if any(b in name for b in busy)
         ):
             if time.monotonic() > deadline:
                 self._note("not stored", f"after {STORED_TIMEOUT_S:g} s")
@@ -152,7 +154,7 @@ class Campaign:
 
     async def _held(self, cluster: Cluster) -> resources.Holdings:
         """Once the engines' caches are empty, and that has been reported."""
-        await cluster.order("/flush_cache", {})
+        await cluster.operator.order("/flush_cache", {})
         await asyncio.sleep(LAST_LOOK_S)
         return await resources.look(cluster, POOL_TOKENS, PAGE_TOKENS)
 

@@ -31,73 +31,14 @@ LOOK_TIMEOUT_S = 3.0
 OPERATOR_TIMEOUT_S = 30.0
 
 
-class Cluster:
-    """``start``, use, ``close``. Every process has a name: an agent's, an engine's, ``gateway``,
-    ``supervisor``, or a part of an engine's session: ``p0/scheduler``, ``p0/detokenizer``."""
+class Operator:
+    """What an operator asks of the gateway, or of an engine."""
 
-    def __init__(self, records: Sequence[ProcessRecord], url: str, folder: Path) -> None:
-        self.records = {record.name: record for record in records}
-        self.folder = folder
-        self._url = url
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, url: str) -> None:
         self._http = aiohttp.ClientSession(url)
-        write_private(folder / supervise.RECORDS, msgspec.json.encode(list(records)))
-        (folder / supervise.EVENTS).touch()
-
-    @property
-    def url(self) -> str:
-        return self._url
-
-    def names(self, kind: str) -> list[str]:
-        return [record.name for record in self.records.values() if record.kind == kind]
-
-    # ---- life ---------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Returns at once; see :meth:`wait_whole`."""
-        with (self.folder / "supervisor.log").open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", supervise.__name__, str(self.folder)],
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
 
     async def close(self) -> None:
         await self._http.close()
-        if self._process is not None:
-            self.signal(SUPERVISOR, signal.SIGCONT)
-            stop(self._process, STOP_TIMEOUT_S)
-
-    async def wait_whole(self, timeout_s: float = SERVE_TIMEOUT_S, since_s: float = 0.0) -> None:
-        """Until the gateway has heard from every agent and engine after ``since_s``."""
-        wanted = {*self.names("agent"), *self.names("engine")}
-        deadline = time.monotonic() + timeout_s
-        while await self.heard(since_s) != wanted:
-            if self._process is not None and self._process.poll() is not None:
-                raise ClusterFailed(
-                    f"the supervisor ended:\n{tail(self.folder / 'supervisor.log')}"
-                )
-            if time.monotonic() > deadline:
-                missing = wanted - await self.heard(since_s)
-                raise ClusterFailed(f"not there after {timeout_s:g} s: {sorted(missing)}")
-            await asyncio.sleep(0.25)
-
-    async def heard(self, since_s: float = 0.0) -> set[str]:
-        """Living agents and engines whose last report is younger."""
-        now = time.monotonic()
-        state = await self.state()
-        if state is None:
-            return set()
-        processes = [*state["agents"], *state["engines"]]
-        return {p["name"] for p in processes if p["alive"] and now - p["last_seen_s"] > since_s}
-
-    def events(self) -> list[Event]:
-        """All that the supervisors have said."""
-        lines = (self.folder / supervise.EVENTS).read_bytes().splitlines()
-        return [msgspec.json.decode(line, type=Event) for line in lines]
-
-    # ---- the gateway --------------------------------------------------------------------
 
     async def state(self) -> dict[str, Any] | None:
         """``/admin/cluster``; None while the gateway does not answer."""
@@ -127,6 +68,68 @@ class Cluster:
                 return f"{response.status} {(await response.text())[:200]}"
         except (aiohttp.ClientError, TimeoutError) as error:
             return f"no answer: {error!r}"
+
+    async def heard(self, since_s: float = 0.0) -> set[str]:
+        """Living agents and engines whose last report is younger."""
+        now = time.monotonic()
+        state = await self.state()
+        if state is None:
+            return set()
+        processes = [*state["agents"], *state["engines"]]
+        return {p["name"] for p in processes if p["alive"] and now - p["last_seen_s"] > since_s}
+
+
+class Cluster:
+    """``start``, use, ``close``. Every process has a name: an agent's, an engine's, ``gateway``,
+    ``supervisor``, or a part of an engine's session: ``p0/scheduler``, ``p0/detokenizer``."""
+
+    def __init__(self, records: Sequence[ProcessRecord], url: str, folder: Path) -> None:
+        self.records = {record.name: record for record in records}
+        self.folder = folder
+        self.operator = Operator(url)
+        self._process: subprocess.Popen[bytes] | None = None
+        write_private(folder / supervise.RECORDS, msgspec.json.encode(list(records)))
+        (folder / supervise.EVENTS).touch()
+
+    def names(self, kind: str) -> list[str]:
+        return [record.name for record in self.records.values() if record.kind == kind]
+
+    # ---- life ---------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Returns at once; see :meth:`wait_whole`."""
+        with (self.folder / "supervisor.log").open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", supervise.__name__, str(self.folder)],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    async def close(self) -> None:
+        await self.operator.close()
+        if self._process is not None:
+            self.signal(SUPERVISOR, signal.SIGCONT)
+            stop(self._process, STOP_TIMEOUT_S)
+
+    async def wait_whole(self, timeout_s: float = SERVE_TIMEOUT_S, since_s: float = 0.0) -> None:
+        """Until the gateway has heard from every agent and engine after ``since_s``."""
+        wanted = {*self.names("agent"), *self.names("engine")}
+        deadline = time.monotonic() + timeout_s
+        while await self.operator.heard(since_s) != wanted:
+            if self._process is not None and self._process.poll() is not None:
+                raise ClusterFailed(
+                    f"the supervisor ended:\n{tail(self.folder / 'supervisor.log')}"
+                )
+            if time.monotonic() > deadline:
+                missing = wanted - await self.operator.heard(since_s)
+                raise ClusterFailed(f"not there after {timeout_s:g} s: {sorted(missing)}")
+            await asyncio.sleep(0.25)
+
+    def events(self) -> list[Event]:
+        """All that the supervisors have said."""
+        lines = (self.folder / supervise.EVENTS).read_bytes().splitlines()
+        return [msgspec.json.decode(line, type=Event) for line in lines]
 
     def engine_url(self, name: str) -> str:
         """SGLang's own HTTP address."""

@@ -30,7 +30,7 @@ class Holdings(msgspec.Struct, frozen=True):
 async def look(cluster: Cluster, pool_tokens: int, page_tokens: int) -> Holdings:
     """Of a cluster that serves, and is asked nothing."""
     pids = cluster.all_pids()
-    state, metrics = await cluster.state(), await cluster.metrics()
+    state, metrics = await cluster.operator.state(), await cluster.operator.metrics()
     engines = state["engines"] if state else []
     slots = _total(metrics, "agent_dram_slots{")
     return Holdings(

@@ -38,8 +38,8 @@ class Watch:
     async def run(self) -> None:
         while True:
             begun_s = time.monotonic()
-            state = await self._cluster.state()
-            self._count_missing(await self._cluster.metrics())
+            state = await self._cluster.operator.state()
+            self._count_missing(await self._cluster.operator.metrics())
             engines = {} if state is None else _living(state)
             self.looks.append(Look(begun_s, engines, int(self._missing)))
             await asyncio.sleep(max(0.0, begun_s + LOOK_EVERY_S - time.monotonic()))
