@@ -21,16 +21,19 @@ class EngineConfig(ProcessSettings, frozen=True):
     """One engine and its way to the agents."""
 
     VARIABLE: ClassVar[str] = "DUALPATH_ENGINE"
+    SECRET: ClassVar[tuple[str, ...]] = ("control_secret",)
 
     name: str
     role: str
     """"prefill" or "decode"."""
     controls: list[str]
-    """zmq endpoint to bind, e.g. ``tcp://127.0.0.1:31012``: one for each attention group."""
+    """zmq endpoint to bind, such as ``run://p0``: one for each attention group."""
     agent: str
     """Name of the node's own agent, which persists this engine's blocks."""
     agents: dict[str, str]
     """Every agent's name and control endpoint."""
+    control_secret: str = ""
+    """Of which the keys of control connections are made (:mod:`transfer.control.keys`)."""
     deliver_timeout_s: Annotated[
         float,
         Meta(description="A delivery into an engine that is not done by then fails."),

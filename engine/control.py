@@ -17,9 +17,11 @@ from common.messages import (
     Ping,
     PlanAccepted,
     PlanRefused,
-    decode,
     encode,
 )
+from transfer.control.keys import Keys
+from transfer.control.senders import GATEWAY, LAUNCHER, decode_from
+from transfer.control.sockets import Doorkeeper, bind, sender_of
 
 log = logging.getLogger(__name__)
 
@@ -36,24 +38,25 @@ class ControlServer:
         on_plan: Callable[[EnginePlan | EndPlan], None],
         hello: Callable[[], EngineHello],
         accepts: Callable[[EnginePlan], bool],
+        keys: Keys,
     ) -> None:
         self._on_plan = on_plan
         self._hello = hello
         self._accepts = accepts
         self.malformed_total = 0
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, _QUEUE_MAX)
-        self._socket.setsockopt(zmq.RCVHWM, _QUEUE_MAX)
-        self._socket.bind(endpoint)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()  # SGLang uses the common one
+        self._doorkeeper = Doorkeeper(context, keys, (GATEWAY, LAUNCHER))
+        self._socket = context.socket(zmq.ROUTER)
+        bind(self._socket, endpoint, keys, _QUEUE_MAX)
         threading.Thread(target=self._serve, name="dualpath-control", daemon=True).start()
 
     def _serve(self) -> None:
         while True:
-            sender, *frames = self._socket.recv_multipart()
+            client, *frames = self._socket.recv_multipart(copy=False)
+            last = frames[-1] if frames else client
             try:
-                for answer in self._answers(decode(frames[-1] if frames else b"")):
-                    self._socket.send_multipart([sender, encode(answer)])
+                for answer in self._answers(decode_from(sender_of(last), last.bytes)):
+                    self._socket.send_multipart([client.bytes, encode(answer)])
             except MalformedMessage as error:
                 self.malformed_total += 1
                 log.warning("malformed control message dropped: %s", error)

@@ -48,6 +48,7 @@ from engine.transfers.page_holds import PageHolds
 from engine.watchdog import Watchdog
 from engine.weights import Weights
 from transfer.client import AgentLinks
+from transfer.control.keys import Keys
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class EngineRuntime:
         self.config = config
         self._host = host
         self._me = host.identity
+        self._keys = Keys(self._me.name, config.control_secret)
         self.memory = host.memory
         self.streams = host.streams
         group = host.scheduler.attn_tp_group
@@ -151,6 +153,7 @@ class EngineRuntime:
             return SilentLinks()
         return AgentLinks(
             self.config.agents,
+            self._keys,
             self._registration(),
             self._on_message,
             self.jobs.agent_restarted,
@@ -199,7 +202,9 @@ class EngineRuntime:
             self.prefill_timing.forward.cost,
             samples,
         )
-        ControlServer(self._host.control, self.ranks.post, report.hello, self.plans.accepts)
+        ControlServer(
+            self._host.control, self.ranks.post, report.hello, self.plans.accepts, self._keys
+        )
         pages = self._host.scheduler.token_to_kv_pool_allocator.num_pages
         quarantined_max = pages * self.config.quarantine_fraction_max
         Watchdog(self.jobs, self.plans, self.ranks.post, quarantined_max).start()

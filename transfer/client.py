@@ -28,6 +28,8 @@ from common.messages import (
     decode,
     encode,
 )
+from transfer.control.keys import Keys
+from transfer.control.sockets import connect
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +39,8 @@ SILENT_AFTER_S = 5.0
 
 
 class _Link:
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-        self.socket = context.socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
-        self.socket.setsockopt(zmq.RCVHWM, QUEUE_MAX)
-        self.socket.connect(endpoint)
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self.socket = socket
         self.incarnation: Incarnation | None = None
         self.hello: AgentHello | None = None
         self.last_heard = -SILENT_AFTER_S
@@ -56,6 +54,7 @@ class AgentLinks:
     def __init__(
         self,
         endpoints: dict[str, str],
+        keys: Keys,
         hello: RegisterEngine,
         on_message: Callable[[str, Message], None],
         on_incarnation: Callable[[str, Incarnation], None] = lambda agent, incarnation: None,
@@ -67,7 +66,10 @@ class AgentLinks:
         self._on_message = on_message
         self._on_incarnation = on_incarnation
         self._on_hello = on_hello
-        self._links = {name: _Link(context, endpoint) for name, endpoint in endpoints.items()}
+        self._links: dict[str, _Link] = {}
+        for name, endpoint in endpoints.items():
+            self._links[name] = _Link(context.socket(zmq.DEALER))
+            connect(self._links[name].socket, endpoint, keys, name, QUEUE_MAX)
         self._outbox: deque[tuple[str, Message]] = deque()
         self._closed = threading.Event()
         # Sockets belong to the thread below; a pair of inproc sockets wakes it for sends.
@@ -159,7 +161,7 @@ class AgentLinks:
         link = self._links[agent]
         link.last_heard = time.monotonic()
         match message:
-            case AgentHello():
+            case AgentHello() if message.agent == agent:
                 is_news, link.hello = message != link.hello, message
                 self._greeted(agent, link, message.incarnation)
                 if is_news:

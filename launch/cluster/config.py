@@ -158,6 +158,12 @@ class ClusterConfig:
         "ports only there); 0 means --port + 100.",
         integer(),
     )
+    cluster_secret_file: str = setting(
+        "",
+        "File (mode 0600) with the secret of which the keys of control connections are made; empty "
+        "means a new one at each start (docs/security.md).",
+        text("FILE"),
+    )
     device: str = setting(
         "auto",
         "Where engines compute; auto is cuda if torch has it.",

@@ -8,6 +8,7 @@ import zmq.asyncio
 
 from common.messages import Ping, encode
 from launch.cluster.process_record import HealthCheck
+from transfer.control.sockets import connect, located
 
 _TIMEOUT_S = 3.0
 
@@ -15,7 +16,8 @@ _TIMEOUT_S = 3.0
 class Prober:
     """Runs health checks; keeps one connection to each control endpoint."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_folder: str) -> None:
+        self._run_folder = run_folder
         self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S))
         self._zmq = zmq.asyncio.Context()
         self._sockets: dict[str, zmq.asyncio.Socket] = {}
@@ -24,7 +26,7 @@ class Prober:
         """One attempt, of 3 s at most."""
         if check.kind == "http":
             return await self._http_answers(check)
-        return await self._answers_ping(check.target)
+        return await self._answers_ping(check)
 
     async def close(self) -> None:
         await self._http.close()
@@ -38,13 +40,14 @@ class Prober:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
-    async def _answers_ping(self, endpoint: str) -> bool:
-        socket = self._sockets.get(endpoint)
+    async def _answers_ping(self, check: HealthCheck) -> bool:
+        socket = self._sockets.get(check.target)
         if socket is None:
-            socket = self._sockets[endpoint] = self._zmq.socket(zmq.DEALER)
-            socket.setsockopt(zmq.SNDHWM, 1)  # do not pile up pings for one that is away
+            assert check.keys is not None
+            socket = self._sockets[check.target] = self._zmq.socket(zmq.DEALER)
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-            socket.connect(endpoint)
+            endpoint = located(check.target, self._run_folder)
+            connect(socket, endpoint, check.keys, check.server, queue_max=1)  # no pile of pings
         try:
             while await socket.poll(0):  # answers to earlier pings say nothing about now
                 await socket.recv(zmq.NOBLOCK)

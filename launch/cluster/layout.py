@@ -12,7 +12,8 @@ from typing import Literal
 from launch.cluster.config import ClusterConfig
 from launch.cluster.hardware import Hardware
 from launch.cluster.ports import CONTROL, HTTP, block_ports, control
-from launch.cluster.tensor_parallel import check_window, ranks_of
+from launch.cluster.tensor_parallel import check_window, group_names, ranks_of
+from transfer.control.sockets import UNIX
 
 LOOPBACK = "127.0.0.1"
 PAGE_TOKENS = 64
@@ -57,7 +58,9 @@ class Layout:
             check_window(model, self.group_sizes("prefill"), self.group_sizes("decode"))
         self._ports_per_process = max(map(block_ports, self.ranks.values()))
         self.agents = {
-            agent_name(node): self._endpoint(node, self.port(node, "agent", CONTROL))
+            agent_name(node): self._endpoint(
+                node, agent_name(node), self.port(node, "agent", CONTROL)
+            )
             for node in self.nodes
         }
         """Name -> control endpoint."""
@@ -74,14 +77,25 @@ class Layout:
     def controls(self, node: str) -> list[str]:
         """Of each attention group of the node's engine."""
         ranks = self.ranks[node]
-        offsets = [control(ranks, group) for group in range(ranks.groups)]
-        return [self._endpoint(node, self.port(node, "engine", offset)) for offset in offsets]
+        return [
+            self._endpoint(node, name, self.port(node, "engine", control(ranks, group)))
+            for group, name in enumerate(self.engines(node))
+        ]
+
+    def engines(self, node: str) -> list[str]:
+        """What the gateway and the agents call the attention groups of the node's engine."""
+        return group_names(node, self.ranks[node])
+
+    @property
+    def is_one_host(self) -> bool:
+        """Whether no process has anything to ask another host for."""
+        return set(self.hosts.values()) == {LOOPBACK}
 
     def http(self, node: str) -> str:
         return f"http://{self.hosts[node]}:{self.port(node, 'engine', HTTP)}"
 
-    def _endpoint(self, node: str, port: int) -> str:
-        return f"tcp://{self.hosts[node]}:{port}"
+    def _endpoint(self, node: str, name: str, port: int) -> str:
+        return f"{UNIX}{name}" if self.is_one_host else f"tcp://{self.hosts[node]}:{port}"
 
     def gpus(self, node: str) -> list[int]:
         """Of a node's ranks: one after the other, as all nodes are on one machine."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from transfer.control.keys import Keys
 from transfer.traffic.classes import CLASS_OF_KIND, TrafficClass
 
 
@@ -17,6 +18,10 @@ class HealthCheck:
     target: str
     any_status: bool = False
     """An HTTP answer of any status counts, not 200 alone."""
+    server: str = ""
+    """Who answers at a control endpoint,"""
+    keys: Keys | None = field(default=None, repr=False)
+    """and who asks."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +16,14 @@ from launch.cluster.hardware import Hardware
 from launch.cluster.layout import LOOPBACK, Layout, agent_name, role_of
 from launch.cluster.ports import BOOTSTRAP, CONTROL, HTTP, RENDEZVOUS, mooncake_env
 from launch.cluster.process_record import HealthCheck, ProcessRecord
-from launch.cluster.tensor_parallel import group_names
 from launch.gateway.config import EngineAddress, GatewayConfig
 from launch.gateway.doors.settings import DoorKeys, DoorSettings
 from launch.settings import BadConfig, filled
 from scheduler.options import SchedulerOptions
 from storage.remote.settings import RemoteSettings
 from transfer.agent.config import AgentConfig
+from transfer.control.keys import SECRET_CHARS_MIN, BadSecret, Keys, read_secret
+from transfer.control.senders import LAUNCHER
 from transfer.traffic.classes import BadMarks, rdma_env
 
 
@@ -52,6 +54,8 @@ class _Records:
         self.layout = layout
         self._config = layout.config
         self._environ = environ
+        self._secret = _cluster_secret(layout.config)
+        self._keys = Keys(LAUNCHER, self._secret)
 
     def agent(self, node: str) -> ProcessRecord:
         name = agent_name(node)
@@ -61,6 +65,8 @@ class _Records:
             control=self.layout.agents[name],
             host=self.layout.hosts[node],
             protocol=self.layout.hardware.transfer,
+            engines=[name for other in self.layout.nodes for name in self.layout.engines(other)],
+            control_secret=self._secret,
             cgroup=config.traffic.cgroup,
             gpus=self.layout.gpus(node),
             ssd_dirs=[str(folder) for folder in config.ssd_folders_of(name)],
@@ -68,7 +74,7 @@ class _Records:
             experiment=Experiment(zero_io=config.is_zero_io),
         )
         settings = filled(settings, config)
-        alive = HealthCheck("zmq", self.layout.agents[name])
+        alive = self._answers(self.layout.agents[name], name)
         return ProcessRecord(
             name=name,
             kind="agent",
@@ -79,7 +85,7 @@ class _Records:
             },
             secrets=settings.secrets(),
             host=self.layout.hosts[node],
-            ports={"control": self.layout.port(node, "agent", CONTROL)},
+            ports=self._control_ports(self.layout.port(node, "agent", CONTROL)),
             ready=(alive,),
             alive=alive,
             cgroup=config.traffic.cgroup,
@@ -94,16 +100,21 @@ class _Records:
             controls=self.layout.controls(node),
             agent=agent_name(node),
             agents=self.layout.agents,
+            control_secret=self._secret,
             prefill_quota_s=self._quota_s() if role == "prefill" else None,
             layer_window=config.prefill_layer_window if role == "prefill" else None,
             promise_planned_only=role == "decode" and config.prefill_layer_window is not None,
             experiment=config.experiment,
         )
-        offsets = {"control": CONTROL, "http": HTTP, "rendezvous": RENDEZVOUS}
+        settings = filled(settings, config)
+        offsets = {"http": HTTP, "rendezvous": RENDEZVOUS}
         if role == "prefill":
             offsets["bootstrap"] = BOOTSTRAP
-        ports = {name: self.layout.port(node, "engine", offset) for name, offset in offsets.items()}
-        alive, *groups_alive = (HealthCheck("zmq", control) for control in settings.controls)
+        ports = self._control_ports(self.layout.port(node, "engine", CONTROL))
+        ports |= {
+            name: self.layout.port(node, "engine", offset) for name, offset in offsets.items()
+        }
+        alive, *groups_alive = map(self._answers, settings.controls, self.layout.engines(node))
         return ProcessRecord(
             name=node,
             kind="engine",
@@ -118,8 +129,9 @@ class _Records:
                     "engine", self.layout.port(node, "engine", 0), self.layout.ranks[node].total
                 ),
                 **engine_env(self.layout, node),
-                **filled(settings, config).to_env(),
+                **settings.to_env(),
             },
+            secrets=settings.secrets(),
             host=self.layout.hosts[node],
             ports=ports,
             ready=(
@@ -136,6 +148,7 @@ class _Records:
             host=config.host,
             port=config.port,
             agents=self.layout.agents,
+            control_secret=self._secret,
             engines=[address for node in self.layout.nodes for address in self._addresses(node)],
             model=str(self.layout.model),
             scheduler=filled(SchedulerOptions(), config),
@@ -162,8 +175,16 @@ class _Records:
             alive=HealthCheck("http", health, any_status=True),
         )
 
+    def _answers(self, endpoint: str, server: str) -> HealthCheck:
+        """At a control endpoint."""
+        return HealthCheck("zmq", endpoint, server=server, keys=self._keys)
+
+    def _control_ports(self, port: int) -> dict[str, int]:
+        """None on one host, whose control connections are unix sockets."""
+        return {} if self.layout.is_one_host else {"control": port}
+
     def _addresses(self, node: str) -> list[EngineAddress]:
-        names = group_names(node, self.layout.ranks[node])
+        names = self.layout.engines(node)
         return [
             EngineAddress(
                 name=name,
@@ -203,3 +224,13 @@ class _Records:
             return env | rdma_env(kind, self._config.traffic, self._environ)
         except BadMarks as error:
             raise BadConfig(f"{error}.") from error
+
+
+def _cluster_secret(config: ClusterConfig) -> str:
+    """From its file; a new one where one launcher owns every end."""
+    if not config.cluster_secret_file:
+        return secrets.token_hex(SECRET_CHARS_MIN)
+    try:
+        return read_secret(Path(config.cluster_secret_file).expanduser())
+    except BadSecret as error:
+        raise BadConfig(f"--cluster-secret-file {error}.") from error

@@ -88,7 +88,7 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         self._scratch = tempfile.mkdtemp(prefix="dualpath-")
-        self._prober = Prober()
+        self._prober = Prober(self._scratch)
         watchers = [asyncio.create_task(self._keep_running(record)) for record in self._records]
         progress = asyncio.create_task(self._report_progress())
         stopped = asyncio.create_task(self._stop.wait())

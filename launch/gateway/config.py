@@ -24,7 +24,7 @@ class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     http: str
     """e.g. ``http://127.0.0.1:31011``."""
     control: str
-    """zmq endpoint, e.g. ``tcp://127.0.0.1:31012``."""
+    """zmq endpoint, such as ``run://p0``."""
     bootstrap_host: str
     group: int | None = None
     """Which attention group of its engine it is; None: its engine has one."""
@@ -34,7 +34,7 @@ class GatewayConfig(ProcessSettings, frozen=True):
     """The OpenAI-compatible front door and its scheduler."""
 
     VARIABLE: ClassVar[str] = "DUALPATH_GATEWAY"
-    SECRET: ClassVar[tuple[str, ...]] = ("keys",)
+    SECRET: ClassVar[tuple[str, ...]] = ("keys", "control_secret")
 
     host: str
     port: int
@@ -42,6 +42,8 @@ class GatewayConfig(ProcessSettings, frozen=True):
     """Every agent's name and control endpoint."""
     engines: list[EngineAddress]
     model: str
+    control_secret: str = ""
+    """Of which the keys of control connections are made (:mod:`transfer.control.keys`)."""
     path_policy: Annotated[
         str,
         Meta(

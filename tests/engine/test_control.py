@@ -26,6 +26,8 @@ from engine.control import ControlServer
 from engine.plans import Plans
 from engine.sglang.prefill import forward_hooks, request_hooks
 from engine.weights import Weights
+from tests.control import join, keys
+from transfer.control.senders import GATEWAY
 
 NAMESPACE = Namespace("model", "1", "float32", BlockLayout(64, 1, (8,)))
 LOAD = EngineLoad("p0", "prefill", "agent-p0", Incarnation(1), "", 0, 0, 0, 100)
@@ -35,7 +37,6 @@ HELLO = EngineHello(LOAD, NAMESPACE, 8998, [])
 @pytest.fixture
 def client(tmp_path):
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RCVTIMEO, 5000)
         yield socket
 
@@ -57,8 +58,8 @@ def test_an_answer_that_fails_does_not_end_the_thread(client, tmp_path, caplog):
     def on_plan(message: EnginePlan | EndPlan) -> None:
         plans.put(message) if isinstance(message, EnginePlan) else plans.drop(message.rid)
 
-    server = ControlServer(endpoint, on_plan, hello, plans.accepts)
-    client.connect(endpoint)
+    server = ControlServer(endpoint, on_plan, hello, plans.accepts, keys("p0"))
+    join(client, endpoint, GATEWAY, "p0")
     client.send(encode(Ping()))
     client.send(b"rubbish")
     client.send(encode(EnginePlan(PlanId(7), "rid", NAMESPACE.digest(), [], [], [], 60.0)))
@@ -77,8 +78,8 @@ def test_an_answer_that_fails_does_not_end_the_thread(client, tmp_path, caplog):
 def test_a_plan_for_other_weights_is_refused_and_the_present_ones_are_told(client, tmp_path):
     endpoint = f"ipc://{tmp_path}/control"
     plans = Plans(Weights(NAMESPACE), page_tokens=64)
-    ControlServer(endpoint, cast(Any, plans.put), lambda: HELLO, plans.accepts)
-    client.connect(endpoint)
+    ControlServer(endpoint, cast(Any, plans.put), lambda: HELLO, plans.accepts, keys("p0"))
+    join(client, endpoint, GATEWAY, "p0")
     client.send(encode(EnginePlan(PlanId(7), "rid", bytes(32), [], [], [], 60.0)))
     assert decode(client.recv()) == HELLO
     assert decode(client.recv()) == PlanRefused(PlanId(7), "other weights by now")
@@ -88,10 +89,10 @@ def test_a_plan_for_other_weights_is_refused_and_the_present_ones_are_told(clien
 @pytest.mark.parametrize("reader", [[], [0, 1]])
 def test_a_plan_that_nobody_can_carry_out_is_refused_with_the_reason(client, tmp_path, reader):
     endpoint = f"ipc://{tmp_path}/control"
-    plans, keys = Plans(Weights(NAMESPACE), page_tokens=64), [BlockKey(bytes(32))] * 2
-    ControlServer(endpoint, cast(Any, plans.put), lambda: HELLO, plans.accepts)
-    client.connect(endpoint)
-    plan = EnginePlan(PlanId(7), "rid", NAMESPACE.digest(), keys, ["agent-p0"], reader, 60.0)
+    plans, blocks = Plans(Weights(NAMESPACE), page_tokens=64), [BlockKey(bytes(32))] * 2
+    ControlServer(endpoint, cast(Any, plans.put), lambda: HELLO, plans.accepts, keys("p0"))
+    join(client, endpoint, GATEWAY, "p0")
+    plan = EnginePlan(PlanId(7), "rid", NAMESPACE.digest(), blocks, ["agent-p0"], reader, 60.0)
     client.send(encode(plan))
     assert decode(client.recv()) == PlanRefused(PlanId(7), plan.fault) and plan.fault
     assert plans.get("rid") is None

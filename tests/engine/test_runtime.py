@@ -34,8 +34,10 @@ from engine.kv_memory import KvMemory
 from engine.report import EngineIdentity
 from engine.runtime import EngineRuntime, Host
 from engine.streams import Streams
+from tests.control import SECRET, join, stand_in_for
 from tests.engine.parts import NAMESPACE, Allocator, Request, keys_of
 from transfer import client
+from transfer.control.senders import GATEWAY
 
 T = TypeVar("T")
 AGENT_INCARNATION = Incarnation(9)
@@ -110,8 +112,8 @@ def peers(tmp_path) -> Iterator[tuple[Peer, Peer]]:
     """A gateway and the engine's own agent."""
     with zmq.Context() as context:
         gateway, agent = context.socket(zmq.DEALER), context.socket(zmq.ROUTER)
-        agent.bind(f"ipc://{tmp_path}/agent")
-        gateway.connect(f"ipc://{tmp_path}/control")
+        stand_in_for(agent, f"ipc://{tmp_path}/agent", "own")
+        join(gateway, f"ipc://{tmp_path}/control", GATEWAY, "d0")
         yield Peer(gateway), Peer(agent)
         for socket in (gateway, agent):
             socket.close(linger=0)
@@ -127,6 +129,7 @@ def engine(tmp_path, monkeypatch, peers) -> Iterator[EngineRuntime]:
         controls=[],
         agent="own",
         agents={"own": f"ipc://{tmp_path}/agent"},
+        control_secret=SECRET,
     )
     host = Host(
         identity=EngineIdentity("d0", "decode", "own", "d0", Incarnation(3), 0),

@@ -19,15 +19,20 @@ class AgentConfig(ProcessSettings, frozen=True):
     flags': :func:`launch.settings.owned`.)"""
 
     VARIABLE: ClassVar[str] = "DUALPATH_AGENT"
-    SECRET: ClassVar[tuple[str, ...]] = ("remote_options",)
+    SECRET: ClassVar[tuple[str, ...]] = ("remote_options", "control_secret")
 
     name: str
     control: str
-    """zmq endpoint to bind, e.g. ``tcp://127.0.0.1:31010``."""
+    """zmq endpoint to bind, e.g. ``tcp://10.0.0.1:31010``, or ``run://agent-p0``: a unix socket in
+    the run folder."""
     host: str
     """Address that Mooncake advertises for this node."""
     protocol: str
     """"tcp" or "rdma"."""
+    engines: list[str] = []
+    """Names of those that may register here."""
+    control_secret: str = ""
+    """Of which the keys of control connections are made (:mod:`transfer.control.keys`)."""
     rdma_devices: Annotated[
         str,
         Meta(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from typing import cast
 
 import zmq
 import zmq.asyncio
 
 from common.messages import Message, encode
+from transfer.control.keys import Keys
+from transfer.control.sockets import Doorkeeper, bind, sender_of
 from transfer.traffic.classes import CONTROL_DSCP
 
 log = logging.getLogger(__name__)
@@ -29,27 +32,26 @@ class CannotBind(Exception):
 class ControlSocket:
     """Never waits for a client: what its full queue does not take is dropped."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, keys: Keys, clients: Iterable[str]) -> None:
         self._context = zmq.asyncio.Context()
+        self._doorkeeper = Doorkeeper(self._context, keys, clients)
         self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
-        self._socket.setsockopt(zmq.RCVHWM, QUEUE_MAX)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # Gateway and engines wait for these: they are not to queue behind the agent's KV.
         self._socket.setsockopt(zmq.TOS, CONTROL_DSCP << 2)
         try:
-            self._socket.bind(endpoint)
+            bind(self._socket, endpoint, keys, QUEUE_MAX)
         except zmq.ZMQError as error:
             self.close()
             raise CannotBind(endpoint, str(error)) from error
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         """With the port that the kernel chose, if it was asked to."""
 
-    async def receive(self) -> tuple[bytes, bytes]:
-        """The next frame and the identity of its sender."""
-        identity, *frames = await self._socket.recv_multipart()
-        return identity, frames[-1] if frames else b""
+    async def receive(self) -> tuple[bytes, str, bytes]:
+        """The next frame: the identity of its connection, the name of its sender, what it holds."""
+        identity, *frames = await self._socket.recv_multipart(copy=False)
+        last = frames[-1] if frames else identity
+        return identity.bytes, sender_of(last), last.bytes
 
     def send(self, identity: bytes, message: Message) -> bool:
         """Queue a message for a client; False if it has no connection (any more)."""
@@ -64,4 +66,5 @@ class ControlSocket:
         return error is None or isinstance(error, zmq.Again)
 
     def close(self) -> None:
+        self._doorkeeper.stop()
         self._context.destroy(0)

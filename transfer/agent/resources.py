@@ -18,6 +18,8 @@ from transfer.agent.config import AgentConfig
 from transfer.agent.control_socket import ControlSocket
 from transfer.agent.jobs.transfer_queue import TransferQueue
 from transfer.agent.metrics import AgentCounters
+from transfer.control.keys import Keys
+from transfer.control.senders import GATEWAY, LAUNCHER
 from transfer.credits import CreditBoard
 from transfer.memory import HostMemory
 from transfer.mooncake import TransferPeer
@@ -45,7 +47,8 @@ class Resources:
         self._loop = asyncio.get_running_loop()
         self.incarnation = incarnation() or Incarnation(int(time.time() * 1000))
         self.counters = AgentCounters()
-        self.socket = ControlSocket(config.control)
+        keys = Keys(config.name, config.control_secret)
+        self.socket = ControlSocket(config.control, keys, [GATEWAY, LAUNCHER, *config.engines])
         self.announcer = Announcer(self.incarnation, self.socket.send)
         self.memory = HostMemory(config.dram_bytes)
         self.peer = _start_peer(config)

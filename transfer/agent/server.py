@@ -27,7 +27,6 @@ from common.messages import (
     RegisterEngine,
     ReleasePlan,
     Subscribe,
-    decode,
 )
 from common.samples import Sample, reported, sample
 from storage.store_events import StoreStats
@@ -36,6 +35,7 @@ from transfer.agent.engines import BadRegistration, check_registration
 from transfer.agent.metrics import store_samples
 from transfer.agent.resources import Resources
 from transfer.agent.serving import Serving, Unserved
+from transfer.control.senders import decode_from
 from transfer.pacing.agent_pacing import pacer_samples
 
 log = logging.getLogger(__name__)
@@ -68,9 +68,9 @@ class Agent:
         ticker = asyncio.create_task(self._tick())
         try:
             while True:
-                sender, frame = await self._resources.socket.receive()
+                client, sender, frame = await self._resources.socket.receive()
                 try:
-                    self._handle(sender, decode(frame))
+                    self._handle(client, decode_from(sender, frame))
                 except MalformedMessage as error:
                     self._drop(str(error))
                 except Exception:  # of this message alone: the agent goes on with the next
@@ -117,33 +117,33 @@ class Agent:
 
     # ---- messages -----------------------------------------------------------------------
 
-    def _handle(self, sender: bytes, message: Message) -> None:
+    def _handle(self, client: bytes, message: Message) -> None:
         match message:
             case Ping():
-                self._greet(sender)
-                self._state.heard(sender)
+                self._greet(client)
+                self._state.heard(client)
             case Subscribe():
-                self._greet(sender)
-                self._resources.announcer.subscribe(sender, self._state.holdings())
+                self._greet(client)
+                self._resources.announcer.subscribe(client, self._state.holdings())
             case RegisterEngine():
-                self._register(sender, message)
+                self._register(client, message)
             case ReadShare():
-                self._state.read_share(sender, message)
+                self._state.read_share(client, message)
             case ReleasePlan():
                 self._state.release(message.plan)
             case Deliver() | PullBlocks() | CancelJob():
-                self._state.job(sender, message)
+                self._state.job(client, message)
             case _:
                 raise MalformedMessage(f"{type(message).__name__} is not for agents")
 
-    def _register(self, sender: bytes, message: RegisterEngine) -> None:
+    def _register(self, client: bytes, message: RegisterEngine) -> None:
         try:
             check_registration(message, time.time() * 1000, self._resources.memory.size_bytes)
             self._state = self._state.opened_for(message)
-            self._state.register(sender, message)
+            self._state.register(client, message)
         except BadRegistration as error:
             raise MalformedMessage(str(error)) from error
-        self._greet(sender)
+        self._greet(client)
 
     def _greet(self, client: bytes) -> None:
         resources = self._resources

@@ -11,6 +11,8 @@ import zmq.asyncio
 from common.block import Namespace
 from launch.gateway.config import GatewayConfig
 from launch.gateway.peers.peer import AgentPeer, EnginePeer, Peer
+from transfer.control.keys import Keys
+from transfer.control.senders import GATEWAY
 
 
 class Membership:
@@ -19,8 +21,9 @@ class Membership:
     def __init__(self, config: GatewayConfig) -> None:
         self._heartbeat_timeout_s = config.scheduler.heartbeat_timeout_s
         self._context = zmq.asyncio.Context()
-        self.agents = {n: AgentPeer(n, e, self._context) for n, e in config.agents.items()}
-        self.engines = {a.name: EnginePeer(a, self._context) for a in config.engines}
+        context, keys = self._context, Keys(GATEWAY, config.control_secret)
+        self.agents = {n: AgentPeer(n, e, context, keys) for n, e in config.agents.items()}
+        self.engines = {a.name: EnginePeer(a, context, keys) for a in config.engines}
 
     def close(self) -> None:
         for peer in self.peers():

@@ -27,6 +27,8 @@ from common.messages import (
 )
 from common.samples import Sample
 from launch.gateway.config import EngineAddress
+from transfer.control.keys import Keys
+from transfer.control.sockets import connect
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ class Peer:
 
     kind = "peer"
 
-    def __init__(self, name: str, endpoint: str, context: zmq.asyncio.Context) -> None:
+    def __init__(self, name: str, endpoint: str, context: zmq.asyncio.Context, keys: Keys) -> None:
         self.name = name
         self.incarnation = -1
         self.last_seen_s = -math.inf
@@ -53,12 +55,9 @@ class Peer:
         self.watchers: set[Callable[[str], None]] = set()
         """Called with a reason when the peer dies or restarts."""
         self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
-        self._socket.setsockopt(zmq.RCVHWM, QUEUE_MAX)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        self._socket.connect(endpoint)
+        connect(self._socket, endpoint, keys, name, QUEUE_MAX)
 
     def send(self, message: Message) -> None:
         """Queue a message; raises :class:`PeerUnreachable`."""
@@ -125,8 +124,8 @@ class EnginePeer(Peer):
 
     kind = "engine"
 
-    def __init__(self, address: EngineAddress, context: zmq.asyncio.Context) -> None:
-        super().__init__(address.name, address.control, context)
+    def __init__(self, address: EngineAddress, context: zmq.asyncio.Context, keys: Keys) -> None:
+        super().__init__(address.name, address.control, context, keys)
         self.address = address
         self.hello: EngineHello | None = None
         self.http_alive = False

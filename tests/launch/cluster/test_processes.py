@@ -242,7 +242,9 @@ def test_other_kinds_of_parallel_engines_are_refused(flags, reason):
 
 @pytest.mark.parametrize("flags", ["--attn-dp-size 2", "--dp-size 2 --enable-dp-attention"])
 def test_each_attention_group_is_an_engine_to_the_gateway(monkeypatch, flags):
-    records = records_of(ClusterConfig(prefill_args=words(f"--tp 4 {flags}")))
+    records = records_of(
+        ClusterConfig(prefill_args=words(f"--tp 4 {flags}")), hosts={"p0": "10.0.0.1"}
+    )
     gateway = settings_of(monkeypatch, records["gateway"], "DUALPATH_GATEWAY", GatewayConfig)
     groups, decode = gateway.engines[:2], gateway.engines[2]
     assert [(group.name, group.group) for group in groups] == [("p0.0", 0), ("p0.1", 1)]

@@ -12,6 +12,7 @@ import zmq.asyncio
 
 from common import messages as m
 from common.ids import Incarnation
+from tests.control import stand_in_for
 
 _incarnations = itertools.count(1)
 
@@ -34,8 +35,7 @@ class ControlStub:
         self.client: bytes = b""
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(self.endpoint)
+        stand_in_for(self._socket, self.endpoint, name)
         self._task = asyncio.create_task(self._serve())
 
     async def _serve(self) -> None:

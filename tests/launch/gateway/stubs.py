@@ -25,6 +25,7 @@ from launch.gateway.app import create_app
 from launch.gateway.config import EngineAddress, GatewayConfig
 from launch.gateway.listening import listen
 from scheduler.options import SchedulerOptions
+from tests.control import SECRET
 from tests.launch.gateway.control_stub import ControlStub, free_port
 
 PAGE_TOKENS = 4
@@ -271,6 +272,7 @@ class StubCluster:
             agents={name: agent.endpoint for name, agent in self.agents.items()},
             engines=[self._address(engine) for engine in self.engines],
             model="stub",
+            control_secret=SECRET,
             scheduler=SchedulerOptions(heartbeat_timeout_s=heartbeat_timeout_s),
             **config,
         )

@@ -27,9 +27,12 @@ from common.messages import (
     decode,
     encode,
 )
-from common.process_settings import INCARNATION
+from common.process_settings import INCARNATION, SECRETS
+from common.user_files import write_private
+from tests.control import SECRET, join
 from tests.transfer.agent.fake_engine import LAYOUT, ROOT, key_of
 from transfer.agent.config import AgentConfig
+from transfer.control.senders import GATEWAY
 
 SLOT_BYTES = -(-LAYOUT.block_bytes // 4096) * 4096
 M = TypeVar("M", bound=Message)
@@ -58,14 +61,19 @@ class AgentProcess:
             "ssd_bytes": 64 << 20,
             "ssd_min_free_bytes": 0,
             "pace": "off",
+            "engines": [f"{role}{number}" for role in "pd" for number in range(10)],
+            "control_secret": SECRET,
         }
         self.config = AgentConfig(**{**fields, **settings})
         self._incarnation = 100
 
     def start(self) -> None:
         self._incarnation += 1
+        secrets = self.log_path.with_name("secrets")
+        write_private(secrets, self.config.secrets())
         environment = {
             **os.environ,
+            SECRETS: str(secrets),
             "PYTHONPATH": str(ROOT),
             **self.config.to_env(),
             INCARNATION: str(self._incarnation),
@@ -96,11 +104,11 @@ class AgentProcess:
 class FakeGateway:
     """A DEALER that keeps what comes in until someone asks for it."""
 
-    def __init__(self, control: str) -> None:
+    def __init__(self, control: str, name: str = GATEWAY) -> None:
+        """``name``: of its key, if it is an engine's."""
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.connect(control)
+        join(self.socket, control, name, "a0")
         self.received: list[Message] = []
 
     def send(self, message: Message) -> None:

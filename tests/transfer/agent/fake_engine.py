@@ -33,6 +33,7 @@ from common.messages import (
     decode,
     encode,
 )
+from tests.control import keys
 
 ROOT = Path(__file__).resolve().parents[3]
 LAYOUT = BlockLayout(page_tokens=4, num_layers=4, component_bytes=(4096, 2048))
@@ -220,7 +221,7 @@ def main() -> None:
     def on_message(agent: str, message: Message) -> None:
         _say({"message": base64.b64encode(encode(message)).decode()})
 
-    links = AgentLinks(agents, hello, on_message)
+    links = AgentLinks(agents, keys(name), hello, on_message)
     _say({"answer": memories[0].board_address})
     answer: Any
     for line in sys.stdin:

@@ -29,7 +29,7 @@ from common.messages import (
     encode,
 )
 from tests.samples import by_name
-from tests.transfer.agent.agent_process import AgentProcess
+from tests.transfer.agent.agent_process import AgentProcess, FakeGateway
 from tests.transfer.agent.fake_engine import LAYOUT, content_of, key_of
 
 LAYERS = LAYOUT.num_layers
@@ -274,11 +274,13 @@ def test_what_is_no_message_is_counted_and_dropped(agent, gateway, start_engine)
 
 
 def test_jobs_of_a_stranger_are_answered_and_not_obeyed(agent, gateway):
-    gateway.send(PullBlocks(JobId(5), [key_of(1)], [1], 10.0))
-    assert gateway.wait(UnknownEngine).job == 5
+    stranger = FakeGateway(agent.control, "p0")
+    stranger.send(PullBlocks(JobId(5), [key_of(1)], [1], 10.0))
+    assert stranger.wait(UnknownEngine).job == 5
     # the job may be running for an engine that has only reconnected
-    gateway.send(CancelJob(JobId(5)))
-    assert gateway.wait(UnknownEngine).job == 0
+    stranger.send(CancelJob(JobId(5)))
+    assert stranger.wait(UnknownEngine).job == 0
+    stranger.close()
     assert gateway.read(1, range(3)).in_dram == [False] * 3
 
 

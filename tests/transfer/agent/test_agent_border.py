@@ -107,7 +107,7 @@ def test_a_job_that_cannot_be_fails_and_so_do_many_of_them(agent, gateway, start
 def test_an_agent_serves_on_after_thousands_of_odd_messages(agent, gateway, start_engine):
     engine = start_engine("d0")
     store(engine, 1, range(3))
-    other = FakeGateway(agent.control)
+    other = FakeGateway(agent.control, "p0")
     other.send(HELLO)
     noise = random.Random(7)
     for _ in range(40):
@@ -149,9 +149,11 @@ def test_a_registration_that_cannot_be_is_refused_before_it_changes_anything(cha
 
 @pytest.mark.slow
 def test_the_first_registration_does_not_fix_an_odd_size_of_slots(agent, gateway, start_engine):
-    gateway.send(msgspec.structs.replace(HELLO, namespace=namespace(BlockLayout(1, 0, (1,)))))
-    gateway.send(msgspec.structs.replace(HELLO, incarnation=Incarnation((1 << 48) - 1)))
-    gateway.hello()
+    odd = FakeGateway(agent.control, "p0")
+    odd.send(msgspec.structs.replace(HELLO, namespace=namespace(BlockLayout(1, 0, (1,)))))
+    odd.send(msgspec.structs.replace(HELLO, incarnation=Incarnation((1 << 48) - 1)))
+    odd.hello()
+    odd.close()
     store(start_engine("p0"), 1, range(2))
 
 

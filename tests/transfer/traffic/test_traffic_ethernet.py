@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.control import keys
 from transfer.agent.control_socket import ControlSocket
 from transfer.traffic import cgroup, host
 from transfer.traffic.classes import CONTROL_DSCP, TrafficClass, TrafficSettings
@@ -341,7 +342,7 @@ def test_control_messages_of_an_agent_are_marked():
     """What the rules rely on: the ROUTER's mark is on the packets of its connections."""
 
     async def marks() -> set[int]:
-        router = ControlSocket("tcp://127.0.0.1:*")
+        router = ControlSocket("tcp://127.0.0.1:*", keys("a0"), [])
         try:
             port = int(router.endpoint.rpartition(":")[2])
             with sniffer("lo") as packets, socket.create_connection(("127.0.0.1", port), 5):

@@ -1,0 +1,1 @@
+"""Control connections: zmq sockets whose two ends know each other, and who may send what."""

@@ -1,0 +1,39 @@
+"""Who may send a server which message."""
+
+from __future__ import annotations
+
+from common.messages import (
+    CancelJob,
+    Deliver,
+    EndPlan,
+    EnginePlan,
+    MalformedMessage,
+    Message,
+    Ping,
+    PullBlocks,
+    ReadShare,
+    RegisterEngine,
+    ReleasePlan,
+    Subscribe,
+    decode,
+)
+
+GATEWAY, LAUNCHER = "gateway", "launcher"
+"""Names of their keys; all others are engines, or agents, which are nobody's clients."""
+
+_GATEWAYS = (Subscribe, ReadShare, ReleasePlan, EnginePlan, EndPlan)
+_ENGINES = (RegisterEngine, ReleasePlan, Deliver, CancelJob, PullBlocks)
+
+
+def decode_from(sender: str, frame: bytes) -> Message:
+    """The message in a frame, if its sender may send it: plans are the gateway's, and an engine
+    speaks for itself alone. Raises :class:`MalformedMessage`."""
+    message = decode(frame)
+    if isinstance(message, Ping):
+        return message
+    allowed = {GATEWAY: _GATEWAYS, LAUNCHER: ()}.get(sender, _ENGINES)
+    if not isinstance(message, allowed):
+        raise MalformedMessage(f"{type(message).__name__} is not {sender}'s to send here")
+    if isinstance(message, RegisterEngine) and message.engine != sender:
+        raise MalformedMessage(f"{sender} cannot register as {message.engine}")
+    return message
