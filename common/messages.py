@@ -288,6 +288,15 @@ class EndPlan(_Message):
 # ---- engine -> gateway ------------------------------------------------------------------
 
 
+class ModelBounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a request to an engine may name and fill. Beyond it SGLang's scheduler fails."""
+
+    vocabulary_tokens: int
+    context_tokens: int
+    prompt_tokens_max: int
+    """Of the context, and of the engine's KV pool."""
+
+
 class EngineHello(_Message):
     """An engine's answer to ``Ping``."""
 
@@ -295,6 +304,7 @@ class EngineHello(_Message):
     namespace: Namespace
     bootstrap_port: int
     """Prefill engines: SGLang's bootstrap server; 0 otherwise."""
+    bounds: ModelBounds
     samples: list[Sample]
 
 

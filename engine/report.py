@@ -8,7 +8,7 @@ import msgspec
 
 from common.ids import Incarnation
 from common.loads import EngineLoad
-from common.messages import EngineHello
+from common.messages import EngineHello, ModelBounds
 from common.prefill_cost import PrefillCost
 from common.samples import Sample, reported
 from engine.plans import Plans
@@ -30,6 +30,7 @@ class EngineIdentity(msgspec.Struct, frozen=True):
     incarnation: Incarnation
     bootstrap_port: int
     """Of SGLang's bootstrap server; of a decode engine 0."""
+    bounds: ModelBounds
 
 
 class EngineReport:
@@ -58,6 +59,7 @@ class EngineReport:
             load=self._load(),
             namespace=self._plans.weights.namespace,
             bootstrap_port=self._identity.bootstrap_port,
+            bounds=self._identity.bounds,
             samples=reported(sample for part in self._samples for sample in part()),
         )
 

@@ -10,6 +10,7 @@ from sglang.srt.distributed.parallel_state import get_mooncake_transfer_engine
 from sglang.srt.mem_cache.utils import get_hash_str
 from sglang.srt.runtime_context import get_parallel
 
+from common.messages import ModelBounds
 from common.process_settings import incarnation
 from engine.config import EngineConfig
 from engine.report import EngineIdentity
@@ -38,6 +39,9 @@ USES = (
     Use("runtime_context.get_parallel", "which attention group this is"),
     Use("distributed.parallel_state.get_mooncake_transfer_engine", "Mooncake's, of the process"),
     Use(_SCHEDULER + "model_config", "the model"),
+    Use("configs.model_config.ModelConfig.vocab_size", "what the gateway lets requests name"),
+    Use("configs.model_config.ModelConfig.context_len", "what the gateway lets requests fill"),
+    Use(_SCHEDULER + "max_req_input_len", "the longest prompt"),
     Use("configs.model_config.ModelConfig.get_total_num_kv_heads", "at all ranks together"),
     Use("configs.model_config.ModelConfig.dtype", "the type in which it computes"),
     Use(_SCHEDULER + "token_to_kv_pool_allocator", "has the KV pool"),
@@ -79,6 +83,11 @@ def _host(config: EngineConfig, scheduler: Any) -> Host:
             group=config.name,
             incarnation=incarnation(),
             bootstrap_port=int(given.disaggregation_bootstrap_port) if is_prefill else 0,
+            bounds=ModelBounds(
+                vocabulary_tokens=scheduler.model_config.vocab_size,
+                context_tokens=scheduler.model_config.context_len,
+                prompt_tokens_max=scheduler.max_req_input_len,
+            ),
         ),
         control=config.controls[group],
         scheduler=scheduler,

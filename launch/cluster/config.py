@@ -15,7 +15,7 @@ from common.json import JsonObject
 from common.user_files import cache_folder
 from engine.config import EngineConfig
 from launch import settings
-from launch.gateway.config import GatewayConfig
+from launch.gateway.config import LOGPROBS_MAX, GatewayConfig, RequestLimits
 from launch.gateway.doors.keys import ApiKey, keys_text, read_keys
 from launch.gateway.doors.settings import DoorKeys, DoorSettings
 from launch.settings import (
@@ -253,6 +253,14 @@ class ClusterConfig:
         integer("N"),
     )
     requests_max: int = owned(GatewayConfig, "requests_max", integer("N"))
+    body_bytes_max: int = owned(RequestLimits, "body_bytes_max", SIZE)
+    json_depth_max: int = owned(RequestLimits, "json_depth_max", integer("N"))
+    choices_max: int = owned(RequestLimits, "choices_max", integer("N"))
+    stop_strings_max: int = owned(RequestLimits, "stop_strings_max", integer("N"))
+    tools_max: int = owned(RequestLimits, "tools_max", integer("N"))
+    logprobs_max: int = owned(RequestLimits, "logprobs_max", integer("N"))
+    grammar_bytes_max: int = owned(RequestLimits, "grammar_bytes_max", SIZE)
+    stop_regex: bool = owned(RequestLimits, "stop_regex", SWITCH)
     read_timeout_s: float = owned(GatewayConfig, "read_timeout_s", SECONDS)
     deliver_timeout_s: float = owned(EngineConfig, "deliver_timeout_s", SECONDS)
     request_timeout_s: float = owned(GatewayConfig, "request_timeout_s", SECONDS)
@@ -329,6 +337,10 @@ def _check(config: ClusterConfig) -> None:
     sizes = [name for name in names if name.endswith("_bytes")]
     for name in (*sizes, *_MAY_BE_ZERO, "max_total_tokens", "beta_tokens"):
         require(getattr(config, name) >= 0, f"{flag(name)}: give 0 or more.")
+    require(
+        config.logprobs_max <= LOGPROBS_MAX,
+        f"--logprobs-max {config.logprobs_max}: SGLang hands {LOGPROBS_MAX} to decode at most.",
+    )
     require(
         config.dram_bytes > 0,
         "--dram-bytes 0: every block passes through DRAM; give at least what two requests need.",

@@ -16,7 +16,7 @@ from launch.cluster.hardware import Hardware
 from launch.cluster.layout import LOOPBACK, Layout, agent_name, role_of
 from launch.cluster.ports import BOOTSTRAP, CONTROL, HTTP, RENDEZVOUS, mooncake_env
 from launch.cluster.process_record import HealthCheck, ProcessRecord
-from launch.gateway.config import EngineAddress, GatewayConfig
+from launch.gateway.config import EngineAddress, GatewayConfig, RequestLimits
 from launch.gateway.doors.settings import DoorKeys, DoorSettings
 from launch.settings import BadConfig, filled
 from scheduler.options import SchedulerOptions
@@ -150,10 +150,10 @@ class _Records:
             agents=self.layout.agents,
             control_secret=self._secret,
             engines=[address for node in self.layout.nodes for address in self._addresses(node)],
-            model=str(self.layout.model),
             scheduler=filled(SchedulerOptions(), config),
             doors=filled(DoorSettings(), config),
             keys=filled(DoorKeys(), config),
+            limits=filled(RequestLimits(), config),
         )
         settings = filled(settings, config)
         reachable = LOOPBACK if config.host in ("0.0.0.0", "") else config.host

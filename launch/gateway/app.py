@@ -17,21 +17,25 @@ from typing import TypeVar
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from common.ids import PlanId
-from common.json import JsonObject
-from launch.gateway.admission import Seat, owner_of
+from launch.gateway.admission import owner_of
+from launch.gateway.body import read_body
 from launch.gateway.config import GatewayConfig
 from launch.gateway.doors.doors import Doors
 from launch.gateway.doors.refusals import Forbidden
 from launch.gateway.doors.visitor import visitor_of
-from launch.gateway.errors import BadRequest, GatewayError, NotFound, Unavailable
+from launch.gateway.errors import BadRequest, GatewayError, NoSuchRoute, NotFound, Unavailable
+from launch.gateway.generate_probe import GenerateProbe
 from launch.gateway.orders import Orders
 from launch.gateway.peers.control_plane import ControlPlane
-from launch.gateway.request.parts import CHAT, COMPLETIONS, GENERATE, Part
-from launch.gateway.request.serve import error_response, serve
+from launch.gateway.request.checks import check_ids, check_limits
+from launch.gateway.request.parts import CHAT, COMPLETIONS, GENERATE
+from launch.gateway.request.schema import DETOKENIZE, TOKENIZE, decode_body
+from launch.gateway.request.serve import CLIENT_GONE_STATUS, error_response, serve
 from launch.gateway.request.trace import HEADER
-from launch.gateway.request.walk import RequestWalk
 from launch.gateway.services import Services
 from scheduler.policies import UnknownPolicy
 from scheduler.scheduler import Scheduler
@@ -43,10 +47,6 @@ T = TypeVar("T")
 PLANS_PER_MS = 128
 """Plan numbers begin at the start time: a restarted gateway repeats none (48 bits last
 until the year 2039)."""
-HEALTH_SEAT = Seat("health", parts=0, begun=True)
-"""A tenant of its own, so no other's queue delays the probe; outside the bound."""
-HEALTH_TIMEOUT_S = 20.0
-"""``/health_generate``, as SGLang's."""
 
 
 class PolicyChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,12 +84,16 @@ def create_app(config: GatewayConfig, run_folder: Path | None = None) -> FastAPI
         orders = Orders(scheduler, [peer.name for peer in plane.members.peers()], run_folder)
         services = Services(config, scheduler, plane, orders)
         app.state.services = services
+        app.state.generate_probe = GenerateProbe(services)
         services.start()
         yield
         await services.close()
 
     app = FastAPI(lifespan=lifespan, title="DualPath", docs_url=None, redoc_url=None)
     app.add_exception_handler(GatewayError, _gateway_error)
+    app.add_exception_handler(HTTPException, _no_such_route)
+    app.add_exception_handler(ClientDisconnect, _client_gone)
+    app.add_exception_handler(Exception, _internal_error)
     _add_doors(app, config)
     _generating_routes(app)
     _model_routes(app)
@@ -120,6 +124,20 @@ async def _gateway_error(request: Request, error: Exception) -> Response:
     return error_response(error)
 
 
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path: str = request.scope["path"]
+    return error_response(NoSuchRoute(error.status_code, f"{request.method} {path}"))
+
+
+async def _client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_GONE_STATUS)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    return error_response(GatewayError("internal error of the gateway"))  # Starlette logs it
+
+
 def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
@@ -129,10 +147,14 @@ def _json(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
+async def _body(request: Request) -> bytes:
+    return await read_body(request, _services(request).config.limits.body_bytes_max)
+
+
 async def _decode(request: Request, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(await request.body(), type=kind)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        return msgspec.json.decode(await _body(request), type=kind)
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
         raise BadRequest(str(error)) from error
 
 
@@ -168,16 +190,21 @@ def _generating_routes(app: FastAPI) -> None:
 def _model_routes(app: FastAPI) -> None:
     async def forward(request: Request) -> Response:
         # SGLang's old name for it still works, with a warning in the engine's log.
-        path = request.url.path.replace("/get_model_info", "/model_info")
+        path: str = request.scope["path"].replace("/get_model_info", "/model_info")
+        if ".." in path.split("/"):  # which would lead to another route of the engine
+            raise NotFound(f"there is no model {path}")
         answer = await _services(request).client.ask_any("GET", path)
         return Response(answer.body, media_type=answer.content_type)
 
     async def forward_body(request: Request) -> Response:
-        body = await _decode(request, JsonObject)
-        answer = await _services(request).client.ask_any("POST", request.url.path, body)
+        services, path = _services(request), request.scope["path"]
+        body = decode_body(path, await _body(request))
+        check_limits(body, services.config.limits)
+        check_ids(body, services.plane.members.bounds())
+        answer = await services.client.ask_any("POST", path, body)
         return Response(answer.body, media_type=answer.content_type)
 
-    for path in ("/v1/tokenize", "/v1/detokenize"):
+    for path in (TOKENIZE, DETOKENIZE):
         app.add_api_route(path, forward_body, methods=["POST"])
     for path in ("/v1/models", "/v1/models/{model:path}", "/model_info", "/get_model_info"):
         app.add_api_route(path, forward, methods=["GET"])
@@ -193,25 +220,7 @@ def _health_routes(app: FastAPI) -> None:
 
     @app.get("/health_generate")
     async def health_generate(request: Request) -> Response:
-        """A real request of one token, past the cache."""
-        services = _services(request)
-        sampling = {"max_new_tokens": 1, "temperature": 0}
-        part = Part(
-            path=GENERATE,
-            body={"input_ids": [1, 2, 3], "sampling_params": sampling},
-            rid=f"health-generate-{time.monotonic_ns()}",
-            index=0,
-            token_ids=[1, 2, 3],
-        )
-        walk = RequestWalk(services, part, HEALTH_SEAT, time.monotonic(), use_cache=False)
-        try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                await walk.answer.head
-                await walk.task
-        except TimeoutError as error:
-            raise Unavailable(f"no token within {HEALTH_TIMEOUT_S:g} s") from error
-        finally:
-            walk.cancel()
+        await request.app.state.generate_probe.check()
         return _json({"status": "ok"})
 
     @app.get("/metrics")

@@ -30,6 +30,45 @@ class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which attention group of its engine it is; None: its engine has one."""
 
 
+LOGPROBS_MAX = 128
+"""Places in what SGLang hands from a prefill to a decode engine; one more ends the scheduler."""
+
+
+class RequestLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How much one request may hold."""
+
+    body_bytes_max: Annotated[
+        int, Meta(description="Bytes of a request's body; the rest is not read, the answer is 413.")
+    ] = 32 << 20
+    json_depth_max: Annotated[
+        int, Meta(description="Depth of nested JSON in a request: messages, tools, schemas.")
+    ] = 64
+    choices_max: Annotated[int, Meta(description="Choices of a request (`n`) for each prompt.")] = (
+        128
+    )
+    stop_strings_max: Annotated[
+        int, Meta(description="Stop strings of a request; SGLang takes 32 at most.")
+    ] = 32
+    tools_max: Annotated[int, Meta(description="Tools of a request.")] = 128
+    logprobs_max: Annotated[
+        int,
+        Meta(
+            description="Log-probabilities a token that a request may ask for; SGLang hands 128 "
+            "from prefill to decode at most."
+        ),
+    ] = LOGPROBS_MAX
+    grammar_bytes_max: Annotated[
+        int, Meta(description="Size of a JSON schema, regex, EBNF or structural tag.")
+    ] = 32 << 10
+    stop_regex: Annotated[
+        bool,
+        Meta(
+            description="Let requests have `stop_regex`, which SGLang matches in its scheduler: "
+            "one that backtracks for long stops the engine."
+        ),
+    ] = False
+
+
 class GatewayConfig(ProcessSettings, frozen=True):
     """The OpenAI-compatible front door and its scheduler."""
 
@@ -41,7 +80,6 @@ class GatewayConfig(ProcessSettings, frozen=True):
     agents: dict[str, str]
     """Every agent's name and control endpoint."""
     engines: list[EngineAddress]
-    model: str
     control_secret: str = ""
     """Of which the keys of control connections are made (:mod:`transfer.control.keys`)."""
     path_policy: Annotated[
@@ -54,6 +92,7 @@ class GatewayConfig(ProcessSettings, frozen=True):
     scheduler: SchedulerOptions = SchedulerOptions()
     doors: DoorSettings = DoorSettings()
     keys: DoorKeys = DoorKeys()
+    limits: RequestLimits = RequestLimits()
     requests_max: Annotated[
         int,
         Meta(

@@ -18,6 +18,8 @@ class GatewayError(Exception):
     """Label of ``dualpath:requests_total``."""
     retry_after_s: int | None = None
     content_type = "application/json"
+    param: str | None = None
+    """The field of the request that was at fault."""
 
     def body(self) -> bytes:
         """The JSON body of the HTTP answer."""
@@ -32,7 +34,12 @@ class GatewayError(Exception):
         return {} if retry_after_s is None else {"retry-after": str(retry_after_s)}
 
     def _fields(self) -> dict[str, object]:
-        return {"message": str(self), "type": self.kind, "param": None, "code": self.status}
+        return {
+            "message": str(self),
+            "type": self.kind,
+            "param": self.param,
+            "code": self.status,
+        }
 
 
 class BadRequest(GatewayError):
@@ -42,6 +49,22 @@ class BadRequest(GatewayError):
     kind = "invalid_request_error"
     outcome = "client_error"
 
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class BodyTooLarge(BadRequest):
+    """The body is larger than ``body_bytes_max``; the rest of it is not read."""
+
+    status = 413
+
+
+class BodyTooSlow(BadRequest):
+    """The body did not come in time."""
+
+    status = 408
+
 
 class NotFound(GatewayError):
     """An operator named something that is not there."""
@@ -49,6 +72,17 @@ class NotFound(GatewayError):
     status = 404
     kind = "not_found_error"
     outcome = "client_error"
+
+
+class NoSuchRoute(GatewayError):
+    """The path is none of the gateway's, or not with this method."""
+
+    kind = "not_found_error"
+    outcome = "client_error"
+
+    def __init__(self, status: int, route: str) -> None:
+        super().__init__(f"There is no route {route}.")
+        self.status = status
 
 
 class TooManyRequests(GatewayError):
@@ -96,26 +130,30 @@ class RequestFailed(GatewayError):
 
 
 class EngineRefused(GatewayError):
-    """An engine answered 4xx: the client gets that answer, unchanged."""
+    """An engine answered 4xx: the client gets its words, in the shape of all errors.
 
+    SGLang has three shapes: flat (``{"object": "error", "message": ...}``), nested under
+    ``error``, and FastAPI's ``{"detail": ...}``.
+    """
+
+    kind = "invalid_request_error"
     outcome = "client_error"
 
-    def __init__(self, status: int, content_type: str, body: bytes) -> None:
-        super().__init__(f"refused by the engine with status {status}")
+    def __init__(self, status: int, body: bytes) -> None:
+        fields = _error_fields(body)
+        super().__init__(str(fields.get("message") or fields.get("detail") or "refused"))
         self.status = status
-        self.content_type = content_type
-        self._body = body
+        param = fields.get("param")
+        self.param = param if isinstance(param, str) else None
 
-    def body(self) -> bytes:
-        return self._body
 
-    def _fields(self) -> dict[str, object]:
-        try:
-            answer = msgspec.json.decode(self._body, type=dict[str, object])
-        except (msgspec.DecodeError, msgspec.ValidationError):
-            return super()._fields()
-        error = answer.get("error", answer)
-        return error if isinstance(error, dict) else super()._fields()
+def _error_fields(body: bytes) -> dict[str, object]:
+    try:
+        answer = msgspec.json.decode(body, type=dict[str, object])
+    except (msgspec.DecodeError, msgspec.ValidationError):
+        return {"message": body[:500].decode(errors="replace")}
+    error = answer.get("error", answer)
+    return error if isinstance(error, dict) else {"message": str(error)}
 
 
 class AttemptFailed(Exception):

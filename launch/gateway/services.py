@@ -16,7 +16,6 @@ from launch.gateway.peers.engine_client import EngineClient
 from launch.gateway.peers.http_probe import HttpProbe
 from launch.gateway.recent_requests import EndedView, RecentRequests
 from launch.gateway.request.parts import Part
-from launch.gateway.request.prompt import vocabulary_tokens
 from scheduler.cluster_view import ClusterView
 from scheduler.scheduler import Scheduler
 
@@ -65,7 +64,6 @@ class Services:
         self.probe = HttpProbe(self.client, plane.http_state)
         self.admission = Admission(config.requests_max)
         self.metrics = GatewayMetrics(plane, self.admission)
-        self.vocabulary_tokens = vocabulary_tokens(config.model)
         self.walks: dict[tuple[str, str], Walk] = {}
         """By tenant and the client's id."""
         self.recent = RecentRequests()

@@ -16,6 +16,7 @@ from common.messages import (
     EndPlan,
     EngineHello,
     EnginePlan,
+    ModelBounds,
     Ping,
     PlanAccepted,
     PlanRefused,
@@ -31,7 +32,7 @@ from transfer.control.senders import GATEWAY
 
 NAMESPACE = Namespace("model", "1", "float32", BlockLayout(64, 1, (8,)))
 LOAD = EngineLoad("p0", "prefill", "agent-p0", Incarnation(1), "", 0, 0, 0, 100)
-HELLO = EngineHello(LOAD, NAMESPACE, 8998, [])
+HELLO = EngineHello(LOAD, NAMESPACE, 8998, ModelBounds(100, 64, 60), [])
 
 
 @pytest.fixture

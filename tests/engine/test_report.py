@@ -7,9 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from common.ids import Incarnation
+from common.messages import ModelBounds
 from engine.report import EngineIdentity, EngineReport
 from engine.sglang.requests import EngineRequests
 from tests.engine.parts import NAMESPACE, PAGE, Parts, Request
+
+BOUNDS = ModelBounds(vocabulary_tokens=100, context_tokens=64, prompt_tokens_max=60)
 
 
 class Scheduler:
@@ -35,7 +38,7 @@ class Scheduler:
 def report():
     def report(role: str) -> tuple[Parts, EngineReport]:
         engine = Parts(role, pages=5)
-        identity = EngineIdentity("e0", role, "a", "group", Incarnation(3), 8998)
+        identity = EngineIdentity("e0", role, "a", "group", Incarnation(3), 8998, BOUNDS)
         samples = [engine.deliveries.samples, engine.jobs.samples, engine.persister.samples]
         requests = EngineRequests(Scheduler(role))
         made = EngineReport(identity, requests, engine.plans, engine.holds, lambda: None, samples)

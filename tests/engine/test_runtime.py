@@ -18,6 +18,7 @@ from common.messages import (
     EnginePlan,
     JobEnded,
     Message,
+    ModelBounds,
     Ping,
     PlanAccepted,
     PlanRefused,
@@ -132,7 +133,9 @@ def engine(tmp_path, monkeypatch, peers) -> Iterator[EngineRuntime]:
         control_secret=SECRET,
     )
     host = Host(
-        identity=EngineIdentity("d0", "decode", "own", "d0", Incarnation(3), 0),
+        identity=EngineIdentity(
+            "d0", "decode", "own", "d0", Incarnation(3), 0, ModelBounds(100, 64, 60)
+        ),
         control=f"ipc://{tmp_path}/control",
         scheduler=scheduler(),
         transfer_engine=cast(Any, TransferEngine()),

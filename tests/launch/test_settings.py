@@ -58,13 +58,23 @@ WRITTEN = {
     "engine-args": "--tp-size 2 --x 'a b'",
     "max-total-tokens": "4096",
     "requests-max": "7",
+    "body-bytes-max": "1MiB",
+    "json-depth-max": "8",
+    "choices-max": "9",
+    "stop-strings-max": "10",
+    "tools-max": "11",
+    "logprobs-max": "12",
+    "grammar-bytes-max": "13KiB",
     "read-timeout-s": "3",
     "deliver-timeout-s": "4",
     "request-timeout-s": "5",
     "client-stall-s": "7",
 }
 CONFIG = load_config(
-    ["--poison-kv", "--share-cache", *(f"--{name}={value}" for name, value in WRITTEN.items())]
+    [
+        *("--poison-kv", "--share-cache", "--stop-regex"),
+        *(f"--{name}={value}" for name, value in WRITTEN.items()),
+    ]
 )
 
 
@@ -98,7 +108,8 @@ def test_each_process_is_told_what_was_asked_for(tmp_path):
         (tmp_path / record.name).write_bytes(record.secrets or b"{}")
     agent, engine = AgentConfig.from_env(env["agent-p0"]), EngineConfig.from_env(env["p0"])
     gateway = GatewayConfig.from_env(env["gateway"])
-    told = (agent, agent.remote, engine, gateway, gateway.scheduler, gateway.doors, gateway.keys)
+    of_gateway = (gateway.scheduler, gateway.limits, gateway.doors, gateway.keys)
+    told = (agent, agent.remote, engine, gateway, *of_gateway)
     by_struct: dict[type[msgspec.Struct], msgspec.Struct] = {type(s): s for s in told}
     owned = {name: s for name, s in settings_of(ClusterConfig).items() if s.owner is not None}
     assert {s.owner[0] for s in owned.values() if s.owner} == by_struct.keys()

@@ -22,6 +22,7 @@ CONNECT_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 10.0
 """Tokenising, model information, flushing."""
 ABORT_TIMEOUT_S = 2.0
+UNPROCESSABLE_STATUS = 422
 EVENT_BYTES_MAX = 256 << 20
 _JSON = {"content-type": "application/json"}
 
@@ -77,12 +78,14 @@ class EngineClient:
         return (await self.ask_any("POST", "/v1/tokenize", body)).body
 
     async def ask_any(self, method: str, path: str, body: JsonObject | None = None) -> HttpAnswer:
-        """The answer of the first live engine that gives one; 4xx raises ``EngineRefused``."""
+        """The answer of the first live engine that gives one; 4xx raises ``EngineRefused``, as do
+        failures of all of them with the same body."""
         engines = self.members.live_engines()
         if not engines:
             raise Unavailable("no engine is alive")
         first = next(self._turn)
         reasons = []
+        failed: list[HttpAnswer] = []
         for offset in range(len(engines)):
             engine = engines[(first + offset) % len(engines)]
             try:
@@ -93,8 +96,12 @@ class EngineClient:
             if answer.status < 400:
                 return answer
             if answer.status < 500:
-                raise EngineRefused(answer.status, answer.content_type, answer.body)
+                raise EngineRefused(answer.status, answer.body)
             reasons.append(f"{engine.name}: status {answer.status}")
+            failed.append(answer)
+        if body is not None and len(failed) == len(engines):
+            # SGLang answers 500 where a chat template cannot take a request.
+            raise EngineRefused(UNPROCESSABLE_STATUS, failed[-1].body)
         raise RequestFailed(f"{path} failed on every engine ({'; '.join(reasons)})")
 
     async def flush(self) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections import Counter
 import zmq.asyncio
 
 from common.block import Namespace
+from common.messages import ModelBounds
 from launch.gateway.config import GatewayConfig
 from launch.gateway.peers.peer import AgentPeer, EnginePeer, Peer
 from transfer.control.keys import Keys
@@ -57,6 +58,17 @@ class Membership:
             if len(roles[namespace]) == 2:
                 return namespace
         return None
+
+    def bounds(self) -> ModelBounds | None:
+        """What fits every engine that was ever heard; None if none was."""
+        known = [e.hello.bounds for e in self.engines.values() if e.hello is not None]
+        if not known:
+            return None
+        return ModelBounds(
+            min(bounds.vocabulary_tokens for bounds in known),
+            min(bounds.context_tokens for bounds in known),
+            min(bounds.prompt_tokens_max for bounds in known),
+        )
 
     def troubles(self) -> list[str]:
         """Why no request can be served; empty when one can."""

@@ -14,7 +14,7 @@ import aiohttp
 import msgspec
 
 from common.json import JsonObject
-from launch.gateway.errors import AttemptFailed, BadRequest, EngineRefused
+from launch.gateway.errors import AttemptFailed, EngineRefused
 from launch.gateway.peers.engine_client import EngineClient, sse_events
 from launch.gateway.peers.peer import EnginePeer
 from launch.gateway.request.answer import Answer
@@ -24,6 +24,7 @@ from launch.gateway.request.merge_answers import (
     add_input_logprobs,
     build_event,
     error_of,
+    in_one_shape,
     parse_event,
 )
 from launch.gateway.request.parts import CHAT, GENERATE, Part
@@ -98,7 +99,7 @@ class Exchange:
         self, engine: EnginePeer, response: aiohttp.ClientResponse, data: bytes
     ) -> None:
         if 400 <= response.status < 500:
-            raise EngineRefused(response.status, response.content_type, data)
+            raise EngineRefused(response.status, data)
         if response.status >= 500:
             excerpt = data[:500].decode(errors="replace")
             raise AttemptFailed(f"{engine.name} answered {response.status}: {excerpt}")
@@ -118,9 +119,7 @@ class Exchange:
             return
         status, message = error
         if 400 <= status < 500:
-            fields = {"message": message, "type": BadRequest.kind, "param": None, "code": status}
-            refusal = msgspec.json.encode({"error": fields})
-            raise EngineRefused(status, "application/json", refusal)
+            raise EngineRefused(status, msgspec.json.encode({"message": message}))
         raise AttemptFailed(f"{engine.name} gave up: {message}")
 
     # ---- D's answer -------------------------------------------------------------------
@@ -168,6 +167,7 @@ class Exchange:
                     prefill_answer = parse_event((await prefill).partition(b"\n\n")[0])
                 self._open(response)
                 events = held
+            events = [in_one_shape(event) for event in events]
             if prefill_answer is not None:
                 events = [_with_input_logprobs(event, prefill_answer) for event in events]
             await self._answer.write(b"".join(events))

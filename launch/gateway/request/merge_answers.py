@@ -12,6 +12,7 @@ from typing import TypedDict
 import msgspec
 
 from common.json import JsonObject
+from launch.gateway.errors import EngineRefused
 from launch.gateway.request.parts import GENERATE
 
 DONE = b"data: [DONE]\n\n"
@@ -144,6 +145,14 @@ def add_input_logprobs(answer: EngineAnswer, prefill_answer: EngineAnswer) -> En
             if isinstance(prompt, list) and prompt:
                 meta[field] = [*prompt, *(rest if isinstance(rest, list) else ())]
     return answer
+
+
+def in_one_shape(event: bytes) -> bytes:
+    """An event of a stream; an engine's error in it gets the shape of all errors."""
+    if b'"error"' not in event or (chunk := parse_event(event)) is None or "error" not in chunk:
+        return event
+    status, message = error_of(chunk) or (500, "")
+    return EngineRefused(status, msgspec.json.encode({"message": message})).event()
 
 
 def error_of(answer: object) -> tuple[int, str] | None:

@@ -2,14 +2,13 @@
 
 SGLang gives all samples of a request one bootstrap room, which P/D disaggregation
 cannot serve, so ``n`` > 1 and lists of prompts are taken apart here and the answers put
-together in ``merge_answers``. Everything else in a body is left to SGLang's validation.
+together in ``merge_answers``. Bodies have come through ``schema``, so their types are right.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import TypeGuard
 
 import msgspec
 
@@ -17,7 +16,7 @@ from common.json import JsonObject
 from launch.gateway.errors import BadRequest
 
 Prompt = str | list[int] | None
-"""Text or token ids; None where only SGLang can say."""
+"""Text or token ids; None of a chat, whose template makes it."""
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -32,11 +31,10 @@ _MEDIA_PARTS = {
     *("audio", "audio_url", "input_audio"),
     *("video", "video_url", "input_video"),
 }
-_MEDIA_FIELDS = ("image_data", "audio_data", "video_data")
 _PER_PROMPT = {
     *("sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num"),
-    *("token_ids_logprob", "return_hidden_states", "return_sampling_mask", "extra_key"),
-    *("cache_salt", "lora_path", "custom_logit_processor"),
+    *("token_ids_logprob", "return_sampling_mask", "extra_key", "cache_salt", "lora_path"),
+    "custom_logit_processor",
 }
 """Fields of ``/generate`` that may hold a list with one value for each prompt."""
 
@@ -52,7 +50,7 @@ class Part(msgspec.Struct):
     text: str | None = None
     """The prompt, where it is to be tokenised as plain text."""
     token_ids: list[int] | None = None
-    """The tokenised prompt; None where only SGLang can say (it then refuses or recomputes)."""
+    """The tokenised prompt; None until it is known."""
     request_rid: str = ""
     """Of the request that it is a part of."""
 
@@ -74,9 +72,14 @@ class Part(msgspec.Struct):
 
     @property
     def priority(self) -> int:
-        """SGLang's field; a form that is not its own is left for it to refuse."""
+        """SGLang's field."""
         priority = self.body.get("priority")
-        return priority if type(priority) is int else 0
+        return priority if isinstance(priority, int) else 0
+
+    @property
+    def names_adapter(self) -> bool:
+        """A LoRA adapter: in a field of its own, or in the model's name, as SGLang takes both."""
+        return bool(self.body.get("lora_path")) or ":" in str(self.body.get("model") or "")
 
     def salt(self, field: str) -> str | None:
         """``extra_key`` or ``cache_salt`` as the engine's radix cache will see it."""
@@ -119,14 +122,10 @@ def split_request(path: str, body: JsonObject, parts_max: int) -> PartedRequest:
     refuse_media(body)
     prompts = _prompts(path, body)
     samples = _samples(path, body)
-    count = max(1, len(prompts)) * samples
+    count = len(prompts) * samples
     if count > parts_max:
         raise BadRequest(f"{count} answers asked for in one request; at most {parts_max}")
-    rids = body.get("rid")
-    rid = rids if isinstance(rids, str) and rids else uuid.uuid4().hex
-    names: list[str] = []
-    if isinstance(rids, list) and len(rids) == count and all(isinstance(r, str) for r in rids):
-        names = rids
+    rid, names = _rids(body.get("rid"), count)
     parts = []
     for index in range(count):
         part = _part(path, body, prompts, index // samples)
@@ -138,11 +137,17 @@ def split_request(path: str, body: JsonObject, parts_max: int) -> PartedRequest:
     return PartedRequest(path, rid, body, parts, samples, merged=count > 1 or listed)
 
 
+def _rids(given: object, count: int) -> tuple[str, list[str]]:
+    """The whole request's id, and those of its parts where the client names each."""
+    if isinstance(given, list) and given:
+        if len(given) != count:
+            raise BadRequest(f"rid: {len(given)} ids for {count} answers.", "rid")
+        return uuid.uuid4().hex, given
+    return (given if isinstance(given, str) and given else uuid.uuid4().hex), []
+
+
 def refuse_media(body: JsonObject) -> None:
     """Images, audio and video have no place in a store keyed by token ids."""
-    for field in _MEDIA_FIELDS:
-        if body.get(field):
-            raise BadRequest(f"{field} is not supported: this cluster serves text only.")
     messages = body.get("messages")
     for message in messages if isinstance(messages, list) else []:
         content = message.get("content") if isinstance(message, dict) else None
@@ -155,55 +160,46 @@ def refuse_media(body: JsonObject) -> None:
 
 
 def _samples(path: str, body: JsonObject) -> int:
-    source = body
-    if path == GENERATE:
-        params = body.get("sampling_params") or {}
-        if isinstance(params, list):
-            params = params[0] if params and isinstance(params[0], dict) else {}
-        if not isinstance(params, dict) or (params.get("beam_width") or 1) != 1:
-            return 1  # in a beam search, n is the number of sequences of one request
-        source = params
-    n = source.get("n")
-    if n is None:
-        return 1
-    if not isinstance(n, int) or n < 1:
-        raise BadRequest(f"n must be an integer of at least 1, got {n!r}")
+    params = body.get("sampling_params") if path == GENERATE else body
+    several = params if isinstance(params, list) else [params]
+    counts = {one.get("n") or 1 if isinstance(one, dict) else 1 for one in several}
+    if len(counts) > 1:
+        raise BadRequest("n must be the same for all prompts of a request.", "n")
+    [n] = counts or {1}
+    assert isinstance(n, int)
     return n
 
 
 def _is_list_of_prompts(body: JsonObject) -> bool:
     prompt = body.get("text") if body.get("text") is not None else body.get("input_ids")
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
+    return isinstance(prompt, list) and isinstance(prompt[0], str | list)
 
 
-def _prompts(path: str, body: JsonObject) -> list[Prompt]:
-    """Each prompt, or one None where the body's form is for SGLang to judge."""
+def _prompts(path: str, body: JsonObject) -> Sequence[Prompt]:
     if path == CHAT:
         ids = body.get("input_ids")
-        return [ids if _is_ids(ids) else None]
-    if path == COMPLETIONS:
-        prompt = body.get("prompt")
-    else:
-        prompt = body["text"] if body.get("text") is not None else body.get("input_ids")
-    if isinstance(prompt, str) or _is_ids(prompt):
+        return [ids if isinstance(ids, list) and ids else None]
+    name = "prompt"
+    if path == GENERATE:
+        name = "text" if body.get("text") is not None else "input_ids"
+    prompt = body.get(name)
+    if isinstance(prompt, str) and prompt:
         return [prompt]
-    if (
-        isinstance(prompt, list)
-        and prompt
-        and all(isinstance(p, str) or _is_ids(p) for p in prompt)
-    ):
-        return list(prompt)
-    return [None]
-
-
-def _is_ids(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], int)
+    if isinstance(prompt, list) and prompt:
+        several = prompt if isinstance(prompt[0], str | list) else [prompt]
+        kind = type(several[0])
+        if all(type(one) is kind and one for one in several):
+            return several
+    raise BadRequest(
+        f"{name} must be a text, a list of token ids, or a list of one kind of these; none empty.",
+        name,
+    )
 
 
 def _part(path: str, body: JsonObject, prompts: Sequence[Prompt], which: int) -> Part:
     prompt = prompts[which]
     reduced = {k: v for k, v in body.items() if k not in ("n", "rid")}
-    if path == COMPLETIONS and prompt is not None:
+    if path == COMPLETIONS:
         reduced["prompt"] = prompt
     elif path == GENERATE:
         _reduce_generate(reduced, prompt, len(prompts), which)
@@ -219,14 +215,22 @@ def _part(path: str, body: JsonObject, prompts: Sequence[Prompt], which: int) ->
 
 def _reduce_generate(body: JsonObject, prompt: Prompt, count: int, which: int) -> None:
     listed = _is_list_of_prompts(body)
-    if prompt is not None:
-        body["text" if isinstance(prompt, str) else "input_ids"] = prompt
-    for field in _PER_PROMPT & body.keys() if listed else ():
+    body["text" if isinstance(prompt, str) else "input_ids"] = prompt
+    for field in _PER_PROMPT & body.keys():
         value = body[field]
-        if isinstance(value, list) and len(value) == count:
-            # token_ids_logprob may also be one flat list, meant for every prompt
-            if field != "token_ids_logprob" or not isinstance(value[0], int):
-                body[field] = value[which]
+        # token_ids_logprob may also be one flat list, meant for every prompt
+        if not isinstance(value, list) or (field == "token_ids_logprob" and not _nested(value)):
+            continue
+        if not listed or len(value) != count:
+            raise BadRequest(
+                f"{field} is a list of {len(value)}, which goes with a list of as many prompts.",
+                field,
+            )
+        body[field] = value[which]
     params = body.get("sampling_params")
-    if isinstance(params, dict) and (params.get("beam_width") or 1) == 1:
+    if isinstance(params, dict):
         body["sampling_params"] = {k: v for k, v in params.items() if k != "n"}
+
+
+def _nested(value: list[object]) -> bool:
+    return bool(value) and isinstance(value[0], list)

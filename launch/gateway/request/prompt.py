@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -35,17 +34,6 @@ class _Many(msgspec.Struct):
     tokens: list[list[int]]
 
 
-class _TextConfig(msgspec.Struct):
-    vocab_size: object = None
-
-
-class _ModelConfig(msgspec.Struct):
-    """Of a Hugging Face model: at the top, or of a part of it."""
-
-    vocab_size: object = None
-    text_config: _TextConfig | None = None
-
-
 async def tokenize(request: PartedRequest, endpoint: TokenizeEndpoint) -> None:
     """Fill in ``token_ids`` of every part that has text; parts of one prompt share a list."""
     if request.path == CHAT:
@@ -65,32 +53,11 @@ async def _tokenize_chat(parts: list[Part], endpoint: TokenizeEndpoint) -> None:
     first = parts[0]
     if first.token_ids is None:
         if first.body.get("messages") is None:
-            raise BadRequest("messages is missing")
+            raise BadRequest("messages is missing", "messages")
         body = {k: v for k, v in first.body.items() if k not in _NOT_FOR_TEMPLATE}
         first.token_ids = msgspec.json.decode(await endpoint.tokenize(body), type=_One).tokens
     for part in parts[1:]:
         part.token_ids = first.token_ids
-
-
-def vocabulary_tokens(model: str) -> int | None:
-    """Size of the vocabulary of a model folder; None if ``model`` is no folder, but a name."""
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        return None
-    config = msgspec.json.decode(path.read_bytes(), type=_ModelConfig)
-    size = config.vocab_size or (config.text_config or _TextConfig()).vocab_size
-    return size if isinstance(size, int) else None
-
-
-def check_token_ids(request: PartedRequest, vocabulary_tokens: int | None) -> None:
-    """Refuse ids outside the vocabulary: SGLang looks them up unchecked, which ends the engine."""
-    limit = vocabulary_tokens or 2**31
-    for part in request.parts[:: request.samples]:
-        ids = part.token_ids
-        if ids is None:
-            continue
-        if not all(type(token) is int and 0 <= token < limit for token in ids):
-            raise BadRequest(f"Token ids must be integers in [0, {limit}).")
 
 
 def hit_candidates(part: Part, namespace: Namespace) -> list[BlockKey]:
@@ -99,7 +66,7 @@ def hit_candidates(part: Part, namespace: Namespace) -> list[BlockKey]:
     Empty where the KV depends on more than tokens and salts (LoRA adapters), or where a
     token is none (SGLang will say so).
     """
-    if part.token_ids is None or part.body.get("lora_path") is not None:
+    if part.token_ids is None or part.names_adapter:
         return []
     page_tokens = namespace.layout.page_tokens
     reusable_tokens = max(0, len(part.token_ids) - 1) // page_tokens * page_tokens

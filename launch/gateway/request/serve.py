@@ -11,13 +11,15 @@ import msgspec
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
-from common.json import JsonObject
 from launch.gateway.admission import Seat, owner_of, tenant_of
-from launch.gateway.errors import BadRequest, GatewayError
+from launch.gateway.body import read_body
+from launch.gateway.errors import BadRequest, GatewayError, Unavailable
 from launch.gateway.request.answer import CHUNKS_MAX
+from launch.gateway.request.checks import check_limits, check_part
 from launch.gateway.request.merge_answers import EngineAnswer, StreamMerger, merge_answers
 from launch.gateway.request.parts import GENERATE, Part, PartedRequest, split_request
-from launch.gateway.request.prompt import check_token_ids, tokenize
+from launch.gateway.request.prompt import tokenize
+from launch.gateway.request.schema import decode_body
 from launch.gateway.request.trace import Trace
 from launch.gateway.request.walk import RequestWalk
 from launch.gateway.services import Services
@@ -38,13 +40,15 @@ async def serve(services: Services, path: str, request: Request) -> Response:
     """Answer one of the three generating endpoints."""
     begun_s = time.monotonic()
     try:
-        parted = split_request(path, await _body(request), services.config.requests_max)
-        check_token_ids(parted, services.vocabulary_tokens)
+        limits = services.config.limits
+        body = decode_body(path, await read_body(request, limits.body_bytes_max))
+        check_limits(body, limits)
+        parted = split_request(path, body, services.config.requests_max)
         seat = _admit(services, parted, request)
     except GatewayError as error:
         services.metrics.requests.labels(path, error.outcome).inc()
         return error_response(error)
-    tokenized = asyncio.ensure_future(tokenize(parted, services.client))
+    tokenized = asyncio.ensure_future(_tokenize(services, parted))
     walks = [_walk(services, part, seat, begun_s, tokenized) for part in parted.parts]
     streaming = False
     try:
@@ -68,11 +72,14 @@ def error_response(error: GatewayError, trace: Trace | None = None) -> Response:
     return Response(error.body(), error.status, headers=headers, media_type=error.content_type)
 
 
-async def _body(request: Request) -> JsonObject:
-    try:
-        return msgspec.json.decode(await request.body(), type=JsonObject)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise BadRequest(f"The body is not a JSON object: {error}") from error
+async def _tokenize(services: Services, parted: PartedRequest) -> None:
+    """Token ids of every part, which the model has and which fit it."""
+    await tokenize(parted, services.client)
+    bounds = services.plane.members.bounds()
+    if bounds is None:
+        raise Unavailable("no engine has been heard yet")
+    for part in parted.parts[:: parted.samples]:
+        check_part(part, bounds)
 
 
 def _admit(services: Services, parted: PartedRequest, request: Request) -> Seat:

@@ -31,6 +31,7 @@ from tests.launch.gateway.control_stub import ControlStub, free_port
 PAGE_TOKENS = 4
 WORDS = ["one ", "two ", "three"]
 NAMESPACE = Namespace("model", "1", "float32", BlockLayout(PAGE_TOKENS, 2, (8, 8)))
+BOUNDS = m.ModelBounds(vocabulary_tokens=1 << 21, context_tokens=4096, prompt_tokens_max=4000)
 PREFILL_LOGPROBS = [[-0.5, 7, None]]
 
 
@@ -124,7 +125,7 @@ class StubEngine(ControlStub):
             free_tokens=100_000,
         )
         load = msgspec.structs.replace(load, **self.load_changes)
-        return m.EngineHello(load, self.namespace, 8998, self.samples)
+        return m.EngineHello(load, self.namespace, 8998, BOUNDS, self.samples)
 
     # ---- HTTP -------------------------------------------------------------------------
 
@@ -271,7 +272,6 @@ class StubCluster:
             port=free_port(),
             agents={name: agent.endpoint for name, agent in self.agents.items()},
             engines=[self._address(engine) for engine in self.engines],
-            model="stub",
             control_secret=SECRET,
             scheduler=SchedulerOptions(heartbeat_timeout_s=heartbeat_timeout_s),
             **config,

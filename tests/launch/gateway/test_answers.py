@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
@@ -22,11 +21,12 @@ from launch.gateway.request.merge_answers import (
     add_input_logprobs,
     build_event,
     error_of,
+    in_one_shape,
     merge_answers,
     parse_event,
 )
 from launch.gateway.request.parts import CHAT, COMPLETIONS, GENERATE, Part, split_request
-from launch.gateway.request.prompt import check_token_ids, hit_candidates, vocabulary_tokens
+from launch.gateway.request.prompt import hit_candidates
 
 NAMESPACE = Namespace("model", "1", "float32", BlockLayout(64, 2, (8, 8)))
 
@@ -71,9 +71,6 @@ def test_one_prompt_stays_one_request() -> None:
         assert not parted.merged and parted.parts[0].rid == "mine"
     assert split_request(GENERATE, {"text": ["a"]}, parts_max=1).merged
     assert not split_request(GENERATE, {"text": "a"}, parts_max=1).merged
-    beam: JsonObject = {"text": "a", "sampling_params": {"n": 3, "beam_width": 3}}
-    [part] = split_request(GENERATE, beam, parts_max=1).parts
-    assert part.body["sampling_params"] == {"n": 3, "beam_width": 3}
 
 
 def test_a_batchs_own_fields_go_with_their_prompts() -> None:
@@ -96,10 +93,8 @@ def test_a_batchs_own_fields_go_with_their_prompts() -> None:
     "body",
     [
         {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
-        {"messages": [], "image_data": "x"},
-        {"messages": [], "n": 0},
-        {"messages": [], "n": "2"},
         {"messages": [], "n": 9},
+        {"messages": [], "n": 2, "rid": ["a"]},
     ],
 )
 def test_what_the_cluster_cannot_serve(body: dict[str, Any]) -> None:
@@ -107,10 +102,24 @@ def test_what_the_cluster_cannot_serve(body: dict[str, Any]) -> None:
         split_request(CHAT, body, parts_max=8)
 
 
-@pytest.mark.parametrize("body", [{}, {"prompt": []}, {"prompt": 5}, {"prompt": [1, "a"]}])
-def test_odd_forms_are_left_to_sglang(body: dict[str, Any]) -> None:
-    [part] = split_request(COMPLETIONS, body, parts_max=8).parts
-    assert part.engine_body() == body
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"input_ids": []},
+        {"text": ""},
+        {"text": ["a", ""]},
+        {"text": ["a", [1]]},
+        {"input_ids": [[1], 2]},
+        {"text": "a", "sampling_params": [{}]},
+        {"text": ["a"], "sampling_params": []},
+        {"text": ["a", "b"], "sampling_params": [{}, {"n": 2}]},
+        {"text": ["a", "b"], "top_logprobs_num": [1]},
+    ],
+)
+def test_prompts_and_their_own_fields_have_one_form(body: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest):
+        split_request(GENERATE, body, parts_max=8)
 
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 0), (64, 0), (65, 1), (129, 2)])
@@ -119,18 +128,10 @@ def test_the_last_token_is_always_computed(tokens: int, blocks: int) -> None:
     assert len(hit_candidates(part, NAMESPACE)) == blocks
 
 
-def test_ids_outside_the_vocabulary_never_reach_an_engine(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"vocab_size": 100}')
-    limit = vocabulary_tokens(str(tmp_path))
-    check_token_ids(split_request(GENERATE, {"input_ids": [0, 99]}, parts_max=1), limit)
-    with pytest.raises(BadRequest):
-        check_token_ids(split_request(COMPLETIONS, {"prompt": [0, 100]}, parts_max=1), limit)
-    assert vocabulary_tokens("some/name") is None
-
-
 def test_tokens_that_are_none_have_no_keys() -> None:
-    adapted: JsonObject = {"lora_path": "a"}
-    for ids, body in (([-1] * 65, {}), ([1] * 65, adapted), (None, {})):
+    adapted: tuple[JsonObject, ...] = ({"lora_path": "a"}, {"model": "base:adapter"})
+    cases = (([-1] * 65, {}), *(([1] * 65, body) for body in adapted), (None, {}))
+    for ids, body in cases:
         part = Part(path=GENERATE, body=body, rid="r", index=0, token_ids=ids)
         assert hit_candidates(part, NAMESPACE) == []
 
@@ -209,8 +210,25 @@ def test_errors_have_openais_shape() -> None:
     assert RequestFailed("why").event() == b"data: " + RequestFailed("why").body() + b"\n\n"
 
 
-def test_an_engines_refusal_is_unchanged_and_fits_into_a_stream() -> None:
-    body = msgspec.json.encode({"object": "error", "message": "too long", "code": 400})
-    refusal = EngineRefused(400, "application/json", body)
-    assert refusal.body() == body
-    assert cast(JsonObject, parse_event(refusal.event())["error"])["message"] == "too long"
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"object": "error", "message": "too long", "type": "BadRequest", "code": 400},
+        {"error": {"message": "too long", "type": "x", "retryable": False}},
+        {"error": "too long"},
+        {"detail": "too long"},
+    ],
+)
+def test_an_engines_refusal_gets_the_shape_of_all_errors(body: JsonObject) -> None:
+    refusal = EngineRefused(400, msgspec.json.encode(body))
+    fields = {"message": "too long", "type": "invalid_request_error", "param": None, "code": 400}
+    assert json.loads(refusal.body()) == {"error": fields}
+    assert parse_event(refusal.event()) == {"error": fields}
+
+
+def test_an_error_within_a_stream_gets_it_too() -> None:
+    event = build_event({"error": {"message": "lost", "code": 503, "object": "error"}})
+    fields = {"message": "lost", "type": "invalid_request_error", "param": None, "code": 503}
+    assert parse_event(in_one_shape(event)) == {"error": fields}
+    text = build_event({"text": 'an "error" in words', "meta_info": {}})
+    assert in_one_shape(text) == text and in_one_shape(DONE) == DONE

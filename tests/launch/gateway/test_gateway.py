@@ -185,15 +185,15 @@ async def test_after_the_first_token_the_stream_ends_with_an_error() -> None:
 async def test_refusals_of_sglang_are_passed_on() -> None:
     async with cluster_of() as cluster:
         status, answer, _ = await post(cluster, "/v1/chat/completions", {"messages": []})
-        assert (status, answer["message"]) == (400, "Messages cannot be empty.")
+        assert (status, answer["error"]["message"]) == (400, "Messages cannot be empty.")
         cluster.prefills[0].faults = ["400"]
         cluster.decodes[0].faults = ["hang"]
         status, answer, _ = await post(cluster, "/generate", GENERATE)
-        assert (status, answer["message"]) == (400, "fault 400")
+        assert (status, answer["error"]["message"]) == (400, "fault 400")
         assert len(cluster.prefills[0].bodies) == 1
         for ids in ([-1], [2**40], [1.5], [1, "a"]):
             status, answer, _ = await post(cluster, "/generate", {"input_ids": [1, *ids]})
-            assert status == 400 and "Token ids" in answer["error"]["message"]
+            assert status == 400 and answer["error"]["param"] == "input_ids"
         image = {"type": "image_url", "image_url": {"url": "data:x"}}
         body = {"messages": [{"role": "user", "content": [image]}]}
         status, answer, _ = await post(cluster, "/v1/chat/completions", body)

@@ -28,7 +28,7 @@ async def test_tokenizing_is_the_engines_own() -> None:
         status, answer, _ = await post(cluster, "/v1/tokenize", {"prompt": ["ab", "c"]})
         assert (status, answer["tokens"]) == (200, [[97, 98], [99]])
         status, answer, _ = await post(cluster, "/v1/tokenize", {"messages": []})
-        assert status == 400 and "cannot be empty" in answer["message"]
+        assert status == 400 and "cannot be empty" in answer["error"]["message"]
         status, answer, _ = await post(cluster, "/v1/tokenize", ["no object"])
         assert status == 400
 

@@ -56,7 +56,7 @@ async def test_an_error_names_the_request_as_its_client_does() -> None:
     async with cluster_of() as cluster:
         cluster.prefills[0].faults = cluster.decodes[0].faults = ["named"]
         status, answer, _ = await post(cluster, "/generate", {**GENERATE, "rid": "mine"})
-        assert (status, answer["message"]) == (400, "request mine is refused")
+        assert (status, answer["error"]["message"]) == (400, "request mine is refused")
 
 
 async def test_an_abort_ends_the_request_of_that_very_id_and_nobody_elses() -> None:
