@@ -21,7 +21,7 @@ class EngineConfig(ProcessSettings, frozen=True):
     """One engine and its way to the agents."""
 
     VARIABLE: ClassVar[str] = "DUALPATH_ENGINE"
-    SECRET: ClassVar[tuple[str, ...]] = ("control_secret",)
+    SECRET: ClassVar[tuple[str, ...]] = ("control_secret", "http_key")
 
     name: str
     role: str
@@ -50,3 +50,5 @@ class EngineConfig(ProcessSettings, frozen=True):
     """A decode engine promises P no prefix of its own that the plan lacks: a prefill engine
     with a layer window brings a prefix from nowhere else."""
     experiment: Experiment = NO_EXPERIMENT
+    http_key: str = ""
+    """Without it nobody may call the engine's HTTP port; empty: anybody may."""

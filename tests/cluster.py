@@ -187,14 +187,6 @@ class Cluster:
                     found.append(child.pid)
         return found
 
-    def engine_url(self, name: str) -> str:
-        """SGLang's own HTTP port of one engine."""
-        for pid in self.pids(name):
-            argv = psutil.Process(pid).cmdline()
-            if "sglang.launch_server" in argv:
-                return f"http://127.0.0.1:{argv[argv.index('--port') + 1]}"
-        raise AssertionError(f"{name} does not run")
-
     def signal(self, name: str, number: signal.Signals) -> list[int]:
         """Send a signal to every process of one agent, engine or the gateway."""
         pids = self.pids(name)

@@ -16,7 +16,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cluster import Answer, Cluster, get, post, running_cluster
@@ -28,6 +30,7 @@ PROMPTS = 6
 CLIENTS = 3
 HEAVY = 12
 """Requests that one tenant sends at once."""
+OPTION = "hush-of-the-remote-store"
 BETA_TOKENS = 1600
 """Two cold prompts at a time at the prefill engine; the others wait in the gateway."""
 
@@ -39,8 +42,10 @@ def cluster(tmp_path_factory):
     flags = ["--model", "tiny", "--decode", "2", "--poison-kv", "--load-policy", "always"]
     flags += ["--beta-tokens", str(BETA_TOKENS)]
     flags += ["--dram-bytes", str(60 * BLOCK_BYTES), "--remote", (folder / "remote").as_uri()]
-    with running_cluster(folder / "cluster", *flags) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DUALPATH_REMOTE_OPTIONS", json.dumps({"secret": OPTION}))
+        with running_cluster(folder / "cluster", *flags) as running:
+            yield running
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +109,46 @@ def test_the_policy_is_switched_while_requests_run(cluster, load):
         cluster.set_policy(policy)
         load.take(2 * CLIENTS)
         assert admin_state(cluster)["policy"] == policy
+
+
+def processes(cluster: Cluster) -> list[psutil.Process]:
+    """All but the launcher, whose environment is where the test wrote the secret."""
+    return psutil.Process(cluster.process.pid).children(recursive=True)
+
+
+def test_no_secret_is_shown_and_no_file_is_for_others(cluster):
+    engine_key, option, paths = "", "", set()
+    for process in processes(cluster):
+        environ = process.environ()
+        if "DUALPATH_SECRETS" in environ:
+            paths.add(Path(environ["DUALPATH_SECRETS"]))
+    for path in paths:
+        held = json.loads(path.read_bytes())
+        engine_key = held.get("http_key") or engine_key
+        option = held.get("remote_options", {}).get("secret", option)
+    assert len(paths) == 7 and engine_key and option == OPTION
+    logs = [path for path in cluster.log_dir.iterdir() if ".log" in path.name]
+    shown = [path.read_text(errors="replace") for path in logs]
+    shown.append((cluster.log_dir.parent / "cluster.out").read_text())
+    for process in processes(cluster):
+        shown.append(" ".join(process.cmdline()) + repr(process.environ()))
+    shown.append(" ".join(psutil.Process(cluster.process.pid).cmdline()))
+    assert not [text for text in shown if engine_key in text or OPTION in text]
+    stores = [path for path in (cluster.log_dir.parent / "ssd").rglob("*") if "agent" in str(path)]
+    private = [*paths, *(path.parent for path in paths), *logs, *stores]
+    assert len(stores) > 3 and not [p for p in private if p.stat().st_mode & 0o077]
+
+
+def test_an_engine_takes_calls_with_the_gateways_key_alone(cluster):
+    port = next(
+        argv[argv.index("--port") + 1]
+        for argv in (process.cmdline() for process in processes(cluster))
+        if "sglang.launch_server" in argv
+    )
+    for route in ("model_info", "server_info", "flush_cache", "v1/models"):
+        assert get(f"http://127.0.0.1:{port}/{route}")[0] == 401
+    status, text = get(f"{cluster.url}/admin/engine/p0/server_info")
+    assert status == 200 and json.loads(text)["api_key"] == "..."
 
 
 def test_a_drained_node_gets_nothing_new_and_comes_back(cluster, load):

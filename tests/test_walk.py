@@ -326,7 +326,7 @@ def test_a_weight_update_makes_older_blocks_unreachable(cluster, plain, other_mo
     assert cluster.generate(OTHER_PROMPT).output_ids == plain(OTHER_PROMPT) != other_tokens
     cluster.wait_stored()
     for engine in ("p0", "d0", "d1"):
-        url = f"{cluster.engine_url(engine)}/update_weights_from_disk"
+        url = f"{cluster.url}/admin/engine/{engine}/update_weights_from_disk"
         assert post(url, {"model_path": str(other_model)}).body["success"]
     cluster.wait_healthy(20)  # soon true, also while the gateway knows the earlier weights only
     answer = cluster.generate(OTHER_PROMPT)

@@ -18,6 +18,18 @@ _TRANSFER = "disaggregation.decode.DecodeTransferQueue."
 
 EVERY_ENGINE = (
     Hook(
+        "server_args.ServerArgs.from_cli_args",
+        "after",
+        "engine.sglang.http_door:after_from_cli_args",
+        "the engine's HTTP port takes calls with the gateway's key alone",
+    ),
+    Hook(
+        "server_args.ServerArgs.resolved_dict",
+        "after",
+        "engine.sglang.http_door:after_resolved_dict",
+        "no log shows the key",
+    ),
+    Hook(
         "distributed.device_communicators.mooncake_transfer_engine.init_mooncake_transfer_engine",
         "before",
         "engine.sglang.rank_ports:before_mooncake",

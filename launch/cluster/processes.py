@@ -52,6 +52,7 @@ class _Records:
 
     def __init__(self, layout: Layout, environ: Mapping[str, str]) -> None:
         self.layout = layout
+        self._engine_key = secrets.token_urlsafe(32)
         self._config = layout.config
         self._environ = environ
         self._secret = _cluster_secret(layout.config)
@@ -105,6 +106,7 @@ class _Records:
             layer_window=config.prefill_layer_window if role == "prefill" else None,
             promise_planned_only=role == "decode" and config.prefill_layer_window is not None,
             experiment=config.experiment,
+            http_key=self._engine_key,
         )
         settings = filled(settings, config)
         offsets = {"http": HTTP, "rendezvous": RENDEZVOUS}
@@ -135,7 +137,8 @@ class _Records:
             host=self.layout.hosts[node],
             ports=ports,
             ready=(
-                HealthCheck("http", f"{self.layout.http(node)}/model_info"),
+                # Of any status: it has no key to this port, which opens with the model loaded.
+                HealthCheck("http", f"{self.layout.http(node)}/model_info", any_status=True),
                 alive,
                 *groups_alive,
             ),
@@ -152,7 +155,7 @@ class _Records:
             engines=[address for node in self.layout.nodes for address in self._addresses(node)],
             scheduler=filled(SchedulerOptions(), config),
             doors=filled(DoorSettings(), config),
-            keys=filled(DoorKeys(), config),
+            keys=filled(DoorKeys(engine_key=self._engine_key), config),
             limits=filled(RequestLimits(), config),
         )
         settings = filled(settings, config)

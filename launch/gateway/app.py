@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from common.ids import PlanId
+from common.json import JsonObject
 from launch.gateway.admission import owner_of
 from launch.gateway.body import read_body
 from launch.gateway.config import GatewayConfig
@@ -99,6 +100,7 @@ def create_app(config: GatewayConfig, run_folder: Path | None = None) -> FastAPI
     _model_routes(app)
     _health_routes(app)
     _admin_routes(app)
+    _engine_routes(app)
     return app
 
 
@@ -276,3 +278,18 @@ def _admin_routes(app: FastAPI) -> None:
             kept = scheduler.options.decisions_kept
             raise NotFound(f"{plan} is no plan and no request id among the last {kept}")
         return _json(view)
+
+
+def _engine_routes(app: FastAPI) -> None:
+    @app.api_route("/admin/engine/{name}/{path:path}", methods=["GET", "POST"])
+    async def engine(request: Request, name: str, path: str) -> Response:
+        """Any route of SGLang's at one engine, such as its weight updates: engines themselves
+        answer nobody but this gateway."""
+        services = _services(request)
+        if name not in services.client.members.engines:
+            raise NotFound(f"no engine {name!r}")
+        body = await _decode(request, JsonObject) if request.method == "POST" else None
+        answer = await services.client.ask_one(
+            name, request.method, f"/{path}", body, services.config.request_timeout_s
+        )
+        return Response(answer.body, answer.status, media_type=answer.content_type)

@@ -60,7 +60,8 @@ class Services:
         self.scheduler = scheduler
         self.orders = orders
         self.plane = plane
-        self.client = EngineClient(plane.members, connections_max=4 * config.requests_max + 64)
+        connections_max = 4 * config.requests_max + 64
+        self.client = EngineClient(plane.members, connections_max, config.keys.engine_key)
         self.probe = HttpProbe(self.client, plane.http_state)
         self.admission = Admission(config.requests_max)
         self.metrics = GatewayMetrics(plane, self.admission)

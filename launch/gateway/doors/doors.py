@@ -19,14 +19,12 @@ log = logging.getLogger(__name__)
 
 OPEN = ("/health", "/health_generate", "/metrics")
 """For probes and Prometheus, as SGLang's: they need no key and say nothing of a request."""
-OPERATORS = ("/flush_cache", "/update_weights_from_disk")
-"""And all below ``/admin/``."""
 _OF_A_PROXY = ("forwarded", "via", "x-forwarded-for", "x-real-ip")
 
 
 def is_operators(path: str) -> bool:
     """Whether a route is for operators alone."""
-    return path in OPERATORS or path == "/admin" or path.startswith("/admin/")
+    return path == "/flush_cache" or path == "/admin" or path.startswith("/admin/")
 
 
 class Doors:

@@ -38,13 +38,17 @@ class HttpAnswer(msgspec.Struct, frozen=True):
 class EngineClient:
     """HTTP client of all engines."""
 
-    def __init__(self, members: Membership, connections_max: int) -> None:
+    def __init__(self, members: Membership, connections_max: int, key: str = "") -> None:
+        """``key``: the engines', if they have one."""
         self.members = members
         self._turn = itertools.count()
         # A kept connection that the engine closes at the same moment fails a POST.
         connector = aiohttp.TCPConnector(limit=connections_max, force_close=True)
         self._session = aiohttp.ClientSession(
-            connector=connector, timeout=_timeout(None), read_bufsize=1 << 20
+            connector=connector,
+            timeout=_timeout(None),
+            read_bufsize=1 << 20,
+            headers={"authorization": f"Bearer {key}"} if key else None,
         )
 
     async def close(self) -> None:
@@ -103,6 +107,15 @@ class EngineClient:
             # SGLang answers 500 where a chat template cannot take a request.
             raise EngineRefused(UNPROCESSABLE_STATUS, failed[-1].body)
         raise RequestFailed(f"{path} failed on every engine ({'; '.join(reasons)})")
+
+    async def ask_one(
+        self, name: str, method: str, path: str, body: JsonObject | None, timeout_s: float
+    ) -> HttpAnswer:
+        """An engine's answer, of whatever status."""
+        try:
+            return await self.call(self.members.engines[name], method, path, body, timeout_s)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise RequestFailed(f"{name} did not answer: {error!r}") from error
 
     async def flush(self) -> dict[str, str]:
         """Flush every engine's cache; engine name -> reason for those that did not. The attention

@@ -99,6 +99,8 @@ class StubEngine(ControlStub):
         self.bodies: list[dict[str, Any]] = []
         self.aborted: list[str] = []
         self.flushed = 0
+        self.authorization = ""
+        """Of the last request to tokenise."""
         self._rooms = rooms
         self._runner: web.AppRunner | None = None
 
@@ -162,6 +164,7 @@ class StubEngine(ControlStub):
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
+        self.authorization = request.headers.get("authorization", "")
         if self.tokenizing is not None:
             await self.tokenizing.wait()
         if body.get("stream"):

@@ -59,6 +59,19 @@ async def test_keys_open_what_they_are_for() -> None:
         assert (await ask(cluster, "/abort_request", "key-a", {"rid": "none"}))[0] == 200
 
 
+async def test_operators_reach_the_engines_through_the_gateway() -> None:
+    keys = DoorKeys(KEYS.api_keys, KEYS.admin_api_keys, engine_key="key-e")
+    async with cluster_of(keys=keys) as cluster:
+        engine = cluster.prefills[0]
+        route = "/admin/engine/p0/v1/tokenize"
+        status, answer = await ask(cluster, route, "key-r", {"prompt": ["a"]})
+        assert (status, answer["tokens"]) == (200, [[97]])
+        assert engine.authorization == "Bearer key-e", "the engine's key, never a client's"
+        assert (await ask(cluster, "/admin/engine/p7/v1/tokenize", "key-r", {}))[0] == 404
+        assert (await ask(cluster, "/admin/engine/p0/nowhere", "key-r", {}))[0] == 404
+        assert (await ask(cluster, route, "key-a", {}))[0] == 401
+
+
 async def test_a_page_may_call_if_its_origin_is_let_in() -> None:
     settings = DoorSettings(allowed_origins=("https://chat.example",))
     async with cluster_of(keys=KEYS, doors=settings) as cluster:
