@@ -57,6 +57,7 @@ class Campaign:
         """Raises :class:`ClusterFailed` when the cluster does not start, or does not heal."""
         cluster = Cluster(stage.records(logs), URL, logs)
         self.records.engines = cluster.names("engine")
+        self.records.engine_wait_s = stage.engine_wait_s
         load = Load(URL, self._conversations, self._weights, self._answered)
         watch = Watch(cluster)
         try:

@@ -52,11 +52,16 @@ class Operator:
         pairs = (line.rpartition(" ") for line in lines)
         return {name: float(value) for name, _, value in pairs}
 
-    async def _get(self, path: str) -> bytes | None:
+    async def troubles(self) -> str:
+        """What ``/health`` says; "" of a gateway that does not answer."""
+        return (await self._get("/health", any_status=True) or b"").decode()
+
+    async def _get(self, path: str, any_status: bool = False) -> bytes | None:
         try:
             timeout = aiohttp.ClientTimeout(total=LOOK_TIMEOUT_S)
             async with self._http.get(path, timeout=timeout) as response:
-                return await response.read() if response.status == 200 else None
+                said = await response.read()
+                return said if any_status or response.status == 200 else None
         except (aiohttp.ClientError, TimeoutError):
             return None
 

@@ -22,6 +22,7 @@ AGAIN_S = 0.5
 """After a connection that broke; the gateway may be starting."""
 RETRY_AFTER_MAX_S = 5.0
 
+REFUSED_CONNECTION = "ConnectionRefusedError"
 RIGHT, WRONG, TIE = "right", "wrong", "tie"
 ERROR, REFUSED, BROKEN, SILENT = "error", "refused", "broken", "silent"
 
@@ -37,7 +38,7 @@ class Answer(msgspec.Struct):
     done_s: float = 0.0
     outcome: str = SILENT
     """RIGHT, WRONG, TIE (nobody knows), ERROR (5xx, or one in the stream), REFUSED (4xx), BROKEN
-    (the connection), SILENT (nothing in ANSWER_TIMEOUT_S)."""
+    (the connection, in mid-answer), SILENT (nothing in ANSWER_TIMEOUT_S)."""
     says: str = ""
     """Of an answer that is no tokens."""
     tokens: list[int] = []
@@ -99,7 +100,7 @@ class Load:
             for salt in salts:
                 for number, conversation in enumerate(self._conversations):
                     asked = Answer(number, len(conversation) - 1, salt, False, time.monotonic())
-                    found.append(await self._ask(http, asked))
+                    found.append(await self._ask_until_answered(http, asked))
         return found
 
     def _session(self) -> aiohttp.ClientSession:
@@ -117,15 +118,23 @@ class Load:
                     break
 
     async def _ask_until_answered(self, http: aiohttp.ClientSession, begun: Answer) -> Answer:
-        """A client sends again what its connection lost."""
-        while True:
-            answer = await self._ask(http, begun)
-            if answer.outcome != BROKEN:
-                return answer
-            if time.monotonic() - begun.sent_s > ANSWER_TIMEOUT_S:
-                return answer
+        """A client sends again what its connection lost, until there is an answer."""
+        deadline = begun.sent_s + ANSWER_TIMEOUT_S
+        while (answer := await self._ask(http, begun)).outcome == BROKEN:
+            if time.monotonic() > deadline:
+                break
+            if REFUSED_CONNECTION not in answer.says:
+                self._keep(answer)  # what was under way is lost
             await asyncio.sleep(AGAIN_S)
             begun = msgspec.structs.replace(begun, sent_s=time.monotonic())
+        if answer.outcome == BROKEN:
+            answer.outcome = SILENT
+        self._keep(answer)
+        return answer
+
+    def _keep(self, answer: Answer) -> None:
+        self.answers.append(answer)
+        self._on_answer(answer)
 
     async def _ask(self, http: aiohttp.ClientSession, begun: Answer) -> Answer:
         answer = msgspec.structs.replace(begun)
@@ -150,8 +159,6 @@ class Load:
             answer.outcome, answer.says = BROKEN, repr(error)
         answer.done_s = time.monotonic()
         self._compare(answer)
-        self.answers.append(answer)
-        self._on_answer(answer)
         await asyncio.sleep(pause_s)
         return answer
 

@@ -123,6 +123,8 @@ class Stage:
         }
         self.clock = scratch / "clock"
         """Libfaketime's file: how far the clock of one agent is off."""
+        self.engine_wait_s = 0.0
+        """For which the gateway keeps a request while a role has no engine."""
         self._proxy: FaultyProxy | None = None
 
     @contextlib.contextmanager
@@ -168,6 +170,7 @@ class Stage:
             log_dir=str(logs),
             poison_kv=True,
         )
+        self.engine_wait_s = getattr(config, "engine_wait_s", 0.0)
         as_shipped = {node: EngineChange(experiment=config.experiment) for node in NODES}
         records = records_on(self.network, config, as_shipped, dram_keep=True)
         return [self._with_own_clock(r) if r.name == CLOCK_AGENT else r for r in records]
@@ -212,7 +215,7 @@ class Stage:
         if not percent:
             run(*nft, "delete table inet faults")
             return
-        some = f"numgen random mod 100 < {percent} drop"
+        some = "drop" if percent == 100 else f"numgen random mod 100 < {percent} drop"
         which = [f'{way} {{ "storage", "compute" }} {some}' for way in ("iifname", "oifname")]
         run(
             *nft,

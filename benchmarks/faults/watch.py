@@ -13,12 +13,15 @@ import msgspec
 from benchmarks.faults.cluster import Cluster
 
 LOOK_EVERY_S = 0.5
+UNLIKE = "no prefill and decode engine serve the same"
+"""What ``/health`` says while only some engines have new weights."""
 ROLES = ("prefill", "decode")
 _MISSING = re.compile(r'dualpath:agent_missing_blocks_total\{.*agent="([^"]+)".*\}')
 
 
 class Look(msgspec.Struct, frozen=True):
-    """One look. ``engines``: living ones by role; empty while the gateway did not answer."""
+    """One look. ``engines``: living ones by role; empty while the gateway did not answer, or no
+    two of them had the same weights."""
 
     time_s: float
     engines: dict[str, int]
@@ -40,7 +43,8 @@ class Watch:
             begun_s = time.monotonic()
             state = await self._cluster.operator.state()
             self._count_missing(await self._cluster.operator.metrics())
-            engines = {} if state is None else _living(state)
+            differ = UNLIKE in await self._cluster.operator.troubles()
+            engines = {} if state is None or differ else _living(state)
             self.looks.append(Look(begun_s, engines, int(self._missing)))
             await asyncio.sleep(max(0.0, begun_s + LOOK_EVERY_S - time.monotonic()))
 
