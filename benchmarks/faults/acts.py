@@ -136,6 +136,7 @@ async def _read_only_disk(scene: Scene, fault: Fault, rng: random.Random) -> str
     supervisor = cluster.signal(SUPERVISOR, signal.SIGSTOP)  # it would start the agent too soon
     try:
         pids = cluster.signal(fault.target, signal.SIGKILL)
+        await cluster.wait_gone(pids)
         await asyncio.to_thread(disk.replace)
     finally:
         cluster.resume(supervisor)

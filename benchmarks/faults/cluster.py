@@ -170,6 +170,11 @@ class Cluster:
                 sent.append(pid)
         return sent
 
+    async def wait_gone(self, pids: Sequence[int]) -> None:
+        """Until these have ended; a zombie has."""
+        while any(psutil.pid_exists(pid) and not _is_zombie(pid) for pid in pids):
+            await asyncio.sleep(0.05)
+
     def resume(self, pids: Sequence[int]) -> None:
         """Those of them that are still there."""
         for pid in pids:
@@ -181,6 +186,12 @@ class Cluster:
         assert self._process is not None
         self._process.wait(10)
         self.start()
+
+
+def _is_zombie(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def _name_of(process: psutil.Process) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from storage.remote.objects.open_store import FORMAT_NAME
+
 FLIPS = 8
 TORN_BYTES = 64 << 10
 SECTOR_BYTES = 4096
@@ -36,13 +38,14 @@ def damage_file(paths: Sequence[Path], flips: bool, rng: random.Random) -> str:
 
 
 def damage_object(files: Any, folder: str, flips: bool, rng: random.Random) -> str:
-    """One of the store's objects, a pack or a manifest: replaced by a damaged copy."""
-    paths = sorted(files.find(folder)) if files.exists(folder) else []
-    if not paths:
-        return "there is no object yet"
+    """One of the store's objects, a pack or a manifest: replaced by a damaged copy. Not the one
+    that names the format, without which no agent starts (docs/limits.md)."""
     kinds: dict[str, list[str]] = {}
-    for path in paths:
+    for path in sorted(files.find(folder)) if files.exists(folder) else []:
         kinds.setdefault(path.removeprefix(folder).split("/")[1], []).append(path)
+    kinds.pop(FORMAT_NAME, None)
+    if not kinds:
+        return "there is no object yet"
     path = rng.choice(kinds[rng.choice(sorted(kinds))])
     content = bytearray(files.cat_file(path))
     if not content:

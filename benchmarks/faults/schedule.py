@@ -45,6 +45,7 @@ BYTE_KINDS = ("flip-ssd", "tear-ssd", "flip-remote", "tear-remote")
 def menus(nodes: Sequence[str]) -> dict[str, Menu]:
     """Of a cluster with these nodes."""
     agents = [f"agent-{node}" for node in nodes]
+    stores = [f"agent-{node}" for node in nodes if node.startswith("d")]  # of what was decoded
     parts = [f"{node}/{part}" for node in nodes for part in ("scheduler", "detokenizer")]
     return {
         "kill": Menu(4, [*agents, *nodes, "gateway"]),
@@ -56,10 +57,10 @@ def menus(nodes: Sequence[str]) -> dict[str, Menu]:
         "partition": Menu(2, nodes),
         "loss": Menu(2, nodes),
         "s3-answers": Menu(3, ["500", "503", "slow", "reset", "truncate", "stall"]),
-        "full-disk": Menu(1, agents),
-        "read-only-disk": Menu(0.7, agents),
-        "flip-ssd": Menu(1, agents),
-        "tear-ssd": Menu(1, agents),
+        "full-disk": Menu(1, stores),
+        "read-only-disk": Menu(0.7, stores),
+        "flip-ssd": Menu(1, stores),
+        "tear-ssd": Menu(1, stores),
         "flip-remote": Menu(1, ["s3"]),
         "tear-remote": Menu(1, ["s3"]),
         "clock": Menu(1, ["agent-d1"]),

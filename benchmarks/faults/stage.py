@@ -242,6 +242,7 @@ def own_mounts() -> None:
     if libc.unshare(_CLONE_NEWNS) != 0:
         raise ClusterFailed(f"no mounts of our own: {os.strerror(ctypes.get_errno())}")
     run("mount", "--make-rprivate", "/")
+    run("mount", "--make-rshared", "/")  # with the nodes, whose processes have mounts of their own
     run("mount", "-t", "tmpfs", "tmpfs", "/dev/shm")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 from collections.abc import Callable, Collection
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from storage.block_format import decode_owner
-from storage.ssd.folder import DirectoryUnusable, SsdFolder
+from storage.ssd.folder import FATAL_ERRORS, SsdFolder, unusable
 from storage.ssd.group_sync import GroupSync
 from storage.ssd.notes import FolderNotes
 from storage.ssd.owner_numbers import OwnerNumbers
@@ -29,7 +28,6 @@ SCAN_THREADS = 16
 """Slabs that are looked through at once, at a start."""
 ERRORS_MAX = 8
 """I/O errors in a row after which a disk is taken out."""
-FATAL_ERRORS = {errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN, errno.ESTALE}
 
 
 class DeviceOptions(NamedTuple):
@@ -68,7 +66,7 @@ class SsdDevice:
                 self._folder.unlock()
                 raise
         except OSError as error:
-            raise DirectoryUnusable(folder, error.strerror or str(error)) from error
+            raise unusable(folder, error) from error
         self.owners = OwnerNumbers(self._folder.notes)
         # writes sync, and so take long: with threads of their own they do not delay reads
         self.readers = IoThreads(f"read {folder}", options.threads)
@@ -98,7 +96,7 @@ class SsdDevice:
             self._compact_notes(records.values())
         except OSError as error:
             self.close()
-            raise DirectoryUnusable(self.path, error.strerror or str(error)) from error
+            raise unusable(self.path, error) from error
         return records
 
     def _read_records(self) -> dict[int, Records]:

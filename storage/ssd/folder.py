@@ -52,6 +52,20 @@ class DirectoryUnusable(Exception):
         self.reason = reason
 
 
+class DiskBroken(DirectoryUnusable):
+    """The disk itself says so: another directory on it would be no better."""
+
+
+FATAL_ERRORS = {errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN, errno.ESTALE}
+"""What a disk answers with that is gone, or takes nothing any more."""
+
+
+def unusable(directory: Path, error: OSError) -> DirectoryUnusable:
+    """What an error at the start says of the directory."""
+    kind = DiskBroken if error.errno in {*FATAL_ERRORS, errno.EIO} else DirectoryUnusable
+    return kind(directory, error.strerror or str(error))
+
+
 class OtherFormat(DirectoryUnusable):
     """Another version of this program wrote the directory."""
 

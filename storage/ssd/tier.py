@@ -14,7 +14,7 @@ from storage.index.held_blocks import FoundBlocks, HeldBlocks
 from storage.index.owners import Quota
 from storage.ssd.backend import SsdBackend
 from storage.ssd.device import DeviceOptions, SsdDevice
-from storage.ssd.folder import DirectoryLocked, DirectoryUnusable
+from storage.ssd.folder import DirectoryLocked, DirectoryUnusable, DiskBroken
 from storage.ssd.slab_records import Records, keys_of, latest
 from storage.ssd.slab_table import RECORD
 from storage.ssd.slots import Slot, SsdSlots
@@ -23,7 +23,7 @@ from storage.tiers.contract import Wake
 from storage.tiers.operation_queue import OperationQueue
 from storage.tiers.room import Room
 
-__all__ = ["DirectoryLocked", "DirectoryUnusable", "SsdTier"]
+__all__ = ["DirectoryLocked", "DirectoryUnusable", "DiskBroken", "SsdTier"]
 
 logger = logging.getLogger(__name__)
 

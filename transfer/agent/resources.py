@@ -11,7 +11,7 @@ from functools import partial
 from common.ids import Incarnation
 from common.process_settings import incarnation
 from storage.remote.tier import RemoteTier
-from storage.ssd.tier import SsdTier
+from storage.ssd.tier import DiskBroken, SsdTier
 from storage.tiers.contract import Tier, Wake
 from transfer.agent.announcer import Announcer
 from transfer.agent.config import AgentConfig
@@ -105,9 +105,18 @@ def _start_peer(config: AgentConfig) -> TransferPeer:
 
 def _open_tiers(config: AgentConfig, wake: Wake) -> tuple[Tier | None, Tier | None]:
     """SSD and remote tier, None where switched off."""
-    ssd = remote = None
-    if config.ssd_dirs:
-        ssd = SsdTier(
+    remote = None
+    ssd = _open_ssd(config, wake) if config.ssd_dirs else None
+    if config.remote_url:
+        remote = RemoteTier(config.remote_url, config.remote_options, wake, config.remote)
+    return ssd, remote
+
+
+def _open_ssd(config: AgentConfig, wake: Wake) -> Tier | None:
+    """None if its disks are broken: they may have become so under an earlier process, which had
+    gone on without them, and the node must not be lost with them."""
+    try:
+        return SsdTier(
             config.ssd_dirs,
             config.ssd_bytes,
             wake,
@@ -115,6 +124,6 @@ def _open_tiers(config: AgentConfig, wake: Wake) -> tuple[Tier | None, Tier | No
             config.ssd_min_free_bytes,
             config.ssd_quotas,
         )
-    if config.remote_url:
-        remote = RemoteTier(config.remote_url, config.remote_options, wake, config.remote)
-    return ssd, remote
+    except DiskBroken as error:
+        log.error("goes on without an SSD tier: %s", error)
+        return None

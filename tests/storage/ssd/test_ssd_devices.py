@@ -15,7 +15,7 @@ from storage.ssd import backend as ssd_backend
 from storage.ssd.device import ERRORS_MAX
 from storage.ssd.slab import slot_bytes_for
 from storage.ssd.slab_table import table_bytes_for
-from storage.ssd.tier import DirectoryLocked, DirectoryUnusable, SsdTier
+from storage.ssd.tier import DirectoryLocked, DirectoryUnusable, DiskBroken, SsdTier
 from storage.tiers.contract import BlockIO, DeviceStats, TierFull
 from tests.storage.conftest import finish, key_of, no_wake, payload_of, read, settle, write
 from tests.storage.ssd.slab_files import lose_tables, slow_down, stored
@@ -311,7 +311,7 @@ def _free_bytes(folder: Path) -> int:
 
 def test_a_read_only_disk_is_named(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(DirectoryUnusable, match="Read-only"):
+    with pytest.raises(DiskBroken, match="Read-only"):
         SsdTier(small_disk, SLOT_BYTES, no_wake)
 
 

@@ -6,6 +6,7 @@ import math
 import random
 import signal
 import socket
+import subprocess
 import time
 
 import pytest
@@ -335,6 +336,25 @@ def test_an_agent_that_cannot_start_says_why(tmp_path, settings, words):
     agent.start()
     assert agent.process.wait(15) == 2
     assert words in agent.log().splitlines()[-1]
+
+
+def test_an_agent_whose_disk_broke_starts_again_without_it(tmp_path):
+    (disk := tmp_path / "ssd").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no permission to mount a small tmpfs")
+    agent = AgentProcess(tmp_path)
+    try:
+        agent.start()
+        gateway = FakeGateway(agent.control)
+        gateway.send(Subscribe())
+        assert gateway.wait(Announcement, timeout_s=30).snapshot
+        gateway.close()
+        agent.stop()
+        assert "goes on without an SSD tier" in agent.log() and "Read-only" in agent.log()
+    finally:
+        agent.kill()
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_busy_port_is_said(tmp_path):
