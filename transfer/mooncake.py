@@ -214,7 +214,9 @@ class TransferPeer:
             )
             if code != 0:
                 with self._lock:
-                    self._suspended_until[session_id] = self._clock() + self._retry_after_s
+                    now = self._clock()
+                    still = {s: t for s, t in self._suspended_until.items() if t > now}
+                    self._suspended_until = still | {session_id: now + self._retry_after_s}
                 raise TransferFailed(session_id, operation, code)
             with self._lock:
                 self._moved_bytes[operation, host_of(session_id)] += nbytes

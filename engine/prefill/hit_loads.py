@@ -13,12 +13,13 @@ gateway sends it again without a plan: its blocks are recomputed.
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import msgspec
 
 from engine.config import EngineConfig
-from engine.plans import Fit, Plans
+from engine.plans import PLANS_MAX, Fit, Plans
 from engine.prefill.layer_window import LayerWindow
 from engine.streams import HostPages
 from engine.transfers.deliveries import Deliveries, Delivery
@@ -104,7 +105,8 @@ class HitLoads:
         self._plans = plans
         self._deliveries = deliveries
         self._window = window
-        self._found: dict[str, Fit] = {}
+        self._found: OrderedDict[str, Fit] = OrderedDict()
+        """Until SGLang queues the load, which it does not for a request that is aborted."""
         self._queued: dict[str, _Load] = {}
         self._failed: set[str] = set()
 
@@ -114,7 +116,10 @@ class HitLoads:
         fit = self._plans.fit_tail(rid, hashes)
         if fit is None:
             return 0
+        self._found.pop(rid, None)
         self._found[rid] = fit
+        while len(self._found) > PLANS_MAX:
+            self._found.popitem(last=False)
         if self._window is not None:
             self._window.note_hit(fit.plan, fit.blocks)
         return fit.blocks

@@ -187,7 +187,7 @@ def kv_settings(args: Any, dtype: str) -> str:
     default, and always the type in which the model computes. ``args``: as they were given."""
     counted: dict[str, object] = {"dtype": dtype}
     defaults = type(args)(model_path="")
-    for name in args.__struct_fields__:
+    for name in type(args).__struct_fields__:
         value = getattr(args, name)
         if name not in _neutral and value != getattr(defaults, name):
             counted[name] = _noted(name, value)

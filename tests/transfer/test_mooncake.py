@@ -103,6 +103,10 @@ def test_a_dead_peer_is_refused_until_it_is_time_to_try_again(peer, clock):
         peer.read(session, *word)
     assert time.monotonic() - started < 0.1
     clock.now += 6
+    other = "127.0.0.1:1"
+    with pytest.raises(TransferFailed):
+        peer.write(other, *word)
+    assert list(peer._suspended_until) == [other]  # one that never comes back is not remembered
     with pytest.raises(TransferFailed):
         peer.write(session, *word)
     peer.forgive(session)

@@ -16,6 +16,7 @@ from common.board_word import FAILED
 from common.experiment import Experiment
 from common.messages import CancelJob, Deliver
 from engine import runtime
+from engine.prefill import hit_loads
 from engine.prefill.hit_loads import HitLoads
 from engine.ranks.group import RankGroup
 from engine.sglang.prefill import linker
@@ -328,3 +329,14 @@ def test_nothing_is_persisted_from_here(parts):
     _, sglang = parts
     assert not sglang.cache_linker.offload([])
     assert sglang.cache_linker.num_completed_offloads() == 0
+
+
+def test_what_was_found_for_requests_that_never_load_is_bounded(parts, monkeypatch):
+    monkeypatch.setattr(hit_loads, "PLANS_MAX", 8)
+    engine, _ = parts
+    requests = [Request(f"r{number}", PROMPT) for number in range(50)]
+    for request in requests:
+        engine.plan(request, 5)
+        assert engine.hit_loads.look_up(request.rid, hashes_of(request)) == 5
+    assert len(engine.hit_loads._found) == 8
+    assert not engine.hit_loads.cancel("r49") and len(engine.hit_loads._found) == 7
