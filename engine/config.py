@@ -32,6 +32,9 @@ class EngineConfig(ProcessSettings, frozen=True):
     """Name of the node's own agent, which persists this engine's blocks."""
     agents: dict[str, str]
     """Every agent's name and control endpoint."""
+    heard: list[str] = []
+    """Networks from which its ports take connections (:mod:`transfer.ports.source_filter`); empty:
+    from everywhere."""
     control_secret: str = ""
     """Of which the keys of control connections are made (:mod:`transfer.control.keys`)."""
     deliver_timeout_s: Annotated[

@@ -54,6 +54,7 @@ class Child:
                 preexec_fn=prepare,
             )
         self.session = self._process.pid
+        self._shared: set[Path] = set()
         self._exited = asyncio.Event()
         self._pidfd = os.pidfd_open(self.session)
         asyncio.get_running_loop().add_reader(self._pidfd, self._on_exit)
@@ -74,6 +75,16 @@ class Child:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._exited.wait(), max(0.0, seconds))
         return self._exited.is_set()
+
+    def note_shared_memory(self) -> None:
+        """Remember what its session has mapped, for :meth:`remove_shared_memory`."""
+        self._shared = _named_shared_memory(session_members([self.session]))
+
+    def remove_shared_memory(self) -> None:
+        """What the killed have left of it, once nobody of the session is left."""
+        if not session_members([self.session]):
+            for path in self._shared:
+                path.unlink(missing_ok=True)
 
     def how_it_ended(self) -> str:
         """A sentence part such as ``exited with code 1``."""

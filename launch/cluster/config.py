@@ -164,6 +164,12 @@ class ClusterConfig:
         "means a new one at each start (docs/security.md).",
         text("FILE"),
     )
+    peers_from: str = setting(
+        "",
+        "Networks, comma-separated, from which the ports of KV movement and of ranks take "
+        "connections, besides the cluster's own hosts; any: from everywhere (docs/security.md).",
+        text("NETWORKS"),
+    )
     device: str = setting(
         "auto",
         "Where engines compute; auto is cuda if torch has it.",

@@ -47,6 +47,7 @@ def make_summary(
         ("transfer", f"{hardware.transfer}: {hardware.reason}"),
         ("traffic", _traffic(config, hardware)),
         ("doors", _doors(config)),
+        ("ports", _ports(config)),
         ("tiers", _tiers(config)),
         *(("EXPERIMENT", f"not the product: {what}") for what in config.experiment.departures),
         *(("unused", f"{folder} {_UNUSED}") for folder in config.unused_stores),
@@ -87,6 +88,15 @@ def _tiers(config: ClusterConfig) -> str:
         tiers.append(f"SSD {format_size(config.ssd_bytes)} an agent in {folders}")
     tiers.append(f"remote {config.remote}" if config.remote else "no remote")
     return "; ".join(tiers)
+
+
+def _ports(config: ClusterConfig) -> str:
+    """Who is heard at the ports of agents and engines."""
+    if config.peers_from == "any":
+        heard = "OPEN to everyone who reaches this host (--peers-from any)"
+    else:
+        heard = f"the cluster's hosts{config.peers_from and ' and ' + config.peers_from} alone"
+    return f"KV movement and ranks hear {heard} (python -m transfer.check --ports)"
 
 
 def _traffic(config: ClusterConfig, hardware: Hardware) -> str:

@@ -13,7 +13,10 @@ from launch.cluster.config import ClusterConfig
 from launch.cluster.hardware import Hardware
 from launch.cluster.ports import CONTROL, HTTP, block_ports, control
 from launch.cluster.tensor_parallel import check_window, group_names, ranks_of
+from launch.settings import BadConfig
 from transfer.control.sockets import UNIX
+from transfer.ports.source_filter import LOOPBACK as THIS_HOST
+from transfer.ports.source_filter import parse
 
 LOOPBACK = "127.0.0.1"
 PAGE_TOKENS = 64
@@ -96,6 +99,20 @@ class Layout:
 
     def _endpoint(self, node: str, name: str, port: int) -> str:
         return f"{UNIX}{name}" if self.is_one_host else f"tcp://{self.hosts[node]}:{port}"
+
+    @property
+    def heard(self) -> list[str]:
+        """Networks that ports of agents and engines hear; none: everyone. Raises ``BadConfig``."""
+        more = self.config.peers_from
+        if more == "any":
+            return []
+        try:
+            networks = parse([*THIS_HOST, *self.hosts.values(), *(more.split(",") if more else ())])
+        except ValueError as error:
+            raise BadConfig(
+                f"--peers-from {more}: {error}: give networks such as 10.1.0.0/16, or `any`."
+            ) from error
+        return list(dict.fromkeys(map(str, networks)))
 
     def gpus(self, node: str) -> list[int]:
         """Of a node's ranks: one after the other, as all nodes are on one machine."""

@@ -47,6 +47,17 @@ def mooncake_env(block_port: int, ranks: int) -> dict[str, str]:
     return mooncake_ports.to_env(range(first, first + ranks * _MOONCAKE_PORTS))
 
 
+ON_EVERY_ADDRESS = ("Mooncake", "rendezvous", "meeting")
+"""Purposes of ports that are bound to all of a host's addresses, whatever their process is told."""
+
+
+def choices(block_port: int, ranks: EngineRanks) -> dict[str, range]:
+    """Ports of which a process takes some at each start."""
+    first = block_port + meeting(ranks)
+    found = {"Mooncake": range(block_port + _MOONCAKE, first)}
+    return found | ({"meeting": range(first, first + _MEETING_PORTS)} if ranks.groups > 1 else {})
+
+
 def respawn(record: ProcessRecord, restart_count: int) -> ProcessRecord:
     """The record for the start after ``restart_count`` deaths, with ports of its own.
 

@@ -15,6 +15,7 @@ from typing import IO
 from common.sizes import format_size
 from common.user_files import PRIVATE_FOLDER
 from launch.cluster.config import ClusterConfig
+from launch.cluster.ports import ON_EVERY_ADDRESS
 from launch.cluster.process_record import ProcessRecord
 from launch.settings import BadConfig
 from storage.remote.settings import RemoteSettings
@@ -29,6 +30,8 @@ def check(config: ClusterConfig, records: Sequence[ProcessRecord]) -> list[IO[st
     for record in records:
         for purpose, port in record.ports.items():
             check_port(record, purpose, port)
+        for purpose, ports in record.choices.items():
+            check_choice(record, purpose, ports)
     _check_writable(config.log_folder, "--log-dir")
     check_remote(config)
     stores = config.ssd_folders if config.ssd_bytes else []
@@ -41,10 +44,11 @@ def check(config: ClusterConfig, records: Sequence[ProcessRecord]) -> list[IO[st
 def check_port(record: ProcessRecord, purpose: str, port: int) -> None:
     """The port can be bound now."""
     option = "--port" if record.kind == "gateway" else "--base-port"
+    host = "" if purpose in ON_EVERY_ADDRESS else record.host
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((record.host, port))
+            probe.bind((host, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise BadConfig(
@@ -55,6 +59,22 @@ def check_port(record: ProcessRecord, purpose: str, port: int) -> None:
                 f"{record.name} cannot listen on {record.host}:{port}: {error.strerror}; "
                 f"choose another --host or {option}."
             ) from error
+
+
+def check_choice(record: ProcessRecord, purpose: str, ports: range) -> None:
+    """At least half of them can be bound: a process that restarts finds what it needs."""
+    taken = []
+    for port in ports:
+        try:
+            check_port(record, purpose, port)
+        except BadConfig:
+            taken.append(port)
+    if 2 * len(taken) > len(ports):
+        raise BadConfig(
+            f"{record.name} needs some of the ports {ports.start} to {ports.stop - 1} of "
+            f"{record.host} ({purpose}), but {len(taken)} of them are in use: choose another "
+            "--base-port."
+        )
 
 
 def check_memory(config: ClusterConfig, available_bytes: int) -> None:

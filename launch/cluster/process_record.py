@@ -41,6 +41,8 @@ class ProcessRecord:
     """All must pass before the process counts as started."""
     alive: HealthCheck
     """Must keep passing from then on."""
+    choices: Mapping[str, range] = field(default_factory=dict)
+    """Ports of which it takes some at a start, others at later ones, by purpose."""
     secrets: bytes = field(default=b"", repr=False)
     """What this process alone may read: the content of a private file, whose path it gets in its
     environment (``common.process_settings.SECRETS``)."""

@@ -14,8 +14,9 @@ from launch.cluster.config import ClusterConfig
 from launch.cluster.engine_command import engine_env, engine_flags
 from launch.cluster.hardware import Hardware
 from launch.cluster.layout import LOOPBACK, Layout, agent_name, role_of
-from launch.cluster.ports import BOOTSTRAP, CONTROL, HTTP, RENDEZVOUS, mooncake_env
+from launch.cluster.ports import BOOTSTRAP, CONTROL, HTTP, RENDEZVOUS, choices, mooncake_env
 from launch.cluster.process_record import HealthCheck, ProcessRecord
+from launch.cluster.tensor_parallel import EngineRanks
 from launch.gateway.config import EngineAddress, GatewayConfig, RequestLimits
 from launch.gateway.doors.settings import DoorKeys, DoorSettings
 from launch.settings import BadConfig, filled
@@ -68,6 +69,7 @@ class _Records:
             protocol=self.layout.hardware.transfer,
             engines=[name for other in self.layout.nodes for name in self.layout.engines(other)],
             control_secret=self._secret,
+            heard=self.layout.heard,
             cgroup=config.traffic.cgroup,
             gpus=self.layout.gpus(node),
             ssd_dirs=[str(folder) for folder in config.ssd_folders_of(name)],
@@ -87,6 +89,7 @@ class _Records:
             secrets=settings.secrets(),
             host=self.layout.hosts[node],
             ports=self._control_ports(self.layout.port(node, "agent", CONTROL)),
+            choices=choices(self.layout.port(node, "agent", 0), EngineRanks()),
             ready=(alive,),
             alive=alive,
             cgroup=config.traffic.cgroup,
@@ -102,6 +105,7 @@ class _Records:
             agent=agent_name(node),
             agents=self.layout.agents,
             control_secret=self._secret,
+            heard=self.layout.heard,
             prefill_quota_s=self._quota_s() if role == "prefill" else None,
             layer_window=config.prefill_layer_window if role == "prefill" else None,
             promise_planned_only=role == "decode" and config.prefill_layer_window is not None,
@@ -136,6 +140,7 @@ class _Records:
             secrets=settings.secrets(),
             host=self.layout.hosts[node],
             ports=ports,
+            choices=choices(self.layout.port(node, "engine", 0), self.layout.ranks[node]),
             ready=(
                 # Of any status: it has no key to this port, which opens with the model loaded.
                 HealthCheck("http", f"{self.layout.http(node)}/model_info", any_status=True),

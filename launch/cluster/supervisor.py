@@ -117,6 +117,7 @@ class Supervisor:
             child = self._spawn(respawn(record, restarts))
             reason = await self._watch(child)
             await end_sessions([child.session], grace_s=0)
+            child.remove_shared_memory()
             if not self._ready[record.name].is_set():
                 raise StartFailed(record.name, reason, child.log)
             if child.uptime_s >= BACKOFF_RESET_S:
@@ -149,6 +150,7 @@ class Supervisor:
                 return child.how_it_ended()
             if child.uptime_s > self._start_timeout_s:
                 return f"was not ready after {self._start_timeout_s:.0f} s"
+        child.note_shared_memory()
         self._ready[record.name].set()
         self._reporter.ready(record.name, child.uptime_s)
         silent_probes = 0
@@ -182,6 +184,7 @@ class Supervisor:
             await asyncio.sleep(0.05)
         for child in self._children.values():
             await child.exited_within(1.0)
+            child.remove_shared_memory()
 
     async def _end_in_turn(self) -> None:
         """The gateway first, whose open streams need the others. An engine has nothing to

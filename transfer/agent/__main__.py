@@ -18,6 +18,7 @@ from transfer.agent.control_socket import CannotBind
 from transfer.agent.server import Agent
 from transfer.memory import NotEnoughMemory
 from transfer.mooncake import TransferFailed
+from transfer.ports.source_filter import CannotFilter
 
 log = logging.getLogger("transfer.agent")
 
@@ -27,6 +28,7 @@ STOP_TIMEOUT_S = 2.5
 START_ERRORS = (
     BadSettings,
     CannotBind,
+    CannotFilter,
     DirectoryLocked,
     DirectoryUnusable,
     NotEnoughMemory,

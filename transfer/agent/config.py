@@ -31,6 +31,9 @@ class AgentConfig(ProcessSettings, frozen=True):
     """"tcp" or "rdma"."""
     engines: list[str] = []
     """Names of those that may register here."""
+    heard: list[str] = []
+    """Networks from which its ports take connections (:mod:`transfer.ports.source_filter`); empty:
+    from everywhere."""
     control_secret: str = ""
     """Of which the keys of control connections are made (:mod:`transfer.control.keys`)."""
     rdma_devices: Annotated[

@@ -26,6 +26,7 @@ from transfer.mooncake import TransferPeer
 from transfer.pacing import nics
 from transfer.pacing.agent_pacing import AgentPacing, PaceSettings
 from transfer.pacing.peer_nics import MovedBytes, PeerNics
+from transfer.ports.source_filter import admit_only
 from transfer.traffic.host import keeps_apart
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Resources:
         self.announcer = Announcer(self.incarnation, self.socket.send)
         self.memory = HostMemory(config.dram_bytes)
         self.peer = _start_peer(config)
+        admit_only(config.heard)
         self.peer.register(self.memory.address, self.memory.size_bytes)
         self.credits = CreditBoard(self.peer.register)
         self.ssd, self.remote = _open_tiers(config, wake)

@@ -1,7 +1,8 @@
 """``python -m transfer.check``: which traffic classes take effect on this machine's network.
 
 Changes nothing. With --peer it measures: both classes at once, into memory of a node on which
-``python -m transfer.check --serve --host ADDRESS`` runs (about 15 s).
+``python -m transfer.check --serve --host ADDRESS`` runs (about 15 s). With --ports it lists who
+listens where, and is heard by whom (0 if only those whom the configuration names, else 1).
 
 Exit codes: 0 the classes take effect; 1 nothing tells the classes apart; 2 half configured, or
 not to be seen from here: measure; 3 the check could not run.
@@ -17,7 +18,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from transfer.check import probe
+from transfer.check import ports, probe
 from transfer.check.facts import ethernet_facts, roce_facts
 from transfer.check.findings import Finding, judge_ethernet, judge_gpus, judge_rdma
 from transfer.check.machine import Machine, read_machine
@@ -46,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
         settings = read_settings(arguments.traffic)
         if arguments.serve:
             return _serve(arguments, console)
+        if arguments.ports:
+            return ports.report(console, arguments.json)
         report = check(arguments, settings, console)
     except (BadMarks, CannotCheck, ProbeFailed, TransferFailed) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -72,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="for scripts: JSON on stdout")
     add("--peer", default="", metavar="HOST", help="measure towards this node")
     add("--seconds", type=float, default=2.0, metavar="S", help="of each part of a measurement")
+    add("--ports", action="store_true", help="list every listener of the clusters that run here")
     add("--serve", action="store_true", help="be the peer of another node's check, until Ctrl-C")
     add("--host", default="", metavar="ADDRESS", help="own address; default: to --peer; loopback")
     add("--port", type=int, default=probe.PORT, help=f"of --serve (default {probe.PORT})")

@@ -1,5 +1,6 @@
 """The command line: what it refuses, and how it says so."""
 
+import contextlib
 import socket
 from pathlib import Path
 
@@ -59,6 +60,20 @@ def test_a_busy_port_is_named_with_the_process_that_needs_it(refused):
         port = holder.getsockname()[1]
         sentence = refused("--port", str(port), "--base-port", "21000")
     assert str(port) in sentence and "gateway" in sentence and "--port" in sentence
+
+
+def test_ports_of_which_too_few_are_free_are_named(refused):
+    """Each process takes some of its block: here another one has most of an agent's, on an address
+    that the agent would share."""
+    base, port = 21500, str(_free_port())
+    with contextlib.ExitStack() as stack:
+        for taken in range(base + 16, base + 16 + 20):
+            holder = stack.enter_context(socket.socket())
+            holder.bind(("127.0.0.2", taken))
+            holder.listen()
+        sentence = refused("--port", port, "--base-port", str(base))
+    assert "agent-p0" in sentence and "20 of them are in use" in sentence
+    assert "--base-port" in sentence
 
 
 def test_an_unwritable_ssd_folder(refused, tmp_path):

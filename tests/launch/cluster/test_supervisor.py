@@ -34,6 +34,14 @@ if mode == "stubborn":  # ignores SIGTERM, with a child of another process group
     with open(sys.argv[3], "w") as file:
         file.write(memory.name)
     subprocess.Popen(["sleep", "600"], preexec_fn=lambda: os.setpgid(0, 0))
+if mode == "leaver":  # as SGLang's schedulers, whose files nobody removes when they are killed
+    import mmap
+    path = f"/dev/shm/sglang_loads_test_{os.getpid()}"
+    file = open(path, "w+b")
+    file.truncate(4096)
+    mapped = mmap.mmap(file.fileno(), 4096)
+    with open(sys.argv[3], "w") as note:
+        note.write(path)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
@@ -198,6 +206,20 @@ async def test_a_dead_process_returns_with_a_later_incarnation_and_longer_delays
         assert [restart[0] for restart in told.restarts] == ["fragile", "fragile"]
         assert "SIGKILL" in told.restarts[0][1]
         assert told.restarts[1][2] == 2 * told.restarts[0][2]
+
+
+async def test_shared_memory_of_a_process_that_somebody_killed_does_not_stay(quick, tmp_path):
+    note = tmp_path / "note"
+    record = stand_in("p0", "leaver", note, kind="engine")
+    async with Cluster([record], tmp_path):
+        pid, _ = await asyncio.to_thread(ask, record)
+        first = Path(note.read_text())
+        assert first.exists()
+        os.kill(pid, signal.SIGKILL)
+        await ask_until(record, other_than_pid=pid)
+        second = Path(note.read_text())
+        assert not first.exists() and second.exists()
+    assert not second.exists()
 
 
 async def test_a_process_that_hangs_is_ended_and_started_again(quick, tmp_path):
