@@ -44,6 +44,8 @@ Bytes = Annotated[int, Meta(ge=0, le=INT64_MAX)]
 
 RANKS_MAX = 4096
 """Of one engine."""
+REQUESTS_MAX = 4096
+"""That an engine names with its last words."""
 
 
 class MalformedMessage(Exception):
@@ -308,6 +310,15 @@ class EngineHello(_Message):
     samples: list[Sample]
 
 
+class EngineEnds(_Message):
+    """The last words of an engine that has failed: its scheduler raised an error."""
+
+    incarnation: Started
+    rids: Annotated[list[Name], Meta(max_length=REQUESTS_MAX)]
+    """What it was at work on; empty if that is not known."""
+    reason: str
+
+
 class PlanAccepted(_Message):
     """The plan is in place: the request may be sent."""
 
@@ -342,6 +353,7 @@ Message = (
     | EnginePlan
     | EndPlan
     | EngineHello
+    | EngineEnds
     | PlanAccepted
     | PlanRefused
 )

@@ -82,6 +82,7 @@ _TABLE = (
     _counter("planned_read_bytes_total", "bytes", "Read for plans.", "agent", "tier"),
     _gauge("requests_in_flight", "requests", "Admitted parts of requests, now."),
     _gauge("requests_queued", "requests", "Those that wait for an engine."),
+    _gauge("requests_without_engine", "requests", "Those that wait for one to come back."),
     _gauge("tenants_queued", "tenants", "Whose requests wait; tenants have no label."),
     _counter(
         "requests_displaced_total",

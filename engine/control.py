@@ -10,6 +10,7 @@ import zmq
 
 from common.messages import (
     EndPlan,
+    EngineEnds,
     EngineHello,
     EnginePlan,
     MalformedMessage,
@@ -25,6 +26,8 @@ from transfer.control.sockets import Doorkeeper, bind, sender_of
 
 log = logging.getLogger(__name__)
 
+LAST_WORDS_S = 2.0
+"""The gateway pings every second."""
 _QUEUE_MAX = 1000
 
 
@@ -43,6 +46,8 @@ class ControlServer:
         self._on_plan = on_plan
         self._hello = hello
         self._accepts = accepts
+        self._last_words: EngineEnds | None = None
+        self._said = threading.Event()
         self.malformed_total = 0
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()  # SGLang uses the common one
         self._doorkeeper = Doorkeeper(context, keys, (GATEWAY, LAUNCHER))
@@ -50,13 +55,22 @@ class ControlServer:
         bind(self._socket, endpoint, keys, _QUEUE_MAX)
         threading.Thread(target=self._serve, name="dualpath-control", daemon=True).start()
 
+    def say_last(self, words: EngineEnds) -> None:
+        """From now on the only answer to a ping; returns when the gateway has been given it, or
+        has not asked for ``LAST_WORDS_S``."""
+        self._last_words = words
+        self._said.wait(LAST_WORDS_S)
+
     def _serve(self) -> None:
         while True:
             client, *frames = self._socket.recv_multipart(copy=False)
             last = frames[-1] if frames else client
             try:
-                for answer in self._answers(decode_from(sender_of(last), last.bytes)):
+                sender = sender_of(last)
+                for answer in self._answers(decode_from(sender, last.bytes)):
                     self._socket.send_multipart([client.bytes, encode(answer)])
+                    if answer is self._last_words and sender == GATEWAY:
+                        self._said.set()
             except MalformedMessage as error:
                 self.malformed_total += 1
                 log.warning("malformed control message dropped: %s", error)
@@ -66,6 +80,8 @@ class ControlServer:
 
     def _answers(self, message: Message) -> list[Message]:
         match message:
+            case Ping() if self._last_words is not None:
+                return [self._last_words]
             case Ping():
                 return [self._hello()]
             case EnginePlan():

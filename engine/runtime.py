@@ -8,6 +8,7 @@ and Mooncake's engine exist (:mod:`engine.sglang.startup`). The hooks find it th
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import msgspec
@@ -15,8 +16,10 @@ import msgspec
 from common.block import Namespace
 from common.ids import BoardSlot, JobId
 from common.messages import (
+    REQUESTS_MAX,
     AgentHello,
     EndPlan,
+    EngineEnds,
     EnginePlan,
     JobEnded,
     Message,
@@ -26,7 +29,7 @@ from common.messages import (
     UnknownEngine,
 )
 from engine.config import EngineConfig
-from engine.control import ControlServer
+from engine.control import LAST_WORDS_S, ControlServer
 from engine.decode.persist import Persister
 from engine.decode.restore import Restores
 from engine.kv_memory import KvMemory
@@ -53,6 +56,9 @@ from transfer.control.keys import Keys
 log = logging.getLogger(__name__)
 
 BOARD_WORDS = 4096
+REASON_CHARS = 200
+FLUSH_S = 0.1
+"""What was sent leaves the process meanwhile."""
 _runtime: EngineRuntime | None = None
 
 
@@ -132,6 +138,7 @@ class EngineRuntime:
         self.deliveries = Deliveries(
             config, board, self.jobs, self.links, self.memory.layout.num_layers, others.fail
         )
+        self._control: ControlServer | None = None
         self._open_prefill()
         self._open_decode()
         if self.ranks.is_leader:
@@ -202,7 +209,7 @@ class EngineRuntime:
             self.prefill_timing.forward.cost,
             samples,
         )
-        ControlServer(
+        self._control = ControlServer(
             self._host.control, self.ranks.post, report.hello, self.plans.accepts, self._keys
         )
         pages = self._host.scheduler.token_to_kv_pool_allocator.num_pages
@@ -222,6 +229,16 @@ class EngineRuntime:
         )
 
     # ---- what the leader says ----
+
+    def say_last(self, rids: list[str], reason: str) -> None:
+        """This rank is about to end the engine, being at work on these requests."""
+        if self._control is None:
+            time.sleep(2 * LAST_WORDS_S)  # the leader is to speak before it is ended as well
+            return
+        log.error("dualpath engine ends at_work=%s reason=%s", rids, reason)
+        words = EngineEnds(self._me.incarnation, rids[:REQUESTS_MAX], reason[:REASON_CHARS])
+        self._control.say_last(words)
+        time.sleep(FLUSH_S)
 
     def _registration(self) -> RegisterEngine:
         return RegisterEngine(

@@ -7,7 +7,7 @@ the ``now`` (seconds, monotonic) of each call. One thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from common.ids import FIRST_PLAN, Incarnation, PlanId
 from common.loads import AgentLoad, EngineLoad
@@ -75,6 +75,11 @@ class Scheduler:
             agents.lost(name)
             self.state.changed()
             self.directory.forget(name, agents.incarnation[agents.row_of[name]])
+
+    @property
+    def drained(self) -> Set[str]:
+        """Engines, and agents, that get nothing new."""
+        return self.state.engines.drained
 
     def drain(self, name: str, on: bool) -> None:
         """Give an engine or an agent nothing new, or again; also before it has reported."""

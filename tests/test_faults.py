@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import pickle
 import signal
 import threading
 import time
@@ -47,6 +48,7 @@ def cluster(folder):
     flags += ["--max-total-tokens", str(POOL_TOKENS), "--dram-bytes", str(120 * BLOCK_BYTES)]
     flags += ["--read-timeout-s", "6", "--deliver-timeout-s", "6", "--load-policy", "always"]
     flags += ["--remote", (folder / "remote").as_uri()]
+    flags += ["--engine-args=--enable-custom-logit-processor"]
     with pytest.MonkeyPatch.context() as patch:
         # SGLang's 30 s: how long a decode engine keeps pages from which a prefill engine that
         # was killed does not say that it writes no more. A suspended one goes on sooner.
@@ -151,6 +153,39 @@ def test_an_engine_lost_before_the_first_token_is_replaced_by_the_spare(
         cluster.signal(lost, signal.SIGCONT)
     all_back(cluster)
     assert ask(cluster, seed).output_ids == plain[seed]
+
+
+class _NoNumber:
+    """Raises an error where it is unpickled."""
+
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+def test_a_request_that_ends_an_engine_ends_no_second_one(cluster, plain):
+    """The engines have been told to run what clients send them (SGLang's flag), and the error of
+    that ends their schedulers."""
+    store(cluster, 13, plain)
+    before = cluster.incarnations("engines")
+    poison = {
+        "input_ids": prompt(100, seed=1),
+        "sampling_params": GREEDY,
+        "custom_logit_processor": json.dumps({"callable": pickle.dumps(_NoNumber()).hex()}),
+    }
+    answers = []
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        neighbours = [pool.submit(ask, cluster, 13) for _ in range(3)]
+        for _ in range(3):
+            with pytest.raises(RequestFailed) as refused:
+                post(f"{cluster.url}/generate", poison)
+            answers.append((refused.value.status, "is refused for" in refused.value.body))
+        for answer in neighbours:
+            assert answer.result(timeout=90).output_ids == plain[13]
+    assert answers == [(422, False), (422, True), (422, True)]
+    all_back(cluster)
+    now = cluster.incarnations("engines")
+    assert sum(now[name] != before[name] for name in ENGINES) == 1
+    assert ask(cluster, 13).output_ids == plain[13]
 
 
 def test_a_decode_engine_killed_after_the_first_token_gives_a_clear_error(cluster, plain):

@@ -43,6 +43,12 @@ EVERY_ENGINE = (
         "KV pool, Mooncake engine and P/D queues exist: start our runtime",
     ),
     Hook(
+        _SCHEDULER + "run_event_loop",
+        "around",
+        "engine.sglang.last_words:around_event_loop",
+        "a scheduler that ends itself says what it was at work on",
+    ),
+    Hook(
         _COMPONENTS + "request_receiver.SchedulerRequestReceiver._broadcast_reqs_across_ranks",
         "around",
         "engine.sglang.rank_hooks:around_broadcast",

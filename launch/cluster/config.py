@@ -270,6 +270,7 @@ class ClusterConfig:
     read_timeout_s: float = owned(GatewayConfig, "read_timeout_s", SECONDS)
     deliver_timeout_s: float = owned(EngineConfig, "deliver_timeout_s", SECONDS)
     request_timeout_s: float = owned(GatewayConfig, "request_timeout_s", SECONDS)
+    engine_wait_s: float = owned(GatewayConfig, "engine_wait_s", SECONDS)
     client_stall_s: float = owned(GatewayConfig, "client_stall_s", SECONDS)
     start_timeout_s: float = setting(
         600.0, "Longest time from the start of a process until it is ready.", SECONDS

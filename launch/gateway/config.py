@@ -108,6 +108,13 @@ class GatewayConfig(ProcessSettings, frozen=True):
         ),
     ] = 20.0
     request_timeout_s: Annotated[float, Meta(description="Longest life of a request.")] = 600.0
+    engine_wait_s: Annotated[
+        float,
+        Meta(
+            description="Requests wait so long for an engine to come back while none of a role "
+            "lives; then 503."
+        ),
+    ] = 30.0
     client_stall_s: Annotated[
         float,
         Meta(description="A client that reads nothing of its answer for so long is cut off."),

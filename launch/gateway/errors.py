@@ -103,8 +103,11 @@ class Unavailable(GatewayError):
     status = 503
     kind = "service_unavailable_error"
     outcome = "unavailable"
-    retry_after_s = 5
-    """As long as a silent engine is waited for; how long a restart takes is not known here."""
+
+    def __init__(self, message: str, retry_after_s: int = 5) -> None:
+        """By default, as long as a silent engine is waited for."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class RequestTimeout(GatewayError):
@@ -120,6 +123,17 @@ class ClientStalled(GatewayError):
     status = 408
     kind = "timeout_error"
     outcome = "client_stalled"
+
+
+class Poisoned(GatewayError):
+    """The request has ended an engine, now or before; sending it again would end another."""
+
+    status = 422
+    kind = "invalid_request_error"
+
+    def __init__(self, message: str, outcome: str = "poison") -> None:
+        super().__init__(message)
+        self.outcome = outcome
 
 
 class RequestFailed(GatewayError):
@@ -157,11 +171,4 @@ def _error_fields(body: bytes) -> dict[str, object]:
 
 
 class AttemptFailed(Exception):
-    """One try at serving a request failed before the client got a byte of an answer.
-
-    ``dead``: engines that must not be tried again with this request.
-    """
-
-    def __init__(self, reason: str, dead: frozenset[str] = frozenset()) -> None:
-        super().__init__(reason)
-        self.dead = dead
+    """One try at serving a request failed."""

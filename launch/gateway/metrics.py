@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from common.metrics import METRICS, PREFIX
 from common.samples import Latencies
 from launch.gateway.admission import Admission
+from launch.gateway.outage import Outage
 from launch.gateway.peers.control_plane import ControlPlane
 from launch.gateway.peers.membership import Membership
 from launch.gateway.request.trace import Trace
@@ -29,7 +30,7 @@ _ESTIMATE_MIN_S = 0.001
 class GatewayMetrics:
     """One registry for one app; ``plane`` supplies what other processes count."""
 
-    def __init__(self, plane: ControlPlane, admission: Admission) -> None:
+    def __init__(self, plane: ControlPlane, admission: Admission, outage: Outage) -> None:
         self._registry = CollectorRegistry()
         self.requests = self._counter("requests_total")
         self.refused = self._counter("refused_total")
@@ -42,7 +43,7 @@ class GatewayMetrics:
         self._read_ratio = self._histogram("read_time_ratio")
         self._load_ratio = self._histogram("first_token_time_ratio")
         self._registry.register(_Reported(plane.members))
-        self._registry.register(_Decided(plane.scheduler, admission))
+        self._registry.register(_Decided(plane.scheduler, admission, outage))
 
     def _counter(self, name: str) -> Counter:
         metric = METRICS[name]
@@ -82,14 +83,16 @@ class GatewayMetrics:
 class _Decided(Collector):
     """What the scheduler and the admission of requests go by."""
 
-    def __init__(self, scheduler: Scheduler, admission: Admission) -> None:
+    def __init__(self, scheduler: Scheduler, admission: Admission, outage: Outage) -> None:
         self._scheduler = scheduler
+        self._outage = outage
         self._admission = admission
 
     def collect(self) -> Iterator[_Family]:
         for name, value in (
             ("requests_in_flight", self._admission.admitted),
             ("requests_queued", self._admission.queued),
+            ("requests_without_engine", self._outage.waiting),
             ("tenants_queued", self._admission.tenants_queued),
             ("requests_displaced_total", self._admission.displaced_total),
         ):

@@ -11,11 +11,13 @@ from launch.gateway.admission import Admission, Seat
 from launch.gateway.config import GatewayConfig
 from launch.gateway.metrics import GatewayMetrics
 from launch.gateway.orders import Orders
+from launch.gateway.outage import Outage
 from launch.gateway.peers.control_plane import ControlPlane
 from launch.gateway.peers.engine_client import EngineClient
 from launch.gateway.peers.http_probe import HttpProbe
 from launch.gateway.recent_requests import EndedView, RecentRequests
 from launch.gateway.request.parts import Part
+from launch.gateway.request.suspects import Suspects
 from scheduler.cluster_view import ClusterView
 from scheduler.scheduler import Scheduler
 
@@ -64,7 +66,10 @@ class Services:
         self.client = EngineClient(plane.members, connections_max, config.keys.engine_key)
         self.probe = HttpProbe(self.client, plane.http_state)
         self.admission = Admission(config.requests_max)
-        self.metrics = GatewayMetrics(plane, self.admission)
+        self.outage = Outage(config.engine_wait_s, plane.wait_change)
+        self.suspects = Suspects(plane.members.pairs)
+        plane.on_engine_lost = self.suspects.engine_lost
+        self.metrics = GatewayMetrics(plane, self.admission, self.outage)
         self.walks: dict[tuple[str, str], Walk] = {}
         """By tenant and the client's id."""
         self.recent = RecentRequests()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from common.ids import Incarnation, PlanId
 from common.loads import EngineLoad
 from common.messages import (
     EndPlan,
+    EngineEnds,
     EngineHello,
     EnginePlan,
     ModelBounds,
@@ -111,3 +113,24 @@ def test_a_request_that_arrives_after_a_weight_update_is_aborted(weights, aborte
         req = SimpleNamespace(rid=rid, set_finish_with_abort=lambda *reason: aborts.append(reason))
         request_hooks.before_add_request(None, req)
     assert len(aborts) == aborted
+
+
+def test_last_words_are_said_at_the_next_ping_and_nothing_after_them(client, tmp_path):
+    endpoint = f"ipc://{tmp_path}/last"
+
+    def hello() -> EngineHello:
+        raise RuntimeError("the scheduler has failed")
+
+    plans = Plans(Weights(NAMESPACE), page_tokens=64)
+    server = ControlServer(endpoint, lambda message: None, hello, plans.accepts, keys("p0"))
+    words = EngineEnds(Incarnation(1), ["a"], "an error")
+    with ThreadPoolExecutor(1) as pool:
+        saying = pool.submit(server.say_last, words)
+        join(client, endpoint, GATEWAY, "p0")
+        while server._last_words is None:
+            pass
+        client.send(encode(Ping()))
+        assert decode(client.recv()) == words
+        saying.result(timeout=5)  # at once
+    client.send(encode(Ping()))
+    assert decode(client.recv()) == words

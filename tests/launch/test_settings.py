@@ -68,6 +68,7 @@ WRITTEN = {
     "read-timeout-s": "3",
     "deliver-timeout-s": "4",
     "request-timeout-s": "5",
+    "engine-wait-s": "6",
     "client-stall-s": "7",
 }
 CONFIG = load_config(

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Callable, Sequence
 
 from common.ids import Incarnation
 from common.messages import (
@@ -17,6 +18,7 @@ from common.messages import (
     AgentStatus,
     Announcement,
     Delivered,
+    EngineEnds,
     EngineHello,
     Ping,
     PlanAccepted,
@@ -43,7 +45,10 @@ class ControlPlane:
     def __init__(self, config: GatewayConfig, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.members = Membership(config)
-        self.plans = PlanHandover(self.members, config.read_timeout_s)
+        self.plans = PlanHandover(self.members, config.read_timeout_s, scheduler.engine_lost)
+        self.on_engine_lost: Callable[[str, Incarnation, Sequence[str]], None] = _nobody
+        """Told of an engine's loss, and of the requests that its last words were about, before
+        those who watch it are."""
         self.changed = asyncio.Event()
         """Set at all that may let a queued request go on."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -61,8 +66,14 @@ class ControlPlane:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.members.close()
 
+    def expected(self) -> bool:
+        """Whether every role has an engine that is not drained, so that it serves once it lives."""
+        drained = self.scheduler.drained
+        roles = {e.address.role for n, e in self.members.engines.items() if n not in drained}
+        return len(roles) == 2
+
     async def wait_change(self) -> None:
-        """Return at the next report, or after ``CHECK_S``. For one waiter at a time."""
+        """Return at the next report, or after ``CHECK_S``."""
         self.changed.clear()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.changed.wait(), CHECK_S)
@@ -77,11 +88,11 @@ class ControlPlane:
 
     def http_state(self, engine: EnginePeer, alive: bool) -> None:
         """Outcome of probing the engine's HTTP port."""
-        if engine.http_alive and not alive:
-            self.scheduler.engine_lost(engine.name)
-            engine.notify("does not answer HTTP")
+        lost = engine.http_alive and not alive
         rejoined = alive and not engine.http_alive
         engine.http_alive = alive
+        if lost:
+            self._engine_lost(engine, "does not answer HTTP")
         if rejoined and engine.hello is not None:
             self._engine_hello(engine, engine.hello)
 
@@ -105,7 +116,10 @@ class ControlPlane:
                 elif peer.name in living:
                     living.discard(peer.name)
                     log.warning("peer lost peer=%s", peer.name)
-                    peer.notify("fell silent")
+                    if isinstance(peer, EnginePeer):
+                        self._engine_lost(peer, "fell silent")
+                    else:
+                        peer.notify("fell silent")
             await asyncio.sleep(CHECK_S)
 
     # ---- what comes in ----------------------------------------------------------------
@@ -154,6 +168,10 @@ class ControlPlane:
             match message:
                 case EngineHello() if message.load.engine == engine.name:
                     self._engine_hello(engine, message)
+                case EngineEnds(incarnation=incarnation) if incarnation == engine.incarnation:
+                    log.error("engine ends engine=%s reason=%s", engine.name, message.reason)
+                    engine.ended = incarnation
+                    self._engine_lost(engine, f"ended: {message.reason}", message.rids)
                 case PlanAccepted() | PlanRefused():
                     self.plans.answered(engine.name, message)
                 case _:
@@ -161,12 +179,28 @@ class ControlPlane:
 
     def _engine_hello(self, engine: EnginePeer, hello: EngineHello) -> None:
         incarnation = hello.load.incarnation
-        if incarnation < engine.incarnation:
+        if incarnation < engine.incarnation or incarnation == engine.ended:
             return
+        if 0 <= engine.incarnation < incarnation:
+            self._engine_lost(engine, "restarted")
         if engine.renew(incarnation):
             log.info("engine joined engine=%s incarnation=%d", engine.name, incarnation)
         engine.hello = hello
         if not engine.http_alive:
             return
+        engine.lost = False
         self.scheduler.report(hello.load, engine.last_seen_s)
         self.changed.set()
+
+    def _engine_lost(self, engine: EnginePeer, reason: str, rids: Sequence[str] = ()) -> None:
+        """It is of no use until it reports again; ``rids``: what it was at work on."""
+        if engine.lost:
+            return
+        engine.lost = True
+        self.scheduler.engine_lost(engine.name)
+        self.on_engine_lost(engine.name, engine.incarnation, rids)
+        engine.notify(reason)
+
+
+def _nobody(engine: str, incarnation: Incarnation, rids: Sequence[str]) -> None:
+    """Wants to know."""

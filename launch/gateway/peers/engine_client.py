@@ -22,6 +22,8 @@ CONNECT_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 10.0
 """Tokenising, model information, flushing."""
 ABORT_TIMEOUT_S = 2.0
+REFUSAL_TIMEOUT_S = 2.0
+"""An engine that answers later than this to a call has not died."""
 UNPROCESSABLE_STATUS = 422
 EVENT_BYTES_MAX = 256 << 20
 _JSON = {"content-type": "application/json"}
@@ -76,6 +78,16 @@ class EngineClient:
                 log.info("abort not delivered engine=%s error=%r", engine.name, error)
 
         await asyncio.gather(*(one(engine) for engine in engines))
+
+    async def refuses(self, engine: EnginePeer) -> bool:
+        """Whether nobody listens there any more, or the connection is cut."""
+        try:
+            await self.call(engine, "GET", "/model_info", timeout_s=REFUSAL_TIMEOUT_S)
+        except TimeoutError:
+            return False  # it may be slow, or suspended
+        except aiohttp.ClientError:
+            return True
+        return False
 
     async def tokenize(self, body: JsonObject) -> bytes:
         """``/v1/tokenize`` of a live engine; 4xx raises ``EngineRefused``."""

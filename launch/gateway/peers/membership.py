@@ -37,7 +37,9 @@ class Membership:
     def alive(self, peer: Peer) -> bool:
         if time.monotonic() - peer.last_seen_s > self._heartbeat_timeout_s:
             return False
-        return peer.http_alive if isinstance(peer, EnginePeer) else True
+        if isinstance(peer, EnginePeer):
+            return peer.http_alive and peer.ended != peer.incarnation
+        return True
 
     def live_engines(self, role: str | None = None) -> list[EnginePeer]:
         return [
@@ -45,6 +47,10 @@ class Membership:
             for e in self.engines.values()
             if self.alive(e) and (role is None or e.address.role == role)
         ]
+
+    def pairs(self) -> int:
+        """Of a prefill and a decode engine that live, at most."""
+        return min(len(self.live_engines(role)) for role in ("prefill", "decode"))
 
     def namespace(self) -> Namespace | None:
         """The namespace that is served: the one of most live engines with both roles in it."""

@@ -49,7 +49,7 @@ class Peer:
 
     def __init__(self, name: str, endpoint: str, context: zmq.asyncio.Context, keys: Keys) -> None:
         self.name = name
-        self.incarnation = -1
+        self.incarnation = Incarnation(-1)
         self.last_seen_s = -math.inf
         self.malformed_total = 0
         self.watchers: set[Callable[[str], None]] = set()
@@ -129,6 +129,10 @@ class EnginePeer(Peer):
         self.address = address
         self.hello: EngineHello | None = None
         self.http_alive = False
+        self.lost = True
+        """It has not reported since it was lost."""
+        self.ended: Incarnation | None = None
+        """The one that has said its last words."""
 
     def samples(self) -> list[Sample]:
         return self.hello.samples if self.hello is not None else []

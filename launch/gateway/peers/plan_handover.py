@@ -36,8 +36,12 @@ HOLD_S = 120.0
 class PlanHandover:
     """Orders to readers and engines, and their answers, by plan."""
 
-    def __init__(self, members: Membership, read_timeout_s: float) -> None:
+    def __init__(
+        self, members: Membership, read_timeout_s: float, on_silent: Callable[[str], None]
+    ) -> None:
+        """``on_silent``: of an engine that takes no plan; it is of no use until it is heard."""
         self._members = members
+        self._on_silent = on_silent
         self._read_timeout_s = read_timeout_s
         self._shares: dict[tuple[PlanId, str], asyncio.Future[ShareRead | None]] = {}
         self._accepts: dict[tuple[PlanId, str], asyncio.Future[str]] = {}
@@ -92,7 +96,9 @@ class PlanHandover:
                 del self._accepts[plan.id, name]
         silent = [name for name, future in futures.items() if not future.done()]
         if silent:
-            raise AttemptFailed(f"{' and '.join(silent)} took no plan", frozenset(silent))
+            for name in silent:
+                self._on_silent(name)
+            raise AttemptFailed(f"{' and '.join(silent)} took no plan")
         refused = [f"{name} ({why})" for name, f in futures.items() if (why := f.result())]
         if refused:
             raise AttemptFailed(f"{' and '.join(refused)} refused the plan")

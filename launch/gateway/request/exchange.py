@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import aiohttp
 import msgspec
@@ -40,6 +40,7 @@ class Exchange:
     def __init__(self, client: EngineClient, part: Part, answer: Answer, trace: Trace) -> None:
         self.prefilled = False
         """P is no longer needed."""
+        self.on_prefilled: Callable[[], None] = lambda: None
         self._client = client
         self._part = part
         self._answer = answer
@@ -84,6 +85,7 @@ class Exchange:
                 scope.cancel(failure)
             return data
         self.prefilled = True
+        self.on_prefilled()
         now = self._trace.clock("prefill", self._posted_s)
         if not self._part.stream:
             self._answer.first_token_s = now
@@ -185,7 +187,7 @@ def _engine_errors(engine: EnginePeer) -> Iterator[None]:
     try:
         yield
     except aiohttp.ClientError as error:
-        raise AttemptFailed(f"{engine.name}: {error!r}", frozenset([engine.name])) from error
+        raise AttemptFailed(f"{engine.name}: {error!r}") from error
     except msgspec.DecodeError as error:
         raise AttemptFailed(f"{engine.name} sent no JSON: {error}") from error
 

@@ -13,8 +13,9 @@ from fastapi.responses import StreamingResponse
 
 from launch.gateway.admission import Seat, owner_of, tenant_of
 from launch.gateway.body import read_body
-from launch.gateway.errors import BadRequest, GatewayError, Unavailable
+from launch.gateway.errors import BadRequest, GatewayError, RequestTimeout
 from launch.gateway.request.answer import CHUNKS_MAX
+from launch.gateway.request.cancel_scope import CancelScope
 from launch.gateway.request.checks import check_limits, check_part
 from launch.gateway.request.merge_answers import EngineAnswer, StreamMerger, merge_answers
 from launch.gateway.request.parts import GENERATE, Part, PartedRequest, split_request
@@ -73,11 +74,14 @@ def error_response(error: GatewayError, trace: Trace | None = None) -> Response:
 
 
 async def _tokenize(services: Services, parted: PartedRequest) -> None:
-    """Token ids of every part, which the model has and which fit it."""
-    await tokenize(parted, services.client)
-    bounds = services.plane.members.bounds()
-    if bounds is None:
-        raise Unavailable("no engine has been heard yet")
+    """Token ids of every part, which the model has and which fit it; as soon as any engine lives
+    that can be asked."""
+    limit_s, members = services.config.request_timeout_s, services.plane.members
+    async with CancelScope(limit_s, RequestTimeout(f"no tokens within {limit_s:g} s")) as scope:
+        with services.outage.bounded(scope):
+            while (bounds := members.bounds()) is None or not members.live_engines():
+                await services.outage.wait("no engine is alive")
+            await tokenize(parted, services.client)
     for part in parted.parts[:: parted.samples]:
         check_part(part, bounds)
 

@@ -19,6 +19,7 @@ from aiohttp import ClientSession, web
 
 from common import messages as m
 from common.block import BlockKey, BlockLayout, Namespace, TierName
+from common.ids import Incarnation
 from common.loads import AgentLoad, EngineLoad
 from common.samples import sample
 from launch.gateway.app import create_app
@@ -79,8 +80,7 @@ class StubAgent(ControlStub):
 
 
 class StubEngine(ControlStub):
-    """``faults`` are taken one a request: "500", "400", "named", "close",
-    "abort" or "hang". While
+    """``faults`` are taken one a request: "500", "400", "named", "close", "abort" or "hang". While
     ``tokenizing`` is not set, there is no answer from ``/v1/tokenize``."""
 
     def __init__(self, name: str, role: str, rooms: dict[int, asyncio.Event]) -> None:
@@ -101,6 +101,10 @@ class StubEngine(ControlStub):
         self.flushed = 0
         self.authorization = ""
         """Of the last request to tokenise."""
+        self.dies_of, self.last_words = "", True
+        """A text in the body of a request that ends it, and whether it says so, of all that are"""
+        self.at_work: list[str] = []
+        self.deaths: list[asyncio.Task[None]] = []
         self._rooms = rooms
         self._runner: web.AppRunner | None = None
 
@@ -144,6 +148,21 @@ class StubEngine(ControlStub):
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
 
+    async def die(self) -> None:
+        """As a process that has raised an error, or was killed."""
+        if self.last_words:
+            await self.push(m.EngineEnds(self.incarnation, self.at_work, "an error"))
+        self.silent = True
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def restart(self) -> None:
+        """As a process anew."""
+        self.incarnation = Incarnation(self.incarnation + 1000)
+        self.silent, self.at_work = False, []
+        await self.start_http()
+
     async def close(self) -> None:
         await super().close()
         if self._runner is not None:
@@ -182,6 +201,10 @@ class StubEngine(ControlStub):
         self.bodies.append(body)
         assert body["rid"] in [plan.rid for plan in self.got(m.EnginePlan)]
         fault = self.faults.pop(0) if self.faults else ""
+        if self.dies_of and self.dies_of in json.dumps(body):
+            self.at_work.append(body["rid"])
+            self.deaths.append(asyncio.create_task(self.die()))
+            fault = "hang"
         if fault == "close":
             assert request.transport is not None
             request.transport.abort()
@@ -299,8 +322,8 @@ class StubCluster:
 
     def connections(self) -> set[Any]:
         """Of clients to the gateway that are busy with a request."""
-        connections: set[Any] = self._server.server_state.connections
-        return {c for c in connections if c.cycle and not c.cycle.response_complete}
+        busy: set[Any] = self._server.server_state.connections
+        return {one for one in busy if one.cycle and not one.cycle.response_complete}
 
     def walks_named(self, rid: str) -> list[Any]:
         return [walk for (_, name), walk in self.services.walks.items() if name == rid]

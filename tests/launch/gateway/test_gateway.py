@@ -155,7 +155,7 @@ async def test_an_engine_that_falls_silent_is_left_for_a_spare_one() -> None:
 
 
 async def test_without_a_spare_engine_the_error_is_clear_and_soon() -> None:
-    async with cluster_of(heartbeat_timeout_s=3.0) as cluster:
+    async with cluster_of(heartbeat_timeout_s=3.0, engine_wait_s=0.3) as cluster:
         cluster.decodes[0].faults = ["hang"]
         request = asyncio.create_task(post(cluster, "/generate", GENERATE))
         await cluster.until(lambda: cluster.decodes[0].bodies)
@@ -298,7 +298,7 @@ async def test_malformed_messages_are_counted_and_dropped() -> None:
 
 
 async def test_engines_of_another_namespace_are_not_paired() -> None:
-    async with cluster_of(decodes=2) as cluster:
+    async with cluster_of(decodes=2, engine_wait_s=0.1) as cluster:
         other = msgspec.structs.replace(NAMESPACE, weight_version="2")
         first, second = cluster.decodes
         peers = cluster.services.plane.members.engines
