@@ -91,6 +91,18 @@ def test_the_end_of_its_plan_does_not_free_the_slots_of_a_delivery(world):
     assert world.replies[-1].error == ""
 
 
+def test_a_delivery_that_cannot_even_be_made_is_answered_and_keeps_nothing(world):
+    fill(world.store, range(SLOTS))
+    deliver(world, 1, 6, range(1)).ended(None)
+    world.engine.ranks = [SimpleNamespace()]
+    deliver(world, 2, 7, range(SLOTS))
+    assert world.replies[-1].job == 2 and world.replies[-1].error
+    assert not world.engine.jobs
+    for plan in (6, 7):
+        world.store.release(plan)
+    assert len(world.store.reserve([key_of(block) for block in range(50, 50 + SLOTS)])) == SLOTS
+
+
 def test_a_failed_write_is_over_once_the_engine_has_run_on_for_a_while(world, monkeypatch):
     fill(world.store, range(1))
     job = deliver(world, 1, 7, range(1))

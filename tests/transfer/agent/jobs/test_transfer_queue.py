@@ -193,6 +193,18 @@ def test_a_failed_job_ends_with_its_error_and_leaves_room(worlds):
     assert not world.peer.words
 
 
+def test_a_word_that_cannot_be_written_costs_no_worker(worlds):
+    world = worlds()
+    world.jobs = 1 << 48  # whose board words have more than 64 bits
+    for _ in range(2):
+        world.submit()
+        number, error = world.end()
+        assert number == world.jobs and isinstance(error, OverflowError)
+    world.jobs = 0
+    world.submit()
+    assert world.end() == (1, None)
+
+
 def test_the_queue_is_bounded(worlds):
     world = worlds()
     world.hold()
