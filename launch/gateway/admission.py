@@ -1,8 +1,9 @@
 """Who may come in, and whose turn it is: the bound on requests, shared fairly by tenants.
 
-A tenant is what the request says of itself, the first of: SGLang's ``cache_salt``, OpenAI's
-``user``, the ``Authorization`` header. All else is one tenant. The gateway believes what it is
-told: where clients are not trusted, whoever is in front of it sets these.
+Where there are API keys, a tenant is whose key the request has, and what the request says of itself
+is a user of that tenant. Without keys the tenant is what it says: the first of SGLang's
+``cache_salt``, OpenAI's ``user``, the ``Authorization`` header; all else is one tenant. Then the
+gateway believes what it is told.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
+import msgspec
+
 from common.json import JsonObject
 from launch.gateway.errors import TooManyRequests
 from launch.gateway.fair_queue import Entry, FairQueue
@@ -25,9 +28,24 @@ TURNS_KEPT = 64
 """The pace of the queue is that of its last turns, at most so many."""
 
 
-def owner_of(authorization: str | None) -> str:
-    """A short digest of who sent a request, who alone may abort it; "" for anybody."""
-    return tenant_of({}, authorization)
+class Client(msgspec.Struct, frozen=True):
+    """Who a request is from, as far as the queue and an abort are concerned."""
+
+    tenant: str
+    """Shares are its."""
+    user: str = ""
+    """Of the tenant, who shares alike among them."""
+    owner: str = ""
+    """Who may abort it; "" for anybody."""
+
+    @classmethod
+    def of(cls, body: JsonObject, key_tenant: str, authorization: str | None) -> Client:
+        """``key_tenant``: that of the request's API key, which says who is who where there are
+        keys; empty without them."""
+        if not key_tenant:
+            return cls(tenant_of(body, authorization), owner=tenant_of({}, authorization))
+        tenant = f"key:{key_tenant}"
+        return cls(tenant, tenant_of(body, None), owner=tenant)
 
 
 def tenant_of(body: JsonObject, authorization: str | None) -> str:
@@ -50,7 +68,8 @@ class Seat:
     parts: int
     """Not ended yet."""
     owner: str = ""
-    """Who may abort it (:func:`owner_of`)."""
+    """Who may abort it."""
+    user: str = ""
     begun: bool = False
     """One of the parts has had its turn: the request is never displaced."""
     waiting: set[Entry[Waiter]] = field(default_factory=set)
@@ -110,13 +129,13 @@ class Admission:
 
     # ---- the bound --------------------------------------------------------------------
 
-    def admit(self, tenant: str, parts: int, owner: str = "") -> Seat:
+    def admit(self, tenant: str, parts: int, owner: str = "", user: str = "") -> Seat:
         """Room for a request; raises ``TooManyRequests``. :meth:`leave` once for each part."""
         for seat in self._in_the_way(tenant, parts):
             self._displace(seat)
         self._held[tenant] += parts
         self.admitted += parts
-        return Seat(tenant, parts, owner)
+        return Seat(tenant, parts, owner, user)
 
     def leave(self, seat: Seat) -> None:
         """A part has ended, however."""
@@ -182,7 +201,7 @@ class Admission:
         if not self.queued:
             self._turns_s.clear()
             self._turns_s.append(self._clock())
-        entry = self._queue.push(seat.tenant, cost_tokens, priority, waiter)
+        entry = self._queue.push(seat.tenant, cost_tokens, priority, waiter, seat.user)
         seat.waiting.add(entry)
         self._next_turn()
         try:

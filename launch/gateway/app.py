@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 
 from common.ids import PlanId
 from common.json import JsonObject
-from launch.gateway.admission import owner_of
+from launch.gateway.admission import Client
 from launch.gateway.body import read_body
 from launch.gateway.config import GatewayConfig
 from launch.gateway.doors.doors import Doors
@@ -178,7 +178,8 @@ def _generating_routes(app: FastAPI) -> None:
         asked = await _decode(request, AbortRequest)
         if asked.abort_all and not visitor_of(request).is_operator:
             raise Forbidden("Only operators may abort all requests.", "operator")
-        owner = owner_of(request.headers.get("authorization"))
+        authorization = request.headers.get("authorization")
+        owner = Client.of({}, visitor_of(request).tenant, authorization).owner
         chosen = [
             walk
             for walk in _services(request).walks.values()

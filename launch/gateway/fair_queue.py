@@ -4,7 +4,8 @@ Start-time fair queuing (Goyal, Vin and Cheng, SIGCOMM 1996; the virtual token c
 Sheng et al., OSDI 2024, is a relative). Every tenant that waits has a *start*, a virtual time
 in tokens. The tenant with the earliest start goes next, and its start moves on by the tokens
 of its request. So tenants that wait all the time get the same number of tokens, to within
-one request. Within a tenant the higher priority goes first, then the older request.
+one request. Within a tenant the higher priority goes first, then its users take turns likewise: a
+request's start is where its user's last one ended, at least where the tenant is.
 
 A tenant that comes joins at the virtual time, which moves on with every request by its
 tokens divided among those who wait. Virtual time so catches up with everyone's start, however
@@ -37,11 +38,13 @@ class Entry(Generic[T]):
     number: int
     """Counts up with each request that comes."""
     item: T
+    start: float = 0.0
+    """In its tenant's tokens."""
 
     @property
-    def rank(self) -> tuple[int, int]:
+    def rank(self) -> tuple[int, float, int]:
         """Order within its tenant."""
-        return -self.priority, self.number
+        return -self.priority, self.start, self.number
 
 
 @dataclass
@@ -51,6 +54,22 @@ class _Line(Generic[T]):
     start: float
     joined: int
     entries: list[Entry[T]] = field(default_factory=list)
+    virtual: float = 0.0
+    """Where a user comes in; it moves on with every entry."""
+    user_ends: dict[str, float] = field(default_factory=dict)
+    """Of users who are ahead of it: where their last entries end."""
+
+    def add(self, entry: Entry[T], user: str) -> None:
+        entry.start = max(self.virtual, self.user_ends.get(user, 0.0))
+        self.user_ends[user] = entry.start + entry.cost_tokens
+        bisect.insort(self.entries, entry, key=lambda e: e.rank)
+
+    def went(self) -> None:
+        """The first entry is about to be taken out."""
+        moved_on = self.virtual + self.entries[0].cost_tokens / len(self.entries)
+        earliest = min((entry.start for entry in self.entries[1:]), default=moved_on)
+        self.virtual = max(moved_on, earliest)
+        self.user_ends = {u: end for u, end in self.user_ends.items() if end > self.virtual}
 
 
 class FairQueue(Generic[T]):
@@ -76,7 +95,9 @@ class FairQueue(Generic[T]):
         """Tenants with something waiting."""
         return len(self._lines)
 
-    def push(self, tenant: str, cost_tokens: int, priority: int, item: T) -> Entry[T]:
+    def push(
+        self, tenant: str, cost_tokens: int, priority: int, item: T, user: str = ""
+    ) -> Entry[T]:
         """Queue ``item``, which takes ``cost_tokens`` (at least 1 is counted)."""
         self._count += 1
         entry = Entry(tenant, max(1, cost_tokens), priority, self._count, item)
@@ -84,7 +105,7 @@ class FairQueue(Generic[T]):
         if line is None:
             start = max(self._virtual, self._owing.pop(tenant, 0.0))
             line = self._lines[tenant] = _Line(start, self._count)
-        bisect.insort(line.entries, entry, key=lambda e: e.rank)
+        line.add(entry, user)
         self._length += 1
         return entry
 
@@ -98,6 +119,7 @@ class FairQueue(Generic[T]):
         moved_on = self._virtual + entry.cost_tokens / len(self._lines)
         self._virtual = min(max(moved_on, line.start), latest)
         line.start += entry.cost_tokens
+        line.went()
         self.remove(entry)
         return entry
 

@@ -9,6 +9,7 @@ from typing import Protocol, TypedDict
 
 from launch.gateway.admission import Admission, Seat
 from launch.gateway.config import GatewayConfig
+from launch.gateway.doors.salts import salt_keys, tell_digests
 from launch.gateway.metrics import GatewayMetrics
 from launch.gateway.orders import Orders
 from launch.gateway.outage import Outage
@@ -72,10 +73,13 @@ class Services:
         self.metrics = GatewayMetrics(plane, self.admission, self.outage)
         self.walks: dict[tuple[str, str], Walk] = {}
         """By tenant and the client's id."""
+        self.salt_keys = {} if config.doors.share_cache else salt_keys(config.keys.api_keys)
+        """By tenant; empty where no salts are derived."""
         self.recent = RecentRequests()
         self._background: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
+        tell_digests(self.salt_keys)
         self.plane.start()
         self.probe.start()
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 from collections.abc import Mapping, Sequence
 
+from common.block import tenant_digest
 from common.json import JsonObject
 from launch.gateway.doors.keys import ApiKey
 from launch.gateway.errors import BadRequest
+
+log = logging.getLogger(__name__)
 
 SALT_HEX_DIGITS = 32
 
@@ -40,6 +44,8 @@ def salted(body: JsonObject, key: bytes) -> JsonObject:
     return body | {"cache_salt": derived if isinstance(given, list) else derived[0]}
 
 
-def tenant_salts(keys: Sequence[ApiKey]) -> Mapping[str, str]:
-    """Each tenant's salt for requests that have none of their own."""
-    return {tenant: derived_salt(key, "") for tenant, key in salt_keys(keys).items()}
+def tell_digests(keys: Mapping[str, bytes]) -> None:
+    """What a store says of each tenant's blocks (without a salt of the client's own), for quotas
+    and drops: ``tenant-digest:`` in docs/storage.md."""
+    for tenant, key in keys.items():
+        log.info("tenant name=%s digest=%s", tenant, tenant_digest(derived_salt(key, "")))

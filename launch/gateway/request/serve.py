@@ -11,8 +11,10 @@ import msgspec
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
-from launch.gateway.admission import Seat, owner_of, tenant_of
+from launch.gateway.admission import Client, Seat
 from launch.gateway.body import read_body
+from launch.gateway.doors.salts import salted
+from launch.gateway.doors.visitor import visitor_of
 from launch.gateway.errors import BadRequest, GatewayError, RequestTimeout
 from launch.gateway.request.answer import CHUNKS_MAX
 from launch.gateway.request.cancel_scope import CancelScope
@@ -44,8 +46,12 @@ async def serve(services: Services, path: str, request: Request) -> Response:
         limits = services.config.limits
         body = decode_body(path, await read_body(request, limits.body_bytes_max))
         check_limits(body, limits)
+        visitor = visitor_of(request)
+        client = Client.of(body, visitor.tenant, request.headers.get("authorization"))
+        if (salt_key := services.salt_keys.get(visitor.tenant)) is not None:
+            body = salted(body, salt_key)
         parted = split_request(path, body, services.config.requests_max)
-        seat = _admit(services, parted, request)
+        seat = _admit(services, parted, client)
     except GatewayError as error:
         services.metrics.requests.labels(path, error.outcome).inc()
         return error_response(error)
@@ -86,15 +92,14 @@ async def _tokenize(services: Services, parted: PartedRequest) -> None:
         check_part(part, bounds)
 
 
-def _admit(services: Services, parted: PartedRequest, request: Request) -> Seat:
-    authorization = request.headers.get("authorization")
-    tenant = tenant_of(parted.body, authorization)
+def _admit(services: Services, parted: PartedRequest, client: Client) -> Seat:
     rids = [part.rid for part in parted.parts]
     walks = services.walks
-    taken = sorted({rid for rid in rids if (tenant, rid) in walks or rids.count(rid) > 1})
+    taken = sorted({rid for rid in rids if (client.tenant, rid) in walks or rids.count(rid) > 1})
     if taken:
         raise BadRequest(f"Duplicate request ID: {', '.join(taken)}")
-    return services.admission.admit(tenant, len(parted.parts), owner_of(authorization))
+    count = len(parted.parts)
+    return services.admission.admit(client.tenant, count, client.owner, client.user)
 
 
 def _walk(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 
 from common.json import JsonObject
-from launch.gateway.admission import Admission, Seat, tenant_of
+from launch.gateway.admission import Admission, Client, Seat, tenant_of
 from launch.gateway.errors import TooManyRequests
 from tests.examples import examples
 
@@ -27,6 +27,18 @@ def test_a_tenant_is_the_first_thing_that_a_request_says_of_itself():
     assert len(set(tenants)) == 5 and tenants[-1] == ""
     assert tenants[0] == tenant_of({"cache_salt": ["", "secret"]}, None)
     assert not any(word in tenant for tenant in tenants for word in ("secret", "ann", "key"))
+
+
+def test_where_there_are_keys_they_say_who_is_who():
+    def client(body: JsonObject, tenant: str = "alice") -> Client:
+        return Client.of(body, tenant, "Bearer key")
+
+    claims: list[JsonObject] = [{}, {"user": "ann"}, {"cache_salt": "x"}, {"user": "bob"}]
+    clients = [client(claim) for claim in claims]
+    assert {(c.tenant, c.owner) for c in clients} == {("key:alice", "key:alice")}
+    assert len({c.user for c in clients}) == 4 and clients[0].user == ""
+    assert client({"user": "alice"}, "bob").tenant == "key:bob"
+    assert client({}, "").tenant == tenant_of({}, "Bearer key") == client({}, "").owner
 
 
 class Part:

@@ -54,6 +54,23 @@ def test_priority_counts_within_a_tenant_only():
     assert order_of(queue) == ["a urgent", "b", "a old", "a new"]
 
 
+def test_users_of_a_tenant_take_turns():
+    queue: FairQueue[str] = FairQueue()
+    for number in range(4):
+        queue.push("a", 100, 0, f"heavy {number}", user="heavy")
+    queue.push("a", 10, 0, "light 0", user="light")
+    queue.push("a", 10, 0, "light 1", user="light")
+    queue.push("a", 10, 3, "urgent", user="heavy")
+    assert [popped(queue).item for _ in range(4)] == ["urgent", "heavy 0", "light 0", "light 1"]
+    # A stream of new users does not keep an old one waiting.
+    went = []
+    for number in range(200):
+        queue.push("a", 10, 0, f"new {number}", user=f"new {number}")
+        went.append(popped(queue).item)
+    assert went.index("heavy 3") < 150
+    assert len(queue._lines["a"].user_ends) <= len(queue) + 1, "users that are gone are forgotten"
+
+
 def test_who_leaves_and_comes_again_still_owes():
     queue: FairQueue[str] = FairQueue()
     queue.push("big", 500, 0, "big 0")
