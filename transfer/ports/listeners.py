@@ -97,7 +97,7 @@ def _tcp(process: _Process, inodes: dict[str, int]) -> Iterator[tuple[Listener, 
             if row[3] != _LISTENING or inode not in inodes:
                 continue
             address, port = _address(row[1])
-            is_open, protection = _protection(process, address, inodes[inode])
+            is_open, protection = _protection(process, address, port, inodes[inode])
             where = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
             yield Listener(process.name, process.pid, where, protection, is_open), inode
 
@@ -109,12 +109,14 @@ def _address(hexadecimal: str) -> tuple[str, int]:
     return str(ipaddress.ip_address(raw)), int(port, 16)
 
 
-def _protection(process: _Process, address: str, descriptor: int) -> tuple[bool, str]:
+def _protection(process: _Process, address: str, port: int, descriptor: int) -> tuple[bool, str]:
     """Whether others than the configuration names are heard, and who is."""
     if ipaddress.ip_address(address).is_loopback:
         return False, "this host alone"
     if process.kind == "gateway":
         return False, "everyone who reaches this address, as --host says"
+    if port in _control_ports(process):
+        return False, "who has a key of the cluster's secret"
     heard = process.settings.get("heard")
     if not isinstance(heard, list) or not heard:
         return True, "OPEN to everyone who reaches this host (--peers-from any)"
@@ -126,6 +128,13 @@ def _protection(process: _Process, address: str, descriptor: int) -> tuple[bool,
     if code != program(parse(networks)):
         return True, "OPEN to everyone who reaches this address"
     return False, f"packets from {', '.join(networks)} alone"
+
+
+def _control_ports(process: _Process) -> set[int]:
+    controls = process.settings.get("controls", [process.settings.get("control")])
+    endpoints = controls if isinstance(controls, list) else []
+    tcp = [str(endpoint) for endpoint in endpoints if str(endpoint).startswith("tcp:")]
+    return {int(endpoint.rpartition(":")[2]) for endpoint in tcp}
 
 
 def _filter_at(pid: int, descriptor: int) -> bytes:
