@@ -94,9 +94,11 @@ def _measure(
                 rng = random.Random(arguments.seed)
                 console.print("right tokens, from plain SGLang ...")
                 conversations = make_conversations(arguments.conversations, rng, models, scratch)
-                with tqdm(total=arguments.minutes * 60, unit="s") as bar:
+                with tqdm(total=arguments.minutes * 60, unit="s", mininterval=2) as bar:
                     campaign = Campaign(schedule, conversations, models, note, bar.update)
                     (logs := scratch / "logs").mkdir()
+                    asked = msgspec.json.encode(conversations)
+                    (logs / "conversations.json").write_bytes(asked)
                     with Stage(scratch, network).built() as stage:
                         work = campaign.run(stage, logs, arguments.minutes, arguments.seed)
                         asyncio.run(work)

@@ -26,7 +26,7 @@ from launch.cluster.layout import PAGE_TOKENS
 
 URL = f"http://127.0.0.1:{PORT}"
 WARM_SALT = "warm"
-HEAL_TIMEOUT_S = 120.0
+HEAL_TIMEOUT_S = 240.0
 STORED_TIMEOUT_S = 60.0
 LAST_LOOK_S = 2.0
 ACT_TIMEOUT_S = 150.0

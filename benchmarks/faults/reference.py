@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,11 @@ def make_conversations(
     turns: list[list[tuple[list[int], dict[str, list[int]]]]] = [[] for _ in range(count)]
     with contextlib.ExitStack() as stack:
         ports = {version: free_port() + 600 * i for i, version in enumerate(models)}
-        servers = {
+        served = {
             version: stack.enter_context(_plain(models[version], port, folder / f"{version}.log"))
             for version, port in ports.items()
         }
+        servers = {version: wait() for version, wait in served.items()}
         for number in range(count * TURNS):
             index, prompt = number % count, prompts[number % count]
             right = {}
@@ -115,8 +116,9 @@ def tie_margin(top: Sequence[Sequence[Sequence[Any]]]) -> float:
 
 
 @contextlib.contextmanager
-def _plain(model: Path, port: int, log: Path) -> Iterator[str]:
-    """One ordinary SGLang server, that answers; ended at the end."""
+def _plain(model: Path, port: int, log: Path) -> Iterator[Callable[[], str]]:
+    """One ordinary SGLang server, ended at the end; yields, at once, what waits until it serves
+    and returns its URL."""
     argv = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
     argv += ["--device", "cpu", "--dtype", "float32", "--page-size", str(PAGE_TOKENS)]
     argv += ["--max-total-tokens", "16384", "--host", HOST, "--port", str(port)]
@@ -135,19 +137,18 @@ def _plain(model: Path, port: int, log: Path) -> Iterator[str]:
             argv, stdout=output, stderr=output, env=environment, start_new_session=True
         )
     try:
-        _wait_answers(process, f"http://{HOST}:{port}", log)
-        yield f"http://{HOST}:{port}"
+        yield lambda: _wait_answers(process, f"http://{HOST}:{port}", log)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(10)
 
 
-def _wait_answers(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def _wait_answers(process: subprocess.Popen[bytes], url: str, log: Path) -> str:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(OSError):
             urllib.request.urlopen(f"{url}/model_info", timeout=5).close()
-            return
+            return url
         time.sleep(0.3)
     raise ClusterFailed(f"plain SGLang did not start:\n{tail(log)}")

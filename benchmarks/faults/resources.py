@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.faults.cluster import Cluster
+from benchmarks.own_cluster import ClusterFailed
 
 SHARED = Path("/dev/shm")
 
@@ -31,13 +32,14 @@ async def look(cluster: Cluster, pool_tokens: int, page_tokens: int) -> Holdings
     """Of a cluster that serves, and is asked nothing."""
     pids = cluster.all_pids()
     state, metrics = await cluster.operator.state(), await cluster.operator.metrics()
-    engines = state["engines"] if state else []
+    if state is None:
+        raise ClusterFailed("the gateway does not answer, though all is quiet")
     slots = _total(metrics, "agent_dram_slots{")
     return Holdings(
         sockets={name: sum(map(_sockets, found)) for name, found in pids.items()},
         memory_bytes={name: sum(map(_memory_bytes, found)) for name, found in pids.items()},
         shared_files=sorted(os.listdir(SHARED)),
-        pages_taken=sum(pool_tokens - e["free_tokens"] for e in engines) // page_tokens,
+        pages_taken=sum(pool_tokens - e["free_tokens"] for e in state["engines"]) // page_tokens,
         slots_taken=int(slots - _total(metrics, "agent_dram_slots_available{")),
     )
 

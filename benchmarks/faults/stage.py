@@ -28,8 +28,9 @@ NODES = ("p0", "p1", "d0", "d1")
 PORT = 20000
 POOL_TOKENS = 16384
 LINK_MBIT = 1000.0
-DISK_BYTES = 160 << 20
-SSD_BYTES = 96 << 20
+DISK_BYTES = 512 << 20
+SSD_BYTES = 384 << 20
+"""Nothing has to make way, so that what is missing was lost."""
 MIN_FREE_BYTES = 16 << 20
 DRAM_BYTES = 128 * BLOCK_BYTES
 STORE_BYTES = 3 << 30

@@ -60,7 +60,8 @@ class Records(msgspec.Struct):
 
 def unexcused(records: Records) -> list[Answer]:
     """Errors that no lack of engines explains."""
-    return [a for a in records.answers if a.outcome in (ERROR, BROKEN) and not _excused(records, a)]
+    errors = [a for a in records.answers if a.outcome in (ERROR, REFUSED, BROKEN)]
+    return [answer for answer in errors if not _excused(records, answer)]
 
 
 def _excused(records: Records, answer: Answer) -> bool:

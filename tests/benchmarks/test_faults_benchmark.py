@@ -19,6 +19,7 @@ from benchmarks.faults.damage import damage_file
 from benchmarks.faults.load import (
     BROKEN,
     ERROR,
+    REFUSED,
     RIGHT,
     SILENT,
     WRONG,
@@ -138,6 +139,7 @@ def test_errors_count_unless_an_engine_lacked_or_the_stream_was_cut():
     records = Records(engine_wait_s=2.0, engines=["d0"], looks=looks(*[(2, 1)] * 40))
     cut = answer(ERROR, stream=True, says="200 {}", trace={"prefill": "p0", "decode": "d0"})
     records.answers = [answer(ERROR, says="502"), cut, answer(BROKEN)]
+    assert unexcused(Records(0.0, [], answers=[answer(REFUSED)]))
     assert unexcused(records) == records.answers
     records.faults = [Done("kill", "d0/scheduler", 99, 99, ""), Done("kill", "gateway", 99, 99, "")]
     assert unexcused(records) == [records.answers[0]]
