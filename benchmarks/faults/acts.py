@@ -187,7 +187,7 @@ async def _weights(scene: Scene, fault: Fault, rng: random.Random) -> str:
 
 
 async def _update(scene: Scene, name: str, version: str) -> str:
-    url = f"{scene.cluster.engine_url(name)}/update_weights_from_disk"
+    url = f"/admin/engine/{name}/update_weights_from_disk"
     body = {"model_path": str(scene.models[version]), "weight_version": version}
     return await scene.cluster.operator.order(url, body)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -93,7 +94,7 @@ class Cluster:
         self.folder = folder
         self.operator = Operator(url)
         self._process: subprocess.Popen[bytes] | None = None
-        write_private(folder / supervise.RECORDS, msgspec.json.encode(list(records)))
+        write_private(folder / supervise.RECORDS, pickle.dumps(list(records)))
         (folder / supervise.EVENTS).touch()
 
     def names(self, kind: str) -> list[str]:
@@ -135,11 +136,6 @@ class Cluster:
         """All that the supervisors have said."""
         lines = (self.folder / supervise.EVENTS).read_bytes().splitlines()
         return [msgspec.json.decode(line, type=Event) for line in lines]
-
-    def engine_url(self, name: str) -> str:
-        """SGLang's own HTTP address."""
-        targets = [check.target for check in self.records[name].ready if check.kind == "http"]
-        return targets[0].removesuffix("/model_info")
 
     # ---- processes ----------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
 """``python -m benchmarks.faults.supervise FOLDER``: a cluster's supervisor as a process that can
-be ended itself. FOLDER has ``records.json``; what happens is appended to ``supervisor.jsonl``."""
+be ended itself. FOLDER has ``records``, pickled,; what happens is appended to ``supervisor.jsonl``."""
 
 from __future__ import annotations
 
 import asyncio
+import pickle
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import msgspec
 from launch.cluster.process_record import ProcessRecord
 from launch.cluster.supervisor import Supervisor
 
-RECORDS, EVENTS = "records.json", "supervisor.jsonl"
+RECORDS, EVENTS = "records", "supervisor.jsonl"
 START_TIMEOUT_S = 240.0
 BACKOFF_MAX_S = 2.0
 
@@ -58,7 +59,7 @@ class _Writer:
 
 
 def main(folder: Path) -> None:
-    records = msgspec.json.decode((folder / RECORDS).read_bytes(), type=list[ProcessRecord])
+    records: list[ProcessRecord] = pickle.loads((folder / RECORDS).read_bytes())
     with (folder / EVENTS).open("ab") as file:
         writer = _Writer(file)
         supervisor = Supervisor(records, folder, writer, START_TIMEOUT_S, BACKOFF_MAX_S)
