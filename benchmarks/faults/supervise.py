@@ -1,5 +1,5 @@
 """``python -m benchmarks.faults.supervise FOLDER``: a cluster's supervisor as a process that can
-be ended itself. FOLDER has ``records``, pickled,; what happens is appended to ``supervisor.jsonl``."""
+be ended itself. FOLDER has the pickled ``records``; what happens goes to ``supervisor.jsonl``."""
 
 from __future__ import annotations
 
