@@ -19,7 +19,7 @@ from benchmarks.faults.load import RIGHT, SALTS, TIE, Answer, Load, Weights
 from benchmarks.faults.reference import Conversation
 from benchmarks.faults.schedule import BYTE_KINDS, Fault
 from benchmarks.faults.stage import POOL_TOKENS, PORT, Stage
-from benchmarks.faults.verdict import Done, Records
+from benchmarks.faults.verdict import FAILED, Done, Records
 from benchmarks.faults.watch import Watch
 from benchmarks.own_cluster import ClusterFailed
 from launch.cluster.layout import PAGE_TOKENS
@@ -122,7 +122,7 @@ class Campaign:
             async with asyncio.timeout(ACT_TIMEOUT_S):
                 said = await perform(scene, fault)
         except (ClusterFailed, TimeoutError, OSError, RuntimeError) as error:
-            said = f"failed: {error!r}"
+            said = f"{FAILED}{error!r}"
         finally:
             self._broken.discard(place)
         done = Done(fault.kind, fault.target, begun_s, time.monotonic(), said)

@@ -74,11 +74,12 @@ class Disk:
 
     def fill(self) -> None:
         """Not a byte is free."""
-        filler = self.mount / "filler"
-        with filler.open("wb") as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(1 << 20))
-                file.flush()
+        with (self.mount / "filler").open("wb", buffering=0) as file:
+            for nbytes in (1 << 20, 1 << 12):
+                with contextlib.suppress(OSError):  # it is full
+                    while file.write(bytes(nbytes)):
+                        pass
+                os.fsync(file.fileno())
 
     def empty(self) -> None:
         (self.mount / "filler").unlink(missing_ok=True)
@@ -90,7 +91,7 @@ class Disk:
 
     def replace(self) -> None:
         """Repaired and mounted again; whoever had it open must be gone."""
-        self.remove()
+        run("umount", str(self.mount))
         done = subprocess.run(
             ["fsck.ext4", "-y", "-f", str(self._image)],
             capture_output=True,
@@ -103,7 +104,7 @@ class Disk:
 
     def remove(self) -> None:
         if self.mount.is_mount():
-            run("umount", str(self.mount))
+            run("umount", "--lazy", str(self.mount))
 
     def slabs(self) -> list[Path]:
         files = self.mount.rglob("*")

@@ -20,6 +20,8 @@ AFTERMATH_S = 45.0
 waits 30 s for a sign of life."""
 DURABLE_TIERS = ("ssd", "remote")
 GROWTH_MAX = 1.1
+FAILED = "failed: "
+"""What is said of a fault that was not made, or not undone, begins so."""
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -153,12 +155,14 @@ def make_goals(records: Records) -> list[Goal]:
     outcomes = Counter(answer.outcome for answer in everything)
     missing = None if records.missing is None else records.missing + lost_blocks(records)
     ended = len(ended_by_requests(records))
+    failed = sum(fault.said.startswith(FAILED) for fault in records.faults)
     return [
         Goal("answers with a wrong token", outcomes[WRONG], "answers", 0),
         Goal("requests without an answer after 60 s", outcomes[SILENT], "requests", 0),
         Goal("errors while each role had an engine", len(unexcused(records)), "answers", 0),
         Goal("durable blocks that were missing later", missing, "blocks", 0),
         Goal("engines that ended by themselves or by a request", ended, "engines", 0),
+        Goal("faults that could not be made or undone", failed, "faults", 0),
         *_leaks(records),
     ]
 

@@ -173,7 +173,10 @@ def test_goals_count_what_went_wrong():
         counted_from_s=100.0,
         missing=1,
         events=[Event(10.0, "restarting", "p0"), Event(900.0, "restarting", "p0")],
-        faults=[Done("kill", "p0", 9.0, 9.0, "")],
+        faults=[
+            Done("kill", "p0", 9.0, 9.0, ""),
+            Done("loss", "p0", 9.0, 9.0, "failed: no nft"),
+        ],
         first=held(),
         left=held(pages_taken=2, slots_taken=3),
         last=held(shared_files=["a", "b"], sockets={"p0": 12}),
@@ -181,7 +184,7 @@ def test_goals_count_what_went_wrong():
     values = goal_values(records)
     assert (values["answers"], values["requests"], values["errors"]) == (1, 1, 0)
     assert values["durable"] == 1 + (5 - 3)  # what was read before the last damage is not counted
-    assert values["engines"] == 1
+    assert values["engines"] == values["faults"] == 1
     assert (values["pages"], values["DRAM"], values["more"]) == (2, 3, 1)
     assert (values["sockets,"], values["memory,"]) == (pytest.approx(1.2), 1.0)
     assert figures(records)["first_right_answer_after_a_fault_s"]["p95"] == 92.0
@@ -189,7 +192,7 @@ def test_goals_count_what_went_wrong():
 
 def test_what_was_not_looked_at_does_not_hold():
     goals = make_goals(Records(engine_wait_s=0, engines=[]))
-    assert [goal.holds for goal in goals] == [True, True, True, False, True, False]
+    assert [goal.holds for goal in goals] == [True, True, True, False, True, True, False]
 
 
 # ---- the whole ------------------------------------------------------------------------------
