@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.faults import damage, hostile
+from benchmarks.faults import damage, hostile, own_clock
 from benchmarks.faults.cluster import SUPERVISOR, Cluster
 from benchmarks.faults.load import Weights
 from benchmarks.faults.reference import FIRST, SECOND
@@ -145,11 +145,11 @@ async def _read_only_disk(scene: Scene, fault: Fault, rng: random.Random) -> str
 
 async def _clock(scene: Scene, fault: Fault, rng: random.Random) -> str:
     step_s = rng.choice((-CLOCK_STEP_S, CLOCK_STEP_S))
-    scene.stage.clock.write_text(f"{step_s:+d}\n")
+    own_clock.write_offset(scene.stage.clock, step_s)
     try:
         await asyncio.sleep(fault.lasts_s)
     finally:
-        scene.stage.clock.write_text("+0\n")
+        own_clock.write_offset(scene.stage.clock, 0)
     return f"{step_s:+d} s"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.faults import own_clock
 from benchmarks.own_cluster import ClusterFailed
 from benchmarks.radosgw import RadosGateway
 from benchmarks.s3_proxy import Fault, FaultyProxy, Verdict
@@ -21,7 +22,6 @@ from launch.cluster.config import ClusterConfig
 from launch.cluster.layout import agent_name
 from launch.cluster.process_record import ProcessRecord
 
-FAKETIME = "*/faketime/libfaketimeMT.so.1"
 CLOCK_AGENT = "agent-d1"
 """Whose clock can be stepped."""
 NODES = ("p0", "p1", "d0", "d1")
@@ -124,7 +124,7 @@ class Stage:
             for node in NODES
         }
         self.clock = scratch / "clock"
-        """Libfaketime's file: how far the clock of one agent is off."""
+        """How far the clock of one agent is off, for ``own_clock``."""
         self.engine_wait_s = 0.0
         """For which the gateway keeps a request while a role has no engine."""
         self._proxy: FaultyProxy | None = None
@@ -134,7 +134,7 @@ class Stage:
         try:
             for disk in self.disks.values():
                 disk.make()
-            self.clock.write_text("+0\n")
+            own_clock.write_offset(self.clock, 0)
             self.s3.start()
             self._proxy = FaultyProxy(self.store_address, self.s3.port)
             yield self
@@ -178,18 +178,9 @@ class Stage:
         return [self._with_own_clock(r) if r.name == CLOCK_AGENT else r for r in records]
 
     def _with_own_clock(self, record: ProcessRecord) -> ProcessRecord:
-        """It reads the time of day through libfaketime, where that is installed: a step of the
-        kernel's clock would be one for the whole machine, and no namespace has its own."""
-        found = sorted(Path("/usr/lib").glob(FAKETIME))
-        if not found:
-            return record
-        env = {
-            "LD_PRELOAD": str(found[0]),
-            "FAKETIME_TIMESTAMP_FILE": str(self.clock),
-            "FAKETIME_CACHE_DURATION": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }
-        return dataclasses.replace(record, env={**record.env, **env})
+        *python, module = record.argv
+        argv = (*python, own_clock.__name__, str(self.clock), module)
+        return dataclasses.replace(record, argv=argv)
 
     def _options(self) -> dict[str, Any]:
         assert self._proxy is not None

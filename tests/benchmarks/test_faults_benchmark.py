@@ -8,12 +8,13 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from benchmarks.faults import hostile, reference
+from benchmarks.faults import hostile, own_clock, reference
 from benchmarks.faults.acts import ACTS
 from benchmarks.faults.damage import damage_file
 from benchmarks.faults.load import (
@@ -74,6 +75,30 @@ def test_damage_changes_bytes_but_no_size(tmp_path: Path, flips: bool):
     assert len(damaged) == len(content)
     changed = sum(a != b for a, b in zip(damaged, content, strict=True))
     assert 0 < changed <= (8 if flips else 64 << 10)
+
+
+def test_a_clock_of_its_own_is_stepped_while_the_process_runs(tmp_path: Path):
+    (tmp_path / "watched.py").write_text(
+        "import time\n"
+        "def say(): print(round(time.time() - time.monotonic()), flush=True); input()\n"
+        "say(); say()\n"
+    )
+    own_clock.write_offset(tmp_path / "clock", -7200)
+    command = [sys.executable, "-m", "benchmarks.faults.own_clock", str(tmp_path / "clock")]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with subprocess.Popen(
+        [*command, "watched"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+    ) as watched:
+        real = round(time.time() - time.monotonic())
+        assert int(watched.stdout.readline()) == pytest.approx(real - 7200, abs=2)
+        own_clock.write_offset(tmp_path / "clock", 7200)
+        print(file=watched.stdin, flush=True)
+        assert int(watched.stdout.readline()) == pytest.approx(real + 7200, abs=2)
+        print(file=watched.stdin, flush=True)
 
 
 def test_hostile_requests_are_json_and_repeat_by_seed():
