@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from common.block import BlockLayout
-from transfer.mooncake import Addresses
+from engine.sglang.views import TransferEngine
+from transfer.mooncake import Addresses, batches, transfer_batch
 from transfer.ranges import merge_adjacent
 
 
@@ -49,6 +50,36 @@ def page_runs(
     remote = remote_bases[:, None] + remote_pages * page_bytes[:, None]
     lengths = np.broadcast_to(page_bytes[:, None], local.shape)
     return merge_adjacent(local.ravel(), remote.ravel(), lengths.ravel())
+
+
+class MemoryUnreachable(Exception):
+    """The transport cannot read the KV pool of this process: every transfer would fail."""
+
+    def __init__(self, what: str, code: int) -> None:
+        super().__init__(
+            f"Mooncake cannot reach this engine's KV memory ({what}, code {code}). On GPUs: load "
+            "nvidia-peermem, or a driver with dma-buf (NVIDIA's open kernel modules), and raise "
+            "the limit of locked memory (ulimit -l unlimited); or use --transfer tcp."
+        )
+
+
+def check_reachable(transfer_engine: TransferEngine, memory: KvMemory) -> None:
+    """Read the first bytes of each buffer as others will; raises :class:`MemoryUnreachable`.
+
+    SGLang goes on when the registration of its buffers has failed.
+    """
+    words = np.zeros(8, np.uint8)
+    transfer_engine.register(int(words.ctypes.data), words.nbytes)
+    remote = np.array(sorted({base for bases in memory.addresses for base in bases}))
+    local = np.full_like(remote, words.ctypes.data)
+    lengths = np.full_like(remote, words.nbytes)
+    session, code = transfer_engine.get_session_id(), 0
+    for part in batches(lengths):
+        code = code or transfer_batch(
+            transfer_engine.engine, "read", session, local[part], remote[part], lengths[part]
+        )
+    if code != 0:
+        raise MemoryUnreachable("a read of its own", code)
 
 
 def poison(buffers: Iterable[torch.Tensor], page_tokens: int, kept_pages: Sequence[int]) -> None:

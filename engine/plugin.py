@@ -9,10 +9,18 @@ from engine.config import EngineConfig
 
 def register() -> None:
     """Entry point of group ``sglang.srt.plugins``; runs in every SGLang process."""
-    from engine.sglang import border, hooks
     from engine.sglang.cpu import platform as cpu_platform
 
-    if cpu_platform.is_active():
-        cpu_platform.register_fixes()
-    if EngineConfig.VARIABLE in os.environ:
-        border.install(hooks.OF_ROLE[EngineConfig.from_env().role])
+    try:
+        if cpu_platform.is_active():
+            cpu_platform.register_fixes()
+        if EngineConfig.VARIABLE in os.environ:
+            _install()
+    except Exception as error:  # SGLang would make a line in its log of it, and start without us
+        raise SystemExit(f"DualPath's plugin cannot start: {error!r}") from error
+
+
+def _install() -> None:
+    from engine.sglang import border, hooks
+
+    border.install(hooks.OF_ROLE[EngineConfig.from_env().role])

@@ -7,6 +7,7 @@ it depends on. Nothing else in the engine names a stream.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -14,6 +15,11 @@ import numpy as np
 import torch
 
 from transfer.ranges import Addresses
+
+_WRITES_ORDERING = 118
+"""CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING."""
+_OWNER = 100
+"""CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER; 0 is none, 200 all devices."""
 
 
 class Mark(Protocol):
@@ -61,6 +67,17 @@ class Cuda:
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
+
+
+def writes_are_ordered() -> bool:
+    """Whether a kernel of the current GPU that begins after a NIC's completion sees all that it
+    has written to the GPU's memory; otherwise it would have to be flushed first."""
+    ordering = ctypes.c_int(0)
+    driver = ctypes.CDLL("libcuda.so.1")
+    asked = driver.cuDeviceGetAttribute(
+        ctypes.byref(ordering), _WRITES_ORDERING, torch.cuda.current_device()
+    )
+    return asked == 0 and ordering.value >= _OWNER
 
 
 class _Passed:

@@ -39,8 +39,10 @@ apt_install() {
 
 install_libraries() { # what Mooncake's engine.so links
     local missing=() name
-    for name in libibverbs:libibverbs.so.1 libnuma:libnuma.so.1 librdmacm:librdmacm.so.1; do
-        ldconfig -p | grep -q "${name#*:}" || missing+=("${name%:*}1")
+    local needed=(libibverbs1:libibverbs.so.1 libnuma1:libnuma.so.1 librdmacm1:librdmacm.so.1)
+    [ "$DEVICE" = cpu ] || needed+=(ibverbs-providers:libmlx5.so.1 libcurl4:libcurl.so.4)
+    for name in "${needed[@]}"; do
+        ldconfig -p | grep -q "${name#*:}" || missing+=("${name%:*}")
     done
     [ ${#missing[@]} = 0 ] || apt_install "Mooncake" "${missing[@]}"
     # SGLang compiles its page hash (mem_cache/cpp_utils) at an engine's first look-up.

@@ -7,11 +7,16 @@ while: with a hung one every call would otherwise cost a thread its timeout.
 from __future__ import annotations
 
 import bisect
+import ctypes
+import importlib.util
 import os
+import re
+import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -38,6 +43,18 @@ LANDED_AFTER_S = float(os.environ["MC_TRANSFER_TIMEOUT"])
 """Bytes of a failed read may come in for about so long."""
 
 Operation = Literal["write", "read"]
+
+PACKAGE_OF = {
+    "libibverbs.so.1": "Debian's libibverbs1",
+    "librdmacm.so.1": "Debian's librdmacm1",
+    "libnuma.so.1": "Debian's libnuma1",
+    "libmlx5.so.1": "Debian's ibverbs-providers",
+    "libcurl.so.4": "Debian's libcurl4",
+    "libcuda.so.1": "NVIDIA's driver",
+    "libcudart.so.13": "pip's nvidia-cuda-runtime, version 13",
+}
+"""Library that Mooncake's engine links -> where it comes from."""
+_CUDA_RUNTIME = "libcudart.so.13"
 
 
 class MooncakeEngine(Protocol):
@@ -117,9 +134,7 @@ class TransferPeer:
     ) -> None:
         if protocol == "tcp":
             os.environ.setdefault("MC_FORCE_TCP", "1")
-        from mooncake.engine import TransferEngine
-
-        self._engine: MooncakeEngine = TransferEngine()
+        self._engine: MooncakeEngine = _engine_type()()
         code = self._engine.initialize(host, "P2PHANDSHAKE", protocol, devices)
         if code != 0:
             raise TransferFailed(host, f"start over {protocol}", code)
@@ -247,6 +262,43 @@ class TransferPeer:
                 self._suspended_until.pop(session_id, None)
                 return
         raise PeerSuspended(session_id, retry_in_s)
+
+
+def missing_libraries() -> list[str]:
+    """What Mooncake's engine links and this machine does not have; nothing is loaded."""
+    package = importlib.util.find_spec("mooncake")
+    folders = package.submodule_search_locations if package is not None else None
+    engine = Path(next(iter(folders or [""]))) / "engine.so"
+    linked = subprocess.run(
+        ["ldd", engine], capture_output=True, text=True, check=False, timeout=20
+    )
+    return [
+        name
+        for name in libraries_not_found(linked.stdout)
+        if not (name == _CUDA_RUNTIME and _cuda_runtime())
+    ]
+
+
+def libraries_not_found(linked: str) -> list[str]:
+    """In the output of ldd."""
+    return re.findall(r"^\s*(\S+) => not found", linked, re.MULTILINE)
+
+
+def _cuda_runtime() -> Path | None:
+    """Where pip has put it, beside torch: the loader does not look there by itself."""
+    package = importlib.util.find_spec("nvidia")
+    for folder in (package.submodule_search_locations or []) if package is not None else []:
+        for library in Path(folder).glob(f"*/lib/{_CUDA_RUNTIME}"):
+            return library
+    return None
+
+
+def _engine_type() -> Callable[[], MooncakeEngine]:
+    if (runtime := _cuda_runtime()) is not None:
+        ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+    from mooncake.engine import TransferEngine
+
+    return TransferEngine
 
 
 def transfer_batch(

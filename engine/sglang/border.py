@@ -60,6 +60,28 @@ def install(hooks: Iterable[Hook]) -> None:
 
     for hook in hooks:
         HookRegistry.register(ROOT + hook.target, _lazily(hook.hook), HookType[hook.kind.upper()])
+        _ours.add(ROOT + hook.target)
+    if not isinstance(HookRegistry._apply_target, _Strictly):
+        HookRegistry._apply_target = _Strictly(HookRegistry._apply_target)
+
+
+_ours: set[str] = set()
+
+
+class _Strictly:
+    """Stands for ``HookRegistry._apply_target``, of whose errors SGLang makes a line in the log:
+    an engine without one of our hooks is not to start."""
+
+    def __init__(self, original: Callable[..., None]) -> None:
+        self._original = original
+
+    def __call__(self, target: str, hooks: list[Any]) -> None:
+        try:
+            self._original(target, hooks)
+        except Exception as error:  # whatever it is, the function is not hooked
+            if target not in _ours:
+                raise
+            raise SystemExit(f"DualPath cannot hook {target} of this SGLang: {error!r}") from error
 
 
 def _lazily(hook: str) -> Callable[..., Any]:
@@ -80,4 +102,5 @@ def function_of(hook: str) -> Callable[..., Any]:
 USES = (
     Use("plugins.hook_registry.HookRegistry.register", "hook a function"),
     Use("plugins.hook_registry.HookType", "the kinds of hooks"),
+    Use("plugins.hook_registry.HookRegistry._apply_target", "its errors end the process"),
 )

@@ -37,6 +37,13 @@ EVERY_ENGINE = (
         "some time before it binds it",
     ),
     Hook(
+        "distributed.device_communicators.mooncake_transfer_engine.MooncakeTransferEngine"
+        ".batch_register",
+        "after",
+        "engine.sglang.startup:after_batch_register",
+        "SGLang goes on where memory could not be registered, and every transfer fails",
+    ),
+    Hook(
         _SCHEDULER + "init_disaggregation",
         "after",
         "engine.sglang.startup:after_init_disaggregation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from sglang.srt.arg_groups.model_override_base import resolved_view
@@ -13,13 +14,15 @@ from sglang.srt.runtime_context import get_parallel
 from common.messages import ModelBounds
 from common.process_settings import incarnation
 from engine.config import EngineConfig
+from engine.kv_memory import MemoryUnreachable, check_reachable
+from engine.refused import refused_settings
 from engine.report import EngineIdentity
 from engine.runtime import EngineRuntime, Host, set_runtime
 from engine.sglang.border import Use
 from engine.sglang.kv_pool import memory_of
 from engine.sglang.kv_settings import kv_settings
 from engine.sglang.pool_hooks import poison_pool
-from engine.streams import Cuda, Streams
+from engine.streams import Cuda, Streams, writes_are_ordered
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,9 @@ USES = (
     Use(_ARGS + "pp_size", "refused above 1"),
     Use(_ARGS + "dp_size", "refused above 1"),
     Use(_ARGS + "attn_cp_size", "refused above 1"),
+    Use(_ARGS + "cuda_graph_config", "a layer window needs eager prefill forwards"),
+    Use("model_executor.cuda_graph_config.CudaGraphConfig.prefill", "their part of it"),
+    Use("model_executor.cuda_graph_config.PhaseConfig.backend", "which kind of graph"),
     Use(_ARGS + "attn_dp_size", "attention groups are engines of their own"),
     Use(_ARGS + "model_path", "the weights' folder"),
     Use(_ARGS + "weight_version", "the weights' name, where they have one"),
@@ -55,7 +61,9 @@ USES = (
 def after_init_disaggregation(result: Any, scheduler: Any) -> None:
     """AFTER ``Scheduler.init_disaggregation``: SGLang's P/D side exists."""
     config = EngineConfig.from_env()
-    engine = EngineRuntime(config, _host(config, scheduler))
+    host = _host(config, scheduler)
+    check_reachable(host.transfer_engine, host.memory)
+    engine = EngineRuntime(config, host)
     set_runtime(engine)
     engine.prefill_timing.start_quota(
         engine.weights.namespace.model_digest, engine.memory.layout.page_tokens
@@ -73,6 +81,9 @@ def _host(config: EngineConfig, scheduler: Any) -> Host:
     args = resolved_view(given)
     if max(args.pp_size, args.dp_size, args.attn_cp_size) > 1:
         raise NotImplementedError("DualPath knows --tp and --attn-dp-size: take others out")
+    if reason := refused_settings(args):
+        raise NotImplementedError(f"{reason}: take it out")
+    _check_device(config, args, scheduler.device)
     group = get_parallel().attn_dp_rank
     is_prefill = config.role == "prefill"
     return Host(
@@ -101,6 +112,27 @@ def _host(config: EngineConfig, scheduler: Any) -> Host:
         weight_version=str(given.weight_version or ""),
         settings=kv_settings(given, str(scheduler.model_config.dtype).removeprefix("torch.")),
     )
+
+
+def after_batch_register(result: int, *_: Any, **__: Any) -> None:
+    """AFTER ``MooncakeTransferEngine.batch_register``, whose code SGLang drops."""
+    if result != 0:
+        raise MemoryUnreachable("the registration of its buffers", result)
+
+
+def _check_device(config: EngineConfig, args: Any, device: str) -> None:
+    if not device.startswith("cuda"):
+        return
+    if config.layer_window and args.cuda_graph_config.prefill.backend != "disabled":
+        raise NotImplementedError(
+            "--prefill-layer-window needs --cuda-graph-backend-prefill disabled: a graph that is "
+            "replayed writes to buffers that may not be free yet"
+        )
+    if os.environ.get("MOONCAKE_PROTOCOL", "rdma") == "rdma" and not writes_are_ordered():
+        raise NotImplementedError(
+            "this GPU does not order what NICs write to its memory "
+            "(cudaDevAttrGPUDirectRDMAWritesOrdering is none): use --transfer tcp"
+        )
 
 
 def _streams(scheduler: Any) -> Streams:

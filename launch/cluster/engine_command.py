@@ -102,6 +102,9 @@ def _device_flags(layout: Layout, node: str) -> dict[str, str]:
     if layout.hardware.device == "cpu":
         flags = {"--device": "cpu", "--dtype": "float32"}
         tokens = tokens or CPU_POOL_TOKENS
-    else:  # untested: no such machine was at hand
+    else:  # untested: no such machine was at hand (docs/gpu.md)
         flags = {"--base-gpu-id": str(layout.gpus(node)[0])}
+        if role_of(node) == "prefill" and layout.config.prefill_layer_window is not None:
+            # A graph that is replayed writes latents ahead of any hook, free buffer or not.
+            flags["--cuda-graph-backend-prefill"] = "disabled"
     return flags | ({"--max-total-tokens": str(tokens)} if tokens else {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.cluster.config import ClusterConfig
@@ -22,6 +22,8 @@ class Hardware:
     """"rdma" or "tcp"."""
     reason: str
     """Why this transport: a sentence for the start-up summary."""
+    gpus: int | None = None
+    """How many engines may use here; None: not counted."""
 
 
 def detect(config: ClusterConfig) -> Hardware:
@@ -32,8 +34,8 @@ def detect(config: ClusterConfig) -> Hardware:
         if device == "cuda" and not has_cuda:
             raise BadConfig("--device cuda: torch finds no CUDA device here; use --device cpu.")
         device = "cuda" if has_cuda else "cpu"
-    devices = rdma_devices()
-    return choose_transfer(config.transfer, device, devices)
+    hardware = choose_transfer(config.transfer, device, rdma_devices())
+    return replace(hardware, gpus=_gpus()) if device == "cuda" else hardware
 
 
 def choose_transfer(asked: str, device: str, devices: list[str]) -> Hardware:
@@ -62,3 +64,9 @@ def _has_cuda() -> bool:
     import torch
 
     return bool(torch.cuda.is_available())
+
+
+def _gpus() -> int:
+    import torch
+
+    return int(torch.cuda.device_count())

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from engine.refused import refused_flags
 from launch.cluster.config import ClusterConfig
 from launch.cluster.hardware import Hardware
 from launch.cluster.ports import CONTROL, HTTP, block_ports, control
@@ -57,6 +58,9 @@ class Layout:
         self.nodes = node_names(config)
         self.hosts = {node: (hosts or {}).get(node, LOOPBACK) for node in self.nodes}
         self.ranks = {node: ranks_of(self.passed_flags(node)) for node in self.nodes}
+        for node in self.nodes:
+            if reason := refused_flags(self.passed_flags(node)):
+                raise BadConfig(f"{reason}: take it out.")
         if config.prefill_layer_window is not None:
             check_window(model, self.group_sizes("prefill"), self.group_sizes("decode"))
         self._ports_per_process = max(map(block_ports, self.ranks.values()))
@@ -67,6 +71,7 @@ class Layout:
             for node in self.nodes
         }
         """Name -> control endpoint."""
+        self._check_gpus()
 
     def group_sizes(self, role: Role) -> set[int]:
         """Over how many ranks the engines of one role split KV heads."""
@@ -115,11 +120,28 @@ class Layout:
         return list(dict.fromkeys(map(str, networks)))
 
     def gpus(self, node: str) -> list[int]:
-        """Of a node's ranks: one after the other, as all nodes are on one machine."""
+        """Of a node's ranks: on each host one node's after the other's."""
         if self.hardware.device == "cpu":
             return []
-        first = sum(self.ranks[other].total for other in self.nodes[: self.nodes.index(node)])
+        before = self.nodes[: self.nodes.index(node)]
+        first = sum(self.ranks[n].total for n in before if self.hosts[n] == self.hosts[node])
         return list(range(first, first + self.ranks[node].total))
+
+    def _check_gpus(self) -> None:
+        """This machine, where nodes are unless ``hosts`` says otherwise, has as many."""
+        here = [node for node in self.nodes if self.hosts[node] == LOOPBACK]
+        if self.hardware.gpus is None or any(map(self._places_itself, here)):
+            return
+        wanted = sum(self.ranks[node].total for node in here)
+        if wanted > self.hardware.gpus:
+            raise BadConfig(
+                f"{len(here)} engines need {wanted} GPUs, and this machine shows "
+                f"{self.hardware.gpus}: choose a smaller --prefill, --decode or --tp-size (in "
+                "--engine-args), or look at CUDA_VISIBLE_DEVICES."
+            )
+
+    def _places_itself(self, node: str) -> bool:
+        return any(flag.startswith("--base-gpu-id") for flag in self.passed_flags(node))
 
     def passed_flags(self, node: str) -> list[str]:
         """The user's own flags for the node's SGLang."""

@@ -20,6 +20,7 @@ from launch.cluster.process_record import ProcessRecord
 from launch.settings import BadConfig
 from storage.remote.settings import RemoteSettings
 from storage.ssd.folder import OtherFormat, read_state
+from transfer.mooncake import PACKAGE_OF, missing_libraries
 
 _LOCK = ".cluster.lock"
 
@@ -27,6 +28,7 @@ _LOCK = ".cluster.lock"
 def check(config: ClusterConfig, records: Sequence[ProcessRecord]) -> list[IO[str]]:
     """Raises :class:`BadConfig`; the returned files hold locks for as long as they are open."""
     check_memory(config, available_memory_bytes())
+    check_libraries(missing_libraries())
     for record in records:
         for purpose, port in record.ports.items():
             check_port(record, purpose, port)
@@ -84,6 +86,18 @@ def check_memory(config: ClusterConfig, available_bytes: int) -> None:
         raise BadConfig(
             f"--dram-bytes {format_size(config.dram_bytes)} for each of {agents} agents, but "
             f"{format_size(available_bytes)} of memory are available: choose less."
+        )
+
+
+def check_libraries(missing: Sequence[str]) -> None:
+    """Mooncake's engine finds the libraries that it links."""
+    if missing:
+        wanted = ", ".join(
+            f"{name} ({PACKAGE_OF.get(name, 'unknown package')})" for name in missing
+        )
+        raise BadConfig(
+            f"Mooncake cannot be loaded, these libraries are missing: {wanted}. Install them, or "
+            "run `make setup` as root."
         )
 
 

@@ -83,6 +83,8 @@ class _Records:
             kind="agent",
             argv=(sys.executable, "-m", "transfer.agent"),
             env={
+                # It moves host memory only: Mooncake's CUDA build would open a context on a GPU.
+                "CUDA_VISIBLE_DEVICES": "",
                 **self._mooncake_env("agent", self.layout.port(node, "agent", 0), ranks=1),
                 **settings.to_env(),
             },

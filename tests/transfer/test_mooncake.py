@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.cluster.preflight import check_libraries
+from launch.settings import BadConfig
 from tests.transfer.agent.fake_engine import LAYOUT, FakeEngine
 from transfer import memory
 from transfer.memory import HostMemory, NotEnoughMemory
@@ -25,6 +27,8 @@ from transfer.mooncake import (
     TransferFailed,
     TransferPeer,
     batches,
+    libraries_not_found,
+    missing_libraries,
 )
 
 
@@ -181,3 +185,15 @@ def test_batches_cover_all_ranges_within_the_limits(lengths, times):
         count = part.stop - part.start
         assert 0 < count <= DESCRIPTORS_PER_BATCH
         assert count == 1 or ranges[part].sum() <= BYTES_PER_BATCH
+
+
+def test_libraries_that_mooncakes_engine_lacks_are_named():
+    assert missing_libraries() == []
+    linked = """\tlinux-vdso.so.1 (0x00007f)
+\tlibcurl.so.4 => not found
+\tlibnuma.so.1 => /lib/x86_64-linux-gnu/libnuma.so.1 (0x00007f)
+\tlibmlx5.so.1 => not found
+"""
+    assert libraries_not_found(linked) == ["libcurl.so.4", "libmlx5.so.1"]
+    with pytest.raises(BadConfig, match=r"libcurl.so.4 \(Debian's libcurl4\), libmlx5.so.1"):
+        check_libraries(libraries_not_found(linked))

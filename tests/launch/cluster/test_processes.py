@@ -7,6 +7,7 @@ import pytest
 from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig
 from launch.cluster.hardware import Hardware, choose_transfer
+from launch.cluster.layout import Layout
 from launch.cluster.ports import respawn
 from launch.cluster.process_record import ProcessRecord
 from launch.cluster.processes import process_records
@@ -208,6 +209,64 @@ def test_engines_of_unlike_sizes_take_their_gpus_in_turn():
     records = {record.name: record for record in process_records(config, MODEL, gpus)}
     first = [flag_value(records[name], "--base-gpu-id") for name in ("p0", "p1", "d0", "d1")]
     assert first == ["0", "1", "2", "6"]
+
+
+def test_gpus_are_counted_on_each_host():
+    config = ClusterConfig(prefill=2, decode=2, engine_args=words("--tp-size 8"))
+    hosts = {"p0": "10.0.0.1", "p1": "10.0.0.2", "d0": "10.0.0.1", "d1": "10.0.0.2"}
+    layout = Layout(config, MODEL, Hardware("cuda", "rdma", "test", gpus=16), hosts)
+    assert [layout.gpus(node)[0] for node in layout.nodes] == [0, 0, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("flags", "fits"),
+    [("--tp-size 2", True), ("--tp-size 4", False), ("--tp-size 4 --base-gpu-id 0", True)],
+)
+def test_more_gpus_than_the_machine_has_are_refused_before_anything_starts(flags, fits):
+    config = ClusterConfig(prefill=1, decode=1, engine_args=words(flags))
+    gpus = Hardware("cuda", "rdma", "test", gpus=4)
+    if fits:
+        assert process_records(config, MODEL, gpus)
+    else:
+        with pytest.raises(BadConfig, match="2 engines need 8 GPUs, and this machine shows 4"):
+            process_records(config, MODEL, gpus)
+
+
+def test_agents_see_no_gpu():
+    records = {
+        r.name: r for r in process_records(ClusterConfig(), MODEL, Hardware("cuda", "tcp", ""))
+    }
+    assert records["agent-p0"].env["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in records["p0"].env
+
+
+def test_a_layer_window_on_gpus_runs_without_prefill_graphs():
+    config = ClusterConfig(prefill_layer_window=2)
+    records = {r.name: r for r in process_records(config, MODEL, Hardware("cuda", "rdma", ""))}
+    assert flag_value(records["p0"], "--cuda-graph-backend-prefill") == "disabled"
+    assert "--cuda-graph-backend-prefill" not in records["d0"].argv
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--enable-two-batch-overlap",
+        "--enable-pdmux --tp 1",
+        "--cuda-graph-backend-prefill full",
+        "--cuda-graph-backend-prefill=full",
+        "--speculative-algorithm EAGLE",
+        "--optimistic-prefill-attempts 2",
+    ],
+)
+def test_flags_of_sglang_that_would_make_wrong_tokens_are_refused(flags):
+    flag = flags.split()[0].partition("=")[0]
+    with pytest.raises(BadConfig, match=f"{flag}.* is not supported: .*take it out"):
+        records_of(ClusterConfig(prefill_args=words(flags)))
+
+
+def test_their_harmless_values_are_not():
+    harmless = "--cuda-graph-backend-prefill breakable --optimistic-prefill-attempts 0"
+    assert records_of(ClusterConfig(prefill_args=words(harmless)))
 
 
 def test_a_layer_window_is_refused_where_ranks_have_no_peers(tmp_path):

@@ -1,0 +1,46 @@
+"""An engine whose memory cannot be reached does not start."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from common.block import BlockLayout
+from engine.kv_memory import KvMemory, MemoryUnreachable, check_reachable
+from transfer.mooncake import TransferPeer
+
+POOL = np.arange(4096, dtype=np.uint8)
+MEMORY = KvMemory(BlockLayout(4, 2, (8, 8)), [[POOL.ctypes.data] * 2] * 2, "float32")
+
+
+def transfer_engine(engine: Any, session_id: str) -> Any:
+    return SimpleNamespace(
+        engine=engine, register=engine.register_memory, get_session_id=lambda: session_id
+    )
+
+
+def test_memory_that_can_be_read_over_the_transport_is_enough():
+    peer = TransferPeer("127.0.0.1", "tcp")
+    peer.register(POOL.ctypes.data, POOL.nbytes)
+    check_reachable(transfer_engine(peer._engine, peer.session_id), MEMORY)
+
+
+def test_memory_that_cannot_be_read_ends_the_engine_with_a_sentence():
+    failing = SimpleNamespace(
+        register_memory=lambda *_: 0,
+        batch_transfer_async_read=lambda *_: 0,
+        batch_transfer_sync_read=lambda *_: -1,
+    )
+    with pytest.raises(MemoryUnreachable, match="nvidia-peermem.*ulimit -l.*--transfer tcp"):
+        check_reachable(transfer_engine(cast(Any, failing), "h:1"), MEMORY)
+
+
+def test_a_registration_that_sglang_drops_ends_it_too():
+    from engine.sglang.startup import after_batch_register
+
+    after_batch_register(0, None, [], [])
+    with pytest.raises(MemoryUnreachable, match="code -1"):
+        after_batch_register(-1, None, [], [])
