@@ -304,6 +304,16 @@ _TABLE = (
     _counter("engine_read_back_pages_total", "pages", "Of earlier chunks, for a layer window."),
     _counter("engine_suffix_sent_bytes_total", "bytes", "New KV sent layer by layer."),
     _counter(
+        "engine_kv_checksum_mismatches_total",
+        "requests",
+        "Requests given up at a decode engine: their KV was not what the prefill engine sent.",
+    ),
+    _counter(
+        "engine_layers_unseen_total",
+        "layers",
+        "Layers whose KV left only at the end of their forward, as no hook saw their attention.",
+    ),
+    _counter(
         "engine_suffix_late_seconds_total",
         "s",
         "What chunks waited for their sends after their forward.",

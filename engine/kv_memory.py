@@ -78,6 +78,7 @@ def check_reachable(transfer_engine: TransferEngine, memory: KvMemory) -> None:
         code = code or transfer_batch(
             transfer_engine.engine, "read", session, local[part], remote[part], lengths[part]
         )
+    transfer_engine.deregister(int(words.ctypes.data))
     if code != 0:
         raise MemoryUnreachable("a read of its own", code)
 

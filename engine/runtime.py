@@ -199,6 +199,7 @@ class EngineRuntime:
     def _listen(self) -> None:
         """To the gateway, and for what comes without a message."""
         samples = [self.deliveries.samples, self.jobs.samples, self.persister.samples]
+        samples.append(self.restores.samples)
         if self.prefill_forwards is not None:
             samples += [self.prefill_forwards.samples, self.prefill_timing.samples]
         report = EngineReport(

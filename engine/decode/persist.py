@@ -74,8 +74,9 @@ class Persister:
         self.deferred_offers_total = 0
 
     def begin(self, request: Request) -> None:
-        """The prompt's KV is in this engine; the blocks that its plan names are in the store,
-        the others are offered from now on."""
+        """The prompt's KV is in this engine, under the weights of this moment. The blocks that
+        its plan names are in the store; the others are offered when the request joins a batch,
+        so behind SGLang's look at what P has sent."""
         if self._plans.is_outdated(request.rid):
             return  # the prefill engine has computed with other weights
         if self._config.experiment.zero_io or self._plans.is_made_up(request.rid):
@@ -92,7 +93,6 @@ class Persister:
         )
         while len(self._progress) > REQUESTS_MAX:
             self._progress.popitem(last=False)
-        self.advance(request, len(request.origin_input_ids))
 
     def advance(self, request: Request, tokens: int) -> None:
         """The KV of the request's first ``tokens`` tokens is complete: offer full blocks."""

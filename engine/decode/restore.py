@@ -10,11 +10,13 @@ SGLang asks are those of :mod:`engine.sglang.decode.restore_hooks`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from enum import Enum
 
 import msgspec
 
 from common.messages import ReleasePlan
+from common.samples import Sample, sample
 from engine.config import EngineConfig
 from engine.decode.persist import Persister
 from engine.page_table import PageTable
@@ -61,6 +63,8 @@ class Restores:
         self._persister = persister
         self._links = links
         self._table = table
+        self.mismatches_total = 0
+        """Requests whose KV was not what P sent."""
 
     def match_tokens_max(self, request: Request) -> int | None:
         """How much of the prompt the engine's own cache may be asked for; None: all. Where P
@@ -113,6 +117,10 @@ class Restores:
                 log.warning("restore failed rid=%s reason=%r", request.rid, reason)
             self._deliveries.abandon(restore.delivery)
         self._release_plan(request.rid)
+
+    def samples(self) -> Iterator[Sample]:
+        """For the metrics."""
+        yield sample("engine_kv_checksum_mismatches_total", self.mismatches_total)
 
     def _release_plan(self, rid: str) -> None:
         plan = self._plans.get(rid)

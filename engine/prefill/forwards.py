@@ -69,6 +69,8 @@ class PrefillForward:
 
     def finish(self) -> None:
         """The forward has been launched: whatever was not seen is done."""
+        seen = self._next_layer + (not self._forwards.one_call_a_layer)
+        self._forwards.unseen_layers_total += max(0, self._forwards.num_layers - seen)
         self._done_until(self._forwards.num_layers)
 
     def _done_until(self, layer: int) -> None:
@@ -136,6 +138,7 @@ class PrefillForwards:
         self._deliveries = deliveries
         self._pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         self.streams = streams
+        self.unseen_layers_total = 0
 
     def begin(self, batch: Batch) -> None:
         """A batch's forward starts."""
@@ -159,6 +162,7 @@ class PrefillForwards:
         yield from self._moved.samples(moved_bytes)
         yield sample("engine_kv_bytes", int(np.sum(self._pool.get_kv_size_bytes())))
         yield sample("engine_suffix_sent_bytes_total", sent_bytes)
+        yield sample("engine_layers_unseen_total", self.unseen_layers_total)
         yield sample("engine_suffix_late_seconds_total", self.suffix.late_s_total)
         yield sample("engine_read_back_pages_total", read_back)
 

@@ -292,6 +292,18 @@ DECODE = (
         "cancel the delivery of a failed or aborted request",
     ),
     Hook(
+        "disaggregation.checksum.page_indices_for_request",
+        "around",
+        "engine.sglang.decode.checksum_hooks:around_page_indices",
+        "P digests what it sends, which begins after the promised prefix",
+    ),
+    Hook(
+        "disaggregation.decode.SchedulerDisaggregationDecodeMixin._handle_kv_checksum_mismatch",
+        "before",
+        "engine.sglang.decode.checksum_hooks:before_mismatch",
+        "count requests whose KV is not what P sent, and store nothing of them",
+    ),
+    Hook(
         _SCHEDULER + "process_batch_result",
         "after",
         "engine.sglang.decode.persist_hooks:after_batch_result",

@@ -131,6 +131,9 @@ class TransferEngine(Protocol):
     def register(self, ptr: int, length: int) -> None:
         """Make memory usable for transfers of both sides."""
 
+    def deregister(self, ptr: int) -> None:
+        """It is not any more: other memory may come to lie there, and be registered."""
+
     def get_session_id(self) -> str:
         """How others address it: "host:port"."""
 

@@ -16,21 +16,30 @@ POOL = np.arange(4096, dtype=np.uint8)
 MEMORY = KvMemory(BlockLayout(4, 2, (8, 8)), [[POOL.ctypes.data] * 2] * 2, "float32")
 
 
+given_back: list[int] = []
+
+
 def transfer_engine(engine: Any, session_id: str) -> Any:
     return SimpleNamespace(
-        engine=engine, register=engine.register_memory, get_session_id=lambda: session_id
+        engine=engine,
+        register=engine.register_memory,
+        deregister=lambda address: given_back.append(engine.unregister_memory(address)),
+        get_session_id=lambda: session_id,
     )
 
 
 def test_memory_that_can_be_read_over_the_transport_is_enough():
     peer = TransferPeer("127.0.0.1", "tcp")
     peer.register(POOL.ctypes.data, POOL.nbytes)
-    check_reachable(transfer_engine(peer._engine, peer.session_id), MEMORY)
+    for _ in range(2):  # what it has registered is given back
+        check_reachable(transfer_engine(peer._engine, peer.session_id), MEMORY)
+    assert len(given_back) == 2
 
 
 def test_memory_that_cannot_be_read_ends_the_engine_with_a_sentence():
     failing = SimpleNamespace(
         register_memory=lambda *_: 0,
+        unregister_memory=lambda *_: 0,
         batch_transfer_async_read=lambda *_: 0,
         batch_transfer_sync_read=lambda *_: -1,
     )

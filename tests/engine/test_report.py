@@ -71,7 +71,9 @@ def test_it_tells_its_weights_and_all_its_parts_have_counted(report):
     hello = made.hello()
     assert hello.namespace == NAMESPACE and hello.bootstrap_port == 8998
     engine.weights.changed("2", None)
-    engine.persister.begin(Request("r", list(range(18))))
+    request = Request("r", list(range(18)))
+    engine.persister.begin(request)
+    engine.persister.advance(request, 18)
     hello = made.hello()
     assert hello.namespace.weight_version == "2"
     values = {sample.metric: sample.value for sample in hello.samples}

@@ -170,6 +170,7 @@ def test_an_agents_word_about_a_job_counts_if_it_is_the_incarnation_that_has_it(
     agent.take(RegisterEngine)
     request = Request("r", list(range(18)))
     engine.persister.begin(request)
+    engine.persister.advance(request, 18)
     pull = agent.take(PullBlocks)
     assert pull.keys == keys_of(request, engine.weights.digest)
     assert pull.pages == [10, 11, 12, 13]
@@ -183,7 +184,9 @@ def test_an_agents_word_about_a_job_counts_if_it_is_the_incarnation_that_has_it(
 def test_a_job_that_an_agent_does_not_know_is_over(engine, peers):
     _, agent = peers
     agent.take(RegisterEngine)
-    engine.persister.begin(Request("r", list(range(18))))
+    request = Request("r", list(range(18)))
+    engine.persister.begin(request)
+    engine.persister.advance(request, 18)
     agent.send(UnknownEngine(AGENT_INCARNATION, agent.take(PullBlocks).job))
     wait_until(lambda: len(engine.jobs) == 0)
     assert engine.persister.stored_blocks_total == 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import multiprocessing
 import os
 import time
+import zlib
 from functools import cache
 from typing import Any
 
@@ -18,6 +20,8 @@ log = logging.getLogger(__name__)
 
 USES = (
     Use("layers.rotary_embedding.factory.get_rope", "what makes plain rotary embeddings"),
+    Use("disaggregation.checksum.KvChecksumComputer._kv_data_ptrs", "buffers that are digested"),
+    Use("disaggregation.checksum.KvChecksumComputer._kv_item_lens", "bytes of a page in each"),
     Use("managers.scheduler.Scheduler.is_fully_idle", "a scheduler that sleeps by itself"),
 )
 
@@ -123,3 +127,16 @@ def around_rope(
     if rope_scaling is None:
         return get_rope(*shape, dtype, partial_rotary_factor)
     return original(*shape, dtype, partial_rotary_factor, device)
+
+
+def digest_of_pages(
+    computer: Any, kv_page_indices_gpu: torch.Tensor, state_indices_gpu: object = None
+) -> int:
+    """INSTEAD OF ``KvChecksumComputer.compute``: Adler-32 of pages, buffer by buffer. P and D
+    have as many of the same length, in the same order."""
+    pages, digest = kv_page_indices_gpu.tolist(), 1
+    for base, length in zip(computer._kv_data_ptrs, computer._kv_item_lens, strict=True):
+        for page in pages:
+            content = (ctypes.c_char * length).from_address(base + page * length)
+            digest = zlib.adler32(content, digest)
+    return digest

@@ -48,6 +48,12 @@ EVERY_ENGINE = (
         _FIXES + "around_rope",
         "without: it knows only deepseek_yarn and raises for plain rotary embeddings (MLA)",
     ),
+    Hook(
+        "disaggregation.checksum.KvChecksumComputer.compute",
+        "replace",
+        _FIXES + "digest_of_pages",
+        "`--disaggregation-enable-kv-checksum`; without: its kernel asserts that pages are on CUDA",
+    ),
 )
 
 UNLIKE_SIZES = (

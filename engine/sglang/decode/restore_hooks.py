@@ -116,7 +116,9 @@ def before_transfer_extend(queue: Any, decode_reqs: list[Any]) -> None:
         # SGLang took the restored prefix for the tree's own; it is this request's until it
         # inserts it, and must be freed with it (decode.py sets cache_protected_len to the
         # promised length; a failed restore would leak the pages).
-        req.kv.cache_protected_len = restore.first_block * queue.tree_cache.page_size
+        page = queue.tree_cache.page_size
+        req.kv.cache_protected_len = restore.first_block * page
+        req.dualpath_promised_tokens = restore.end_block * page
         _restores().start(req, restore)
 
 

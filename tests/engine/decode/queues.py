@@ -10,7 +10,7 @@ from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.decode_hicache_mixin import DecodePrefixMatch
 
 from engine.decode.restore import Restores
-from engine.sglang.decode import restore_hooks
+from engine.sglang.decode import persist_hooks, restore_hooks
 from tests.engine.parts import PAGE, Parts
 
 
@@ -91,3 +91,7 @@ class Queues:
             return "committed"
 
         assert restore_hooks.around_commit(original, self, waiting) == "committed"
+
+    def join_batch(self, request: Any) -> None:
+        """After the commit, and after a look at what P has sent."""
+        persist_hooks.before_checkpoint(None, request, up_to=len(request.origin_input_ids))

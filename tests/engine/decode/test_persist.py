@@ -60,18 +60,24 @@ def decode_steps(engine: Parts, request: Any, tokens: list[int]) -> None:
         persist_hooks.after_batch_result(None, None, SimpleNamespace(reqs=[request]))
 
 
+def begin(engine: Parts, request: Any) -> None:
+    """The prompt's KV has come, and SGLang puts the request into a batch."""
+    engine.persister.begin(request)
+    engine.persister.advance(request, len(request.origin_input_ids))
+
+
 # ---- the prompt ----
 
 
 def test_blocks_from_the_store_are_not_offered_again(engine):
     request = request_of()
     engine.plan(request, 3)
-    engine.persister.begin(request)
+    begin(engine, request)
     assert offered(engine) == keys(PROMPT, engine)[3:]
 
 
 def test_without_a_plan_every_block_is_offered(engine):
-    engine.persister.begin(request_of())
+    begin(engine, request_of())
     assert offered(engine) == keys(PROMPT, engine)
     assert offers(engine)[0].parent == NO_PARENT
 
@@ -79,14 +85,14 @@ def test_without_a_plan_every_block_is_offered(engine):
 def test_a_plan_of_another_prompt_does_not_stand_for_this_one(engine):
     request = request_of()
     engine.plan(request, 3, keys=keys(PROMPT[1:], engine)[:3])
-    engine.persister.begin(request)
+    begin(engine, request)
     assert offered(engine) == keys(PROMPT, engine)
 
 
 def test_nothing_is_stored_of_a_prompt_that_was_planned_under_other_weights(engine):
     request = request_of()
     engine.plan(request, 3, namespace_digest=EARLIER_WEIGHTS)
-    engine.persister.begin(request)
+    begin(engine, request)
     decode_steps(engine, request, OUTPUT)
     assert offered(engine) == []
 
@@ -95,24 +101,24 @@ def test_nothing_is_stored_of_a_prompt_whose_blocks_nobody_delivered(engine):
     request = request_of()
     plan = engine.plan(request, 3)
     engine.plans.put(msgspec.structs.replace(plan, experiment=ZERO_IO))
-    engine.persister.begin(request)
+    begin(engine, request)
     decode_steps(engine, request, OUTPUT)
     assert offered(engine) == []
     # A plan without a hit is computed as ever: a benchmark fills its store so.
     engine.plans.put(msgspec.structs.replace(plan, keys=[], reader=[], experiment=ZERO_IO))
-    engine.persister.begin(request)
+    begin(engine, request)
     assert offered(engine) != []
 
 
 def test_an_engine_of_a_measurement_without_io_stores_nothing():
     engine = Parts("decode", experiment=ZERO_IO)
-    engine.persister.begin(request_of())
+    begin(engine, request_of())
     assert offered(engine) == []
 
 
 def test_a_tenants_blocks_have_its_keys_and_its_digest(engine):
     request = request_of(cache_salt="alice")
-    engine.persister.begin(request)
+    begin(engine, request)
     assert offered(engine) == keys_of(request, engine.weights.digest)
     assert set(offered(engine)).isdisjoint(keys(PROMPT, engine))
     assert offers(engine)[0].tenant == tenant_digest("alice")
@@ -124,7 +130,7 @@ def test_a_tenants_blocks_have_its_keys_and_its_digest(engine):
 def test_blocks_are_offered_when_they_are_full_once_and_in_order(engine):
     request = request_of()
     engine.plan(request, 2)
-    engine.persister.begin(request)
+    begin(engine, request)
     # 18 tokens of prompt: the fifth block is full with the second token of output, whose own
     # KV comes with the third.
     decode_steps(engine, request, OUTPUT[:2])
@@ -152,7 +158,7 @@ def test_however_tokens_come_each_block_is_offered_once(prompt, output, planned,
     tokens = list(range(7, 7 + prompt + output))
     request = request_of(tokens[:prompt])
     engine.plan(request, planned)
-    engine.persister.begin(request)
+    begin(engine, request)
     request.output_ids = tokens[prompt:]
     done = prompt
     for step in (*steps, len(tokens)):
@@ -164,7 +170,7 @@ def test_however_tokens_come_each_block_is_offered_once(prompt, output, planned,
 
 def test_the_last_blocks_are_offered_before_the_request_loses_its_pages(engine):
     request = request_of()
-    engine.persister.begin(request)
+    begin(engine, request)
     request.output_ids = OUTPUT[:7]
     request.finished_reason = "length"
     persist_hooks.after_batch_result(None, None, SimpleNamespace(reqs=[request]))
@@ -180,7 +186,7 @@ def test_what_the_batch_in_flight_is_about_to_compute_is_not_offered(engine):
     """With overlap SGLang has committed one more token when a request ends: here the last of a
     block."""
     request = request_of()
-    engine.persister.begin(request)
+    begin(engine, request)
     request.output_ids = OUTPUT[:6]
     request.finished_reason = "length"
     persist_hooks.before_checkpoint(None, request, up_to=24)
@@ -189,7 +195,7 @@ def test_what_the_batch_in_flight_is_about_to_compute_is_not_offered(engine):
 
 def test_a_request_that_goes_on_after_a_checkpoint_is_still_followed(engine):
     request = request_of()
-    engine.persister.begin(request)
+    begin(engine, request)
     persist_hooks.before_checkpoint(None, request, up_to=18)
     decode_steps(engine, request, OUTPUT[:3])
     assert offered(engine) == keys(PROMPT + OUTPUT[:2], engine)
@@ -197,7 +203,7 @@ def test_a_request_that_goes_on_after_a_checkpoint_is_still_followed(engine):
 
 def test_nothing_is_offered_after_a_weight_update_nor_when_it_is_taken_back(engine):
     request = request_of()
-    engine.persister.begin(request)
+    begin(engine, request)
     before = offered(engine)
     engine.weights.changed("2", None)
     decode_steps(engine, request, OUTPUT[:8])
@@ -218,7 +224,7 @@ def test_a_request_that_never_began_is_not_offered(engine):
 def test_with_too_many_pulls_open_blocks_are_offered_later(engine, monkeypatch):
     monkeypatch.setattr(persist, "PULLS_OPEN_MAX", 1)
     request = request_of(list(range(100, 108)))
-    engine.persister.begin(request)
+    begin(engine, request)
     (first,) = offers(engine)
     decode_steps(engine, request, OUTPUT[:9])
     assert len(offers(engine)) == 1 and engine.persister.deferred_offers_total > 0
@@ -231,14 +237,14 @@ def test_with_too_many_pulls_open_blocks_are_offered_later(engine, monkeypatch):
 
 def test_a_long_prompt_is_offered_in_parts(engine, monkeypatch):
     monkeypatch.setattr(persist, "PULL_BLOCKS_MAX", 3)
-    engine.persister.begin(request_of())
+    begin(engine, request_of())
     assert [len(offer.keys) for offer in offers(engine)] == [3, 1]
     assert offered(engine) == keys(PROMPT, engine)
     assert offers(engine)[1].parent == keys(PROMPT, engine)[2]
 
 
 def test_pages_are_held_until_the_pull_has_ended(engine):
-    engine.persister.begin(request_of())
+    begin(engine, request_of())
     assert sorted(engine.holds.held_pages()) == [10, 11, 12, 13]
     (offer,) = offers(engine)
     engine.jobs.over(offer.job)
@@ -247,7 +253,7 @@ def test_pages_are_held_until_the_pull_has_ended(engine):
 
 def test_an_agent_that_is_away_costs_the_blocks_and_nothing_else(engine):
     engine.links.reachable = False
-    engine.persister.begin(request_of())
+    begin(engine, request_of())
     assert engine.persister.offered_blocks_total == 0
     assert len(engine.jobs) == 0 and engine.holds.held_pages() == []
 
@@ -256,7 +262,7 @@ def test_requests_are_bounded_and_the_oldest_is_given_up(engine, monkeypatch):
     monkeypatch.setattr(persist, "REQUESTS_MAX", 1)
     first, second = Request("r", PROMPT[:3]), Request("s", PROMPT[:3])
     for request in (first, second):
-        engine.persister.begin(request)
+        begin(engine, request)
         request.output_ids = OUTPUT[:5]
     for request in (first, second):
         engine.persister.advance(request, 8)

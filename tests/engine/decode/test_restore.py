@@ -15,9 +15,10 @@ from common.board_word import FAILED
 from common.messages import CancelJob, PullBlocks, ReleasePlan
 from engine import plans as plans_module
 from engine import runtime
-from engine.sglang.decode import restore_hooks
+from engine.sglang.decode import checksum_hooks, restore_hooks
 from tests.engine.decode.queues import DecodeParts, Queues
 from tests.engine.parts import EARLIER_WEIGHTS, LAYERS, PAGE, Request, keys_of
+from tests.samples import by_name
 
 PROMPT = list(range(100, 118))  # four blocks and two tokens
 
@@ -298,7 +299,9 @@ def test_at_the_commit_new_blocks_are_offered_and_then_the_readers_let_go(parts)
         engine.jobs.over(job.job)
     engine.links.sent.clear()
     queues.commit(waiting)
-    (offer, *releases) = engine.links.sent
+    assert engine.links.of(PullBlocks) == []  # SGLang may still find that it is not what P sent
+    queues.join_batch(request)
+    (*releases, offer) = engine.links.sent
     assert offer[0] == "own" and isinstance(offer[1], PullBlocks)
     assert offer[1].keys == keys_of(request, engine.weights.digest)[3:]
     assert offer[1].parent == plan.keys[-1]
@@ -312,6 +315,7 @@ def test_a_request_with_unsound_metadata_is_not_stored_but_released(parts):
     plan = engine.plan(request, 3)
     waiting = queues.admit(request)
     queues.commit(waiting, is_sound=False)
+    queues.join_batch(request)
     assert engine.links.of(PullBlocks) == []
     assert engine.links.of(ReleasePlan) == [("a", ReleasePlan(plan.id))]
 
@@ -320,6 +324,7 @@ def test_a_request_without_a_plan_is_stored_and_releases_nothing(parts):
     engine, queues = parts
     request = Request("r", PROMPT)
     queues.commit(queues.admit(request))
+    queues.join_batch(request)
     ((_, offer),) = engine.links.sent
     assert offer.keys == keys_of(request, engine.weights.digest)
 
@@ -373,3 +378,37 @@ def test_a_request_that_was_promised_nothing_is_released_quietly(parts):
     waiting.prefix_match = None  # without a radix cache SGLang matches nothing
     restore_hooks.before_release(queues, waiting)
     assert engine.links.sent == []
+
+
+# ---- SGLang's digests of what P sends ----
+
+
+def test_what_is_digested_begins_behind_the_promised_prefix(parts):
+    """As at P; SGLang would begin where the tree's part ends."""
+    engine, queues = parts
+    request = Request("r", PROMPT)
+    engine.plan(request, 3)
+    queues.admit(request, cached_tokens=PAGE)
+    digested: list[tuple[int, int]] = []
+
+    def original(scheduler, req, end_idx, start_idx):
+        digested.append((start_idx, end_idx))
+
+    start = request.kv.cache_protected_len
+    checksum_hooks.around_page_indices(original, None, request, 18, start_idx=start)
+    assert (start, digested) == (PAGE, [(3 * PAGE, 18)])
+    plain = Request("s", PROMPT)
+    checksum_hooks.around_page_indices(original, None, plain, 18, start_idx=PAGE)
+    assert digested[1:] == [(PAGE, 18)]
+
+
+def test_a_request_whose_kv_is_not_what_p_sent_is_counted_and_not_stored(parts):
+    engine, queues = parts
+    request = Request("r", PROMPT)
+    queues.commit(queues.admit(request))
+    checksum_hooks.before_mismatch(None, request, "KV checksum mismatch")
+    request.finished_reason = "aborted"
+    queues.join_batch(request)
+    assert engine.links.of(PullBlocks) == []
+    counted = by_name(engine.restores.samples())
+    assert counted == {"dualpath:engine_kv_checksum_mismatches_total": 1}

@@ -45,6 +45,7 @@ def forward(sender, *requests):
         workers=workers,
         num_layers=LAYERS,
         one_call_a_layer=True,
+        unseen_layers_total=0,
         streams=Streams(),
     )
     run = PrefillForward(forwards, sender.plan(requests))

@@ -20,7 +20,8 @@ from tests.engine.prefill.sends import LAYERS, PAGE, PAGE_BYTES, FakeManager
 from tests.engine.streams.device import Device, Workers
 
 ORDERS = ("eager", "graph")
-"""SGLang runs the layers one by one, or replays a breakable CUDA graph."""
+"""SGLang runs the layers one by one, or replays a breakable CUDA graph; "unseen" is a replay that
+calls no hook."""
 
 
 class PrefillWorld(Parts):
@@ -111,8 +112,10 @@ class PrefillWorld(Parts):
 
             if self.order == "eager":
                 forward_hooks.around_layer_attention(module, attention)
-            else:  # the break calls what the graph's capture has kept: the module's body
+            elif self.order == "graph":  # a break calls what the capture has kept: the body
                 module(None)
+            else:
+                backend()
             self.device.launch(lambda: None)  # the rest of the layer
 
     def _write(self, layer: int, pages: list[int]) -> None:

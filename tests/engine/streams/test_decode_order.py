@@ -62,6 +62,7 @@ class DecodeLoop:
         request.output_ids = [1]
         self.committed = prompt
         self.engine.persister.begin(request)
+        persist_hooks.before_checkpoint(None, request, up_to=prompt)
 
     def launch(self) -> None:
         """The next decode batch."""

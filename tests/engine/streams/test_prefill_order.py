@@ -71,6 +71,18 @@ def test_a_layer_leaves_while_later_ones_compute(make, order, components):
         assert (last_seen, HERE[0]) not in world.computed or last_seen == layer
 
 
+@pytest.mark.parametrize("order", [*ORDERS, "unseen"])
+@pytest.mark.parametrize("components", [2, 1], ids=["mha", "mla"])
+def test_layers_that_no_hook_sees_are_counted_and_leave_at_the_end(make, order, components):
+    world = make(order, components=components)
+    world.run_batch(HERE, asked(world))
+    unseen = LAYERS - (components == 1)  # the last latent is told by no layer after it
+    assert world.prefill_forwards.unseen_layers_total == (unseen if order == "unseen" else 0)
+    world.workers.run()
+    world.device.drain()
+    assert all(all(arrived(world, layer)) for layer in range(LAYERS))
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_batch_is_planned_while_the_one_before_computes(make, order):
     world = make(order)
