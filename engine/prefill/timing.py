@@ -75,7 +75,7 @@ class PrefillTiming:
         if attention is None:
             raise QuotaUnusable(
                 "--prefill-quota-ms: attention inside captured graphs cannot be timed; add "
-                "--disable-prefill-cuda-graph to --prefill-args"
+                "--cuda-graph-backend-prefill disabled to --prefill-args"
             )
         self.forward, self.attention = CostFit(_fitted(samples, "forward_s")), CostFit(attention)
         self.quota = QuotaChunking(self.attention, self._quota_s, page_tokens)

@@ -35,6 +35,7 @@ USES = (
     Use(_ARGS + "pp_size", "refused above 1"),
     Use(_ARGS + "dp_size", "refused above 1"),
     Use(_ARGS + "attn_cp_size", "refused above 1"),
+    Use(_ARGS + "disaggregation_enable_kv_checksum", "refused with a layer window"),
     Use(_ARGS + "cuda_graph_config", "a layer window needs eager prefill forwards"),
     Use("model_executor.cuda_graph_config.CudaGraphConfig.prefill", "their part of it"),
     Use("model_executor.cuda_graph_config.PhaseConfig.backend", "which kind of graph"),
@@ -121,6 +122,11 @@ def after_batch_register(result: int, *_: Any, **__: Any) -> None:
 
 
 def _check_device(config: EngineConfig, args: Any, device: str) -> None:
+    if config.layer_window and args.disaggregation_enable_kv_checksum:
+        raise NotImplementedError(
+            "--disaggregation-enable-kv-checksum cannot work with --prefill-layer-window: other "
+            "layers' KV is in the buffers when it is computed; take one of the two out"
+        )
     if not device.startswith("cuda"):
         return
     if config.layer_window and args.cuda_graph_config.prefill.backend != "disabled":

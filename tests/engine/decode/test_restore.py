@@ -15,10 +15,9 @@ from common.board_word import FAILED
 from common.messages import CancelJob, PullBlocks, ReleasePlan
 from engine import plans as plans_module
 from engine import runtime
-from engine.sglang.decode import checksum_hooks, restore_hooks
+from engine.sglang.decode import restore_hooks
 from tests.engine.decode.queues import DecodeParts, Queues
 from tests.engine.parts import EARLIER_WEIGHTS, LAYERS, PAGE, Request, keys_of
-from tests.samples import by_name
 
 PROMPT = list(range(100, 118))  # four blocks and two tokens
 
@@ -378,37 +377,3 @@ def test_a_request_that_was_promised_nothing_is_released_quietly(parts):
     waiting.prefix_match = None  # without a radix cache SGLang matches nothing
     restore_hooks.before_release(queues, waiting)
     assert engine.links.sent == []
-
-
-# ---- SGLang's digests of what P sends ----
-
-
-def test_what_is_digested_begins_behind_the_promised_prefix(parts):
-    """As at P; SGLang would begin where the tree's part ends."""
-    engine, queues = parts
-    request = Request("r", PROMPT)
-    engine.plan(request, 3)
-    queues.admit(request, cached_tokens=PAGE)
-    digested: list[tuple[int, int]] = []
-
-    def original(scheduler, req, end_idx, start_idx):
-        digested.append((start_idx, end_idx))
-
-    start = request.kv.cache_protected_len
-    checksum_hooks.around_page_indices(original, None, request, 18, start_idx=start)
-    assert (start, digested) == (PAGE, [(3 * PAGE, 18)])
-    plain = Request("s", PROMPT)
-    checksum_hooks.around_page_indices(original, None, plain, 18, start_idx=PAGE)
-    assert digested[1:] == [(PAGE, 18)]
-
-
-def test_a_request_whose_kv_is_not_what_p_sent_is_counted_and_not_stored(parts):
-    engine, queues = parts
-    request = Request("r", PROMPT)
-    queues.commit(queues.admit(request))
-    checksum_hooks.before_mismatch(None, request, "KV checksum mismatch")
-    request.finished_reason = "aborted"
-    queues.join_batch(request)
-    assert engine.links.of(PullBlocks) == []
-    counted = by_name(engine.restores.samples())
-    assert counted == {"dualpath:engine_kv_checksum_mismatches_total": 1}
