@@ -37,6 +37,8 @@ Address = Annotated[int, Meta(ge=0, le=INT64_MAX)]
 """In a process's memory; msgpack carries it, numpy and Mooncake take it as an int64."""
 Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Key = Annotated[BlockKey, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Witness = Annotated[bytes, Meta(max_length=1 << 20)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Tenant = Annotated[str, Meta(pattern=f"^([0-9a-f]{{{TENANT_CHARS}}})?$")]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
@@ -222,7 +224,24 @@ class PullBlocks(_Message):
     tenant: Tenant = ""
 
 
+class KeepWitness(_Message):
+    """The sender's KV of the witness prompt under a namespace (:mod:`engine.witness`). An agent
+    that knows of none keeps it, if it ``may_keep``; ``KeptWitness`` follows."""
+
+    namespace_digest: Digest
+    values: Witness
+    may_keep: bool
+
+
 # ---- agent -> engine --------------------------------------------------------------------
+
+
+class KeptWitness(_Message):
+    """What the agent and the stores that it uses keep of a namespace: usually one witness, none
+    where that could not be found out."""
+
+    namespace_digest: Digest
+    kept: Annotated[list[Witness], Meta(max_length=16)]
 
 
 class JobEnded(_Message):
@@ -258,7 +277,7 @@ class EnginePlan(_Message):
 
     id: Plan
     rid: Name
-    namespace_digest: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    namespace_digest: Digest
     """Of the weights and the layout that both engines must have."""
     keys: list[Key]
     agents: list[str]
@@ -347,6 +366,8 @@ Message = (
     | Deliver
     | CancelJob
     | PullBlocks
+    | KeepWitness
+    | KeptWitness
     | JobEnded
     | PullEnded
     | UnknownEngine

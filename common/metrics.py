@@ -295,6 +295,8 @@ _TABLE = (
     _counter("engine_blocks_offered_total", "blocks", "Whole blocks offered to the agent."),
     _counter("engine_blocks_stored_total", "blocks", "Those that the agent then held."),
     _counter("engine_offers_deferred_total", "offers", "Put off because too many pulls were open."),
+    _counter("engine_witnesses_differing_total", "witnesses", "Kept ones unlike the engine's KV."),
+    _gauge("engine_namespace_variant", "number", "Of the namespace its KV goes under; usually 0."),
     # ---- prefill engine: forwards
     _counter("engine_forwards_total", "forwards", "Prefill forwards."),
     _counter("engine_forward_seconds_total", "s", "Their time, without waits for KV."),

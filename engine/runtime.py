@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from common.block import Namespace
-from common.ids import BoardSlot, JobId
+from common.ids import BoardSlot, Incarnation, JobId
 from common.messages import (
     REQUESTS_MAX,
     AgentHello,
@@ -22,12 +23,14 @@ from common.messages import (
     EngineEnds,
     EnginePlan,
     JobEnded,
+    KeptWitness,
     Message,
     PullEnded,
     RankMemory,
     RegisterEngine,
     UnknownEngine,
 )
+from common.samples import Sample
 from engine.config import EngineConfig
 from engine.control import LAST_WORDS_S, ControlServer
 from engine.decode.persist import Persister
@@ -39,7 +42,15 @@ from engine.plans import Plans
 from engine.prefill.forwards import Credits, PrefillForwards
 from engine.prefill.hit_loads import HitLoads
 from engine.prefill.timing import PrefillTiming
-from engine.ranks.group import CreditsAt, Event, JobOver, Links, RankGroup, SilentLinks
+from engine.ranks.group import (
+    CreditsAt,
+    Event,
+    JobOver,
+    Links,
+    RankGroup,
+    SilentLinks,
+    VariantTaken,
+)
 from engine.report import EngineIdentity, EngineReport
 from engine.sglang.requests import EngineRequests
 from engine.sglang.views import Scheduler, TransferEngine
@@ -50,6 +61,7 @@ from engine.transfers.jobs import Jobs
 from engine.transfers.page_holds import PageHolds
 from engine.watchdog import Watchdog
 from engine.weights import Weights
+from engine.witness import Values, WitnessCheck, merged
 from transfer.client import AgentLinks
 from transfer.control.keys import Keys
 
@@ -131,6 +143,7 @@ class EngineRuntime:
             register,
             host.transfer_engine.transfer_sync,
         )
+        self._witness: WitnessCheck | None = None
         self.credits_at: dict[str, CreditsAt] = {}
         """By agent; of an engine with a layer window."""
         self.links = self._open_links()
@@ -163,7 +176,7 @@ class EngineRuntime:
             self._keys,
             self._registration(),
             self._on_message,
-            self.jobs.agent_restarted,
+            self._on_incarnation,
             self._on_hello,
         )
 
@@ -199,7 +212,7 @@ class EngineRuntime:
     def _listen(self) -> None:
         """To the gateway, and for what comes without a message."""
         samples = [self.deliveries.samples, self.jobs.samples, self.persister.samples]
-        samples.append(self.restores.samples)
+        samples += [self.restores.samples, self._witness_samples]
         if self.prefill_forwards is not None:
             samples += [self.prefill_forwards.samples, self.prefill_timing.samples]
         report = EngineReport(
@@ -228,6 +241,28 @@ class EngineRuntime:
             self.weights.digest.hex()[:16],
             self.weights.namespace.settings,
         )
+
+    def compare_witness(self, own: Values) -> None:
+        """With what agents keep; all ranks at once, each with its own samples. The variants that
+        this leads to are taken with the first broadcast among ranks, before any request."""
+        of_ranks = self.ranks.gather(own)
+        if not self.ranks.is_leader:
+            return
+        witness = self._witness = WitnessCheck(
+            self.weights.namespace,
+            merged(of_ranks),
+            self._me.incarnation,
+            ask=self.links.send,
+            take=lambda variant: self.ranks.post(VariantTaken(variant)),
+        )
+        for agent in self.config.agents:  # of the others we hear from now on
+            if self.links.incarnation(agent) is not None:
+                witness.greeted(agent)
+        witness.settle(self.config.agents)
+
+    def _witness_samples(self) -> Iterator[Sample]:
+        if self._witness is not None:
+            yield from self._witness.samples()
 
     # ---- what the leader says ----
 
@@ -258,8 +293,16 @@ class EngineRuntime:
         if self.config.layer_window and hello.credit_address:
             self.ranks.post(CreditsAt(hello.agent, hello.session_id, hello.credit_address))
 
+    def _on_incarnation(self, agent: str, incarnation: Incarnation) -> None:
+        self.jobs.agent_restarted(agent, incarnation)
+        if self._witness is not None:
+            self._witness.greeted(agent)
+
     def _on_message(self, agent: str, message: Message) -> None:
         match message:
+            case KeptWitness():
+                if self._witness is not None:
+                    self._witness.answered(agent, message)
             case JobEnded():
                 if self.jobs.of_incarnation(message.job, agent, message.incarnation):
                     self.jobs.over(message.job, message.error)
@@ -285,3 +328,5 @@ class EngineRuntime:
                 self.jobs.close(event.job, event.reason)
             case CreditsAt():
                 self.credits_at[event.agent] = event
+            case VariantTaken():
+                self.weights.take_variant(event.variant)

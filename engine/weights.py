@@ -36,11 +36,16 @@ class Weights:
         if version is None:
             version = "" if model_path else f"unnamed-{self._unnamed}-{self._updates}"
         self._updates += 1
-        self.namespace = msgspec.structs.replace(
-            self.namespace, model_digest=digest, weight_version=version
-        )
+        self._take(model_digest=digest, weight_version=version)
+
+    def take_variant(self, variant: int) -> None:
+        """The KV is not what others have under the same names (:mod:`engine.witness`)."""
+        self._take(variant=variant)
+
+    def _take(self, **changes: str | int) -> None:
+        self.namespace = msgspec.structs.replace(self.namespace, **changes)
         self.digest = self.namespace.digest()
-        log.info("weights changed: new namespace=%s", self.digest.hex()[:16])
+        log.info("KV goes under a new namespace=%s", self.digest.hex()[:16])
         self.on_change()
 
 

@@ -150,6 +150,16 @@ class ForwardClock:
         while len(self._timed) > left:
             self.sink(self._sample(self._timed.popleft()))
 
+    @contextlib.contextmanager
+    def handing_to(self, sink: Callable[[ForwardSample], None]) -> Iterator[None]:
+        """The forwards meanwhile go to another sink: they are not what the engine is for."""
+        usual, self.sink = self.sink, sink
+        try:
+            yield
+            self.flush()
+        finally:
+            self.sink = usual
+
     def attention(self, run: Callable[[], T]) -> T:
         """Run and time the attention of one layer."""
         spans = self._attention

@@ -56,8 +56,7 @@ def load(path: Path) -> list[ForwardSample] | None:
 def take(forwards: MadeUpForwards, clock: ForwardClock) -> list[ForwardSample]:
     """Run the forwards; every rank of the engine runs the same ones."""
     samples: list[ForwardSample] = []
-    sink, clock.sink = clock.sink, samples.append
-    try:
+    with clock.handing_to(samples.append):
         for number, chunks in enumerate(_shapes(forwards)):
             if sum(sample.forward_s for sample in samples) > PROFILE_S:
                 break
@@ -65,9 +64,6 @@ def take(forwards: MadeUpForwards, clock: ForwardClock) -> list[ForwardSample]:
             if number == 0:  # a first forward takes longer than any later one
                 clock.flush()
                 samples.clear()
-        clock.flush()
-    finally:
-        clock.sink = sink
     log.info("profiled %d prefill forwards", len(samples))
     return samples
 

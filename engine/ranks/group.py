@@ -43,7 +43,13 @@ class CreditsAt(msgspec.Struct, frozen=True):
     """Of the first rank's word; those of the others follow."""
 
 
-Event = EnginePlan | EndPlan | JobOver | CreditsAt
+class VariantTaken(msgspec.Struct, frozen=True):
+    """From now on the engine's KV goes under this variant of its namespace."""
+
+    variant: int
+
+
+Event = EnginePlan | EndPlan | JobOver | CreditsAt | VariantTaken
 
 
 class Events(msgspec.Struct, frozen=True):

@@ -22,6 +22,7 @@ from engine.sglang.border import Use
 from engine.sglang.kv_pool import memory_of
 from engine.sglang.kv_settings import kv_settings
 from engine.sglang.pool_hooks import poison_pool
+from engine.sglang.witness_kv import witness_values
 from engine.streams import Cuda, Streams, writes_are_ordered
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def after_init_disaggregation(result: Any, scheduler: Any) -> None:
     check_reachable(host.transfer_engine, host.memory)
     engine = EngineRuntime(config, host)
     set_runtime(engine)
+    engine.compare_witness(witness_values(scheduler, engine))
     engine.prefill_timing.start_quota(
         engine.weights.namespace.model_digest, engine.memory.layout.page_tokens
     )

@@ -21,6 +21,7 @@ from storage.remote.packs.upkeep import (
     latest_manifest_ms,
     old_drops,
     plan_upkeep,
+    unused_witnesses,
 )
 from storage.remote.packs.uploads import PackUploads
 from storage.remote.settings import RemoteSettings
@@ -60,15 +61,15 @@ class RemoteBackend:
         self._clock = clock = PackClock()
         pacer = UploadPacer()
         self.indexer = PackIndexer(packs, room, clock, settings.index_blocks_max, queue.wake)
-        self._calls = RemoteCalls(
+        self.calls = RemoteCalls(
             store, settings.timeout_s, settings.hedge_after_s, settings.threads
         )
-        self._reads = PackReads(self._calls, pacer, settings.threads, queue.hand_back)
+        self._reads = PackReads(self.calls, pacer, settings.threads, queue.hand_back)
         self._uploads = PackUploads(
-            self._calls, pacer, clock, settings, self._written, queue.hand_back
+            self.calls, pacer, clock, settings, self._written, queue.hand_back
         )
-        self._catalog = PackCatalog(self._calls, self.indexer.report, settings.refresh_s)
-        self._upkeep = PackUpkeep(self._calls, pacer, clock, settings, self.indexer.report)
+        self._catalog = PackCatalog(self.calls, self.indexer.report, settings.refresh_s)
+        self._upkeep = PackUpkeep(self.calls, pacer, clock, settings, self.indexer.report)
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="remote-watch", daemon=True)
         self._watcher.start()
@@ -76,17 +77,17 @@ class RemoteBackend:
     def close(self) -> None:
         self._closed.set()
         end = time.monotonic() + CLOSE_TIMEOUT_S
-        for part in (self._upkeep, self._catalog, self._reads, self._uploads, self._calls):
+        for part in (self._upkeep, self._catalog, self._reads, self._uploads, self.calls):
             part.close(max(0.1, end - time.monotonic()))
         self._watcher.join(max(0.1, end - time.monotonic()))
 
     def stats(self) -> TierStats:
         io = self._queue.stats.snapshot()
-        io.retries_total = self._calls.retries_total
+        io.retries_total = self.calls.retries_total
         packs = PackStats(
             packs=len(self._packs),
             unreadable_packs_total=self._catalog.unreadable_packs_total,
-            hedged_reads_total=self._calls.hedged_reads_total,
+            hedged_reads_total=self.calls.hedged_reads_total,
         )
         return TierStats(self._room.stats(), io, packs=packs)
 
@@ -182,7 +183,9 @@ class RemoteBackend:
             now=now,
             manifest_ms=latest_manifest_ms(objects),
         )
-        plan = plan._replace(drops=old_drops(self.indexer.drops, now))
+        plan = plan._replace(
+            drops=old_drops(self.indexer.drops, now), witnesses=unused_witnesses(objects, packs)
+        )
         if plan:
             self._upkeep.submit(plan, objects, packs)
 

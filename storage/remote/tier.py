@@ -13,10 +13,12 @@ from storage.remote.packs.catalog import Drop
 from storage.remote.packs.known import KnownPacks
 from storage.remote.packs.pack import Pack
 from storage.remote.settings import RemoteSettings
+from storage.remote.witness_keeper import RemoteKeeper
 from storage.tiers.block_tier import BlockTier
 from storage.tiers.contract import Wake
 from storage.tiers.operation_queue import OperationQueue
 from storage.tiers.room import Room
+from storage.witnesses import Keeper
 
 __all__ = ["RemoteSettings", "RemoteTier", "RemoteUnusable"]
 
@@ -46,6 +48,7 @@ class RemoteTier(BlockTier):
         room = Room(held, self._packs, queue.is_idle)
         backend = RemoteBackend(store, settings, queue, room, self._packs)
         self._indexer = backend.indexer
+        self.keepers: list[Keeper] = [RemoteKeeper(backend.calls)]
         super().__init__(TierName.REMOTE, queue, room, backend, index_is_complete=False)
 
     @property

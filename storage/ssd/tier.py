@@ -22,6 +22,7 @@ from storage.tiers.block_tier import BlockTier
 from storage.tiers.contract import Wake
 from storage.tiers.operation_queue import OperationQueue
 from storage.tiers.room import Room
+from storage.witnesses import FolderKeeper, Keeper
 
 __all__ = ["DirectoryLocked", "DirectoryUnusable", "DiskBroken", "SsdTier"]
 
@@ -65,6 +66,7 @@ class SsdTier(BlockTier):
             _close(opened)
             raise
         super().__init__(TierName.SSD, queue, room, backend)
+        self.keepers: list[Keeper] = [FolderKeeper(each.device.path) for each in opened]
 
 
 class _Opened(NamedTuple):

@@ -38,6 +38,7 @@ from storage.remote.packs.upkeep import (
     latest_manifest_ms,
     old_drops,
     plan_upkeep,
+    unused_witnesses,
     write_drop,
 )
 from storage.remote.settings import RemoteSettings
@@ -210,7 +211,10 @@ class RemoteView:
             pack.live_bytes = pack.stored_bytes(self._live_rows(pack))
         manifest_ms, now = latest_manifest_ms(self._objects), now_ms()
         plan = plan_upkeep(self._packs, self._live_rows, self._settings, now, manifest_ms)
-        plan = plan._replace(drops=old_drops(self._drops, now))
+        plan = plan._replace(
+            drops=old_drops(self._drops, now),
+            witnesses=unused_witnesses(self._objects, self._packs),
+        )
         if not plan:
             return {}
         done: Counter[str] = Counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from common.process_settings import incarnation
 from storage.remote.tier import RemoteTier
 from storage.ssd.tier import DiskBroken, SsdTier
 from storage.tiers.contract import Tier, Wake
+from storage.witnesses import Witnesses
 from transfer.agent.announcer import Announcer
 from transfer.agent.config import AgentConfig
 from transfer.agent.control_socket import ControlSocket
@@ -57,6 +59,8 @@ class Resources:
         self.peer.register(self.memory.address, self.memory.size_bytes)
         self.credits = CreditBoard(self.peer.register)
         self.ssd, self.remote = _open_tiers(config, wake)
+        keepers = [tier.keepers for tier in (self.ssd, self.remote) if tier is not None]
+        self.witnesses = Witnesses(itertools.chain.from_iterable(keepers))
         peer_nics = PeerNics(self.peer.is_local, is_rdma=config.protocol == "rdma")
         self.moved = MovedBytes(peer_nics, "agent")
         self.pacing = AgentPacing(
@@ -88,6 +92,7 @@ class Resources:
         """Give everything back; takes seconds only if a disk or peer hangs."""
         self.deliver_queue.close(QUEUE_STOP_S)
         self.pull_queue.close(QUEUE_STOP_S)
+        self.witnesses.close()
         for tier in self.tiers:
             tier.close()
         self.socket.close()
@@ -105,7 +110,7 @@ def _start_peer(config: AgentConfig) -> TransferPeer:
         return TransferPeer(config.host, config.protocol, config.rdma_devices)
 
 
-def _open_tiers(config: AgentConfig, wake: Wake) -> tuple[Tier | None, Tier | None]:
+def _open_tiers(config: AgentConfig, wake: Wake) -> tuple[SsdTier | None, RemoteTier | None]:
     """SSD and remote tier, None where switched off."""
     remote = None
     ssd = _open_ssd(config, wake) if config.ssd_dirs else None
@@ -114,7 +119,7 @@ def _open_tiers(config: AgentConfig, wake: Wake) -> tuple[Tier | None, Tier | No
     return ssd, remote
 
 
-def _open_ssd(config: AgentConfig, wake: Wake) -> Tier | None:
+def _open_ssd(config: AgentConfig, wake: Wake) -> SsdTier | None:
     """None if its disks are broken: they may have become so under an earlier process, which had
     gone on without them, and the node must not be lost with them."""
     try:

@@ -9,6 +9,7 @@ threads and report back to it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from common.messages import (
     AgentStatus,
     CancelJob,
     Deliver,
+    KeepWitness,
+    KeptWitness,
     MalformedMessage,
     Message,
     Ping,
@@ -133,6 +136,8 @@ class Agent:
                 self._state.release(message.plan)
             case Deliver() | PullBlocks() | CancelJob():
                 self._state.job(client, message)
+            case KeepWitness():
+                self._compare_witness(client, message)
             case _:
                 raise MalformedMessage(f"{type(message).__name__} is not for agents")
 
@@ -144,6 +149,17 @@ class Agent:
         except BadRegistration as error:
             raise MalformedMessage(str(error)) from error
         self._greet(client)
+
+    def _compare_witness(self, client: bytes, message: KeepWitness) -> None:
+        digest = message.namespace_digest
+
+        def answer(kept: list[bytes]) -> None:
+            socket, reply = self._resources.socket, KeptWitness(digest, kept)
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(lambda: socket.send(client, reply))
+
+        values = message.values if message.may_keep else b""
+        self._resources.witnesses.compare(digest, values, answer)
 
     def _greet(self, client: bytes) -> None:
         resources = self._resources

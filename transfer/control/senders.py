@@ -7,6 +7,7 @@ from common.messages import (
     Deliver,
     EndPlan,
     EnginePlan,
+    KeepWitness,
     MalformedMessage,
     Message,
     Ping,
@@ -22,7 +23,7 @@ GATEWAY, LAUNCHER = "gateway", "launcher"
 """Names of their keys; all others are engines, or agents, which are nobody's clients."""
 
 _GATEWAYS = (Subscribe, ReadShare, ReleasePlan, EnginePlan, EndPlan)
-_ENGINES = (RegisterEngine, ReleasePlan, Deliver, CancelJob, PullBlocks)
+_ENGINES = (RegisterEngine, ReleasePlan, Deliver, CancelJob, PullBlocks, KeepWitness)
 
 
 def decode_from(sender: str, frame: bytes) -> Message:

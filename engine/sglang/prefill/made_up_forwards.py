@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from sglang.srt.arg_groups.model_override_base import resolved_view
 from sglang.srt.layers.dp_attention import set_is_extend_in_batch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -24,6 +26,8 @@ from sglang.srt.utils.common import require_mlp_tp_gather
 
 from engine.sglang.border import Use
 from scheduler.quota import Chunk
+
+T = TypeVar("T")
 
 _SCHEDULER = "managers.scheduler.Scheduler."
 _REQUEST = "managers.schedule_batch.Req."
@@ -57,6 +61,10 @@ USES = (
     ),
     Use(_REQUEST + "init_next_round_input", "it looks for a prefix, and finds none"),
     Use(_REQUEST + "last_node", "where in the tree that ends"),
+    Use(_REQUEST + "kv", "where its KV is"),
+    Use("managers.schedule_batch.ReqKvInfo.req_pool_idx", "its row of the table"),
+    Use(_SCHEDULER + "req_to_token_pool", "has the table"),
+    Use("mem_cache.memory_pool.ReqToTokenPool.req_to_token", "rows of the pool by position"),
     Use(_REQUEST + "lock", "what keeps the tree from dropping it"),
     Use(_TREE + "lock", "makes such a lock"),
     Use(_REQUEST + "prefix_len", "set: its prefix counts as cached"),
@@ -126,41 +134,63 @@ class MadeUpForwards:
         """One forward, of a request for each chunk."""
         requests = [self._request(chunk) for chunk in chunks]
         try:
-            with_prefix = [
-                r for r, chunk in zip(requests, chunks, strict=True) if chunk.context_tokens
-            ]
-            if with_prefix:  # allocates its pages, and runs nothing
-                self._batch(with_prefix).prepare_for_extend()
-            for request, (context, new) in zip(requests, chunks, strict=True):
-                request.prefix_len, request.extend_end = context, context + new
-            batch = self._batch(requests)
-            batch.prepare_for_extend()
-            if batch.input_ids is None:
-                batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
-                batch.prefill_input_ids_cpu = None
-            runner = self._scheduler.tp_worker.model_runner
-            if get_parallel().attn_dp_size > 1:
-                _meet_groups(batch, runner)
-            forward_batch = ForwardBatch.init_new(
-                batch, runner, return_hidden_states_before_norm=False
-            )
-            set_is_extend_in_batch(True)
-            runner.forward(forward_batch)
+            self._forward(requests, chunks)
         finally:
-            for request in requests:
-                release_kv_cache(request, self._scheduler.tree_cache, checkpoint=False)
+            self._release(requests)
+
+    def run_prompt(self, tokens: Sequence[int], look: Callable[[torch.Tensor], T]) -> T:
+        """A forward over a prompt; ``look`` gets the rows of its KV in the pool, and returns
+        before they are given back."""
+        request = self._request_of("prompt", tokens)
+        try:
+            self._forward([request], [Chunk(0, len(tokens))])
+            table = self._scheduler.req_to_token_pool.req_to_token
+            return look(table[request.kv.req_pool_idx, : len(tokens)])
+        finally:
+            self._release([request])
+
+    def _release(self, requests: list[Req]) -> None:
+        for request in requests:
+            release_kv_cache(request, self._scheduler.tree_cache, checkpoint=False)
+
+    def _forward(self, requests: list[Req], chunks: list[Chunk]) -> None:
+        with_prefix = [r for r, chunk in zip(requests, chunks, strict=True) if chunk.context_tokens]
+        if with_prefix:  # allocates its pages, and runs nothing
+            self._batch(with_prefix).prepare_for_extend()
+        for request, (context, new) in zip(requests, chunks, strict=True):
+            request.prefix_len, request.extend_end = context, context + new
+        batch = self._batch(requests)
+        batch.prepare_for_extend()
+        if batch.input_ids is None:
+            batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
+            batch.prefill_input_ids_cpu = None
+        runner = self._scheduler.tp_worker.model_runner
+        if get_parallel().attn_dp_size > 1:
+            _meet_groups(batch, runner)
+        forward_batch = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
+        set_is_extend_in_batch(True)
+        runner.forward(forward_batch)
 
     def _request(self, chunk: Chunk) -> Req:
-        vocabulary = self._scheduler.model_config.vocab_size
+        tokens = random.Random(0).choices(range(self.vocabulary_tokens), k=sum(chunk))
+        request = self._request_of(f"profile-{chunk.context_tokens}-{chunk.new_tokens}", tokens)
+        request.extend_end = chunk.context_tokens
+        return request
+
+    @property
+    def vocabulary_tokens(self) -> int:
+        """Of the model."""
+        return self._scheduler.model_config.vocab_size
+
+    def _request_of(self, rid: str, tokens: Sequence[int]) -> Req:
         request = Req(
-            rid=f"profile-{chunk.context_tokens}-{chunk.new_tokens}",
+            rid=rid,
             origin_input_text="",
-            origin_input_ids=array("q", random.Random(0).choices(range(vocabulary), k=sum(chunk))),
+            origin_input_ids=array("q", tokens),
             sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
         )
         request.init_next_round_input(self._scheduler.tree_cache)
         request.lock = self._scheduler.tree_cache.lock(request.last_node)
-        request.extend_end = chunk.context_tokens
         return request
 
     def _batch(self, requests: list[Req]) -> ScheduleBatch:

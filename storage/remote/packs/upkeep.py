@@ -9,8 +9,9 @@ import logging
 import math
 import queue
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -35,6 +36,7 @@ from storage.remote.packs.manifest import encode_manifest, manifest_path, sequen
 from storage.remote.packs.pack import Pack
 from storage.remote.settings import RemoteSettings
 from storage.remote.upload_pacer import UploadPacer
+from storage.remote.witness_keeper import FOLDER
 from storage.tiers.contract import BlockCorrupt, BlockMissing
 
 logger = logging.getLogger(__name__)
@@ -76,9 +78,12 @@ class UpkeepPlan(NamedTuple):
     """The packs that a new one is to hold; None: none is due."""
     drops: Mapping[str, Drop] = {}
     """By path: those that may be needless by now."""
+    witnesses: Collection[str] = ()
+    """Paths: those of namespaces that have no pack."""
 
     def __bool__(self) -> bool:
-        return bool(self.delete or self.rewrites or self.manifest is not None or self.drops)
+        parts = (self.delete, self.rewrites, self.drops, self.witnesses)
+        return any(parts) or self.manifest is not None
 
 
 def plan_upkeep(
@@ -193,6 +198,12 @@ def needless(drops: Mapping[str, Drop], packs: Iterable[Pack]) -> list[str]:
     ]
 
 
+def unused_witnesses(objects: Iterable[StoredObject], packs: Iterable[Pack]) -> set[str]:
+    """Paths of the witnesses of namespaces without a pack."""
+    used = {FOLDER + namespace_of(pack.path).hex() for pack in packs}
+    return {found.path for found in objects if found.path.startswith(FOLDER)} - used
+
+
 def write_drop(calls: RemoteCalls, path: str, drop: Drop) -> None:
     """For every process that shares the store, and those to come."""
     calls.write(path, lambda: [msgspec.json.encode(drop)])
@@ -223,6 +234,8 @@ class PackUpkeep:
         """A plan is being carried out, or waits to be."""
         self.has_lease = False
         """The last plan was carried out here, and not by another process."""
+        self._unused_since: dict[str, float] = {}
+        """Witnesses of namespaces without a pack, with a monotonic time."""
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="remote-upkeep", daemon=True)
         self._thread.start()
@@ -263,6 +276,7 @@ class PackUpkeep:
                     self._write_manifest(plan.manifest, objects)
                 self._delete_drops(needless(plan.drops, packs))
                 self._clean(objects)
+                self._clean_witnesses(plan.witnesses)
         finally:
             self.is_busy = False
 
@@ -323,6 +337,14 @@ class PackUpkeep:
             path, _, suffix = found.path.partition(".pack.")
             if suffix.endswith(TEMPORARY_SUFFIX) and written_ms_of(path) < now_ms() - LEFTOVER_MS:
                 self._calls.delete(found.path)
+
+    def _clean_witnesses(self, unused: Iterable[str]) -> None:
+        """Those of namespaces that have had no pack for so long that none is on its way."""
+        now = time.monotonic()
+        self._unused_since = {path: self._unused_since.get(path, now) for path in unused}
+        for path, since in self._unused_since.items():
+            if now - since > LEFTOVER_MS / 1000:
+                self._calls.delete(path)
 
 
 class _Copy:

@@ -16,6 +16,7 @@ from common.messages import (
     CancelJob,
     Deliver,
     EnginePlan,
+    KeepWitness,
     MalformedMessage,
     Message,
     PullBlocks,
@@ -46,6 +47,7 @@ MESSAGES: list[Message] = [
     Deliver(JobId(1), PlanId(1), KEYS, [1, 2, 3], BoardSlot(1), True, 1.0),
     PullBlocks(JobId(2), KEYS, [1, 2, 3], 1.0),
     CancelJob(JobId(1)),
+    KeepWitness(bytes(32), bytes(64), True),
 ]
 ODD = [-1, 0, 1, 1 << 31, 1 << 48, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, "", "x" * 300, None, True]
 ODD += [0.5, float("nan"), float("inf"), [], [0], [[]], {}, b"", b"\xff" * 32, bytes(33)]
