@@ -43,6 +43,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Tenant = Annotated[str, Meta(pattern=f"^([0-9a-f]{{{TENANT_CHARS}}})?$")]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Bytes = Annotated[int, Meta(ge=0, le=INT64_MAX)]
+Port = Annotated[int, Meta(ge=0, lt=1 << 16)]
 
 RANKS_MAX = 4096
 """Of one engine."""
@@ -161,6 +162,8 @@ class RankMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_addresses: list[list[Address]]
     board_address: Address
     """Of the rank's completion board."""
+    data_port: Port = 0
+    """Where its Mooncake takes TCP connections; 0: it takes none."""
 
 
 class RegisterEngine(_Message):
@@ -185,8 +188,8 @@ class Deliver(_Message):
 
     After each layer's batch for a rank has completed, the agent writes
     ``board_word(job, layers)`` (:mod:`common.board_word`) into slot ``board_slot`` of the rank's
-    completion board; on failure ``board_word(job, FAILED)``. ``JobEnded`` follows when no byte
-    of this job can land any more, at any rank. What the engine has not registered (a page, a
+    completion board; on failure ``board_word(job, FAILED)``. ``JobEnded`` follows when the agent
+    begins nothing more for this job, at any rank. What the engine has not registered (a page, a
     slot of its boards) fails the job alone.
     """
 
@@ -233,6 +236,12 @@ class KeepWitness(_Message):
     may_keep: bool
 
 
+class AskFence(_Message):
+    """``Fenced`` follows, once what has failed with the sender has nothing under way any more."""
+
+    number: Count
+
+
 # ---- agent -> engine --------------------------------------------------------------------
 
 
@@ -245,12 +254,23 @@ class KeptWitness(_Message):
 
 
 class JobEnded(_Message):
-    """No transfer of this ``Deliver`` is in flight any more."""
+    """Nothing more is begun for this ``Deliver``."""
 
     incarnation: Started
     job: Job
     error: str
     """Empty on success."""
+    may_land: bool = False
+    """A write of it has failed, and its bytes may still be on their way."""
+
+
+class Fenced(_Message):
+    """Bytes of what had failed can come from a kernel alone: over connections from one of
+    ``hosts`` (the agent's) with no process's end, (address, port), there: not a ``live`` one."""
+
+    number: Count
+    hosts: list[Name]
+    live: list[tuple[Name, Port]]
 
 
 class PullEnded(_Message):
@@ -352,32 +372,12 @@ class PlanRefused(_Message):
     reason: str
 
 
-Message = (
-    Ping
-    | AgentHello
-    | Subscribe
-    | ReadShare
-    | ReleasePlan
-    | Announcement
-    | ShareRead
-    | Delivered
-    | AgentStatus
-    | RegisterEngine
-    | Deliver
-    | CancelJob
-    | PullBlocks
-    | KeepWitness
-    | KeptWitness
-    | JobEnded
-    | PullEnded
-    | UnknownEngine
-    | EnginePlan
-    | EndPlan
-    | EngineHello
-    | EngineEnds
-    | PlanAccepted
-    | PlanRefused
-)
+_OfAgents = AgentHello | Announcement | ShareRead | Delivered | AgentStatus | UnknownEngine
+_OfJobs = Deliver | CancelJob | PullBlocks | AskFence | JobEnded | Fenced | PullEnded
+_OfGateway = Subscribe | ReadShare | ReleasePlan | EnginePlan | EndPlan
+_OfEngines = RegisterEngine | EngineHello | EngineEnds | PlanAccepted | PlanRefused
+_OfWitness = KeepWitness | KeptWitness
+Message = Ping | _OfAgents | _OfJobs | _OfGateway | _OfEngines | _OfWitness
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

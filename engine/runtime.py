@@ -22,6 +22,7 @@ from common.messages import (
     EndPlan,
     EngineEnds,
     EnginePlan,
+    Fenced,
     JobEnded,
     KeptWitness,
     Message,
@@ -44,6 +45,7 @@ from engine.prefill.hit_loads import HitLoads
 from engine.prefill.timing import PrefillTiming
 from engine.ranks.group import (
     CreditsAt,
+    CutConnections,
     Event,
     JobOver,
     Links,
@@ -57,12 +59,14 @@ from engine.sglang.views import Scheduler, TransferEngine
 from engine.streams import Streams
 from engine.transfers.completion_board import CompletionBoard, OtherBoards
 from engine.transfers.deliveries import Deliveries
+from engine.transfers.fence import Fences
 from engine.transfers.jobs import Jobs
 from engine.transfers.page_holds import PageHolds
 from engine.watchdog import Watchdog
 from engine.weights import Weights
 from engine.witness import Values, WitnessCheck, merged
 from transfer.client import AgentLinks
+from transfer.connections import cut
 from transfer.control.keys import Keys
 
 log = logging.getLogger(__name__)
@@ -104,6 +108,8 @@ class Host(msgspec.Struct, frozen=True):
     """zmq endpoint to bind, at the first rank."""
     scheduler: Scheduler
     transfer_engine: TransferEngine
+    data_port: int
+    """Where that takes TCP connections; 0: none."""
     memory: KvMemory
     streams: Streams
     model_path: str
@@ -136,6 +142,7 @@ class EngineRuntime:
             host.transfer_engine.get_session_id(),
             self.memory.addresses,
             board.address(BoardSlot(0)),
+            host.data_port,
         )
         self._rank_memories = self.ranks.gather(own)
         others = OtherBoards(
@@ -147,6 +154,8 @@ class EngineRuntime:
         self.credits_at: dict[str, CreditsAt] = {}
         """By agent; of an engine with a layer window."""
         self.links = self._open_links()
+        ports = [memory.data_port for memory in self._rank_memories]
+        self.fences = Fences(self.jobs, self.links, ports, self.ranks.post)
         self.weights.on_change = lambda: self.links.set_hello(self._registration())
         self.deliveries = Deliveries(
             config, board, self.jobs, self.links, self.memory.layout.num_layers, others.fail
@@ -211,8 +220,8 @@ class EngineRuntime:
 
     def _listen(self) -> None:
         """To the gateway, and for what comes without a message."""
-        samples = [self.deliveries.samples, self.jobs.samples, self.persister.samples]
-        samples += [self.restores.samples, self._witness_samples]
+        samples = [self.deliveries.samples, self.jobs.samples, self.fences.samples]
+        samples += [self.persister.samples, self.restores.samples, self._witness_samples]
         if self.prefill_forwards is not None:
             samples += [self.prefill_forwards.samples, self.prefill_timing.samples]
         report = EngineReport(
@@ -228,7 +237,7 @@ class EngineRuntime:
         )
         pages = self._host.scheduler.token_to_kv_pool_allocator.num_pages
         quarantined_max = pages * self.config.quarantine_fraction_max
-        Watchdog(self.jobs, self.plans, self.ranks.post, quarantined_max).start()
+        Watchdog(self.jobs, self.fences, self.plans, self.ranks.post, quarantined_max).start()
 
     def _say_up(self) -> None:
         log.info(
@@ -305,7 +314,10 @@ class EngineRuntime:
                     self._witness.answered(agent, message)
             case JobEnded():
                 if self.jobs.of_incarnation(message.job, agent, message.incarnation):
-                    self.jobs.over(message.job, message.error)
+                    end = self.jobs.stopped_writing if message.may_land else self.jobs.over
+                    end(message.job, message.error)
+            case Fenced():
+                self.fences.answered(agent, message)
             case PullEnded():
                 if self.jobs.of_incarnation(message.job, agent, message.incarnation):
                     self.persister.pull_ended(message)
@@ -330,3 +342,5 @@ class EngineRuntime:
                 self.credits_at[event.agent] = event
             case VariantTaken():
                 self.weights.take_variant(event.variant)
+            case CutConnections():
+                cut(event.inodes)

@@ -1,4 +1,4 @@
-"""What has to end without a message: jobs of dead agents, plans past their deadline, and the
+"""What has to end without a message: jobs that have failed, plans past their deadline, and the
 engine itself when too many of its pages are in quarantine."""
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from common.messages import EndPlan
 from engine.plans import Plans
+from engine.transfers.fence import Fences
 from engine.transfers.jobs import Jobs
 
 log = logging.getLogger(__name__)
@@ -24,11 +25,13 @@ class Watchdog:
     def __init__(
         self,
         jobs: Jobs,
+        fences: Fences,
         plans: Plans,
         post: Callable[[EndPlan], None],
         quarantined_pages_max: float,
     ) -> None:
         self._jobs = jobs
+        self._fences = fences
         self._plans = plans
         self._post = post
         self._quarantined_pages_max = quarantined_pages_max
@@ -39,7 +42,7 @@ class Watchdog:
 
     def look(self) -> None:
         """Once."""
-        self._jobs.reap()
+        self._fences.look()
         for plan in self._plans.expired():
             self._post(EndPlan(plan.id, plan.rid))
         quarantined = self._jobs.quarantined_pages()

@@ -39,8 +39,9 @@ SPIN_S = 0.0001
 POLL_MIN_S, POLL_MAX_S, POLL_SHARE = 0.00005, 0.001, 0.05
 """Between two looks at a batch after that: a share of the time that it has taken so far."""
 RETRY_AFTER_S = 5.0
-LANDED_AFTER_S = float(os.environ["MC_TRANSFER_TIMEOUT"])
-"""Bytes of a failed read may come in for about so long."""
+LANES_MAX, READS_AT_ONCE = 16, 64
+"""Connections to one peer that Mooncake keeps at most; enough reads to find each of them."""
+TRANSFER_TIMEOUT_S = float(os.environ["MC_TRANSFER_TIMEOUT"])
 
 Operation = Literal["write", "read"]
 
@@ -175,6 +176,15 @@ class TransferPeer:
             if code == 0:
                 return
         raise TransferFailed(session_id, "first contact", code)
+
+    def freshen(self, session_id: str, address: int) -> None:
+        """After connections to this peer were cut: let Mooncake notice. It keeps some for the
+        next transfers, and one that it does not know to be dead fails the transfer that gets it."""
+        word = int(self._word.ctypes.data)
+        for _ in range(LANES_MAX):
+            reads = [word] * READS_AT_ONCE, [address] * READS_AT_ONCE, [8] * READS_AT_ONCE
+            if self._engine.batch_transfer_sync_read(session_id, *reads) == 0:
+                return
 
     def forgive(self, session_id: str) -> None:
         """Try this peer again at once, e.g. since a new process has its address."""
@@ -337,7 +347,7 @@ def _wait_asleep(engine: MooncakeEngine, batch: int) -> int:
     began_s = time.monotonic()
     while (status := engine.transfer_check_status(batch)) == 0:
         waited_s = time.monotonic() - began_s
-        if waited_s > LANDED_AFTER_S:
+        if waited_s > TRANSFER_TIMEOUT_S:
             return -1
         if waited_s > SPIN_S:
             time.sleep(min(POLL_MAX_S, max(POLL_MIN_S, POLL_SHARE * waited_s)))

@@ -49,7 +49,13 @@ class VariantTaken(msgspec.Struct, frozen=True):
     variant: int
 
 
-Event = EnginePlan | EndPlan | JobOver | CreditsAt | VariantTaken
+class CutConnections(msgspec.Struct, frozen=True):
+    """End those TCP connections, by their sockets' inodes, that are a rank's own."""
+
+    inodes: list[int]
+
+
+Event = EnginePlan | EndPlan | JobOver | CreditsAt | VariantTaken | CutConnections
 
 
 class Events(msgspec.Struct, frozen=True):

@@ -24,6 +24,7 @@ from engine.sglang.kv_settings import kv_settings
 from engine.sglang.pool_hooks import poison_pool
 from engine.sglang.witness_kv import witness_values
 from engine.streams import Cuda, Streams, writes_are_ordered
+from transfer.connections import data_port
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ def _host(config: EngineConfig, scheduler: Any) -> Host:
         raise NotImplementedError(f"{reason}: take it out")
     _check_device(config, args, scheduler.device)
     group = get_parallel().attn_dp_rank
+    transfer_engine = get_mooncake_transfer_engine()
     is_prefill = config.role == "prefill"
     return Host(
         identity=EngineIdentity(
@@ -105,7 +107,8 @@ def _host(config: EngineConfig, scheduler: Any) -> Host:
         ),
         control=config.controls[group],
         scheduler=scheduler,
-        transfer_engine=get_mooncake_transfer_engine(),
+        transfer_engine=transfer_engine,
+        data_port=data_port(transfer_engine.get_session_id()),
         memory=memory_of(
             scheduler.token_to_kv_pool_allocator.get_kvcache(),
             scheduler.model_config.get_total_num_kv_heads(),

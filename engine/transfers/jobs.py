@@ -1,10 +1,11 @@
 """Jobs: every one-sided transfer that an agent makes for this engine, from issue to end.
 
-A job is *open* from the moment its message is sent until the agent says that it ended, or
-until the agent is known to be dead, which is when it shows a newer incarnation (its
-supervisor has killed the old process) and a grace second for bytes that were already in
-the kernel has passed. A suspended agent is not dead: its jobs stay open, and the pages
-that they name stay held (:mod:`engine.transfers.page_holds`).
+A job is *open* from the moment its message is sent until the agent says that it ended well.
+One that has failed in mid-write, or whose agent shows a newer incarnation (its supervisor has
+seen the end of the old process), has *stopped*: nobody begins anything for it any more, but
+bytes may be on their way. It is over when a fence (:mod:`engine.transfers.fence`) has passed. A
+suspended agent's jobs stay open, and the pages that they name stay held
+(:mod:`engine.transfers.page_holds`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
@@ -19,8 +21,6 @@ import msgspec
 from common.ids import Incarnation, JobId
 from common.samples import Sample, sample
 from engine.transfers.page_holds import PageHolds
-
-DEATH_GRACE_S = 1.0
 
 
 class OpenJob(msgspec.Struct):
@@ -33,9 +33,10 @@ class OpenJob(msgspec.Struct):
     deadline: float
     ended: Callable[[str], None]
     failed: Callable[[str], None]
+    stopped: str = ""
+    """Why nobody begins anything for it any more, though bytes may still land."""
     is_over: bool = False
     """Known to have ended; not yet at every rank."""
-    dead_since: float | None = None
 
 
 class Jobs:
@@ -77,7 +78,7 @@ class Jobs:
             now = self._clock()
             opened = OpenJob(job, agent, incarnation, now + timeout_s, ended, failed)
             if incarnation < self._newest.get(agent, incarnation):
-                opened.dead_since = now  # it restarted since the caller looked
+                opened.stopped = _restarted(agent)  # since the caller looked
             self._open[job] = opened
         self._holds.hold(job, pages)
         return job
@@ -90,14 +91,22 @@ class Jobs:
             self._holds.hold(job, pages)
             return True
 
+    def stopped_writing(self, job: JobId, reason: str) -> None:
+        """The job has failed, and bytes of it may still land. Unknown jobs are ignored."""
+        opened = self._open.get(job)
+        if opened is not None and not opened.stopped and not opened.is_over:
+            opened.stopped = reason
+            opened.failed(reason)
+
     def over(self, job: JobId, reason: str = "") -> None:
         """The job has ended: nothing of it is in flight. Unknown jobs are ignored."""
         opened = self._open.get(job)
         if opened is None or opened.is_over:
             return
         opened.is_over = True
-        if reason:
+        if reason and not opened.stopped:
             opened.failed(reason)
+        reason = opened.stopped or reason
         self._tell(job, reason)
 
     def close(self, job: JobId, reason: str = "") -> None:
@@ -114,36 +123,36 @@ class Jobs:
         return opened is not None and (opened.agent, opened.incarnation) == (agent, incarnation)
 
     def agent_restarted(self, agent: str, incarnation: Incarnation) -> None:
-        """Jobs of earlier incarnations of this agent will end after the grace period."""
-        now = self._clock()
+        """The agent's earlier incarnations are dead."""
         with self._lock:
             self._newest[agent] = incarnation
-            for opened in self._open.values():
-                is_older = opened.agent == agent and opened.incarnation < incarnation
-                if is_older and opened.dead_since is None:
-                    opened.dead_since = now
-
-    def reap(self) -> None:
-        """End the jobs of dead incarnations; call a few times a second."""
-        now = self._clock()
-        with self._lock:
-            dead = [
-                opened
+            older = [
+                opened.job
                 for opened in self._open.values()
-                if opened.dead_since is not None and now - opened.dead_since >= DEATH_GRACE_S
+                if opened.agent == agent and opened.incarnation < incarnation
             ]
-        for opened in dead:
-            self.over(opened.job, f"agent {opened.agent} died")
+        for job in older:
+            self.stopped_writing(job, _restarted(agent))
 
-    def overdue(self) -> list[JobId]:
-        """Jobs past their deadline whose end is not known: their pages are in quarantine."""
+    def stopped(self) -> dict[str, list[JobId]]:
+        """Jobs that have stopped and are not over, by agent."""
+        found: dict[str, list[JobId]] = defaultdict(list)
+        with self._lock:
+            for opened in self._open.values():
+                if opened.stopped and not opened.is_over:
+                    found[opened.agent].append(opened.job)
+        return found
+
+    def quarantined(self) -> list[JobId]:
+        """Jobs that have stopped, or are past their deadline, and whose end is not known."""
         now = self._clock()
         with self._lock:
-            return [o.job for o in self._open.values() if now > o.deadline and not o.is_over]
+            late = [o for o in self._open.values() if o.stopped or now > o.deadline]
+        return [opened.job for opened in late if not opened.is_over]
 
     def quarantined_pages(self) -> int:
         """How many pages those jobs hold."""
-        return self._holds.pages_of(self.overdue())
+        return self._holds.pages_of(self.quarantined())
 
     def samples(self) -> Iterator[Sample]:
         """For the metrics."""
@@ -152,3 +161,7 @@ class Jobs:
 
     def __len__(self) -> int:
         return len(self._open)
+
+
+def _restarted(agent: str) -> str:
+    return f"agent {agent} died"

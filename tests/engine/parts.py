@@ -18,9 +18,11 @@ from engine.config import EngineConfig
 from engine.decode.persist import Persister
 from engine.page_table import PageTable
 from engine.plans import Plans
+from engine.ranks.group import CutConnections
 from engine.streams import Streams
 from engine.transfers.completion_board import CompletionBoard
 from engine.transfers.deliveries import Deliveries
+from engine.transfers.fence import Fences
 from engine.transfers.jobs import Jobs
 from engine.transfers.page_holds import PageHolds
 from engine.weights import Weights
@@ -28,6 +30,8 @@ from engine.weights import Weights
 T = TypeVar("T")
 PAGE = 4
 LAYERS = 3
+DATA_PORT = 1
+"""Nobody connects to it."""
 NAMESPACE = Namespace("model", "1", "float32", BlockLayout(PAGE, LAYERS, (8, 8)))
 EARLIER_WEIGHTS = b"e" * 32
 
@@ -120,6 +124,8 @@ class Parts:
         self.jobs = Jobs(Incarnation(1), self.holds)
         self.board = CompletionBoard(8, lambda address, length: None)
         self.links = Links()
+        self.cuts: list[CutConnections] = []
+        self.fences = Fences(self.jobs, self.links, [DATA_PORT], self.cuts.append)
         self.deliveries = Deliveries(
             self.config,
             self.board,

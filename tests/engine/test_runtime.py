@@ -139,6 +139,7 @@ def engine(tmp_path, monkeypatch, peers) -> Iterator[EngineRuntime]:
         control=f"ipc://{tmp_path}/control",
         scheduler=scheduler(),
         transfer_engine=cast(Any, TransferEngine()),
+        data_port=0,
         memory=KvMemory(NAMESPACE.layout, [[1, 2]] * 3, NAMESPACE.kv_dtype),
         streams=Streams(),
         model_path="/models/x",

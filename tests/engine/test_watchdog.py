@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.ids import Incarnation
-from common.messages import EndPlan
+from common.messages import AskFence, EndPlan, Fenced
 from engine import watchdog
 from engine.watchdog import Watchdog
 from tests.engine.parts import Parts, Request
@@ -20,7 +20,8 @@ def ended(monkeypatch) -> list[str]:
 
 def looked_after(engine: Parts, quarantined_pages_max: float = 2.0) -> list[EndPlan]:
     posted: list[EndPlan] = []
-    Watchdog(engine.jobs, engine.plans, posted.append, quarantined_pages_max).look()
+    fences = engine.fences
+    Watchdog(engine.jobs, fences, engine.plans, posted.append, quarantined_pages_max).look()
     return posted
 
 
@@ -42,11 +43,14 @@ def test_an_engine_with_too_many_pages_in_quarantine_ends(ended, pages, ends):
     assert ended == ends
 
 
-def test_jobs_of_a_dead_agent_are_ended(ended, monkeypatch):
+def test_jobs_of_a_dead_agent_are_ended_when_its_successor_has_answered(ended):
     engine = Parts("decode")
     reasons: list[str] = []
     engine.jobs.open("a", Incarnation(5), [1], 60.0, reasons.append)
     engine.jobs.agent_restarted("a", Incarnation(6))
-    monkeypatch.setattr("engine.transfers.jobs.DEATH_GRACE_S", 0.0)
+    looked_after(engine)
+    ((agent, asked),) = engine.links.of(AskFence)
+    assert agent == "a" and reasons == [] and engine.holds.held_pages() == [1]
+    engine.fences.answered("a", Fenced(asked.number, ["127.0.0.1"], []))
     looked_after(engine)
     assert reasons == ["agent a died"] and engine.holds.held_pages() == []

@@ -48,6 +48,8 @@ class Rank(msgspec.Struct, frozen=True, eq=False):
     """The part of each block that it holds."""
     credit: CreditWord
     """How far its layer window may be written, if it has one."""
+    data_port: int
+    """Where it takes TCP connections; 0: it takes none."""
 
     @property
     def host(self) -> str:
@@ -70,6 +72,10 @@ class Engine:
         """Deliveries and pulls in a queue, by job number."""
         self.unsent: deque[JobEnded | PullEnded] = deque(maxlen=UNSENT_MAX)
         """Ends of jobs that found no connection: sent when it registers again."""
+        self.failures = 0
+        """Jobs of which bytes may be under way."""
+        self.fenced_failures = 0
+        """Those of them of which none is any more (:mod:`transfer.agent.fences`)."""
         self._seen_jobs: OrderedDict[JobId, None] = OrderedDict()
         self.update(identity, message)
 
@@ -121,6 +127,11 @@ class Engines:
 
     def find(self, identity: bytes) -> Engine | None:
         return self._by_identity.get(identity)
+
+    @property
+    def landing_jobs(self) -> int:
+        """Those that have failed since the last fence."""
+        return sum(each.failures - each.fenced_failures for each in self._by_name.values())
 
     def can_take(self, layout: BlockLayout) -> bool:
         """Whether blocks of this layout can be delivered into every engine."""
@@ -188,7 +199,7 @@ def _rank(message: RegisterEngine, index: int, credit: CreditWord) -> Rank:
     memory: RankMemory = message.ranks[index]
     shard = index * message.shards // len(message.ranks)
     addresses = _addresses(message, index)
-    return Rank(memory.session_id, addresses, memory.board_address, shard, credit)
+    return Rank(memory.session_id, addresses, memory.board_address, shard, credit, memory.data_port)
 
 
 def _addresses(message: RegisterEngine, index: int) -> np.ndarray:

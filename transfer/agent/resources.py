@@ -72,12 +72,13 @@ class Resources:
         self.deliver_queue = self._queue("deliver", config.deliver_threads)
         self.pull_queue = self._queue("pull", PULL_THREADS)
 
-    def _queue(self, name: str, threads: int) -> TransferQueue:
-        def post(call: Callable[[], None]) -> None:
-            self._loop.call_soon_threadsafe(call)
+    def post(self, call: Callable[[], None]) -> None:
+        """Run a call in the loop's thread; from any thread. RuntimeError: the loop is closed."""
+        self._loop.call_soon_threadsafe(call)
 
+    def _queue(self, name: str, threads: int) -> TransferQueue:
         return TransferQueue(
-            self.peer, name, threads, TRANSFERS_MAX, post, self.pacing.pacer_towards
+            self.peer, name, threads, TRANSFERS_MAX, self.post, self.pacing.pacer_towards
         )
 
     def _needed_rate(self, now: float, counts: Callable[[str], bool]) -> float:

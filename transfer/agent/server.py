@@ -18,6 +18,7 @@ from common.loads import AgentLoad
 from common.messages import (
     AgentHello,
     AgentStatus,
+    AskFence,
     CancelJob,
     Deliver,
     KeepWitness,
@@ -124,7 +125,6 @@ class Agent:
         match message:
             case Ping():
                 self._greet(client)
-                self._state.heard(client)
             case Subscribe():
                 self._greet(client)
                 self._resources.announcer.subscribe(client, self._state.holdings())
@@ -138,6 +138,8 @@ class Agent:
                 self._state.job(client, message)
             case KeepWitness():
                 self._compare_witness(client, message)
+            case AskFence():
+                self._state.fence(client, message)
             case _:
                 raise MalformedMessage(f"{type(message).__name__} is not for agents")
 
@@ -199,5 +201,4 @@ class Agent:
         yield sample("agent_jobs", len(resources.pull_queue), kind="pull")
         yield sample("agent_deliver_queue_bytes", queue_bytes)
         yield sample("agent_deliver_bytes_per_second", bytes_per_s)
-        yield sample("agent_landing_jobs", state.landing_jobs)
-        yield sample("agent_quarantined_slots", state.quarantined_slots)
+        yield from state.fence_samples()

@@ -16,6 +16,7 @@ import msgspec
 from common.block import BlockKey
 from common.ids import NO_JOB, PlanId
 from common.messages import (
+    AskFence,
     CancelJob,
     Deliver,
     Holding,
@@ -27,11 +28,13 @@ from common.messages import (
     ShareRead,
     UnknownEngine,
 )
+from common.samples import Sample, sample
 from storage.slot_pool import SlotPool
 from storage.store_events import StoreStats
 from storage.store_options import StoreOptions
 from storage.tiered_store import TieredStore
 from transfer.agent.engines import Engine, Engines
+from transfer.agent.fences import Fences, fenced
 from transfer.agent.jobs.deliver_jobs import DeliverJobs
 from transfer.agent.jobs.pull_jobs import PullJobs
 from transfer.agent.jobs.reports import Reports
@@ -46,9 +49,6 @@ DEADLINE_MAX_S = 3600.0
 
 class Unserved:
     """No engine has come yet: none is known, there are no blocks, and no job can be open."""
-
-    landing_jobs = 0
-    quarantined_slots = 0
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
@@ -70,9 +70,6 @@ class Unserved:
     def credit_address(self, client: bytes) -> int:
         return 0
 
-    def heard(self, client: bytes) -> None:
-        """Of no engine."""
-
     def holdings(self) -> Sequence[Holding]:
         return ()
 
@@ -88,6 +85,10 @@ class Unserved:
         """Of a stranger."""
         self._resources.socket.send(client, _unknown(self._resources, message))
 
+    def fence(self, client: bytes, message: AskFence) -> None:
+        """A stranger registers first, and asks again."""
+        self._resources.socket.send(client, _unknown(self._resources, message))
+
     def poll(self) -> None:
         """There is no store."""
 
@@ -96,6 +97,9 @@ class Unserved:
 
     def stats(self) -> StoreStats:
         return StoreStats()
+
+    def fence_samples(self) -> list[Sample]:
+        return _fence_samples(0, 0, 0)
 
 
 class Serving:
@@ -127,6 +131,7 @@ class Serving:
         self._pulls = PullJobs(
             resources.pull_queue, self._store, address, config.host, self._held, reports
         )
+        self._fences = Fences(resources.peer, resources.post)
         for holding in self._store.holdings():
             resources.announcer.note(holding)
         log.info(
@@ -159,8 +164,6 @@ class Serving:
             return
         if replaced is not None:
             replaced.cancel_jobs()
-            self._deliveries.engine_gone(replaced)
-            self._pulls.release_quarantine()
         peer = self._resources.peer
         for rank in engine.ranks:
             peer.forgive(rank.session_id)
@@ -179,12 +182,6 @@ class Serving:
         """Of a client's first credit word; 0 if it is no engine."""
         engine = self._engines.find(client)
         return engine.ranks[0].credit.address if engine is not None else 0
-
-    def heard(self, client: bytes) -> None:
-        """A sign of life."""
-        engine = self._engines.find(client)
-        if engine is not None:
-            self._deliveries.heard(engine)
 
     # ---- plans and jobs -----------------------------------------------------------------
 
@@ -209,6 +206,18 @@ class Serving:
                 self._deliveries.start(engine, _bounded(message))
             else:
                 self._pulls.start(engine, _bounded(message))
+
+    def fence(self, client: bytes, message: AskFence) -> None:
+        """``Fenced`` follows when nothing that has failed is under way to the engine."""
+        engine = self._engines.find(client)
+        if engine is None:
+            self._resources.socket.send(client, _unknown(self._resources, message))
+            return
+
+        def passed() -> None:
+            self._resources.socket.send(engine.identity, fenced(engine, message.number))
+
+        self._fences.begin(engine, passed)
 
     def _reply(self, engine: Engine, message: JobEnded | PullEnded) -> None:
         if not engine.is_gone and not self._resources.socket.send(engine.identity, message):
@@ -236,18 +245,16 @@ class Serving:
 
     def release_quarantine(self) -> None:
         """Give back slots into which nothing can land any more; call a few times a second."""
-        self._pulls.release_quarantine()
+        self._pulls.release_quarantine(self._fences.begin)
 
     def stats(self) -> StoreStats:
         return self._store.stats()
 
-    @property
-    def landing_jobs(self) -> int:
-        return self._deliveries.landing_jobs
-
-    @property
-    def quarantined_slots(self) -> int:
-        return self._pulls.quarantined_slots
+    def fence_samples(self) -> list[Sample]:
+        """What failed transfers keep."""
+        return _fence_samples(
+            self._engines.landing_jobs, self._pulls.quarantined_slots, self._fences.passed_total
+        )
 
 
 def _meet(peer: TransferPeer, engine: Engine) -> None:
@@ -258,10 +265,20 @@ def _meet(peer: TransferPeer, engine: Engine) -> None:
             log.warning("engine not met engine=%s error=%s", engine.name, error)
 
 
-def _unknown(resources: Resources, message: Deliver | PullBlocks | CancelJob) -> UnknownEngine:
+def _fence_samples(landing_jobs: int, quarantined_slots: int, passed_total: int) -> list[Sample]:
+    return [
+        sample("agent_landing_jobs", landing_jobs),
+        sample("agent_quarantined_slots", quarantined_slots),
+        sample("agent_fences_total", passed_total),
+    ]
+
+
+def _unknown(
+    resources: Resources, message: Deliver | PullBlocks | CancelJob | AskFence
+) -> UnknownEngine:
     # A job to cancel may be running here for an engine that has reconnected: it is not named,
     # so that the engine does not take it for ended.
-    job = NO_JOB if isinstance(message, CancelJob) else message.job
+    job = message.job if isinstance(message, Deliver | PullBlocks) else NO_JOB
     return UnknownEngine(resources.incarnation, job)
 
 

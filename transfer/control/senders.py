@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from common.messages import (
+    AskFence,
     CancelJob,
     Deliver,
     EndPlan,
@@ -23,7 +24,15 @@ GATEWAY, LAUNCHER = "gateway", "launcher"
 """Names of their keys; all others are engines, or agents, which are nobody's clients."""
 
 _GATEWAYS = (Subscribe, ReadShare, ReleasePlan, EnginePlan, EndPlan)
-_ENGINES = (RegisterEngine, ReleasePlan, Deliver, CancelJob, PullBlocks, KeepWitness)
+_ENGINES = (
+    RegisterEngine,
+    ReleasePlan,
+    Deliver,
+    CancelJob,
+    PullBlocks,
+    AskFence,
+    KeepWitness,
+)
 
 
 def decode_from(sender: str, frame: bytes) -> Message:

@@ -12,7 +12,7 @@ from common.ids import BoardSlot, Incarnation, JobId, PlanId
 from common.messages import EnginePlan
 from engine.plans import PLANS_MAX, Plans
 from engine.transfers.completion_board import BoardFull, CompletionBoard
-from engine.transfers.jobs import DEATH_GRACE_S, Jobs
+from engine.transfers.jobs import Jobs
 from engine.transfers.page_holds import PageHolds
 from engine.weights import Weights
 
@@ -63,29 +63,38 @@ def test_job_numbers_fit_the_board_and_grow_over_restarts(jobs):
 def test_a_suspended_agent_keeps_its_pages_in_quarantine(jobs):
     job = jobs.open("a", 5, [1], 2.0, lambda _: None)
     jobs.test_clock.now += 1000
-    jobs.reap()
-    assert jobs.overdue() == [job] and jobs.test_holds.held == {job: [1]}
+    assert jobs.stopped() == {}
+    assert jobs.quarantined() == [job] and jobs.test_holds.held == {job: [1]}
 
 
-def test_a_newer_incarnation_proves_the_old_one_dead_after_the_grace(jobs):
-    reasons = []
-    job = jobs.open("a", 5, [1], 2.0, reasons.append)
-    other = jobs.open("b", 5, [2], 2.0, lambda _: None)
+def test_a_newer_incarnation_stops_the_jobs_of_the_old_one_which_hold_their_pages(jobs):
+    reasons, failures = [], []
+    job = jobs.open("a", 5, [1], 2.0, reasons.append, failures.append)
+    jobs.open("b", 5, [2], 2.0, lambda _: None)
     jobs.agent_restarted("a", 6)
-    jobs.reap()
-    assert job in jobs.test_holds.held
-    jobs.test_clock.now += DEATH_GRACE_S
-    jobs.reap()
-    assert list(jobs.test_holds.held) == [other] and "died" in reasons[0]
+    jobs.test_clock.now += 1000
+    assert jobs.stopped() == {"a": [job]} and "died" in failures[0]
+    assert job in jobs.test_holds.held and not reasons
+    jobs.over(job)
+    assert job not in jobs.test_holds.held and reasons == failures
 
 
-def test_a_job_for_an_incarnation_that_just_ended_ends_too(jobs):
+def test_a_job_that_fails_in_mid_write_is_in_quarantine_until_it_is_over(jobs):
+    reasons, failures = [], []
+    job = jobs.open("a", 5, [1, 2], 60.0, reasons.append, failures.append)
+    jobs.stopped_writing(job, "write failed")
+    jobs.stopped_writing(job, "again")
+    assert failures == ["write failed"] and not reasons
+    assert jobs.quarantined() == [job] and jobs.test_holds.held == {job: [1, 2]}
+    jobs.over(job)
+    assert (failures, reasons) == (["write failed"], ["write failed"])
+    assert jobs.quarantined() == [] and jobs.stopped() == {}
+
+
+def test_a_job_for_an_incarnation_that_just_ended_has_stopped(jobs):
     jobs.agent_restarted("a", 6)
-    reasons = []
-    jobs.open("a", 5, [1], 2.0, reasons.append)
-    jobs.test_clock.now += DEATH_GRACE_S
-    jobs.reap()
-    assert reasons and not jobs.test_holds.held
+    job = jobs.open("a", 5, [1], 2.0, lambda _: None)
+    assert jobs.stopped() == {"a": [job]} and job in jobs.test_holds.held
 
 
 def test_messages_of_an_earlier_incarnation_are_not_believed(jobs):

@@ -24,7 +24,9 @@ import msgspec
 import numpy as np
 
 from common.block import BlockKey, BlockLayout, Namespace
+from common.ids import Incarnation
 from common.messages import (
+    Fenced,
     JobEnded,
     Message,
     PullEnded,
@@ -61,6 +63,8 @@ def content_of(number: int, layout: BlockLayout = LAYOUT) -> bytes:
 class FakeEngine:
     """Handle of the process. ``wait_alive`` is called before the first job."""
 
+    HAS_JOBS = False
+
     def __init__(
         self,
         name: str,
@@ -72,7 +76,7 @@ class FakeEngine:
     ) -> None:
         """``layout.shards`` is how many parts the ``ranks`` split a block into."""
         fields = [layout.page_tokens, layout.num_layers, layout.component_bytes, layout.shards]
-        config = json.dumps([name, agents, incarnation, fields, ranks, host])
+        config = json.dumps([name, agents, incarnation, fields, ranks, host, self.HAS_JOBS])
         self.layout = layout
         self.process = subprocess.Popen(
             [sys.executable, __file__, config],
@@ -166,7 +170,82 @@ class FakeEngine:
         self.process.wait(5)
 
 
+class EngineWithJobs(FakeEngine):
+    """It has the real engine's jobs and fences."""
+
+    HAS_JOBS = True
+
+    def open_job(self, agent: str, pages: Iterable[int]) -> int:
+        """A job of the engine's own, which holds the pages until it is over; its number."""
+        return self._ask("open", agent, list(pages))
+
+    def held_pages(self) -> list[int]:
+        """Those that such jobs hold."""
+        return self._ask("held")
+
+    def wait_over(self, timeout_s: float = 30) -> None:
+        """Until no page is held any more."""
+        end = time.monotonic() + timeout_s
+        while self.held_pages():
+            assert time.monotonic() < end, f"held after {timeout_s} s: {self.held_pages()}"
+            time.sleep(0.02)
+
+
 # ---- the process --------------------------------------------------------------------------
+
+
+class _NoTransfers:
+    """The test sees to them."""
+
+    def follow(self, links: Any) -> None:
+        return
+
+    def heard(self, agent: str, message: Message) -> None:
+        return
+
+    def restarted(self, agent: str, incarnation: Incarnation) -> None:
+        return
+
+
+class _Transfers:
+    """The engine's own jobs, holds and fences, as its runtime puts them together."""
+
+    def __init__(self, incarnation: int, data_ports: list[int]) -> None:
+        from engine.transfers.fence import Fences
+        from engine.transfers.jobs import Jobs
+        from engine.transfers.page_holds import PageHolds
+
+        no_allocator: Any = None
+        self.holds = PageHolds(no_allocator)
+        self.jobs = Jobs(Incarnation(incarnation), self.holds)
+        self.restarted = self.jobs.agent_restarted
+        self._fences, self._ports = Fences, data_ports
+
+    def follow(self, links: Any) -> None:
+        from transfer.connections import cut
+
+        self._links = links
+        self.fences = self._fences(
+            self.jobs, links, self._ports, post=lambda event: cut(event.inodes)
+        )
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def open(self, agent: str, pages: list[int]) -> int:
+        return self.jobs.open(
+            agent, self._links.incarnation(agent), pages, 5.0, lambda reason: None
+        )
+
+    def _look(self) -> None:
+        while True:
+            self.fences.look()
+            time.sleep(0.05)
+
+    def heard(self, agent: str, message: Message) -> None:
+        if isinstance(message, Fenced):
+            self.fences.answered(agent, message)
+        elif isinstance(message, JobEnded):
+            end = self.jobs.stopped_writing if message.may_land else self.jobs.over
+            end(message.job, message.error)
 
 
 def _say(record: dict[str, Any]) -> None:
@@ -199,9 +278,10 @@ class _Pool:
 
 def main() -> None:
     from transfer.client import AgentLinks
+    from transfer.connections import data_port
     from transfer.mooncake import TransferPeer
 
-    name, agents, incarnation, fields, ranks, host = json.loads(sys.argv[1])
+    name, agents, incarnation, fields, ranks, host, has_jobs = json.loads(sys.argv[1])
     layout = BlockLayout(fields[0], fields[1], tuple(fields[2]), fields[3])
     shard = layout.shard
     pools = [_Pool(shard) for _ in range(ranks)]
@@ -212,16 +292,23 @@ def main() -> None:
         for array in arrays:
             peer.register(int(array.ctypes.data), array.nbytes)
         addresses = [[int(buffer.ctypes.data) for buffer in layer] for layer in pool.buffers]
-        memories.append(RankMemory(peer.session_id, addresses, int(pool.board.ctypes.data)))
+        board_address, port = int(pool.board.ctypes.data), data_port(peer.session_id)
+        memories.append(RankMemory(peer.session_id, addresses, board_address, port))
     whole = msgspec.structs.replace(layout, shards=1)
     hello = RegisterEngine(
         name, incarnation, namespace(whole), layout.shards, memories, PAGES, BOARD_WORDS
     )
 
+    own: Any = _NoTransfers()
+    if has_jobs:
+        own = _Transfers(incarnation, [memory.data_port for memory in memories])
+
     def on_message(agent: str, message: Message) -> None:
+        own.heard(agent, message)
         _say({"message": base64.b64encode(encode(message)).decode()})
 
-    links = AgentLinks(agents, keys(name), hello, on_message)
+    links = AgentLinks(agents, keys(name), hello, on_message, own.restarted)
+    own.follow(links)
     _say({"answer": memories[0].board_address})
     answer: Any
     for line in sys.stdin:
@@ -230,6 +317,10 @@ def main() -> None:
                 answer = links.incarnation(agent) if links.alive(agent) else None
             case ["send", agent, frame]:
                 answer = links.send(agent, decode(base64.b64decode(frame)))
+            case ["open", agent, pages]:
+                answer = own.open(agent, pages)
+            case ["held"]:
+                answer = sorted(own.holds.held_pages())
             case ["fill", page, content]:
                 answer = None
                 whole_block = base64.b64decode(content)

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from common.board_word import BOARD_WORD_BYTES
-from common.ids import BoardSlot, JobId, PlanId
+from common.ids import BoardSlot, PlanId
 from common.messages import Deliver, Delivered, JobEnded
 from storage.slot_pool import SlotPool
 from transfer.agent.engines import BadJob, Engine, Rank
@@ -28,10 +28,6 @@ from transfer.mooncake import TransferFailed
 
 log = logging.getLogger(__name__)
 
-LANDED_AFTER_ALIVE_S = 1.0
-"""An engine that has run for so long since a write to it failed has taken in, or lost, what
-was still on its way. Only then is the job over: a suspended engine takes it in when resumed."""
-
 _FIRST_OWNER = 1 << 62
 """Owners of jobs' pins are numbered from here: plans have 48 bits."""
 
@@ -41,17 +37,6 @@ class BlocksMissing(Exception):
 
     def __init__(self, missing: int, of: int) -> None:
         super().__init__(f"{missing} of {of} blocks are not in DRAM for this plan")
-
-
-class _Landing(msgspec.Struct):
-    """A failed delivery of which bytes may still land."""
-
-    engine: Engine
-    job: JobId
-    error: str
-    failed_at: float
-    heard_at: float | None = None
-    """First sign of life of the engine after the failure."""
 
 
 _NONE = np.empty(0, np.int64)
@@ -94,7 +79,6 @@ class DeliverJobs:
         self._is_zero_io = is_zero_io
         self._reports = reports
         self._owners = itertools.count(_FIRST_OWNER)
-        self._landing: list[_Landing] = []
 
     def start(self, engine: Engine, message: Deliver) -> None:
         """Queue a delivery; one that cannot be made fails, on the boards as well."""
@@ -166,25 +150,6 @@ class DeliverJobs:
             rank.shard,
         )
 
-    def heard(self, engine: Engine) -> None:
-        """A sign of life: jobs of the engine may turn out to be over."""
-        now = time.monotonic()
-        for landing in [landing for landing in self._landing if landing.engine is engine]:
-            if landing.heard_at is None:
-                landing.heard_at = now
-            elif now - landing.heard_at >= LANDED_AFTER_ALIVE_S:
-                self._landing.remove(landing)
-                self._say_ended(engine, landing.job, landing.error)
-
-    def engine_gone(self, engine: Engine) -> None:
-        """The process is dead, and its memory with it: nothing can land."""
-        self._landing = [landing for landing in self._landing if landing.engine is not engine]
-
-    @property
-    def landing_jobs(self) -> int:
-        """Failed deliveries whose last bytes may still be on their way."""
-        return len(self._landing)
-
     def _check_present(self, message: Deliver) -> None:
         pool, plan = self._pool, message.plan
         present = [k in pool.resident and pool.is_pinned_by(k, plan) for k in message.keys]
@@ -214,15 +179,10 @@ class DeliverJobs:
             seconds,
             error or "",
         )
-        if isinstance(error, TransferFailed):
-            if not engine.is_gone:
-                failed_at = time.monotonic()
-                self._landing.append(_Landing(engine, message.job, str(error), failed_at))
-        else:
-            self._say_ended(engine, message.job, str(error or ""))
-
-    def _say_ended(self, engine: Engine, job: JobId, error: str) -> None:
-        self._reports.reply(engine, JobEnded(self._reports.incarnation, job, error))
+        may_land = isinstance(error, TransferFailed)
+        engine.failures += may_land
+        end = JobEnded(self._reports.incarnation, message.job, str(error or ""), may_land)
+        self._reports.reply(engine, end)
 
 
 def _word_address(engine: Engine, rank: Rank, slot: BoardSlot) -> int:

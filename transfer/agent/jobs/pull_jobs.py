@@ -19,7 +19,7 @@ from transfer.agent.jobs.job import Job
 from transfer.agent.jobs.reports import Reports
 from transfer.agent.jobs.transfer import Ended, Transfer
 from transfer.agent.jobs.transfer_queue import TransferQueue
-from transfer.mooncake import LANDED_AFTER_S, TransferFailed
+from transfer.mooncake import TransferFailed
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +32,11 @@ class _Pull(msgspec.Struct, eq=False):
     waits_for: set[BlockKey]
 
 
-class _Quarantine(msgspec.Struct):
+class _Quarantine(msgspec.Struct, eq=False):
     """Slots of a failed read: not reused while bytes may still land in them."""
 
     engine: Engine
     keys: list[BlockKey]
-    until: float
 
 
 class PullJobs:
@@ -83,14 +82,16 @@ class PullJobs:
         elif not pull.waits_for:
             self._finish(pull)
 
-    def release_quarantine(self) -> None:
-        """Give back slots into which nothing can land any more; call a few times a second."""
-        now = time.monotonic()
-        over = [q for q in self._quarantines if q.engine.is_gone or now >= q.until]
-        for quarantine in over:
-            self._quarantines.remove(quarantine)
-            for key in quarantine.keys:
-                self._store.abandon(key)
+    def release_quarantine(self, begin_fence: Callable[[Engine, Callable[[], None]], None]) -> None:
+        """Have slots given back when nothing can land in them any more; call a few times a
+        second. ``begin_fence``: :meth:`transfer.agent.fences.Fences.begin`."""
+        for quarantine in list(self._quarantines):
+            begin_fence(quarantine.engine, partial(self._release, quarantine))
+
+    def _release(self, quarantine: _Quarantine) -> None:
+        self._quarantines.remove(quarantine)
+        for key in quarantine.keys:
+            self._store.abandon(key)
 
     @property
     def quarantined_slots(self) -> int:
@@ -148,8 +149,9 @@ class PullJobs:
         if error is None:
             for key, label in labels.items():
                 self._store.commit(key, label)
-        elif isinstance(error, TransferFailed) and not engine.is_gone:
-            self._quarantines.append(_Quarantine(engine, keys, time.monotonic() + LANDED_AFTER_S))
+        elif isinstance(error, TransferFailed):
+            engine.failures += 1
+            self._quarantines.append(_Quarantine(engine, keys))
         else:
             for key in keys:
                 self._store.abandon(key)

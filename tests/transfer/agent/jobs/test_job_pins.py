@@ -21,7 +21,7 @@ from transfer.agent.jobs.transfer import JobCancelled
 from transfer.agent.jobs.transfer_queue import TransferQueue
 from transfer.agent.metrics import AgentCounters
 from transfer.credits import CreditBoard
-from transfer.mooncake import TransferFailed
+from transfer.mooncake import PeerSuspended, TransferFailed
 
 SLOTS = 4
 
@@ -103,29 +103,31 @@ def test_a_delivery_that_cannot_even_be_made_is_answered_and_keeps_nothing(world
     assert len(world.store.reserve([key_of(block) for block in range(50, 50 + SLOTS)])) == SLOTS
 
 
-def test_a_failed_write_is_over_once_the_engine_has_run_on_for_a_while(world, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "may_land"),
+    [
+        (TransferFailed("h:1", "write", -1), True),
+        (JobCancelled("cancelled"), False),
+        (PeerSuspended("h:1", 2.0), False),
+    ],
+)
+def test_the_engine_is_told_whether_bytes_may_still_land(world, error, may_land):
     fill(world.store, range(1))
-    job = deliver(world, 1, 7, range(1))
-    job.ended(TransferFailed("h:1", "write", -1))
-    clock = time.monotonic()
-    for later_s, ended in ((3600.0, 0), (3600.5, 0), (3601.1, 1), (3610.0, 1)):
-        monkeypatch.setattr(time, "monotonic", lambda now=clock + later_s: now)
-        world.deliveries.heard(world.engine)
-        assert len(world.replies) == ended, later_s
-    assert world.deliveries.landing_jobs == 0
+    deliver(world, 1, 7, range(1)).ended(error)
+    (end,) = world.replies
+    assert end.error and end.may_land == may_land
+    assert world.engine.failures == may_land
 
 
-def test_a_failed_pull_keeps_its_slots_until_nothing_can_land(world, monkeypatch):
-    monkeypatch.setattr(pull_jobs, "LANDED_AFTER_S", 0.05)
+def test_a_failed_pull_keeps_its_slots_until_a_fence_has_passed(world):
     keys = [key_of(block) for block in range(SLOTS)]
     world.pulls.start(world.engine, PullBlocks(JobId(1), keys, list(range(SLOTS)), 10.0))
     world.queue.transfers[-1].ended(TransferFailed("h:1", "read", -1))
     assert world.replies == [PullEnded(Incarnation(1), JobId(1), [False] * SLOTS)]
     assert world.pulls.quarantined_slots == SLOTS
-    world.pulls.release_quarantine()
+    world.pulls.release_quarantine(lambda engine, passed: None)
     assert world.store.reserve([key_of(50)]) == {}
-    time.sleep(0.06)
-    world.pulls.release_quarantine()
+    world.pulls.release_quarantine(lambda engine, passed: passed())
     assert world.pulls.quarantined_slots == 0
     assert len(world.store.reserve([key_of(50)])) == 1
 
@@ -155,15 +157,6 @@ def test_pulls_stay_on_the_node_where_they_can(world, shards, read_from):
     )
     world.pulls.start(engine, PullBlocks(JobId(1), [key_of(0)], [0], 10.0))
     assert {transfer.session_id for transfer in world.queue.transfers} == read_from
-
-
-def test_a_new_incarnation_ends_the_quarantine(world):
-    keys = [key_of(0)]
-    world.pulls.start(world.engine, PullBlocks(JobId(1), keys, [0], 10.0))
-    world.queue.transfers[-1].ended(TransferFailed("h:1", "read", -1))
-    world.engine.is_gone = True
-    world.pulls.release_quarantine()
-    assert world.pulls.quarantined_slots == 0
 
 
 def test_a_pull_that_waits_for_another_ends_with_it(world):
