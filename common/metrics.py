@@ -69,7 +69,15 @@ def _histogram(name: str, unit: str, buckets: tuple[float, ...], text: str, *lab
 
 _TABLE = (
     # ---- gateway: requests
-    _counter("requests_total", "requests", "Client requests that ended.", "endpoint", "outcome"),
+    _counter(
+        "requests_total",
+        "requests",
+        "Client requests that ended: ok, client_error, client_gone, client_stalled (did not read), "
+        "refused (429), unavailable (503), poison (ended an engine), poison_refused (came again), "
+        "failed.",
+        "endpoint",
+        "outcome",
+    ),
     _counter(
         "refused_total",
         "requests",

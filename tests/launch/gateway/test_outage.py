@@ -96,7 +96,8 @@ async def test_a_drained_engine_is_not_waited_for() -> None:
         for name in (first, second):
             assert (await post(cluster, "/admin/drain", {"name": name, "on": True}))[0] == 200
         status, answer, _ = await send(cluster)
-        assert status == 503 and "prefill" in answer["error"]["message"]
+        assert status == 503 and "none is alive and taking" in answer["error"]["message"]
+        assert "came back" not in answer["error"]["message"]
         # One that is only lost is waited for, although the other is drained.
         await post(cluster, "/admin/drain", {"name": second, "on": False})
         await lose(cluster, cluster.prefills[1])
