@@ -11,6 +11,7 @@ import signal
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
 
 from launch.models.resolve import resolve_model
 from tests.cluster import (
@@ -22,6 +23,7 @@ from tests.cluster import (
     prompt,
     running_cluster,
 )
+from tests.launch.gateway import hostile
 
 PAGE = 64
 BLOCK_BYTES = 8192 * PAGE
@@ -31,6 +33,7 @@ LENGTHS = (63, 64, 65, 127, 128, 129, 4000)
 # Fewer DRAM slots an agent than two prompts of so many tokens need (51 blocks each).
 LARGE_PROMPT = 3300
 DRAM_BYTES = 100 * BLOCK_BYTES
+POOL_TOKENS = 20480
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -53,7 +56,7 @@ def cluster(folder, plain):
     # Two decode engines, so that there is a third node for n-way reads.
     flags = ["--model", "tiny", "--decode", "2", "--poison-kv", "--dram-bytes", str(DRAM_BYTES)]
     # A small pool is poisoned sooner: with each flush.
-    flags += ["--max-total-tokens", "20480"]
+    flags += ["--max-total-tokens", str(POOL_TOKENS)]
     # A quota that cuts the longest prompts.
     flags += ["--load-policy", "always", "--remote", remote, "--prefill-quota-ms", "300"]
     with running_cluster(folder / "cluster", *flags) as running:
@@ -260,6 +263,35 @@ def test_two_cache_salts_never_share(cluster, plain):
 
 
 # ---- the front door ----------------------------------------------------------------------
+
+
+def test_no_request_ends_an_engine(cluster, plain):
+    from tests.request_strategies import REQUESTS
+
+    ids = prompt(700, seed=9)
+    engines = cluster.incarnations("engines")
+
+    def ask(path: str, body: dict[str, Any]) -> int:
+        try:
+            post(f"{cluster.url}{path}", body, timeout_s=60)
+            return 200
+        except RequestFailed as refused:
+            assert json.loads(refused.body)["error"].keys() == {"message", "type", "param", "code"}
+            return refused.status
+
+    for field, path, body in hostile.REFUSED:
+        assert ask(path, body) == 400, (field, path, body)
+    # It fits the pool, but not beside the room for an answer that a decode engine keeps.
+    assert ask("/generate", {"input_ids": [5] * (POOL_TOKENS - 400)}) == 400
+
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @given(asked=REQUESTS)
+    def fuzz(asked: tuple[str, dict[str, Any]]) -> None:
+        assert ask(*asked) in (200, 400, 422), asked
+
+    fuzz()
+    cluster.wait_unharmed(engines)
+    assert cluster.generate(ids).output_ids == plain(ids)
 
 
 def test_the_official_openai_client_works(cluster):

@@ -51,6 +51,13 @@ USES = (
     Use("configs.model_config.ModelConfig.vocab_size", "what the gateway lets requests name"),
     Use("configs.model_config.ModelConfig.context_len", "what the gateway lets requests fill"),
     Use(_SCHEDULER + "max_req_input_len", "the longest prompt"),
+    Use(_SCHEDULER + "max_total_num_tokens", "the longest prompt of a decode engine"),
+    Use(_SCHEDULER + "page_size", "the longest prompt of a decode engine"),
+    Use(_SCHEDULER + "disagg_decode_prealloc_queue", "the longest prompt of a decode engine"),
+    Use(
+        "disaggregation.decode.DecodePreallocQueue.num_reserved_decode_tokens",
+        "the longest prompt of a decode engine",
+    ),
     Use("configs.model_config.ModelConfig.get_total_num_kv_heads", "at all ranks together"),
     Use("configs.model_config.ModelConfig.dtype", "the type in which it computes"),
     Use(_SCHEDULER + "token_to_kv_pool_allocator", "has the KV pool"),
@@ -99,11 +106,7 @@ def _host(config: EngineConfig, scheduler: Any) -> Host:
             group=config.name,
             incarnation=incarnation(),
             bootstrap_port=int(given.disaggregation_bootstrap_port) if is_prefill else 0,
-            bounds=ModelBounds(
-                vocabulary_tokens=scheduler.model_config.vocab_size,
-                context_tokens=scheduler.model_config.context_len,
-                prompt_tokens_max=scheduler.max_req_input_len,
-            ),
+            bounds=_bounds(scheduler),
         ),
         control=config.controls[group],
         scheduler=scheduler,
@@ -144,6 +147,22 @@ def _check_device(config: EngineConfig, args: Any, device: str) -> None:
             "this GPU does not order what NICs write to its memory "
             "(cudaDevAttrGPUDirectRDMAWritesOrdering is none): use --transfer tcp"
         )
+
+
+def _bounds(scheduler: Any) -> ModelBounds:
+    prompt_tokens_max = scheduler.max_req_input_len
+    queue = scheduler.disagg_decode_prealloc_queue
+    if queue is not None:
+        # A longer one would wait for ever, and all that come after it: a decode engine admits a
+        # prompt in whole pages and with room for an answer.
+        page_tokens = scheduler.page_size
+        room_tokens = scheduler.max_total_num_tokens - queue.num_reserved_decode_tokens
+        prompt_tokens_max = min(prompt_tokens_max, room_tokens // page_tokens * page_tokens)
+    return ModelBounds(
+        vocabulary_tokens=scheduler.model_config.vocab_size,
+        context_tokens=scheduler.model_config.context_len,
+        prompt_tokens_max=prompt_tokens_max,
+    )
 
 
 def _streams(scheduler: Any) -> Streams:

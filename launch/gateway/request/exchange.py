@@ -15,7 +15,7 @@ import msgspec
 
 from common.json import JsonObject
 from launch.gateway.errors import AttemptFailed, EngineRefused
-from launch.gateway.peers.engine_client import EngineClient, sse_events
+from launch.gateway.peers.engine_client import UNPROCESSABLE_STATUS, EngineClient, sse_events
 from launch.gateway.peers.peer import EnginePeer
 from launch.gateway.request.answer import Answer
 from launch.gateway.request.cancel_scope import CancelScope
@@ -23,6 +23,7 @@ from launch.gateway.request.merge_answers import (
     EngineAnswer,
     add_input_logprobs,
     build_event,
+    cannot_be_met,
     error_of,
     in_one_shape,
     parse_event,
@@ -104,6 +105,8 @@ class Exchange:
             raise EngineRefused(response.status, data)
         if response.status >= 500:
             excerpt = data[:500].decode(errors="replace")
+            if cannot_be_met(excerpt):
+                raise EngineRefused(UNPROCESSABLE_STATUS, data)
             raise AttemptFailed(f"{engine.name} answered {response.status}: {excerpt}")
         if not self._part.stream:
             self._check(engine, data)
@@ -120,6 +123,8 @@ class Exchange:
         if error is None:
             return
         status, message = error
+        if cannot_be_met(message):
+            status = UNPROCESSABLE_STATUS
         if 400 <= status < 500:
             raise EngineRefused(status, msgspec.json.encode({"message": message}))
         raise AttemptFailed(f"{engine.name} gave up: {message}")

@@ -155,6 +155,12 @@ def in_one_shape(event: bytes) -> bytes:
     return EngineRefused(status, msgspec.json.encode({"message": message})).event()
 
 
+def cannot_be_met(message: str) -> bool:
+    """Whether SGLang failed with a request's grammar, which allows no token any more: that is no
+    failure of the engine, though SGLang calls it one."""
+    return "Grammar accept_token failed" in message
+
+
 def error_of(answer: object) -> tuple[int, str] | None:
     """Status and message if an answer or event says that SGLang gave up; None otherwise.
 

@@ -14,6 +14,14 @@ from common import messages as m
 from common.ids import Incarnation
 from tests.control import stand_in_for
 
+REFUSALS = {
+    "400": (400, "fault 400"),
+    "500": (500, "fault 500"),
+    "named": (400, "request {rid} is refused"),
+    "grammar": (500, "Grammar accept_token failed for req {rid}"),
+}
+"""Status and message of an engine's faults that are errors in the shape of SGLang's."""
+
 _incarnations = itertools.count(1)
 
 

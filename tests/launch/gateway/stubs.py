@@ -27,7 +27,7 @@ from launch.gateway.config import EngineAddress, GatewayConfig
 from launch.gateway.listening import listen
 from scheduler.options import SchedulerOptions
 from tests.control import SECRET
-from tests.launch.gateway.control_stub import ControlStub, free_port
+from tests.launch.gateway.control_stub import REFUSALS, ControlStub, free_port
 
 PAGE_TOKENS = 4
 WORDS = ["one ", "two ", "three"]
@@ -211,12 +211,10 @@ class StubEngine(ControlStub):
             return web.Response()
         if fault == "hang":
             await asyncio.sleep(60)
-        if fault == "named":
-            error = {"message": f"request {body['rid']} is refused", "code": 400}
-            return web.json_response(error, status=400)
-        if fault in ("400", "500"):
-            error = {"object": "error", "message": f"fault {fault}", "code": int(fault)}
-            return web.json_response(error, status=int(fault))
+        if fault in REFUSALS:
+            status, message = REFUSALS[fault]
+            error = {"object": "error", "message": message.format(**body), "code": status}
+            return web.json_response(error, status=status)
         room = self._rooms.setdefault(body["bootstrap_room"], asyncio.Event())
         if self.role == "prefill":
             room.set()

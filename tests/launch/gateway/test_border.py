@@ -38,6 +38,14 @@ async def test_what_would_end_an_engine_never_reaches_it() -> None:
         assert (await post(cluster, "/generate", GENERATE))[0] == 200
 
 
+async def test_a_grammar_that_nothing_meets_is_the_requests_fault() -> None:
+    async with cluster_of() as cluster:
+        cluster.decodes[0].faults = ["grammar"]
+        status, error = await error_of(cluster, "/generate", json.dumps(GENERATE))
+        assert status == 422 and "Grammar" in error["message"]
+        assert len(cluster.decodes[0].bodies) == 1
+
+
 async def test_fields_that_nobody_knows_stay_here() -> None:
     async with cluster_of() as cluster:
         given = {**CHAT, "never_heard_of": 1, "bootstrap_room": None, "routed_dp_rank": 0}
