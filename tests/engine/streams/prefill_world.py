@@ -41,7 +41,6 @@ class PrefillWorld(Parts):
         super().__init__("prefill", streams=Streams(self.device, forward), layer_window=window)
         self.manager = FakeManager(components, window or LAYERS)
         self.workers = Workers()
-        self.deliveries.workers = cast(Any, self.workers)
         self.prefill_forwards = PrefillForwards(
             self.config,
             cast(Any, self._scheduler()),
@@ -50,7 +49,8 @@ class PrefillWorld(Parts):
             self.streams,
             Credits(0, {}),
         )
-        if window is None:  # with one, a layer waits for those before it to leave by themselves
+        if window is None:  # with one, a layer waits for what only these threads do
+            self.deliveries.workers = cast(Any, self.workers)
             self.prefill_forwards.workers = cast(Any, self.workers)
         self.hit_loads = HitLoads(
             self.config, self.plans, self.deliveries, self.prefill_forwards.window
@@ -63,6 +63,8 @@ class PrefillWorld(Parts):
         self.prefill_timing = SimpleNamespace(clock=clock)
         self.inside: Callable[[int], None] = lambda layer: None
         """What a layer's attention waits for."""
+        self.reads: Callable[[int], None] = lambda layer: None
+        """What its kernel does first, when it runs."""
         self._random = np.random.default_rng(3)
         self.computed: dict[tuple[int, int], bytes] = {}
         """(layer, page) -> its KV, when the kernel has run that writes it."""
@@ -120,6 +122,7 @@ class PrefillWorld(Parts):
 
     def _write(self, layer: int, pages: list[int]) -> None:
         """Layer ``layer``'s attention: writes its KV."""
+        self.reads(layer)
         for page in pages:
             for buffer in self.manager.own[layer::LAYERS]:
                 noise = self._random.integers(0, 256, PAGE_BYTES, np.uint8)

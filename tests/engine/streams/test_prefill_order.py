@@ -4,6 +4,7 @@ that writes or reads it has run."""
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from common.messages import Deliver
 from engine import runtime
 from engine.sglang.prefill.linker import PrefillLinker
 from tests.engine.parts import Request, hashes_of
-from tests.engine.prefill.sends import LAYERS, PAGE, request
+from tests.engine.prefill.sends import LAYERS, PAGE, PAGE_BYTES, request
 from tests.engine.streams.prefill_world import ORDERS, PrefillWorld
 
 HERE, THERE = [3, 9, 4], [8, 1, 2]
@@ -137,6 +138,38 @@ def test_a_buffer_of_the_window_is_filled_again_when_its_layer_has_left(make, co
         world.prefill_forwards.window.ring.wait_free((room - 6) * LAYERS + 1, 20)
         assert all(all(arrived(world, layer)) for layer in range(LAYERS)), f"forward {room}"
     assert threading.current_thread().name not in world.device.waited_in
+
+
+@pytest.mark.parametrize("components", [2, 1], ids=["mha", "mla"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_agents_fill_a_buffer_when_the_attention_that_reads_it_has_run(make, overlap, components):
+    world = make("eager", overlap, components, window=2)
+    window, prefix = world.prefill_forwards.window, HERE[0]
+    own = [buffer.reshape(-1, PAGE_BYTES) for buffer in world.manager.own]
+    read: list[int] = []
+    world.reads = lambda layer: read.append(int(own[layer][prefix, 0]))
+
+    def agent() -> None:
+        """Writes each layer of each forward's prefix as soon as it has the credit."""
+        for forward in range(2):
+            while len(world.jobs_sent()) <= forward:
+                time.sleep(0.001)
+            _, job = world.jobs_sent()[forward]
+            for layer in range(LAYERS):
+                window.ring.wait_free(job.first_position + layer, 20)
+                for buffer in own[layer::LAYERS]:
+                    buffer[prefix] = job.first_position + layer + 1
+                world.write(job, layer + 1)
+
+    threading.Thread(target=agent, daemon=True).start()
+    for room in (7, 8):
+        made = request(world.manager, room, 3 * PAGE, HERE, THERE[1:], prefix_pages=1)
+        asked_for = SimpleNamespace(rid=f"r{room}", prefix_len=PAGE, **vars(made))
+        window.note_hit(world.plan(Request(asked_for.rid, made.origin_input_ids), 1), 1)
+        world.run_batch(HERE[1:], asked_for)
+    window.ring.wait_free(2 * LAYERS + 1, 20)
+    world.device.drain()
+    assert read == list(range(1, 2 * LAYERS + 1)), "each kernel's own prefix"
 
 
 def test_credits_for_a_buffer_come_when_its_layer_has_been_computed(make):
