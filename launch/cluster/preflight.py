@@ -23,12 +23,15 @@ from storage.ssd.folder import OtherFormat, read_state
 from transfer.mooncake import PACKAGE_OF, missing_libraries
 
 _LOCK = ".cluster.lock"
+_SOCKET_PATH_BYTES_MAX = 107
+"""Of a unix socket (``sun_path``)."""
 
 
 def check(config: ClusterConfig, records: Sequence[ProcessRecord]) -> list[IO[str]]:
     """Raises :class:`BadConfig`; the returned files hold locks for as long as they are open."""
     check_memory(config, available_memory_bytes())
     check_libraries(missing_libraries())
+    _check_socket_paths(records)
     for record in records:
         for purpose, port in record.ports.items():
             check_port(record, purpose, port)
@@ -41,6 +44,17 @@ def check(config: ClusterConfig, records: Sequence[ProcessRecord]) -> list[IO[st
         _check_writable(folder, "--ssd-dir")
     check_formats(config, [record.name for record in records if record.kind == "agent"])
     return [_lock_store(folder) for folder in stores]
+
+
+def _check_socket_paths(records: Sequence[ProcessRecord]) -> None:
+    """Unix sockets in the run folder can have their names."""
+    folder = Path(tempfile.gettempdir(), "dualpath-xxxxxxxx")
+    longest = max((f"{folder}/{record.name}.00" for record in records), key=len, default="")
+    if len(longest.encode()) > _SOCKET_PATH_BYTES_MAX:
+        raise BadConfig(
+            f"the folder for temporary files, {folder.parent}, has too long a name for sockets in "
+            "it: set TMPDIR to a shorter one."
+        )
 
 
 def check_port(record: ProcessRecord, purpose: str, port: int) -> None:

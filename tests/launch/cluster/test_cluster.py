@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,11 @@ def test_a_busy_port_is_named_with_the_process_that_needs_it(refused):
         port = holder.getsockname()[1]
         sentence = refused("--port", str(port), "--base-port", "21000")
     assert str(port) in sentence and "gateway" in sentence and "--port" in sentence
+
+
+def test_a_temporary_folder_of_too_long_a_name(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 25)))
+    assert "TMPDIR" in refused("--port", str(_free_port()), "--base-port", "21000")
 
 
 def test_ports_of_which_too_few_are_free_are_named(refused):
