@@ -26,7 +26,7 @@ CLOCK_AGENT = "agent-d1"
 """Whose clock can be stepped."""
 NODES = ("p0", "p1", "d0", "d1")
 PORT = 20000
-POOL_TOKENS = 16384
+POOL_TOKENS = 32768
 LINK_MBIT = 1000.0
 DISK_BYTES = 512 << 20
 SSD_BYTES = 384 << 20
