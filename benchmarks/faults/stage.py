@@ -172,7 +172,7 @@ class Stage:
             log_dir=str(logs),
             poison_kv=True,
         )
-        self.engine_wait_s = getattr(config, "engine_wait_s", 0.0)
+        self.engine_wait_s = config.engine_wait_s
         as_shipped = {node: EngineChange(experiment=config.experiment) for node in NODES}
         records = records_on(self.network, config, as_shipped, dram_keep=True)
         return [self._with_own_clock(r) if r.name == CLOCK_AGENT else r for r in records]
