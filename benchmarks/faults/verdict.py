@@ -14,10 +14,13 @@ from benchmarks.faults.supervise import Event
 from benchmarks.faults.watch import Look, lacked_role
 from benchmarks.goals import Goal
 from benchmarks.testbed.cluster import BLOCK_BYTES
+from launch.gateway.request.suspects import REMEMBERED_S
 
 AFTERMATH_S = 45.0
 """A process that ends so long after the end of a fault on itself was ended by it: the supervisor
 waits 30 s for a sign of life."""
+POISON = "This request ends the engine"
+"""What the gateway says of a request that was at two engines when they died."""
 DURABLE_TIERS = ("ssd", "remote")
 GROWTH_MAX = 1.1
 FAILED = "failed: "
@@ -67,6 +70,8 @@ def unexcused(records: Records) -> list[Answer]:
 
 
 def _excused(records: Records, answer: Answer) -> bool:
+    if answer.outcome == REFUSED:
+        return POISON in answer.says and _engines_ended(records, answer) >= 2
     if answer.outcome == BROKEN:
         return _overlaps(records, answer, ("gateway", "supervisor"))
     if answer.stream and answer.says.startswith("200"):  # after the first token
@@ -74,6 +79,16 @@ def _excused(records: Records, answer: Answer) -> bool:
         return _overlaps(records, answer, engines)
     since_s, until_s = answer.sent_s, answer.done_s
     return lacked_role(records.looks, since_s, until_s, records.engine_wait_s)
+
+
+def _engines_ended(records: Records, answer: Answer) -> int:
+    """By us, for as long as the gateway remembers: such a request looks like one that did it."""
+    return sum(
+        fault.kind in ("kill", "kill-part", "suspend")
+        and fault.target.partition("/")[0] in records.engines
+        and answer.done_s - REMEMBERED_S <= fault.begun_s <= answer.done_s
+        for fault in records.faults
+    )
 
 
 def _overlaps(records: Records, answer: Answer, names: Any) -> bool:

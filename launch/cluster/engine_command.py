@@ -39,6 +39,9 @@ def engine_env(layout: Layout, node: str) -> dict[str, str]:
         "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "1",
         "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "4",
         "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+        # An engine that has lost one of its processes would be kept for 65 s, to look into it.
+        "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
         # What P has cached and D lacks leaves with the rest, layer by layer.
         "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",
         **staging_env(

@@ -148,6 +148,12 @@ def test_nodes_can_live_on_different_hosts():
     assert records["p0"].alive.target.startswith("tcp://10.0.0.1:")
 
 
+def test_an_engine_that_has_lost_a_process_is_not_kept_for_a_look_into_it():
+    engine = records_of(ClusterConfig())["p0"]
+    assert engine.env["SGLANG_PYSPY_DUMP_BEFORE_CRASH"] == "0"
+    assert engine.env["SGLANG_CUDA_COREDUMP_BEFORE_CRASH"] == "0"
+
+
 def test_a_hub_name_keeps_the_hub_reachable():
     local = process_records(ClusterConfig(), MODEL, CPU)[1]
     hub = process_records(ClusterConfig(), Path("org/name"), CPU)[1]
