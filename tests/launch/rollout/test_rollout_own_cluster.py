@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.access import Access
+from launch.rollout.config import load_config
+from launch.settings import BadConfig
 from tests.launch.gateway.control_stub import free_port
 from tests.launch.rollout import stub as rollout_stub
 from tests.launch.rollout.jobs import keys, samples, text_rows, wait_until, write_jsonl
@@ -75,3 +78,17 @@ def test_a_cluster_that_does_not_start_says_why(tmp_path):
     _, text = job.communicate(timeout=30)
     assert job.returncode == 2
     assert "no such model" in text and "cluster.log" in text
+
+
+def test_a_key_goes_with_an_endpoint_and_is_on_no_command_line():
+    own = ["--input", "x", "--output", "y"]
+    there = [*own, "--endpoint", "https://kv.example:30000", "--api-key", "hush"]
+    assert load_config(there).access == Access("hush")
+    for flags in (["--decode", "2"], ["--admin-api-key", "hush"]):
+        with pytest.raises(BadConfig, match="with --endpoint") as error:
+            load_config([*there, *flags])
+        assert "hush" not in str(error.value)
+    config = load_config([*own, "--api-key", "hush", "--decode", "2"])
+    assert config.cluster_flags() == ["--decode=2"]
+    assert "hush" in config.cluster_secrets()["DUALPATH_API_KEY"]
+    assert config.access.any_name, "its own cluster's certificate is known by itself"
