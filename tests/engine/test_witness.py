@@ -159,7 +159,7 @@ def started_at_once(agents: Agents, values: list[Values]) -> list[Engine]:
 
 
 def test_engines_that_start_at_once_never_share_a_variant_if_they_differ():
-    for _ in range(20):
+    for _ in range(6):
         agents = Agents(a=[], b=[])
         engines = started_at_once(agents, [KV, OTHER_KV, nearly(KV), nearly(OTHER_KV)])
         variants = [engine.check.variant for engine in engines]

@@ -115,7 +115,7 @@ def test_one_without_a_pack_leaves_the_remote_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pack_upkeep, "LEFTOVER_MS", 0)
-    settings = msgspec.structs.replace(QUICK, upkeep_s=0.1, refresh_s=0.05, ttl_s=2.0)
+    settings = msgspec.structs.replace(QUICK, upkeep_s=0.1, refresh_s=0.05, ttl_s=0.4)
     tier = RemoteTier(f"file://{tmp_path}", {}, no_wake, settings)
     (keeper,) = tier.keepers
     write(tier, key_of(1))  # of namespace ONE
