@@ -64,6 +64,9 @@ class Campaign:
             cluster.start()
             await cluster.wait_whole()
             await self._warm(load)
+            # As much as is asked at the end: connections are made when they are first needed.
+            await cluster.operator.order("/flush_cache", {})
+            await load.ask_all([WARM_SALT] * SALTS)
             self.records.first = await self._held(cluster)
             async with _running(watch.run()):
                 await self._under_faults(cluster, stage, load, (minutes, seed))
