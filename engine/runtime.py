@@ -68,6 +68,7 @@ from engine.witness import Values, WitnessCheck, merged
 from transfer.client import AgentLinks
 from transfer.connections import cut
 from transfer.control.keys import Keys
+from transfer.credits import credit_tag
 
 log = logging.getLogger(__name__)
 
@@ -300,7 +301,9 @@ class EngineRuntime:
 
     def _on_hello(self, hello: AgentHello) -> None:
         if self.config.layer_window and hello.credit_address:
-            self.ranks.post(CreditsAt(hello.agent, hello.session_id, hello.credit_address))
+            tag = credit_tag(self._me.incarnation)
+            at = CreditsAt(hello.agent, hello.session_id, hello.credit_address, tag)
+            self.ranks.post(at)
 
     def _on_incarnation(self, agent: str, incarnation: Incarnation) -> None:
         self.jobs.agent_restarted(agent, incarnation)

@@ -13,7 +13,7 @@ from engine.prefill.layer_ring import LayerRing
 from engine.ranks.group import CreditsAt
 from engine.sglang.views import TransferEngine
 from engine.transfers.session_workers import SessionWorkers
-from transfer.credits import WORD_BYTES
+from transfer.credits import WORD_BYTES, credit_word
 from transfer.mooncake import transfer_batch
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class CreditWriter:
         with self._lock:
             self._queued.discard(at.agent)
         index = self._index[at.agent]
-        self._words[index] = self._ring.free_until
+        self._words[index] = credit_word(at.tag, self._ring.free_until)
         source = int(self._words.ctypes.data) + index * WORD_BYTES
         target = at.address + self._rank * WORD_BYTES
         code = transfer_batch(

@@ -41,6 +41,8 @@ class CreditsAt(msgspec.Struct, frozen=True):
     session_id: str
     address: int
     """Of the first rank's word; those of the others follow."""
+    tag: int = 0
+    """That makes a word this engine's."""
 
 
 class VariantTaken(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.transfer.agent.jobs.test_transfer_queue import World
 from transfer.agent.jobs.transfer import DeadlinePassed, JobCancelled
-from transfer.credits import WORDS, CreditBoard
+from transfer.credits import WORDS, CreditBoard, credit_word
 
 
 @pytest.fixture
@@ -94,3 +94,14 @@ def test_the_words_of_an_engines_ranks_are_neighbours():
     assert max(seen) - min(seen) < 8 * WORDS
     allow(words[1], 5)
     assert [word.allows(4) for word in words] == [False, True, False]
+
+
+def test_a_late_write_of_a_dead_incarnation_or_of_less_changes_nothing():
+    (word,) = CreditBoard(lambda address, length: None).take(tag=7)
+    allow(word, credit_word(6, 9))
+    assert not word.allows(0)
+    allow(word, credit_word(7, 5))
+    assert word.allows(4) and not word.allows(5)
+    for late in (credit_word(7, 2), credit_word(6, 9)):
+        allow(word, late)
+        assert word.allows(4) and not word.allows(5)

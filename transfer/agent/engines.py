@@ -14,7 +14,7 @@ from common.board_word import FAILED
 from common.ids import BoardSlot, JobId
 from common.messages import INT64_MAX, JobEnded, PullEnded, RankMemory, RegisterEngine
 from transfer.agent.jobs.job import Job
-from transfer.credits import WORDS, CreditBoard, CreditWord
+from transfer.credits import WORDS, CreditBoard, CreditWord, credit_tag
 from transfer.mooncake import host_of
 
 JOBS_REMEMBERED = 65536
@@ -63,7 +63,7 @@ class Engine:
     def __init__(self, identity: bytes, message: RegisterEngine, credits: CreditBoard) -> None:
         """Raises :class:`BadRegistration`."""
         _layout(message)
-        self._credits = credits.take(len(message.ranks))
+        self._credits = credits.take(len(message.ranks), credit_tag(message.incarnation))
         self.name = message.engine
         self.incarnation = message.incarnation
         self.is_gone = False
