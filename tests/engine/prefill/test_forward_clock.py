@@ -138,7 +138,7 @@ def test_an_engine_that_cannot_pack_says_what_to_change(profile):
         PrefillTiming(scheduler(chunk_tokens=None), 0.3).start_quota("a model", PAGE)
     unseen = [msgspec.structs.replace(sample, attention_s=0.0) for sample in SAMPLES]
     keep(profile, msgspec.json.encode(unseen))
-    with pytest.raises(QuotaUnusable, match="--disable-prefill-cuda-graph"):
+    with pytest.raises(QuotaUnusable, match="--cuda-graph-backend-prefill disabled"):
         PrefillTiming(scheduler(), 0.3).start_quota("a model", PAGE)
 
 
