@@ -10,7 +10,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -187,6 +191,40 @@ def test_an_agent_that_gets_a_tenth_of_its_time_fails_no_request(cluster, load):
     finally:
         cluster.signal("agent-d1", signal.SIGCONT)
     load.take(2 * CLIENTS)
+
+
+def test_every_listener_is_listed_and_hears_only_whom_it_may(cluster):
+    argv = [sys.executable, "-m", "transfer.check", "--ports", "--json"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    pids = {child.pid for child in psutil.Process(cluster.process.pid).children(recursive=True)}
+    listed = [one for one in json.loads(done.stdout) if one["pid"] in pids]
+    assert not [one for one in listed if one["is_open"]]
+    assert {one["owner"] for one in listed} >= {"gateway", "agent-p0", "agent-d1", "p0", "d1"}
+    at_ports = {one["where"].rpartition(":")[2]: one for one in listed if ":" in one["where"]}
+    assert at_ports.keys() == _ports_by_ss(pids)
+    others = [
+        address.address
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family == socket.AF_INET and not address.address.startswith("127.")
+    ]
+    everywhere = [port for port, one in at_ports.items() if one["where"].startswith(("0.", "[::]"))]
+    assert len(everywhere) >= 6 * 2 + 3  # two of each Mooncake, and each rendezvous
+    for port in everywhere:
+        socket.create_connection(("127.0.0.1", int(port)), 5).close()
+        for address in others[:1]:
+            with pytest.raises(TimeoutError):
+                socket.create_connection((address, int(port)), 0.3)
+
+
+def _ports_by_ss(pids: set[int]) -> set[str]:
+    lines = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in lines.splitlines()]
+    return {
+        row[3].rpartition(":")[2]
+        for row in rows
+        if {int(pid) for pid in re.findall(r"pid=(\d+)", row[-1])} & pids
+    }
 
 
 def test_a_tenant_that_floods_the_queue_does_not_keep_others_waiting(cluster, expected):

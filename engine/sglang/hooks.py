@@ -44,6 +44,18 @@ EVERY_ENGINE = (
         "SGLang goes on where memory could not be registered, and every transfer fails",
     ),
     Hook(
+        "distributed.device_communicators.mooncake_transfer_engine.init_mooncake_transfer_engine",
+        "after",
+        "engine.sglang.rank_ports:after_ports_open",
+        "Mooncake listens on every address, and asks nobody who it is",
+    ),
+    Hook(
+        "distributed.bootstrap._init_parallel_groups",
+        "after",
+        "engine.sglang.rank_ports:after_ports_open",
+        "so does torch's rendezvous",
+    ),
+    Hook(
         _SCHEDULER + "init_disaggregation",
         "after",
         "engine.sglang.startup:after_init_disaggregation",

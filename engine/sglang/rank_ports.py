@@ -1,4 +1,4 @@
-"""Ports that each rank of an engine has to itself."""
+"""Ports of an engine's ranks: each has its own, and all hear the cluster's hosts alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 from sglang.srt.runtime_context import get_parallel
 
 from common import mooncake_ports
+from engine.config import EngineConfig
 from engine.sglang.border import Use
+from transfer.ports.source_filter import admit_only
 
 USES = (
     Use("runtime_context.get_parallel", "this process's place among the ranks"),
@@ -22,6 +24,11 @@ def before_mooncake(*_: Any, **__: Any) -> None:
     """BEFORE ``init_mooncake_transfer_engine``."""
     parallel = get_parallel()
     take_own_ports(os.environ, parallel.tp_rank, parallel.tp_size)
+
+
+def after_ports_open(*_: Any, **__: Any) -> None:
+    """AFTER what opens ports that are bound to every address."""
+    admit_only(EngineConfig.from_env().heard)
 
 
 def take_own_ports(environ: MutableMapping[str, str], rank: int, ranks: int) -> None:

@@ -25,6 +25,7 @@ from engine.sglang.pool_hooks import poison_pool
 from engine.sglang.witness_kv import witness_values
 from engine.streams import Cuda, Streams, writes_are_ordered
 from transfer.connections import data_port
+from transfer.ports.source_filter import admit_only
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def after_init_disaggregation(result: Any, scheduler: Any) -> None:
     config = EngineConfig.from_env()
     host = _host(config, scheduler)
     check_reachable(host.transfer_engine, host.memory)
+    admit_only(config.heard)  # the ports of SGLang's own P/D side too
     engine = EngineRuntime(config, host)
     set_runtime(engine)
     engine.compare_witness(witness_values(scheduler, engine))

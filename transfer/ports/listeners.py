@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ipaddress
 import json
@@ -55,7 +56,20 @@ def listeners() -> list[Listener]:
 
 
 def _processes() -> Iterator[_Process]:
-    for entry in sorted(filter(str.isdigit, os.listdir("/proc")), key=int):
+    """Known by their session, which is one process's of the cluster with its children: SGLang's
+    schedulers write their titles over their environment."""
+    pids = sorted(map(int, filter(str.isdigit, os.listdir("/proc"))))
+    of_session: dict[int, _Process] = {}
+    for process in _with_settings(pids):
+        with contextlib.suppress(ProcessLookupError):
+            of_session.setdefault(os.getsid(process.pid), process)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, KeyError):
+            yield msgspec.structs.replace(of_session[os.getsid(pid)], pid=pid)
+
+
+def _with_settings(pids: list[int]) -> Iterator[_Process]:
+    for entry in pids:
         try:
             text = Path(f"/proc/{entry}/environ").read_bytes().decode(errors="replace")
         except OSError:  # another user's, or it ended meanwhile
@@ -66,7 +80,7 @@ def _processes() -> Iterator[_Process]:
             settings = json.loads(environ[kinds[0]])
             kind = kinds[0].removeprefix("DUALPATH_").lower()
             name = settings.get("name", kind)
-            yield _Process(int(entry), kind, name, settings, environ[RUN_FOLDER])
+            yield _Process(entry, kind, name, settings, environ[RUN_FOLDER])
 
 
 def _socket_inodes(pid: int) -> dict[str, int]:
