@@ -34,7 +34,9 @@ class LogFile:
         """Put the log aside if it is large. Its process has the file open and goes on appending to
         it, so it is copied and emptied: what is written in between, microseconds, is lost."""
         try:
-            if not self._bytes_max or self.path.stat().st_size < self._bytes_max:
+            if not self._bytes_max or not self.path.exists():  # its process has not begun
+                return
+            if self.path.stat().st_size < self._bytes_max:
                 return
             self._make_room()
             shutil.copy(self.path, self._aside(1))

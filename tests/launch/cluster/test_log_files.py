@@ -61,8 +61,10 @@ def test_the_last_runs_log_stays_and_is_closed_to_others(tmp_path: Path):
     assert [p.stat().st_mode & 0o777 for p in kept] == [0o600, 0o600]
 
 
-def test_zero_bytes_put_nothing_aside(tmp_path: Path):
+def test_zero_bytes_put_nothing_aside(tmp_path: Path, caplog):
     path = tmp_path / "p0.log"
+    LogFile(path, bytes_max=1, kept=1).trim()
+    assert not caplog.records, "its process has not begun"
     path.write_text("x" * 1000)
     LogFile(path, bytes_max=0, kept=1).trim()
     assert path.stat().st_size == 1000
