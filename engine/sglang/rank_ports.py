@@ -26,7 +26,7 @@ def before_mooncake(*_: Any, **__: Any) -> None:
     take_own_ports(os.environ, parallel.tp_rank, parallel.tp_size)
 
 
-def after_ports_open(*_: Any, **__: Any) -> None:
+def after_ports_open(_result: object, *_: Any, **__: Any) -> None:
     """AFTER what opens ports that are bound to every address."""
     admit_only(EngineConfig.from_env().heard)
 
