@@ -2,7 +2,8 @@
 KiB that say what KV the namespace stands for.
 
 The first that is kept stays, here and in every folder and remote store that the agent uses, so
-that an engine of another day or host finds it wherever it could find blocks.
+that an engine of another day or host finds it wherever it could find blocks. One that was damaged
+is none: it goes, and the next engine's takes its place.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import xxhash
+
 from storage.ssd.direct_io import sync_folder
 
 log = logging.getLogger(__name__)
@@ -26,6 +29,7 @@ KEPT_MAX = 1024
 """Witnesses in memory, and in a folder: then the oldest goes."""
 QUEUE_MAX = 1024
 _PREFIX = "witness-"
+_CHECKSUM_BYTES = 8
 
 
 class Keeper(Protocol):
@@ -36,6 +40,8 @@ class Keeper(Protocol):
 
     def create(self, namespace_digest: bytes, values: bytes) -> None:
         """Keep this one, unless there is one."""
+
+    def remove(self, namespace_digest: bytes) -> None: ...
 
 
 class FolderKeeper:
@@ -68,6 +74,9 @@ class FolderKeeper:
         for path in kept[:-KEPT_MAX]:
             path.unlink(missing_ok=True)
 
+    def remove(self, namespace_digest: bytes) -> None:
+        self._path(namespace_digest).unlink(missing_ok=True)
+
     def _path(self, namespace_digest: bytes) -> Path:
         return self._folder / f"{_PREFIX}{namespace_digest.hex()}"
 
@@ -86,6 +95,36 @@ class _MemoryKeeper:
         while len(self._kept) > KEPT_MAX:
             self._kept.popitem(last=False)
 
+    def remove(self, namespace_digest: bytes) -> None:
+        self._kept.pop(namespace_digest, None)
+
+
+class _Sealed:
+    """Another keeper's, each behind a checksum: bytes that a disk has changed would pass for KV
+    of other weights."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+
+    def read(self, namespace_digest: bytes) -> bytes:
+        kept = self._keeper.read(namespace_digest)
+        values = kept[_CHECKSUM_BYTES:]
+        if kept and kept[:_CHECKSUM_BYTES] != _checksum(namespace_digest, values):
+            log.warning("a witness is damaged: removed namespace=%s", namespace_digest.hex())
+            self._keeper.remove(namespace_digest)
+            return b""
+        return values
+
+    def create(self, namespace_digest: bytes, values: bytes) -> None:
+        self._keeper.create(namespace_digest, _checksum(namespace_digest, values) + values)
+
+    def remove(self, namespace_digest: bytes) -> None:
+        self._keeper.remove(namespace_digest)
+
+
+def _checksum(namespace_digest: bytes, values: bytes) -> bytes:
+    return xxhash.xxh3_64_digest(namespace_digest + values)
+
 
 class _Question(NamedTuple):
     namespace_digest: bytes
@@ -98,7 +137,7 @@ class Witnesses:
     """Of all places of an agent. Answers come from a thread of its own."""
 
     def __init__(self, keepers: Iterable[Keeper]) -> None:
-        self._keepers: list[Keeper] = [_MemoryKeeper(), *keepers]
+        self._keepers: list[Keeper] = [_MemoryKeeper(), *map(_Sealed, keepers)]
         self._questions: queue.Queue[_Question | None] = queue.Queue(QUEUE_MAX)
         threading.Thread(target=self._run, name="witnesses", daemon=True).start()
 

@@ -23,3 +23,6 @@ class RemoteKeeper:
 
     def create(self, namespace_digest: bytes, values: bytes) -> None:
         self._calls.create(FOLDER + namespace_digest.hex(), values)
+
+    def remove(self, namespace_digest: bytes) -> None:
+        self._calls.delete(FOLDER + namespace_digest.hex())

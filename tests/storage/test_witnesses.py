@@ -71,10 +71,23 @@ def test_places_that_differ_are_all_told(tmp_path: Path) -> None:
     for place in places:
         place.mkdir()
     keepers = [FolderKeeper(place) for place in places]
-    keepers[0].create(ONE, b"first")
-    keepers[1].create(ONE, b"second")
+    ask(Witnesses(keepers[:1]), ONE, b"first")
+    ask(Witnesses(keepers[1:2]), ONE, b"second")
     assert ask(Witnesses(keepers), ONE, b"third") == [b"first", b"second"]
-    assert keepers[2].read(ONE) == b"first"
+    assert ask(Witnesses(keepers[2:]), ONE) == [b"first"]
+
+
+def test_a_damaged_one_is_none_and_is_replaced(place: Open) -> None:
+    keeper = place()
+    assert ask(Witnesses([keeper]), ONE, b"first" * 1000) == [b"first" * 1000]
+    kept = bytearray(keeper.read(ONE))
+    for damaged in (bytes(kept[: len(kept) // 2]), bytes(kept[:-1]) + b"\xa5", b"\xa5"):
+        keeper.remove(ONE)
+        keeper.create(ONE, damaged)
+        assert ask(Witnesses([keeper]), ONE) == []
+        assert keeper.read(ONE) == b""
+    assert ask(Witnesses([keeper]), ONE, b"second") == [b"second"]
+    assert ask(Witnesses([place()]), ONE) == [b"second"]
 
 
 def test_without_any_place_they_last_as_long_as_dram() -> None:
@@ -90,9 +103,12 @@ def test_a_place_that_fails_hides_no_other(tmp_path: Path) -> None:
         def create(self, namespace_digest: bytes, values: bytes) -> None:
             raise OSError("the disk is gone")
 
+        def remove(self, namespace_digest: bytes) -> None:
+            raise OSError("the disk is gone")
+
     witnesses = Witnesses([Broken(), FolderKeeper(tmp_path)])
     assert ask(witnesses, ONE, b"first") == [b"first"]
-    assert FolderKeeper(tmp_path).read(ONE) == b"first"
+    assert ask(Witnesses([FolderKeeper(tmp_path)]), ONE) == [b"first"]
 
 
 def test_those_that_are_kept_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
