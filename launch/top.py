@@ -67,8 +67,7 @@ def _told(error: urllib.error.HTTPError) -> str:
 def _key(given: str) -> str:
     """The first of those given."""
     given = given or os.environ.get(ADMIN_KEY) or os.environ.get(API_KEY) or ""
-    keys = secret(Form(read_keys)).parse(given)
-    return keys[0].key if keys else ""
+    return secret(Form(read_keys)).parse(given)[0].key if given else ""
 
 
 # ---- the picture ----------------------------------------------------------------------------

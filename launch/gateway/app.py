@@ -25,8 +25,9 @@ from common.json import JsonObject
 from launch.gateway.admission import Client
 from launch.gateway.body import read_body
 from launch.gateway.config import GatewayConfig
-from launch.gateway.doors.doors import Doors
-from launch.gateway.doors.refusals import Forbidden
+from launch.gateway.doors.browsers import as_sent
+from launch.gateway.doors.doors import ABORT, Doors
+from launch.gateway.doors.refusals import Forbidden, Refusal
 from launch.gateway.doors.visitor import visitor_of
 from launch.gateway.errors import BadRequest, GatewayError, NoSuchRoute, NotFound, Unavailable
 from launch.gateway.generate_probe import GenerateProbe
@@ -48,6 +49,8 @@ T = TypeVar("T")
 PLANS_PER_MS = 128
 """Plan numbers begin at the start time: a restarted gateway repeats none (48 bits last
 until the year 2039)."""
+PLAN_DIGITS_MAX = 15
+"""Of 48 bits."""
 
 
 class PolicyChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -114,7 +117,7 @@ def _add_doors(app: FastAPI, config: GatewayConfig) -> None:
     if config.doors.allowed_origins:  # what is added last comes first: it answers browsers' OPTIONS
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=config.doors.allowed_origins,
+            allow_origins=as_sent(config.doors.allowed_origins),
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=[HEADER],
@@ -123,6 +126,8 @@ def _add_doors(app: FastAPI, config: GatewayConfig) -> None:
 
 async def _gateway_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
+    if isinstance(error, Refusal):
+        _services(request).metrics.refused.labels(error.reason).inc()
     return error_response(error)
 
 
@@ -153,9 +158,9 @@ async def _body(request: Request) -> bytes:
     return await read_body(request, _services(request).config.limits.body_bytes_max)
 
 
-async def _decode(request: Request, kind: type[T]) -> T:
+def _decode(body: bytes, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(await _body(request), type=kind)
+        return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
         raise BadRequest(str(error)) from error
 
@@ -173,18 +178,23 @@ def _generating_routes(app: FastAPI) -> None:
     async def generate(request: Request) -> Response:
         return await serve(_services(request), GENERATE, request)
 
-    @app.post("/abort_request")
+    @app.post(ABORT)
     async def abort_request(request: Request) -> Response:
-        asked = await _decode(request, AbortRequest)
-        if asked.abort_all and not visitor_of(request).is_operator:
+        asked = _decode(await _body(request), AbortRequest)
+        services, visitor = _services(request), visitor_of(request)
+        if asked.abort_all and not visitor.is_operator:
             raise Forbidden("Only operators may abort all requests.", "operator")
-        authorization = request.headers.get("authorization")
-        owner = Client.of({}, visitor_of(request).tenant, authorization).owner
+        owner = Client.of({}, visitor.tenant, request.headers.get("authorization")).owner
+        # Without a key of their own, operators are clients of this host too, with their own ids.
+        anyones = visitor.is_operator and bool(services.config.keys.admin_api_keys)
         chosen = [
             walk
-            for walk in _services(request).walks.values()
+            for walk in services.walks.values()
             if asked.abort_all
-            or (walk.seat.owner == owner and asked.rid in (walk.part.rid, walk.part.request_rid))
+            or (
+                (anyones or walk.seat.owner == owner)
+                and asked.rid in (walk.part.rid, walk.part.request_rid)
+            )
         ]
         await asyncio.gather(*(walk.abort() for walk in chosen))
         return Response(status_code=200)
@@ -194,8 +204,6 @@ def _model_routes(app: FastAPI) -> None:
     async def forward(request: Request) -> Response:
         # SGLang's old name for it still works, with a warning in the engine's log.
         path: str = request.scope["path"].replace("/get_model_info", "/model_info")
-        if ".." in path.split("/"):  # which would lead to another route of the engine
-            raise NotFound(f"there is no model {path}")
         answer = await _services(request).client.ask_any("GET", path)
         return Response(answer.body, media_type=answer.content_type)
 
@@ -247,7 +255,7 @@ def _admin_routes(app: FastAPI) -> None:
 
     @app.post("/admin/policy")
     async def policy(request: Request) -> Response:
-        asked = await _decode(request, PolicyChange)
+        asked = _decode(await _body(request), PolicyChange)
         services = _services(request)
         try:
             services.orders.set_policy(asked.path_policy)
@@ -258,7 +266,7 @@ def _admin_routes(app: FastAPI) -> None:
     @app.post("/admin/drain")
     async def drain(request: Request) -> Response:
         """Nothing new for an engine or an agent; what runs there finishes."""
-        asked = await _decode(request, DrainChange)
+        asked = _decode(await _body(request), DrainChange)
         services = _services(request)
         try:
             services.orders.drain(asked.name, asked.on)
@@ -273,7 +281,8 @@ def _admin_routes(app: FastAPI) -> None:
     async def plan(request: Request, plan: str) -> Response:
         """Why a request went where it went, by the plan's number or the request's id."""
         scheduler, now = _services(request).scheduler, time.monotonic()
-        view = scheduler.explain(PlanId(int(plan)), now) if plan.isdecimal() else None
+        is_number = plan.isdecimal() and len(plan) <= PLAN_DIGITS_MAX
+        view = scheduler.explain(PlanId(int(plan)), now) if is_number else None
         view = view or scheduler.explain(plan, now)
         if view is None:
             kept = scheduler.options.decisions_kept
@@ -289,8 +298,15 @@ def _engine_routes(app: FastAPI) -> None:
         services = _services(request)
         if name not in services.client.members.engines:
             raise NotFound(f"no engine {name!r}")
-        body = await _decode(request, JsonObject) if request.method == "POST" else None
+        given = await _body(request)
+        body = _decode(given, JsonObject) if given else None
+        query: bytes = request.scope["query_string"]
         answer = await services.client.ask_one(
-            name, request.method, f"/{path}", body, services.config.request_timeout_s
+            name,
+            request.method,
+            f"/{path}",
+            body,
+            services.config.request_timeout_s,
+            query.decode("latin-1"),
         )
         return Response(answer.body, answer.status, media_type=answer.content_type)

@@ -32,10 +32,12 @@ class GenerateProbe:
         await asyncio.shield(self._running)
 
     async def _generate(self) -> None:
+        rid = f"health-generate-{time.monotonic_ns()}"
         part = Part(
             path=GENERATE,
-            body={"sampling_params": {"max_new_tokens": 1, "temperature": 0}},
-            rid=f"health-generate-{time.monotonic_ns()}",
+            # With its id, so that no probe is taken for an earlier one that ended an engine.
+            body={"rid": rid, "sampling_params": {"max_new_tokens": 1, "temperature": 0}},
+            rid=rid,
             index=0,
             token_ids=_PROMPT,
         )

@@ -140,6 +140,9 @@ def test_secrets_are_read_from_where_no_other_user_looks(tmp_path, caplog):
     [
         (["--api-key=@/no/such"], "cannot read"),
         (["--api-key=hush hush"], "ASCII"),
+        (["--api-key="], "there is no key in it"),
+        (["--api-key={}"], "there is no key in it"),
+        (["--admin-api-key=# hush"], "there is no key in it"),
         (["--api-key=hush\nhush"], "the same"),
         (['--api-key={"a": 1}'], "quotes"),
         (["--remote-options=hush"], "JSON"),

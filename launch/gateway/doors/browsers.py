@@ -8,7 +8,7 @@ machine (DNS rebinding) is of the same origin for the browser: it comes with tha
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
@@ -38,12 +38,17 @@ def host_of(request: Request) -> str:
         return "?"
 
 
+def as_sent(origins: Iterable[str]) -> list[str]:
+    """As browsers write them."""
+    return [origin.lower().rstrip("/") for origin in origins]
+
+
 class BrowserRules:
     """``bound``: the address that the gateway listens at."""
 
     def __init__(self, bound: str, hosts: Collection[str], origins: Collection[str]) -> None:
         self._hosts = {host.lower() for host in hosts}
-        self._origins = {origin.lower().rstrip("/") for origin in origins}
+        self._origins = set(as_sent(origins))
         self._names_limited = bool(hosts) or is_loopback(bound)
 
     def check(self, request: Request, changes_state: bool) -> None:

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 OPEN = ("/health", "/health_generate", "/metrics")
 """For probes and Prometheus, as SGLang's: they need no key and say nothing of a request."""
+ABORT = "/abort_request"
+"""For clients, of their own requests; for operators, of all."""
 _OF_A_PROXY = ("forwarded", "via", "x-forwarded-for", "x-real-ip")
 
 
@@ -70,7 +72,8 @@ class Doors:
         refusal = self._no_operator(request, tenant)
         if is_operators(path) and refusal is not None:
             raise refusal
-        if self._clients and tenant is None and not is_operators(path):
+        is_let_in = is_operators(path) or (path == ABORT and refusal is None)
+        if self._clients and tenant is None and not is_let_in:
             raise Unauthorized("This cluster needs an API key: send Authorization: Bearer KEY.")
         return Visitor(tenant or "", is_operator=refusal is None)
 
@@ -96,6 +99,8 @@ class Doors:
     def _is_of_this_host(self, request: Request) -> bool:
         """Not through a proxy here, for a client elsewhere; nor by a name of somebody else's."""
         client = request.client.host if request.client else None
-        if not is_loopback(client) or any(name in request.headers for name in _OF_A_PROXY):
+        own, _ = request.scope.get("server") or (None, None)
+        is_here = is_loopback(client) or (client is not None and client == own)
+        if not is_here or any(name in request.headers for name in _OF_A_PROXY):
             return False
         return self._browsers.knows(host_of(request))

@@ -35,6 +35,8 @@ def read_keys(written: object) -> tuple[ApiKey, ...]:
         except json.JSONDecodeError as error:
             raise BadKeys("this is no JSON object of tenants and their keys") from error
     pairs = list(_of_mapping(written) if isinstance(written, dict) else _of_lines(written))
+    if not pairs:  # which would let everybody in
+        raise BadKeys("there is no key in it")
     for number, (_, key) in enumerate(pairs, start=1):
         if not _KEY.fullmatch(key):
             raise BadKeys(f"key {number} has characters that no header can carry: ASCII only")

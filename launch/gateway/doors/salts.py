@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from common.block import tenant_digest
 from common.json import JsonObject
 from launch.gateway.doors.keys import ApiKey
-from launch.gateway.errors import BadRequest
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +33,11 @@ def derived_salt(key: bytes, salt: str) -> str:
 
 
 def salted(body: JsonObject, key: bytes) -> JsonObject:
-    """A request of the tenant with this key; raises :class:`BadRequest` for what is no salt."""
+    """A request of the tenant with this key; its own salt is of the schema's type."""
     given = body.get("cache_salt")
     derived = []
     for salt in given if isinstance(given, list) else [given]:
-        if salt is not None and not isinstance(salt, str):
-            raise BadRequest("cache_salt must be a string, or a list of one for each prompt.")
-        derived.append(derived_salt(key, salt or ""))
+        derived.append(derived_salt(key, salt if isinstance(salt, str) else ""))
     return body | {"cache_salt": derived if isinstance(given, list) else derived[0]}
 
 

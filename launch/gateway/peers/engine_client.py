@@ -7,9 +7,11 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator, Iterable
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 from common.json import JsonObject
 from launch.gateway.errors import EngineRefused, RequestFailed, Unavailable
@@ -27,6 +29,8 @@ REFUSAL_TIMEOUT_S = 2.0
 UNPROCESSABLE_STATUS = 422
 EVENT_BYTES_MAX = 256 << 20
 _JSON = {"content-type": "application/json"}
+_OF_A_QUERY = "%&=+/?:;,@!$'()*~[]"
+"""Characters of a query string, which is passed on as it came."""
 
 
 class HttpAnswer(msgspec.Struct, frozen=True):
@@ -121,11 +125,18 @@ class EngineClient:
         raise RequestFailed(f"{path} failed on every engine ({'; '.join(reasons)})")
 
     async def ask_one(
-        self, name: str, method: str, path: str, body: JsonObject | None, timeout_s: float
+        self,
+        name: str,
+        method: str,
+        path: str,
+        body: JsonObject | None,
+        timeout_s: float,
+        query: str = "",
     ) -> HttpAnswer:
         """An engine's answer, of whatever status."""
+        engine = self.members.engines[name]
         try:
-            return await self.call(self.members.engines[name], method, path, body, timeout_s)
+            return await self.call(engine, method, path, body, timeout_s, query)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise RequestFailed(f"{name} did not answer: {error!r}") from error
 
@@ -155,12 +166,15 @@ class EngineClient:
         path: str,
         body: JsonObject | None = None,
         timeout_s: float = CALL_TIMEOUT_S,
+        query: str = "",
     ) -> HttpAnswer:
         """One small call; raises aiohttp's ``ClientError``, and ``TimeoutError``."""
         data = msgspec.json.encode(body) if body is not None else None
+        target = quote(path) + (f"?{quote(query, safe=_OF_A_QUERY)}" if query else "")
         async with self._session.request(
             method,
-            engine.address.http + path,
+            # Encoded: yarl would resolve dots, and so lead to another route of the engine.
+            URL(engine.address.http + target, encoded=True),
             data=data,
             headers=_JSON if data is not None else None,
             timeout=_timeout(timeout_s),

@@ -99,6 +99,7 @@ class StubEngine(ControlStub):
         self.bodies: list[dict[str, Any]] = []
         self.aborted: list[str] = []
         self.flushed = 0
+        self.flush_query = ""
         self.authorization = ""
         """Of the last request to tokenise."""
         self.dies_of, self.last_words = "", True
@@ -175,6 +176,7 @@ class StubEngine(ControlStub):
 
     async def _flush(self, request: web.Request) -> web.Response:
         self.flushed += 1
+        self.flush_query = request.rel_url.raw_query_string
         return web.Response(text="ok")
 
     async def _abort(self, request: web.Request) -> web.Response:

@@ -10,6 +10,7 @@ import pytest
 
 from launch.gateway import body as body_module
 from launch.gateway.config import RequestLimits
+from launch.gateway.peers import http_probe
 from tests.launch.gateway.client import CHAT, GENERATE, post
 from tests.launch.gateway.hostile import REFUSED
 from tests.launch.gateway.stubs import StubCluster
@@ -116,7 +117,11 @@ async def test_every_route_has_one_shape_of_error() -> None:
             ("GET", "/nothing/here", 404),
             ("DELETE", "/generate", 405),
             ("GET", "/admin/plan/7", 404),
-            ("GET", "/v1/models/../../flush_cache", 404),
+            ("GET", "/admin/plan/" + "7" * 5000, 404),
+            ("GET", "/v1/models/../../model_info", 404),
+            ("GET", "/v1/models/%252e%252e/%252e%252e/model_info", 404),
+            ("GET", "/v1/models/..%0a", 404),
+            ("GET", "/v1/models/.%09./.%09./model_info", 404),
         ):
             reader, writer = await asyncio.open_connection("127.0.0.1", cluster.config.port)
             writer.write(
@@ -142,6 +147,17 @@ async def test_probes_share_one_request() -> None:
     async with cluster_of() as cluster:
         assert await asyncio.gather(*(probe(cluster) for _ in range(20))) == [200] * 20
         assert len(cluster.decodes[0].bodies) < 20
+        assert await probe(cluster) == 200
+
+
+async def test_a_probe_that_has_ended_an_engine_condemns_no_later_one(monkeypatch: Any) -> None:
+    monkeypatch.setattr(http_probe, "PROBE_S", 0.1)
+    async with cluster_of() as cluster:
+        engine = cluster.prefills[0]
+        engine.dies_of = "max_new_tokens"
+        assert await probe(cluster) == 422
+        engine.dies_of = ""
+        await engine.restart()
         assert await probe(cluster) == 200
 
 

@@ -43,13 +43,19 @@ class Gate:
         )
 
     def ask(
-        self, path: str, key: str = "", client: str = HERE, method: str = "POST", **headers: str
+        self,
+        path: str,
+        key: str = "",
+        client: str = HERE,
+        method: str = "POST",
+        server: str = HERE,
+        **headers: str,
     ) -> Any:
         """Status of a refusal, else the visitor. ``_`` in a header's name is ``-``."""
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         sent |= {"authorization": f"Bearer {key}"} if key else {}
         sent.setdefault("host", "127.0.0.1:30000")
-        http = TestClient(self._doors, client=(client, 40000))
+        http = TestClient(self._doors, f"http://{server}:30000", client=(client, 40000))
         answer = http.request(method, path, headers=sent, json={} if method != "GET" else None)
         if answer.status_code != 200:
             assert answer.json()["error"]["code"] == answer.status_code
@@ -62,6 +68,14 @@ def test_without_keys_operators_are_those_of_this_host(client):
     gate = Gate()
     for path in ("/generate", "/admin/policy", "/flush_cache"):
         assert gate.ask(path, client=client) == ["", True]
+
+
+def test_a_gateway_at_an_address_of_its_own_knows_its_host_by_it():
+    gate = Gate(bound="192.0.2.1")
+    for client, expected in (("192.0.2.1", ["", True]), (ELSEWHERE, 403)):
+        assert gate.ask("/admin/policy", client=client, server="192.0.2.1") == expected
+    proxied = {"client": "192.0.2.1", "server": "192.0.2.1", "x_forwarded_for": ELSEWHERE}
+    assert gate.ask("/admin/policy", **proxied) == 403
 
 
 def test_without_keys_others_may_only_generate():

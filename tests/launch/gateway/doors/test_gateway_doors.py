@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from fastapi.routing import APIRoute
+from yarl import URL
 
-from launch.gateway.doors.doors import OPEN, is_operators
+from launch.gateway.doors.doors import ABORT, OPEN, is_operators
 from launch.gateway.doors.keys import ApiKey
 from launch.gateway.doors.settings import DoorKeys, DoorSettings
 from tests.launch.gateway.client import GENERATE, metric
@@ -43,7 +45,8 @@ async def test_each_route_is_for_somebody() -> None:
         assert {path for path in known if not is_operators(path)} - {*OPEN} == CLIENTS
         for route in routes:
             path, method = route.path.split("{")[0], sorted(route.methods)[0]
-            for key in ("", "key-a") if is_operators(path) else ("", "key-r"):
+            others = {ABORT: ("",)}.get(path, ("", "key-r"))  # which is for both
+            for key in ("", "key-a") if is_operators(path) else others:
                 headers = {"authorization": f"Bearer {key}"}
                 async with cluster.http.request(method, path, headers=headers) as answer:
                     assert (answer.status == 401) == (path not in OPEN), (path, key)
@@ -56,7 +59,23 @@ async def test_keys_open_what_they_are_for() -> None:
         assert (await ask(cluster, "/flush_cache", "key-r", {}))[0] == 200
         status, answer = await ask(cluster, "/abort_request", "key-a", {"abort_all": True})
         assert status == 403 and "operators" in answer["error"]["message"]
+        assert await metric(cluster, 'dualpath:refused_total{reason="operator"}') == 1
         assert (await ask(cluster, "/abort_request", "key-a", {"rid": "none"}))[0] == 200
+
+
+@pytest.mark.parametrize("chosen", [{"rid": "mine"}, {"abort_all": True}])
+async def test_operators_abort_whatever_request(chosen: dict[str, Any]) -> None:
+    async with cluster_of(keys=KEYS) as cluster:
+        cluster.decodes[0].word_delay_s = 30
+        body = {**GENERATE, "rid": "mine", "stream": True}
+        sent = asyncio.create_task(ask(cluster, "/generate", "key-a", body))
+        walks = cluster.services.walks
+        await cluster.until(lambda: any(walk.answer.opened for walk in walks.values()))
+        assert (await ask(cluster, ABORT, "key-b", {"rid": "mine"}))[0] == 200
+        assert not any(walk.answer.aborted for walk in walks.values())
+        assert (await ask(cluster, ABORT, "key-r", chosen))[0] == 200
+        assert all(walk.answer.aborted for walk in walks.values())
+        sent.cancel()
 
 
 async def test_operators_reach_the_engines_through_the_gateway() -> None:
@@ -69,11 +88,16 @@ async def test_operators_reach_the_engines_through_the_gateway() -> None:
         assert engine.authorization == "Bearer key-e", "the engine's key, never a client's"
         assert (await ask(cluster, "/admin/engine/p7/v1/tokenize", "key-r", {}))[0] == 404
         assert (await ask(cluster, "/admin/engine/p0/nowhere", "key-r", {}))[0] == 404
+        headers = {"authorization": "Bearer key-r"}
+        bare = "/admin/engine/p0/flush_cache?timeout=5&a=%2e+b"
+        async with cluster.http.post(URL(bare, encoded=True), headers=headers) as sent:
+            assert sent.status == 200
+        assert engine.flush_query == "timeout=5&a=%2e+b"
         assert (await ask(cluster, route, "key-a", {}))[0] == 401
 
 
 async def test_a_page_may_call_if_its_origin_is_let_in() -> None:
-    settings = DoorSettings(allowed_origins=("https://chat.example",))
+    settings = DoorSettings(allowed_origins=("https://Chat.example/",))
     async with cluster_of(keys=KEYS, doors=settings) as cluster:
         asks = {"access-control-request-method": "POST", "origin": "https://chat.example"}
         async with cluster.http.options("/generate", headers=asks) as answer:

@@ -24,6 +24,7 @@ from launch.gateway.config import GatewayConfig
 from launch.gateway.doors.keys import read_keys
 from launch.gateway.doors.settings import DoorKeys, DoorSettings
 from launch.rollout.client import Client
+from tests.control import SECRET
 from tests.launch.gateway.control_stub import free_port
 
 pytestmark = [
@@ -56,6 +57,7 @@ def url(certificate: Path) -> Iterator[str]:
         port=free_port(),
         agents={},
         engines=[],
+        control_secret=SECRET,
         doors=DoorSettings(
             ssl_certfile=str(certificate), ssl_keyfile=str(certificate.with_suffix(".key"))
         ),
