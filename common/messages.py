@@ -47,8 +47,8 @@ Port = Annotated[int, Meta(ge=0, lt=1 << 16)]
 
 RANKS_MAX = 4096
 """Of one engine."""
-REQUESTS_MAX = 4096
-"""That an engine names with its last words."""
+REQUESTS_MAX = FENCE_JOBS_MAX = 4096
+"""That an engine names with its last words; that one fence is for, others have the next."""
 
 
 class MalformedMessage(Exception):
@@ -237,9 +237,11 @@ class KeepWitness(_Message):
 
 
 class AskFence(_Message):
-    """``Fenced`` follows, once what has failed with the sender has nothing under way any more."""
+    """``Fenced`` follows, once nothing that has failed with the sender is under way any more. These
+    jobs are never begun from now on; one that runs is cancelled, and not answered: ask again."""
 
     number: Count
+    jobs: Annotated[list[Job], Meta(max_length=FENCE_JOBS_MAX)]
 
 
 # ---- agent -> engine --------------------------------------------------------------------

@@ -53,7 +53,10 @@ class Watchdog:
     def _run(self) -> None:
         pause = threading.Event()
         while not pause.wait(_LOOK_EVERY_S):
-            self.look()
+            try:
+                self.look()
+            except Exception:  # no descriptor for /proc, say: without this thread nothing ends
+                log.exception("watchdog: goes on")
 
 
 def end_engine() -> None:

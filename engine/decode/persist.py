@@ -133,6 +133,8 @@ class Persister:
         incarnation = self._links.incarnation(agent) or NO_INCARNATION
         job = self._jobs.open(agent, incarnation, pages, timeout_s, ended)
         self._open_pulls.add(job)
+        if self._jobs.has_stopped(job):
+            return  # the agent restarts just now
         if self._links.send(agent, PullBlocks(job, keys, pages, timeout_s, parent, tenant)):
             self.offered_blocks_total += len(keys)
         else:

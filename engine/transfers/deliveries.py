@@ -190,7 +190,7 @@ class Deliveries:
         here = pages.get().tolist()
         for writer in delivery.writers:
             into = [here[block] for block in writer.blocks]
-            if not self._jobs.hold(writer.job, into):
+            if not self._jobs.hold(writer.job, into) or self._jobs.has_stopped(writer.job):
                 continue
             message = Deliver(
                 job=writer.job,

@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import msgspec
 
 from common.ids import JobId
-from common.messages import AskFence, Fenced
+from common.messages import FENCE_JOBS_MAX, AskFence, Fenced
 from common.samples import Sample, sample
 from engine.ranks.group import CutConnections, Links
 from engine.transfers.jobs import Jobs
@@ -77,8 +77,8 @@ class Fences:
         with self._lock:
             for agent, stopped in self._jobs.stopped().items():
                 if agent not in self._open:
-                    now_s = time.monotonic()
-                    self._open[agent] = _Fence(next(self._numbers), stopped, now_s, 0.0)
+                    number, jobs = next(self._numbers), stopped[:FENCE_JOBS_MAX]
+                    self._open[agent] = _Fence(number, jobs, time.monotonic(), 0.0)
             for agent, fence in list(self._open.items()):
                 if fence.late is None:
                     self._ask(agent, fence)
@@ -112,7 +112,7 @@ class Fences:
     def _ask(self, agent: str, fence: _Fence) -> None:
         if time.monotonic() - fence.asked_s >= ASK_AGAIN_S:
             fence.asked_s = time.monotonic()
-            self._links.send(agent, AskFence(fence.number))
+            self._links.send(agent, AskFence(fence.number, fence.jobs))
 
     def _cut(self, late: Mapping[Connection, int]) -> bool:
         """Whether any of them is still there; it is cut then."""

@@ -91,6 +91,11 @@ class Jobs:
             self._holds.hold(job, pages)
             return True
 
+    def has_stopped(self, job: JobId) -> bool:
+        """Nobody may begin it any more: a fence is for it, or will be."""
+        opened = self._open.get(job)
+        return opened is not None and bool(opened.stopped)
+
     def stopped_writing(self, job: JobId, reason: str) -> None:
         """The job has failed, and bytes of it may still land. Unknown jobs are ignored."""
         opened = self._open.get(job)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from storage.index.owners import Selector
 from storage.remote.objects.calls import RemoteCalls
 from storage.remote.objects.object_store import ObjectStore
-from storage.remote.packs.catalog import Drop, PackCatalog, new_drop_path
+from storage.remote.packs.catalog import Drop, PackCatalog, knows_all, new_drop_path
 from storage.remote.packs.format import PackClock, now_ms
 from storage.remote.packs.indexer import PackIndexer
 from storage.remote.packs.known import KnownPacks
@@ -183,9 +183,9 @@ class RemoteBackend:
             now=now,
             manifest_ms=latest_manifest_ms(objects),
         )
-        plan = plan._replace(
-            drops=old_drops(self.indexer.drops, now), witnesses=unused_witnesses(objects, packs)
-        )
+        if knows_all(objects, packs):
+            drops, unused = old_drops(self.indexer.drops, now), unused_witnesses(objects, packs)
+            plan = plan._replace(drops=drops, witnesses=unused)
         if plan:
             self._upkeep.submit(plan, objects, packs)
 

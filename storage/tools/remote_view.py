@@ -28,6 +28,7 @@ from storage.remote.packs.catalog import (
     Refreshed,
     dropped_before_ms,
     is_left,
+    knows_all,
     new_drop_path,
 )
 from storage.remote.packs.format import PackClock, now_ms, written_ms_of
@@ -38,7 +39,6 @@ from storage.remote.packs.upkeep import (
     latest_manifest_ms,
     old_drops,
     plan_upkeep,
-    unused_witnesses,
     write_drop,
 )
 from storage.remote.settings import RemoteSettings
@@ -128,6 +128,7 @@ class RemoteView:
         self._clock = PackClock()
         for pack in self._packs:
             self._clock.see(written_ms_of(pack.path))
+            self._clock.see_rows(pack.rows)
 
     # ---- blocks -----------------------------------------------------------------------
 
@@ -211,10 +212,8 @@ class RemoteView:
             pack.live_bytes = pack.stored_bytes(self._live_rows(pack))
         manifest_ms, now = latest_manifest_ms(self._objects), now_ms()
         plan = plan_upkeep(self._packs, self._live_rows, self._settings, now, manifest_ms)
-        plan = plan._replace(
-            drops=old_drops(self._drops, now),
-            witnesses=unused_witnesses(self._objects, self._packs),
-        )
+        if knows_all(self._objects, self._packs):
+            plan = plan._replace(drops=old_drops(self._drops, now))
         if not plan:
             return {}
         done: Counter[str] = Counter()

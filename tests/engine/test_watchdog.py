@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from common.ids import Incarnation
-from common.messages import AskFence, EndPlan, Fenced
+from common.messages import AskFence, Deliver, EndPlan, Fenced
 from engine import watchdog
+from engine.streams import PASSED, HostPages
 from engine.watchdog import Watchdog
 from tests.engine.parts import Parts, Request
 
@@ -54,3 +57,48 @@ def test_jobs_of_a_dead_agent_are_ended_when_its_successor_has_answered(ended):
     engine.fences.answered("a", Fenced(asked.number, ["127.0.0.1"], []))
     looked_after(engine)
     assert reasons == ["agent a died"] and engine.holds.held_pages() == []
+
+
+class Behind:
+    """A mark that the device passes when the test says so."""
+
+    elapsed_time = PASSED.elapsed_time
+
+    def __init__(self) -> None:
+        self.passed = threading.Event()
+
+    def query(self) -> bool:
+        return self.passed.is_set()
+
+    def synchronize(self) -> None:
+        assert self.passed.wait(20)
+
+
+def test_a_job_that_stopped_while_it_waited_for_the_device_is_not_sent(ended):
+    engine, behind = Parts("decode"), Behind()
+    plan = engine.plan(Request("r", list(range(9))), 2)
+    delivery = engine.deliveries.start(plan, 0, HostPages.of([3, 4]), behind)
+    engine.jobs.agent_restarted("a", Incarnation(6))
+    behind.passed.set()
+    delivery.send()
+    assert not engine.links.of(Deliver) and engine.holds.held_pages() == [3, 4]
+    looked_after(engine)
+    ((_, asked),) = engine.links.of(AskFence)
+    assert asked.jobs == [writer.job for writer in delivery.writers]
+
+
+def test_a_look_that_fails_is_not_the_last_one(monkeypatch):
+    engine = Parts("decode")
+    monkeypatch.setattr(watchdog, "_LOOK_EVERY_S", 0.01)
+    looks, looked_again = [], threading.Event()
+
+    def expired():
+        looks.append(1)
+        if len(looks) == 1:
+            raise OSError(24, "Too many open files")
+        looked_again.set()
+        return []
+
+    monkeypatch.setattr(engine.plans, "expired", expired)
+    Watchdog(engine.jobs, engine.fences, engine.plans, lambda event: None, 2.0).start()
+    assert looked_again.wait(20)

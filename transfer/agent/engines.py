@@ -83,11 +83,11 @@ class Engine:
         """The same process says it again: it has reconnected, or its weights have changed."""
         if len(message.ranks) != len(self._credits):
             raise BadRegistration(f"engine {message.engine}: other ranks than before")
-        self.identity = identity
-        self.layout = _layout(message)
+        layout = _layout(message)
+        ranks = [_rank(message, index, word) for index, word in enumerate(self._credits)]
+        self.identity, self.layout, self.ranks = identity, layout, ranks
         self._pages, self._board_slots = message.pages, message.board_slots
-        self.label = msgspec.structs.replace(label_of(message.namespace), layout=self.layout)
-        self.ranks = [_rank(message, index, word) for index, word in enumerate(self._credits)]
+        self.label = msgspec.structs.replace(label_of(message.namespace), layout=layout)
 
     def page_array(self, pages: Sequence[int], blocks: int) -> np.ndarray:
         """A job's pages, one for each block; shape (blocks,), int64. Raises :class:`BadJob`."""
@@ -148,13 +148,13 @@ class Engines:
         known = self._by_name.get(message.engine)
         if known is not None and message.incarnation < known.incarnation:
             return None, None
-        if known is not None:
-            self._by_identity.pop(known.identity, None)
+        before = known.identity if known is not None else identity
         replaced = None
         if known is None or message.incarnation > known.incarnation:
             known, replaced = Engine(identity, message, self._credits), known
         else:
             known.update(identity, message)
+        self._by_identity.pop(before, None)
         self._by_name[known.name] = self._by_identity[identity] = known
         if replaced is not None:
             replaced.is_gone = True

@@ -208,11 +208,18 @@ class Serving:
                 self._pulls.start(engine, _bounded(message))
 
     def fence(self, client: bytes, message: AskFence) -> None:
-        """``Fenced`` follows when nothing that has failed is under way to the engine."""
+        """``Fenced`` follows when nothing that has failed is under way to the engine, and the jobs
+        that it gives up are not either: one of them may have come here late, after a restart."""
         engine = self._engines.find(client)
         if engine is None:
             self._resources.socket.send(client, _unknown(self._resources, message))
             return
+        for job in message.jobs:
+            engine.first_time(job)  # it is not begun from now on
+            if job in engine.jobs:
+                engine.jobs[job].cancel()
+        if any(job in engine.jobs for job in message.jobs):
+            return  # asked again soon
 
         def passed() -> None:
             self._resources.socket.send(engine.identity, fenced(engine, message.number))

@@ -60,6 +60,13 @@ def new_drop_path(drop: Drop) -> str:
     return f"drops/{drop.before_ms:012x}-{secrets.token_hex(8)}.json"
 
 
+def knows_all(objects: Iterable[StoredObject], packs: Iterable[Pack]) -> bool:
+    """Whether every pack of a listing is among these. Others may be unreadable here, of another
+    version, or more than the index takes: what covers or describes them is needed."""
+    known = {pack.path for pack in packs}
+    return all(found.path in known for found in objects if is_pack_path(found.path))
+
+
 def dropped_before_ms(drops: Iterable[Drop], label: BlockLabel) -> int:
     """Blocks with this label that were written by then are dropped; -1: none."""
     before = [d.before_ms for d in drops if d.selector.value_of(label.owner) is not None]

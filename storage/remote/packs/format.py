@@ -188,6 +188,11 @@ class PackClock:
             self._last_ms = max(self._last_ms, ms)
         return True
 
+    def see_rows(self, rows: Rows) -> None:
+        """Those of a pack: some may have been written after it was named."""
+        written_ms = rows["written_ms"].astype(np.int64)
+        self.see(int(written_ms[written_ms <= now_ms() + AHEAD_MS_MAX].max(initial=0)))
+
     def next_ms(self) -> int:
         """Later than whatever was seen, or given out."""
         with self._lock:

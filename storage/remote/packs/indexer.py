@@ -172,6 +172,7 @@ class PackIndexer:
                 "follow it: is a clock wrong here or there?",
                 pack.path,
             )
+        self._clock.see_rows(pack.rows)
         self._packs.add(pack)
         yield from self._index_pack(pack)
         while len(self._held) > self._blocks_max and len(self._packs) > 1:

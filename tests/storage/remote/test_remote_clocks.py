@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import msgspec
 import pytest
 
 from common.block import BlockLabel, BlockLayout
+from storage.block_format import encode_header
 from storage.index.owners import Selector
 from storage.remote.packs import format as pack_format
 from storage.remote.packs import upkeep as pack_upkeep
@@ -113,6 +115,46 @@ def test_a_drop_of_a_wrong_clock_takes_what_there_is_now(
     assert ours.contains([key_of(1)]) == [False] and "taken for one of now" in caplog.text
     write_step_1(ours, 2)
     assert ours.contains([key_of(2)]) == [True]
+
+
+def test_a_drop_takes_what_was_written_after_its_pack_was_named(
+    open_remote: Open, url: str, tmp_path: Path
+) -> None:
+    ours, key, now = open_remote(url, refresh_s=0.05), key_of(1), pack_format.now_ms()
+    builder, block = pack_format.PackBuilder(), encode_header(key, payload_of(key), STEP_1)
+    block += payload_of(key)
+    builder.add(key, len(payload_of(key)), now + 600_000, STEP_1)
+    path = tmp_path / "remote" / pack_format.new_pack_path(bytes(32), now)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(block + builder.footer())
+    settle(ours, lambda: ours.contains([key]) == [True])
+    ours.drop(Selector.parse("version:step-1"))
+    settle(ours, lambda: bool(list(tmp_path.glob("remote/drops/*.json"))))
+    again = open_remote(url)
+    settle(again, lambda: again.has_looked)
+    assert again.contains([key]) == [False]
+
+
+def test_drops_stay_while_there_are_packs_that_nobody_here_can_read(
+    open_remote: Open, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack_upkeep, "DROP_KEPT_MS", 0)
+    write_step_1(open_remote(url), 1)
+    (newer,) = packs_in(tmp_path / "remote")
+    data = bytearray(newer.read_bytes())
+    struct.pack_into("<I", data, len(data) - 48 + 8, 99)
+    newer.write_bytes(data)
+    tier = open_remote(url, refresh_s=0.05, upkeep_s=0.05)
+    tier.drop(Selector.parse("version:step-1"))
+    folder, leases = tmp_path / "remote" / "drops", tmp_path / "remote" / "upkeep"
+    settle(tier, lambda: bool(list(folder.glob("*"))))
+    for number in range(2, 5):  # so that upkeep has something to do
+        write_step_1(tier, number)
+        tier.drop(Selector.parse("version:step-1"))
+    settle(tier, lambda: packs_in(tmp_path / "remote") == [newer])
+    assert list(leases.glob("*")) and len(list(folder.glob("*"))) == 4
+    newer.unlink()
+    settle(tier, lambda: not list(folder.glob("*")))
 
 
 def test_drops_go_once_they_cover_nothing(

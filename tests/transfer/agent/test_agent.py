@@ -17,8 +17,10 @@ from common.ids import BoardSlot, JobId, PlanId
 from common.messages import (
     PROTOCOL,
     Announcement,
+    AskFence,
     CancelJob,
     Deliver,
+    Fenced,
     JobEnded,
     Ping,
     PlanAccepted,
@@ -249,6 +251,24 @@ def test_a_job_number_is_used_once(gateway, start_engine):
     deliver(engine, 4, 3, range(2), range(10, 12))
     engine.wait_end(4)
     assert sum(getattr(m, "job", 0) == 2 for _, m in engine.messages) == 1
+
+
+def test_a_fence_gives_up_the_jobs_that_it_names_first(gateway, start_engine):
+    engine = start_engine("d0")
+    store(engine, 1, range(2))
+    gateway.read(3, range(2))
+    # in a layer window that gives no credits: it runs until it is given up
+    deliver(engine, 2, 3, range(2), range(10, 12), first_position=5)
+    running, late = JobId(2), JobId(4)
+    engine.send("a0", AskFence(1, [running, late]))
+    assert engine.wait_end(running).error
+    engine.send("a0", AskFence(2, [running, late]))
+    deliver(engine, late, 3, range(2), range(12, 14))
+    deliver(engine, 5, 3, range(2), range(14, 16), slot=1)
+    assert engine.wait_end(5).error == "" and not engine.has_ended(late)
+    assert engine.page_bytes(12) == bytes(LAYOUT.block_bytes)
+    told = [m for _, m in engine.messages if isinstance(m, Fenced) or getattr(m, "job", 0) == 2]
+    assert isinstance(told[0], JobEnded) and told[-1].number == 2
 
 
 @pytest.mark.slow

@@ -31,7 +31,8 @@ from tests.examples import examples
 from tests.transfer.agent.agent_process import FakeGateway
 from tests.transfer.agent.fake_engine import LAYOUT, key_of, namespace
 from tests.transfer.agent.test_agent import deliver, store
-from transfer.agent.engines import BadRegistration, check_registration
+from transfer.agent.engines import BadRegistration, Engines, check_registration
+from transfer.credits import CreditBoard
 
 NOW_MS = 1_000_000_000_000
 MEMORY_BYTES = 1 << 20
@@ -147,6 +148,21 @@ def test_a_registration_that_cannot_be_is_refused_before_it_changes_anything(cha
     odd = msgspec.structs.replace(HELLO, **change)
     with pytest.raises(BadRegistration, match=words):
         check_registration(odd, NOW_MS, MEMORY_BYTES)
+
+
+def test_an_engine_whose_next_registration_is_refused_is_served_on():
+    engines = Engines(CreditBoard(lambda address, length: None))
+    engine, _ = engines.register(b"id", HELLO)
+    for change in (
+        {"ranks": HELLO.ranks * 2},
+        {"shards": 2},
+        {"incarnation": NOW_MS + 1, "shards": 2},
+    ):
+        with pytest.raises(BadRegistration):
+            engines.register(b"other", msgspec.structs.replace(HELLO, **change))
+    assert engine is not None and engines.find(b"id") is engine and engine.identity == b"id"
+    assert engines.register(b"other", HELLO) == (engine, None)
+    assert engines.find(b"id") is None and engines.find(b"other") is engine
 
 
 @pytest.mark.slow
