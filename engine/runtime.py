@@ -261,7 +261,7 @@ class EngineRuntime:
         witness = self._witness = WitnessCheck(
             self.weights.namespace,
             merged(of_ranks),
-            self._me.incarnation,
+            self._me.incarnation or time.time_ns() // 10**6,  # 0: started by hand
             ask=self.links.send,
             take=lambda variant: self.ranks.post(VariantTaken(variant)),
         )

@@ -8,7 +8,6 @@ it depends on. Nothing else in the engine names a stream.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -104,11 +103,6 @@ class HostPages:
         self.here = here
         self._rows = rows
         self._page_tokens = page_tokens
-
-    @classmethod
-    def of(cls, pages: Iterable[int]) -> HostPages:
-        """Ones that are known."""
-        return cls(torch.from_numpy(np.fromiter(pages, np.int64)), 1)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -51,14 +51,14 @@ class CreditWriter:
         if at is None:
             return
         with self._lock:
-            if agent in self._queued:
+            if at.session_id in self._queued:  # of a restarted agent: not its predecessor's
                 return
-            self._queued.add(agent)
+            self._queued.add(at.session_id)
         self._workers.submit(f"credits {at.session_id}", partial(self._write, at))
 
     def _write(self, at: CreditsAt) -> None:
         with self._lock:
-            self._queued.discard(at.agent)
+            self._queued.discard(at.session_id)
         index = self._index[at.agent]
         self._words[index] = credit_word(at.tag, self._ring.free_until)
         source = int(self._words.ctypes.data) + index * WORD_BYTES

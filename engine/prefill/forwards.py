@@ -56,11 +56,14 @@ class PrefillForward:
         self._lock = threading.Lock()
         self._next_layer = 0
         """The first that is not done yet."""
+        self._waited = -1
+        """The newest layer that has waited: both hooks around an attention may come."""
 
     def before_attention(self, layer: int) -> None:
         """May wait: for the layer's buffer and prefix, where there is a window."""
         self._done_until(layer)
-        if self.window is not None:
+        if self.window is not None and layer > self._waited:
+            self._waited = layer
             self.window.before_layer(layer)
 
     def after_attention(self, layer: int) -> None:

@@ -55,6 +55,8 @@ class Delivery:
         self.rid = rid
         self.first_position = first_position
         self.error = ""
+        self.is_counted = False
+        """Among those that have failed."""
         self.writers: list[_Writer] = []
         self._num_layers = num_layers
         self._deadline = deadline
@@ -175,6 +177,7 @@ class Deliveries:
 
         incarnation = self._links.incarnation(writer.agent) or NO_INCARNATION
         writer.job = self._jobs.open(writer.agent, incarnation, (), self._timeout_s, ended, failed)
+        self._jobs.expect(writer.job, len(writer.blocks))
         delivery.writers.append(writer)
 
     def _send(
@@ -212,7 +215,9 @@ class Deliveries:
         the others have to hold the pages, whose owner may give them back now.
         """
         delivery.send()
-        self.failed_total += bool(delivery.error)
+        if delivery.error and not delivery.is_counted:
+            delivery.is_counted = True
+            self.failed_total += 1
         for writer in delivery.writers:
             self._links.send(writer.agent, CancelJob(writer.job))
 

@@ -83,6 +83,12 @@ class Jobs:
         self._holds.hold(job, pages)
         return job
 
+    def expect(self, job: JobId, pages: int) -> None:
+        """Count so many pages as held until :meth:`hold` names them."""
+        with self._lock:
+            if job in self._open:
+                self._holds.expect(job, pages)
+
     def hold(self, job: JobId, pages: Iterable[int]) -> bool:
         """Hold the pages of a job that was opened without any; False if it has ended since."""
         with self._lock:

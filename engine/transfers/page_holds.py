@@ -32,12 +32,20 @@ class PageHolds:
         self._lock = threading.Lock()
         self._pages_of: dict[int, list[int]] = {}
         self._holders: Counter[int] = Counter()
+        self._coming: dict[int, int] = {}
         self._deferred: set[int] = set()
         self._returned: deque[list[int]] = deque()
+
+    def expect(self, job: JobId, pages: int) -> None:
+        """So many, of which ``job`` is to be told later: they count from now on, since ranks learn
+        which they are at times of their own and are to admit the same requests."""
+        with self._lock:
+            self._coming[job] = pages
 
     def hold(self, job: JobId, pages: Iterable[int]) -> None:
         """``job`` may touch these pages from now on."""
         with self._lock:
+            self._coming.pop(job, None)
             held = list(pages)
             self._pages_of[job] = held
             self._holders.update(held)
@@ -45,6 +53,7 @@ class PageHolds:
     def release(self, job: JobId) -> None:
         """No transfer of ``job`` is in flight any more. Unknown jobs are ignored."""
         with self._lock:
+            self._coming.pop(job, None)
             free_now = []
             for page in self._pages_of.pop(job, ()):
                 self._holders[page] -= 1
@@ -76,9 +85,10 @@ class PageHolds:
 
     @property
     def unevictable_tokens(self) -> int:
-        """Held, and still owned by a request or the radix tree."""
+        """Held, or soon, and still owned by a request or the radix tree."""
         with self._lock:
-            return (len(self._holders.keys() - self._deferred)) * self.allocator.page_size
+            pages = len(self._holders.keys() - self._deferred) + sum(self._coming.values())
+        return pages * self.allocator.page_size
 
     def held_pages(self) -> list[int]:
         """Every page that a transfer may touch now."""

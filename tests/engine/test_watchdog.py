@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+import torch
 
 from common.ids import Incarnation
 from common.messages import AskFence, Deliver, EndPlan, Fenced
@@ -77,7 +78,7 @@ class Behind:
 def test_a_job_that_stopped_while_it_waited_for_the_device_is_not_sent(ended):
     engine, behind = Parts("decode"), Behind()
     plan = engine.plan(Request("r", list(range(9))), 2)
-    delivery = engine.deliveries.start(plan, 0, HostPages.of([3, 4]), behind)
+    delivery = engine.deliveries.start(plan, 0, HostPages(torch.tensor([3, 4]), 1), behind)
     engine.jobs.agent_restarted("a", Incarnation(6))
     behind.passed.set()
     delivery.send()

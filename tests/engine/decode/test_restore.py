@@ -377,3 +377,15 @@ def test_a_request_that_was_promised_nothing_is_released_quietly(parts):
     waiting.prefix_match = None  # without a radix cache SGLang matches nothing
     restore_hooks.before_release(queues, waiting)
     assert engine.links.sent == []
+
+
+def test_a_restore_that_no_completion_word_is_left_for_is_counted_once(parts):
+    engine, queues = parts
+    for _ in range(8):
+        engine.board.take()
+    request = Request("r", PROMPT)
+    engine.plan(request, 4)
+    waiting = queues.admit(request)
+    assert queues.polls() == [KVPoll.Failed]
+    restore_hooks.before_release(queues, waiting)
+    assert engine.deliveries.failed_total == 1

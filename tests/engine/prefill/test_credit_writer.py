@@ -1,6 +1,7 @@
 """Each rank of an engine writes its own word into an agent's memory."""
 
 import ctypes
+import threading
 import time
 from typing import Any
 
@@ -18,11 +19,16 @@ class Memory:
     def __init__(self) -> None:
         self.words = np.zeros(4, np.uint64)
         self.engine = self
+        self.hangs = threading.Event()
+        self.goes_on = threading.Event()
 
     def register(self, address: int, length: int) -> None:
         return
 
     def batch_transfer_sync_write(self, session, src, dst, lengths) -> int:
+        if session == "hangs":
+            self.hangs.set()
+            self.goes_on.wait(20)
         for a, b, length in zip(src, dst, lengths, strict=True):
             ctypes.memmove(b, a, length)
         return 0
@@ -58,3 +64,17 @@ def test_a_rank_writes_how_far_its_own_ring_is():
     at["a"] = CreditsAt("a", "h:2", int(memory.words.ctypes.data))
     writers[1].push("a")
     assert memory.holds([0, 3, 3, 0])
+
+
+def test_a_restarted_agent_is_told_though_a_write_to_its_predecessor_hangs():
+    memory: Any = Memory()
+    address = int(memory.words.ctypes.data)
+    at = {"a": CreditsAt("a", "hangs", address)}
+    writer = CreditWriter(LayerRing(4, 2), 0, ["a"], at, memory, SessionWorkers("test"))
+    writer.push("a")
+    assert memory.hangs.wait(20)
+    writer.push("a")  # waits behind it
+    at["a"] = CreditsAt("a", "h:2", address + 8)
+    writer.push("a")
+    assert memory.holds([0, 2, 0, 0])
+    memory.goes_on.set()

@@ -6,6 +6,8 @@ import ctypes
 import multiprocessing
 import pickle
 import socket
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -19,9 +21,9 @@ from common.ids import BoardSlot, Incarnation, JobId, PlanId
 from common.messages import EndPlan, EnginePlan
 from engine.config import EngineConfig
 from engine.ranks.group import Events, JobOver, RankGroup, SilentLinks
-from engine.streams import HostPages
+from engine.streams import PASSED, HostPages
 from engine.transfers.completion_board import CompletionBoard, OtherBoards
-from engine.transfers.deliveries import Deliveries
+from engine.transfers.deliveries import Deliveries, Delivery
 from engine.transfers.jobs import Jobs
 from engine.transfers.page_holds import PageHolds
 from tests.engine.parts import PAGE, Allocator
@@ -45,6 +47,24 @@ class Links:
     def send(self, agent: str, message: object) -> bool:
         self.sent.append(message)
         return self.reachable
+
+
+RUNNING = cast(Any, SimpleNamespace(query=lambda: False, synchronize=lambda: None))
+"""A forward that writes to the pages; it has ended when somebody waits for it."""
+
+
+class LateWorker:
+    """Runs what it was given when it is told to."""
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[], None]] = []
+
+    def submit(self, session_id: str, call: Callable[[], None]) -> None:
+        self._calls.append(call)
+
+    def run(self) -> None:
+        while self._calls:
+            self._calls.pop(0)()
 
 
 class Rank:
@@ -88,7 +108,8 @@ class Rank:
         reader = [i % len(agents) for i in range(len(pages))]
         keys = [BlockKey(bytes([p]) * 32) for p in pages]
         plan = EnginePlan(PlanId(1), "r", b"n" * 32, keys, agents, reader, 60.0)
-        return self.deliveries.start(plan, 0, HostPages.of(pages))
+        behind = RUNNING if isinstance(self.deliveries.workers, LateWorker) else PASSED
+        return self.deliveries.start(plan, 0, HostPages(torch.tensor(pages), 1), behind)
 
 
 def step(ranks: list[Rank]) -> None:
@@ -102,30 +123,36 @@ def step(ranks: list[Rank]) -> None:
 @given(st.data())
 def test_ranks_give_out_the_same_pages_whenever_transfers_end(data):
     ranks = [Rank(0, 3), Rank(1, 3), Rank(2, 3)]
-    running: list[list[int]] = []
+    late = LateWorker()
+    ranks[2].deliveries.workers = cast(Any, late)
+    running: list[tuple[list[int], list[Delivery]]] = []
     for _ in range(data.draw(st.integers(1, 25))):
-        match data.draw(st.sampled_from(["start", "free", "end", "away", "step"])):
+        match data.draw(st.sampled_from(["start", "free", "end", "away", "late", "step"])):
             case "start":
                 agents = data.draw(st.sampled_from([["a"], ["a", "b"]]))
                 taken = [rank.take(3) for rank in ranks]
                 assert taken[0] == taken[1] == taken[2]
                 if taken[0]:
-                    running.append(taken[0])
-                    for rank in ranks:
-                        rank.start(taken[0], agents)
+                    started = [rank.start(taken[0], agents) for rank in ranks]
+                    running.append((taken[0], started))
             case "free" if running:
-                pages = running.pop(data.draw(st.integers(0, len(running) - 1)))
-                for rank in ranks:
+                pages, started = running.pop(data.draw(st.integers(0, len(running) - 1)))
+                for rank, delivery in zip(ranks, started, strict=True):
+                    rank.deliveries.abandon(delivery)
                     rank.free(pages)
             case "end" if len(ranks[0].jobs):
                 job = data.draw(st.sampled_from(sorted(ranks[0].jobs._open)))
                 ranks[0].jobs.over(job, data.draw(st.sampled_from(["", "failed"])))
             case "away":
                 ranks[0].links.reachable = not ranks[0].links.reachable
+            case "late":
+                late.run()
             case "step":
                 step(ranks)
         free = [rank.holds.free_tokens for rank in ranks]
         assert free[0] == free[1] == free[2]
+        unevictable = [rank.holds.unevictable_tokens for rank in ranks]
+        assert unevictable[0] == unevictable[1] == unevictable[2]
         jobs = [sorted(rank.jobs._open) for rank in ranks]
         assert jobs[0] == jobs[1] == jobs[2]
 

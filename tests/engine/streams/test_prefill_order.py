@@ -181,6 +181,21 @@ def test_credits_for_a_buffer_come_when_its_layer_has_been_computed(make):
     assert all((layer, HERE[0]) in world.computed for layer in range(LAYERS))
 
 
+def test_a_layer_waits_once_though_both_hooks_come(make, monkeypatch):
+    world = make("eager", window=2)
+    ring = world.prefill_forwards.window.ring
+    waited, wait_free = [], ring.wait_free
+
+    def counted(position: int, *timeout_s: float) -> None:
+        waited.append(position)
+        wait_free(position, *timeout_s)
+
+    monkeypatch.setattr(ring, "wait_free", counted)
+    for room in (7, 8):
+        world.run_batch(HERE, asked(world, room))
+    assert waited == list(range(2 * LAYERS))
+
+
 # ---- time ------------------------------------------------------------------------------------
 
 
