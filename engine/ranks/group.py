@@ -70,7 +70,7 @@ class RankGroup:
     """This rank's place, and what the ranks agree on. ``cpu_group``: theirs; None of one rank.
 
     ``apply`` is called with each event, in the scheduler's thread; in an engine of one rank
-    by whoever posts it, at once.
+    by whoever posts it, at once, but for a variant, which must not change within a step.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class RankGroup:
 
     def post(self, event: Event) -> None:
         """Have an event take effect at every rank; the leader, any thread."""
-        if self.size == 1:
+        if self.size == 1 and not isinstance(event, VariantTaken):
             self._apply(event)
             return
         with self._lock:

@@ -316,6 +316,12 @@ DECODE = (
         "count requests whose KV is not what P sent, and store nothing of them",
     ),
     Hook(
+        _SCHEDULER + "_release_aborted_request",
+        "before",
+        "engine.sglang.decode.checksum_hooks:before_release_aborted",
+        "store nothing of a request aborted before its KV was compared with what P sent",
+    ),
+    Hook(
         _SCHEDULER + "process_batch_result",
         "after",
         "engine.sglang.decode.persist_hooks:after_batch_result",

@@ -13,7 +13,7 @@ def around_broadcast(
     """AROUND ``SchedulerRequestReceiver._broadcast_reqs_across_ranks``: SGLang broadcasts
     ``local_reqs``, which the leader itself has made, with those that came in."""
     engine = runtime_if_up()
-    if engine is None or engine.ranks.size == 1:
+    if engine is None:
         return original(receiver, recv_reqs, local_reqs)
     events = engine.ranks.take() if engine.ranks.is_leader else []
     return engine.ranks.arrived(original(receiver, recv_reqs, [*(local_reqs or []), *events]))

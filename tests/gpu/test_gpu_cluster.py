@@ -3,12 +3,13 @@ and CUDA graphs as SGLang has them by default."""
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
 import pytest
 
-from tests.cluster import Cluster, prompt, running_cluster
+from tests.cluster import Cluster, get, prompt, running_cluster
 
 PAGE = 64
 HALF = "--base-gpu-id 0 --mem-fraction-static 0.35 --max-total-tokens 65536 --dtype bfloat16"
@@ -47,6 +48,10 @@ def until_stored(cluster: Cluster, ids: list[int]) -> Any:
 
 def test_b_layers_are_seen_while_graphs_are_replayed(cluster):
     """Every one of them leaves at its attention, none only at the end of its forward."""
+    status, text = get(f"{cluster.url}/admin/engine/p0/server_info")
+    assert status == 200
+    assert json.loads(text)["cuda_graph_config"]["prefill"]["backend"] == "breakable"
     cluster.generate(prompt(500, seed=9))
+    cluster.wait_reported("engines")
     assert cluster.metric_sum("engine_suffix_sent_bytes_total") > 0
     assert cluster.metric_sum("engine_layers_unseen_total") == 0

@@ -13,6 +13,14 @@ USES = (
         "disaggregation.checksum.page_indices_for_request",
         "which pages are digested: P's begin behind the promised prefix",
     ),
+    Use(
+        "managers.schedule_batch.Req.expected_kv_checksum",
+        "whether the digest has been looked at: 0 from then on, and where there is none",
+    ),
+    Use(
+        "managers.schedule_batch.Req.skip_radix_cache_insert",
+        "keep KV whose digest nobody has looked at out of the tree",
+    ),
 )
 
 
@@ -31,3 +39,11 @@ def before_mismatch(scheduler: object, req: Request, msg: str) -> None:
     engine = runtime()
     engine.restores.mismatches_total += 1
     engine.persister.end(req)
+
+
+def before_release_aborted(scheduler: object, req: Any) -> None:
+    """BEFORE ``Scheduler._release_aborted_request``: SGLang looks at a digest when the request
+    joins a batch; of one that is aborted before, it would take the KV into its tree as it is."""
+    if req.expected_kv_checksum:
+        req.skip_radix_cache_insert = True
+        runtime().persister.end(req)

@@ -59,6 +59,21 @@ def test_a_request_whose_kv_is_not_what_p_sent_is_counted_and_not_stored(parts):
     assert counted == {"dualpath:engine_kv_checksum_mismatches_total": 1}
 
 
+@pytest.mark.parametrize("expected, is_kept", [(7, False), (0, True)])
+def test_nothing_is_kept_of_a_request_aborted_before_its_digest_was_looked_at(
+    parts, expected, is_kept
+):
+    engine, queues = parts
+    request = Request("r", PROMPT)
+    request.expected_kv_checksum, request.skip_radix_cache_insert = expected, False
+    queues.commit(queues.admit(request))
+    checksum_hooks.before_release_aborted(None, request)
+    request.finished_reason = "aborted"
+    assert request.skip_radix_cache_insert is not is_kept
+    queues.join_batch(request)  # SGLang's checkpoint
+    assert bool(engine.links.of(PullBlocks)) == is_kept
+
+
 def test_on_a_cpu_the_digest_is_adler_32_of_the_pages_of_all_buffers():
     buffers = [bytes(range(64)), bytes(range(64, 128))]
     kept = [ctypes.create_string_buffer(buffer, 64) for buffer in buffers]

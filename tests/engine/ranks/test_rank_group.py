@@ -20,7 +20,7 @@ from common.block import BlockKey
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
 from common.messages import EndPlan, EnginePlan
 from engine.config import EngineConfig
-from engine.ranks.group import Events, JobOver, RankGroup, SilentLinks
+from engine.ranks.group import Events, JobOver, RankGroup, SilentLinks, VariantTaken
 from engine.streams import PASSED, HostPages
 from engine.transfers.completion_board import CompletionBoard, OtherBoards
 from engine.transfers.deliveries import Deliveries, Delivery
@@ -181,6 +181,15 @@ def test_one_rank_needs_no_broadcast():
     assert len(alone.jobs) == 0 and alone.group.take() == []
     assert alone.group.all_of([True, False]) == [True, False]
     assert alone.group.gather("x") == ["x"]
+
+
+def test_a_variant_is_taken_between_two_steps_of_one_rank_as_well():
+    applied: list[object] = []
+    alone = RankGroup(0, 1, None, applied.append)
+    alone.post(VariantTaken(2))
+    assert applied == []
+    assert alone.arrived(["request", *alone.take()]) == ["request"]
+    assert applied == [VariantTaken(2)]
 
 
 def test_the_leader_makes_other_boards_say_that_a_job_failed():
