@@ -14,11 +14,12 @@ from storage.slot_pool import SlotPool
 class _Fill:
     """A slot that is being filled: from ``tier``, or from an engine where that is None."""
 
-    __slots__ = ("tier", "plans")
+    __slots__ = ("tier", "plans", "is_quarantined")
 
     def __init__(self, tier: TierName | None) -> None:
         self.tier = tier
         self.plans: set[PlanId] = set()
+        self.is_quarantined = False
 
 
 class Fills:
@@ -77,6 +78,16 @@ class Fills:
     def is_pulled(self, key: BlockKey) -> bool:
         """Is the block on its way out of an engine?"""
         return key in self._fills and self._fills[key].tier is None
+
+    def is_quarantined(self, key: BlockKey) -> bool:
+        """Will nothing come into the slot, which is not free yet all the same?"""
+        return key in self._fills and self._fills[key].is_quarantined
+
+    def quarantine(self, key: BlockKey) -> list[PlanId]:
+        """Nobody is to wait for the block from now on; returns who has."""
+        fill = self._fills[key]
+        fill.is_quarantined = True
+        return sorted(fill.plans)
 
     def wait(self, key: BlockKey, plan: PlanId) -> None:
         self._fills[key].plans.add(plan)

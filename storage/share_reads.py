@@ -116,6 +116,8 @@ class ShareReads:
         for key in dict.fromkeys(share.keys):
             if len(here) + len(joined) + len(reads) == self._pool.num_slots:
                 break
+            if self.fills.is_quarantined(key):
+                continue
             if key in self.fills:
                 joined.append(key)
             elif self._holdings.has(key, TierName.DRAM):
@@ -182,6 +184,17 @@ class ShareReads:
         for plan in self.fills.end(key, label):
             share = self.queue.get(plan)
             assert share is not None, "a released plan waits for nothing"
+            share.waiting.discard(key)
+            if not share.waiting:
+                self._ready.append(share)
+
+    def give_up_fill(self, key: BlockKey) -> None:
+        """The block is a miss, though its slot is not free before its fill ends."""
+        for plan in self.fills.quarantine(key):
+            share = self.queue.get(plan)
+            assert share is not None, "a released plan waits for nothing"
+            self.fills.stop_waiting(key, plan)
+            self._pool.unpin(key, plan)
             share.waiting.discard(key)
             if not share.waiting:
                 self._ready.append(share)

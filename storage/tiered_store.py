@@ -103,6 +103,11 @@ class TieredStore:
         """Nothing came, or will come, into a reserved slot: it is free."""
         self._end_pull(key, None)
 
+    def quarantine(self, key: BlockKey) -> None:
+        """Nothing counts that comes into a reserved slot, which may not be reused before
+        :meth:`abandon`: the block is a miss."""
+        self._reads.give_up_fill(key)
+
     def _end_pull(self, key: BlockKey, label: BlockLabel | None) -> None:
         if not self._reads.fills.is_pulled(key):
             raise KeyError(f"block {key.hex()} is not reserved")

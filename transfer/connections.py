@@ -59,17 +59,19 @@ def data_port(session_id: str) -> int:
 def connections(ports: Collection[int]) -> Iterator[tuple[Connection, int]]:
     """All connections with one of these ports at either end over which a process may still get
     bytes, and the socket's inode; 0 while no process has it."""
+    wanted = {f"{port:04X}" for port in ports}
     for table in _TABLES:
         with contextlib.suppress(FileNotFoundError):  # a host without IPv6
             for line in table.read_text().splitlines()[1:]:
-                fields = line.split()
-                found = Connection(_endpoint(fields[1]), _endpoint(fields[2]))
+                fields = line.split(maxsplit=10)
+                here, there = fields[1], fields[2]
+                if here[-4:] not in wanted and there[-4:] not in wanted:
+                    continue  # most of a busy host's
                 state, inode = int(fields[3], 16), int(fields[9])
                 # Closed by its process, or not taken by it yet: told apart by their states.
                 is_open = inode or state in (_ESTABLISHED, _SYN_RECEIVED, _CLOSE_WAIT)
-                is_meant = found.here.port in ports or found.there.port in ports
-                if is_meant and is_open and state != _LISTEN:
-                    yield found, inode
+                if is_open and state != _LISTEN:
+                    yield Connection(_endpoint(here), _endpoint(there)), inode
 
 
 def own_sockets() -> dict[int, int]:

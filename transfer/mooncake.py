@@ -181,9 +181,9 @@ class TransferPeer:
         """After connections to this peer were cut: let Mooncake notice. It keeps some for the
         next transfers, and one that it does not know to be dead fails the transfer that gets it."""
         word = int(self._word.ctypes.data)
+        reads = [np.full(READS_AT_ONCE, each, np.int64) for each in (word, address, 8)]
         for _ in range(LANES_MAX):
-            reads = [word] * READS_AT_ONCE, [address] * READS_AT_ONCE, [8] * READS_AT_ONCE
-            if self._engine.batch_transfer_sync_read(session_id, *reads) == 0:
+            if transfer_batch(self._engine, "read", session_id, *reads) == 0:
                 return
 
     def forgive(self, session_id: str) -> None:

@@ -7,7 +7,8 @@ The evidence is that there is no socket left over which such bytes could come:
 1. the agent, or the incarnation that has replaced it, says that nothing more of what has failed
    is under way from its process, and which connections from its host are some process's
    (:mod:`transfer.agent.fences`);
-2. every other connection from that host is cut at this end, at every rank, which the kernel's
+2. every other connection from that host, of those that there were before it was asked again,
+   is cut at this end, at every rank, which the kernel's
    table of connections shows to be done. What still comes for it is answered with a reset.
 
 Until then the pages stay held, as those of an agent that is not heard; their number is bounded
@@ -20,7 +21,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 
 import msgspec
 
@@ -43,8 +44,11 @@ class _Fence(msgspec.Struct):
     jobs: list[JobId]
     began_s: float
     asked_s: float
+    candidates: Mapping[Connection, int] | None = None
+    """Connections, and their sockets, that were not live when the agent answered, or have been
+    opened since; None: no answer yet."""
     late: Mapping[Connection, int] | None = None
-    """Connections over which their bytes could come, and their sockets; None: no answer yet."""
+    """Those of them that were not live when it answered again: their bytes could come there."""
 
 
 class Fences:
@@ -92,15 +96,15 @@ class Fences:
             fence = self._open.get(agent)
             if fence is None or fence.number != message.number or fence.late is not None:
                 return
-            hosts = set(message.hosts)
             live = {Endpoint(host, port) for host, port in message.live}
-            fence.late = {
-                connection: inode
-                for connection, inode in connections(self._ports)
-                if connection.here.port in self._ports
-                and connection.there.host in hosts
-                and connection.there not in live
-            }
+            if fence.candidates is None:
+                fence.candidates = self._from(set(message.hosts), live)
+                if fence.candidates:  # to another number, since it may have been asked twice
+                    fence.number, fence.asked_s = next(self._numbers), 0.0
+                    self._ask(agent, fence)
+                    return
+            found = fence.candidates.items()
+            fence.late = {each: inode for each, inode in found if each.there not in live}
             self.cut_total += len(fence.late)
 
     def samples(self) -> Iterator[Sample]:
@@ -113,6 +117,16 @@ class Fences:
         if time.monotonic() - fence.asked_s >= ASK_AGAIN_S:
             fence.asked_s = time.monotonic()
             self._links.send(agent, AskFence(fence.number, fence.jobs))
+
+    def _from(self, hosts: Set[str], live: Set[Endpoint]) -> dict[Connection, int]:
+        """Connections to the ranks from these hosts that are not live, by now."""
+        return {
+            connection: inode
+            for connection, inode in connections(self._ports)
+            if connection.here.port in self._ports
+            and connection.there.host in hosts
+            and connection.there not in live
+        }
 
     def _cut(self, late: Mapping[Connection, int]) -> bool:
         """Whether any of them is still there; it is cut then."""

@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from storage.index.owners import Selector
 from storage.remote.objects.calls import RemoteCalls
 from storage.remote.objects.object_store import ObjectStore
-from storage.remote.packs.catalog import Drop, PackCatalog, knows_all, new_drop_path
+from storage.remote.packs.catalog import (
+    Drop,
+    PackCatalog,
+    knows_all,
+    misdated,
+    new_drop_path,
+)
 from storage.remote.packs.format import PackClock, now_ms
 from storage.remote.packs.indexer import PackIndexer
 from storage.remote.packs.known import KnownPacks
@@ -183,6 +189,7 @@ class RemoteBackend:
             now=now,
             manifest_ms=latest_manifest_ms(objects),
         )
+        plan = plan._replace(misdated=misdated(self.indexer.drops))
         if knows_all(objects, packs):
             drops, unused = old_drops(self.indexer.drops, now), unused_witnesses(objects, packs)
             plan = plan._replace(drops=drops, witnesses=unused)

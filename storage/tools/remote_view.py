@@ -29,6 +29,7 @@ from storage.remote.packs.catalog import (
     dropped_before_ms,
     is_left,
     knows_all,
+    misdated,
     new_drop_path,
 )
 from storage.remote.packs.format import PackClock, now_ms, written_ms_of
@@ -212,6 +213,7 @@ class RemoteView:
             pack.live_bytes = pack.stored_bytes(self._live_rows(pack))
         manifest_ms, now = latest_manifest_ms(self._objects), now_ms()
         plan = plan_upkeep(self._packs, self._live_rows, self._settings, now, manifest_ms)
+        plan = plan._replace(misdated=misdated(self._drops))
         if knows_all(self._objects, self._packs):
             plan = plan._replace(drops=old_drops(self._drops, now))
         if not plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ from common.ids import Incarnation
 from common.messages import AskFence, Deliver, EndPlan, Fenced
 from engine import watchdog
 from engine.streams import PASSED, HostPages
+from engine.transfers.fence import Fences
 from engine.watchdog import Watchdog
 from tests.engine.parts import Parts, Request
 
@@ -86,6 +88,27 @@ def test_a_job_that_stopped_while_it_waited_for_the_device_is_not_sent(ended):
     looked_after(engine)
     ((_, asked),) = engine.links.of(AskFence)
     assert asked.jobs == [writer.job for writer in delivery.writers]
+
+
+@pytest.mark.parametrize("is_live", [False, True])
+def test_a_connection_opened_since_the_agent_s_answer_is_not_cut(is_live):
+    engine = Parts("decode")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        fences = Fences(engine.jobs, engine.links, [port], engine.cuts.append)
+        job = engine.jobs.open("a", Incarnation(5), [1], 60.0, lambda reason: None)
+        engine.jobs.agent_restarted("a", Incarnation(6))
+        fences.look()
+        with socket.create_connection(("127.0.0.1", port)) as link, server.accept()[0]:
+            end = ("127.0.0.1", link.getsockname()[1])
+            fences.answered("a", Fenced(1, ["127.0.0.1"], []))
+            fences.answered("a", Fenced(1, ["127.0.0.1"], []))  # it had been asked twice
+            fences.look()
+            assert not engine.cuts and engine.links.of(AskFence)[-1] == ("a", AskFence(2, [job]))
+            fences.answered("a", Fenced(2, ["127.0.0.1"], [end] if is_live else []))
+            fences.look()
+            assert bool(engine.cuts) != is_live
+            assert engine.holds.held_pages() == ([] if is_live else [1])
 
 
 def test_a_look_that_fails_is_not_the_last_one(monkeypatch):

@@ -19,16 +19,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
+from weakref import WeakKeyDictionary
 
 import psutil
 
 from common.messages import Fenced
 from transfer.agent.engines import Engine, Rank
-from transfer.connections import Connection, Endpoint, connections, cut, own_sockets
+from transfer.connections import Connection, Endpoint, connections, cut
 from transfer.mooncake import TransferFailed, TransferPeer
 
 log = logging.getLogger(__name__)
+
+AGAIN_S = 1.0
+"""After an attempt that has failed."""
 
 
 class Fences:
@@ -38,6 +43,8 @@ class Fences:
         self._peer = peer
         self._post = post
         self._rising: set[Engine] = set()
+        self._failed_s: WeakKeyDictionary[Engine, float] = WeakKeyDictionary()
+        """When the latest attempt has failed, of engines without a fence since."""
         self.passed_total = 0
 
     def begin(self, engine: Engine, passed: Callable[[], None]) -> None:
@@ -46,7 +53,7 @@ class Fences:
         failures = engine.failures
         if failures == engine.fenced_failures:
             passed()
-        elif engine not in self._rising:
+        elif engine not in self._rising and self._is_due(engine):
             self._rising.add(engine)
 
             def ended(is_quiet: bool) -> None:
@@ -54,9 +61,16 @@ class Fences:
                 if is_quiet:
                     self.passed_total += 1
                     engine.fenced_failures = failures
+                    self._failed_s.pop(engine, None)
                     passed()
+                else:
+                    self._failed_s[engine] = time.monotonic()
 
             threading.Thread(target=self._run, args=(engine, ended), daemon=True).start()
+
+    def _is_due(self, engine: Engine) -> bool:
+        failed_s = self._failed_s.get(engine)
+        return failed_s is None or time.monotonic() - failed_s >= AGAIN_S
 
     def _run(self, engine: Engine, ended: Callable[[bool], None]) -> None:
         is_quiet = False
@@ -73,10 +87,10 @@ class Fences:
         except TransferFailed as error:
             # Of a process that is gone nothing can be read; but what was queued before has failed.
             if not engine.is_gone:
-                log.warning("no fence yet engine=%s: %s", engine.name, error)
+                if engine not in self._failed_s:  # else it has been said
+                    log.warning("no fence yet engine=%s: %s", engine.name, error)
                 return False
-        own = own_sockets()
-        cut([inode for _, inode in _towards([rank]) if inode in own])
+        cut([inode for _, inode in _towards([rank])])
         if not engine.is_gone:
             self._peer.freshen(session_id, address)
             self._peer.forgive(session_id)

@@ -7,7 +7,7 @@ import queue
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -58,6 +58,16 @@ class Drop(msgspec.Struct, frozen=True):
 def new_drop_path(drop: Drop) -> str:
     """Below the remote URL; no two are alike."""
     return f"drops/{drop.before_ms:012x}-{secrets.token_hex(8)}.json"
+
+
+def misdated(drops: Mapping[str, Drop]) -> dict[str, Drop]:
+    """Those from a clock far ahead, as they are understood here, by path."""
+    named_ms = {path: int(path.removeprefix("drops/")[:12], 16) for path in drops}
+    return {
+        path: Drop(drop.selector, min(drop.before_ms, now_ms()))
+        for path, drop in drops.items()
+        if is_far_ahead(named_ms[path])
+    }
 
 
 def knows_all(objects: Iterable[StoredObject], packs: Iterable[Pack]) -> bool:

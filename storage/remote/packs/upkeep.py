@@ -22,7 +22,14 @@ from common.block import BlockOwner
 from storage.block_format import HEADER_BYTES, Buffer, verify
 from storage.remote.objects.calls import CalledOff, RemoteCalls
 from storage.remote.objects.object_store import TEMPORARY_SUFFIX, StoredObject
-from storage.remote.packs.catalog import Drop, DropsGone, News, PackFound, PacksGone
+from storage.remote.packs.catalog import (
+    Drop,
+    DropsGone,
+    News,
+    PackFound,
+    PacksGone,
+    new_drop_path,
+)
 from storage.remote.packs.format import (
     PackBuilder,
     PackClock,
@@ -80,9 +87,11 @@ class UpkeepPlan(NamedTuple):
     """By path: those that may be needless by now."""
     witnesses: Collection[str] = ()
     """Paths: those of namespaces that have no pack."""
+    misdated: Mapping[str, Drop] = {}
+    """By path: those to be written anew, or each start would take them for ones of then."""
 
     def __bool__(self) -> bool:
-        parts = (self.delete, self.rewrites, self.drops, self.witnesses)
+        parts = (self.delete, self.rewrites, self.drops, self.witnesses, self.misdated)
         return any(parts) or self.manifest is not None
 
 
@@ -274,6 +283,9 @@ class PackUpkeep:
                 self._delete([pack.path for pack in plan.delete])
                 if plan.manifest is not None:
                     self._write_manifest(plan.manifest, objects)
+                for drop in plan.misdated.values():
+                    write_drop(self._calls, new_drop_path(drop), drop)
+                self._delete_drops(list(plan.misdated))
                 self._delete_drops(needless(plan.drops, packs))
                 self._clean(objects)
                 self._clean_witnesses(plan.witnesses)

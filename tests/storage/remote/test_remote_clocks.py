@@ -115,6 +115,14 @@ def test_a_drop_of_a_wrong_clock_takes_what_there_is_now(
     assert ours.contains([key_of(1)]) == [False] and "taken for one of now" in caplog.text
     write_step_1(ours, 2)
     assert ours.contains([key_of(2)]) == [True]
+    (far,) = tmp_path.glob("remote/drops/*.json")
+    keeper = open_remote(url, refresh_s=0.05, upkeep_s=0.05)
+    settle(keeper, lambda: far not in tmp_path.glob("remote/drops/*.json"))
+    (near,) = tmp_path.glob("remote/drops/*.json")
+    assert int(near.name[:12], 16) <= pack_format.now_ms()
+    write_step_1(ours, 3)
+    again = open_remote(url)
+    settle(again, lambda: again.contains([key_of(i) for i in (1, 3)]) == [False, True])
 
 
 def test_a_drop_takes_what_was_written_after_its_pack_was_named(

@@ -152,6 +152,8 @@ class PullJobs:
         elif isinstance(error, TransferFailed):
             engine.failures += 1
             self._quarantines.append(_Quarantine(engine, keys))
+            for key in keys:
+                self._store.quarantine(key)
         else:
             for key in keys:
                 self._store.abandon(key)

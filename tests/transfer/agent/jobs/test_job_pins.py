@@ -11,6 +11,7 @@ import pytest
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
 from common.messages import Deliver, PullBlocks, PullEnded, RankMemory, RegisterEngine
 from storage.slot_pool import SlotPool
+from storage.store_events import ShareSettled
 from storage.tiered_store import TieredStore
 from tests.transfer.agent.fake_engine import LAYOUT, key_of, namespace
 from transfer.agent.engines import Engine, Engines
@@ -130,6 +131,21 @@ def test_a_failed_pull_keeps_its_slots_until_a_fence_has_passed(world):
     world.pulls.release_quarantine(lambda engine, passed: passed())
     assert world.pulls.quarantined_slots == 0
     assert len(world.store.reserve([key_of(50)])) == 1
+
+
+def test_no_share_waits_for_a_block_in_quarantine(world):
+    keys, now = [key_of(block) for block in range(2)], time.monotonic()
+    world.pulls.start(world.engine, PullBlocks(JobId(1), keys, [0, 1], 10.0))
+    world.store.admit(PlanId(7), keys, now + 100, now)
+    assert not world.store.poll(now)
+    world.queue.transfers[-1].ended(TransferFailed("h:1", "read", -1))
+    world.store.admit(PlanId(8), keys, now + 100, now)
+    settled = [event for event in world.store.poll(now) if isinstance(event, ShareSettled)]
+    assert [share.plan for share in settled] == [7, 8]
+    assert [share.in_dram for share in settled] == [[False, False]] * 2
+    world.pulls.release_quarantine(lambda engine, passed: passed())
+    others = [key_of(block) for block in range(50, 50 + SLOTS)]
+    assert len(world.store.reserve(others)) == SLOTS
 
 
 def test_pulled_blocks_know_their_parents_and_their_tenant(world):
