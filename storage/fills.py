@@ -75,9 +75,10 @@ class Fills:
         fill.tier = tier
         self.reads[tier] += 1
 
-    def is_pulled(self, key: BlockKey) -> bool:
-        """Is the block on its way out of an engine?"""
-        return key in self._fills and self._fills[key].tier is None
+    def check_pulled(self, key: BlockKey) -> None:
+        """Raises KeyError, unless the block is on its way out of an engine."""
+        if key not in self._fills or self._fills[key].tier is not None:
+            raise KeyError(f"block {key.hex()} is not reserved")
 
     def is_quarantined(self, key: BlockKey) -> bool:
         """Will nothing come into the slot, which is not free yet all the same?"""

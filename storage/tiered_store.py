@@ -96,22 +96,19 @@ class TieredStore:
 
     def commit(self, key: BlockKey, label: BlockLabel = UNLABELLED) -> None:
         """A reserved slot holds the block's bytes: it is resident, and written behind."""
-        self._end_pull(key, label)
+        self._reads.fills.check_pulled(key)
+        self._reads.end_fill(key, label)
         self._writes.start(key, self._writes.targets_of_new())
 
     def abandon(self, key: BlockKey) -> None:
         """Nothing came, or will come, into a reserved slot: it is free."""
-        self._end_pull(key, None)
+        self._reads.fills.check_pulled(key)
+        self._reads.end_fill(key, None)
 
     def quarantine(self, key: BlockKey) -> None:
         """Nothing counts that comes into a reserved slot, which may not be reused before
         :meth:`abandon`: the block is a miss."""
         self._reads.give_up_fill(key)
-
-    def _end_pull(self, key: BlockKey, label: BlockLabel | None) -> None:
-        if not self._reads.fills.is_pulled(key):
-            raise KeyError(f"block {key.hex()} is not reserved")
-        self._reads.end_fill(key, label)
 
     def _may_persist(self) -> bool:
         """May one more slot be pinned by persisting?"""
