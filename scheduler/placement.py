@@ -21,8 +21,8 @@ def candidates(state: ClusterState, role: str, request: PlanRequest) -> Rows:
         names = {row: engines.names[row] for row in alive.tolist()}
         usable = [row for row, name in names.items() if name not in request.excluded]
         if not usable:
-            tried = ", ".join(sorted(names.values()))
-            raise NoEngine(role, f"it already failed on every one that is alive ({tried})")
+            alive_names = ", ".join(sorted(names.values()))
+            raise NoEngine(role, f"it may go to none of those that are alive ({alive_names})")
         preferred = [row for row in usable if names[row] not in request.avoided]
         alive = np.array(preferred or usable, np.intp)
     return alive

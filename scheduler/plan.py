@@ -35,7 +35,8 @@ class PlanRequest(msgspec.Struct, frozen=True):
     page_tokens: int
     block_bytes: int
     excluded: frozenset[str] = frozenset()
-    """Engines that this request must not go to (it just failed there)."""
+    """Engines that this request must not go to: of another namespace, or where it would not be
+    alone."""
     avoided: frozenset[str] = frozenset()
     """Engines that it goes to only where there is no other."""
     use_cache: bool = True

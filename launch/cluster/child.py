@@ -22,6 +22,8 @@ from transfer.traffic import cgroup
 _PR_SET_PDEATHSIG = 1
 _TRACKERS_S = 1.0
 _libc = ctypes.CDLL(None)
+_LOADED_AT = time.time()
+"""Before any child was started."""
 
 
 class Child:
@@ -175,13 +177,21 @@ def _is_resource_tracker(pid: int) -> bool:
 
 
 def _named_shared_memory(pids: Iterable[int]) -> set[Path]:
-    """Files under /dev/shm (semaphores too) that these processes have mapped."""
+    """Files in /dev/shm (semaphores too) that these processes have mapped: no folders', and none
+    that was there before, such as a model kept in memory."""
     paths = set()
     for pid in pids:
         with contextlib.suppress(OSError):  # it ended meanwhile
             maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
-            paths |= set(re.findall(r" (/dev/shm/\S+)$", maps, re.M))
-    return {Path(path) for path in paths}
+            paths |= set(re.findall(r" (/dev/shm/[^/\s]+)$", maps, re.M))
+    return {Path(path) for path in paths if _is_newer(Path(path), _LOADED_AT)}
+
+
+def _is_newer(path: Path, than: float) -> bool:
+    try:
+        return path.stat().st_ctime > than
+    except OSError:  # it is gone
+        return False
 
 
 async def _gone_within(sessions: list[int], seconds: float) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.user_files import close_to_others
+from common.user_files import PRIVATE_FILE, close_to_others
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +39,24 @@ class LogFile:
                 return
             if self.path.stat().st_size < self._bytes_max:
                 return
+            copy = self._copied()
             self._make_room()
-            shutil.copy(self.path, self._aside(1))
-            with self.path.open("r+b") as file:
-                file.truncate(0)
+            copy.replace(self._aside(1))
+            os.truncate(self.path, 0)
         except OSError as error:  # a full disk: the process's own writes fail alike
             log.warning("not put aside: %s: %s", self.path, error)
+
+    def _copied(self) -> Path:
+        """Its copy, which takes no other's place before it is whole."""
+        copy = self.path.with_suffix(".log.new")
+        copy.unlink(missing_ok=True)
+        try:
+            with self.path.open("rb") as log_file, open(copy, "xb", opener=_private) as file:
+                shutil.copyfileobj(log_file, file)
+        except OSError:
+            copy.unlink(missing_ok=True)
+            raise
+        return copy
 
     def _aside(self, number: int) -> Path:
         return self.path.with_suffix(f".log.{number}")
@@ -52,6 +65,10 @@ class LogFile:
         for number in range(self._kept - 1, 0, -1):
             if (older := self._aside(number)).exists():
                 older.replace(self._aside(number + 1))
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, PRIVATE_FILE)
 
 
 async def keep_small(logs: Sequence[LogFile]) -> None:

@@ -38,8 +38,14 @@ class Entry(Generic[T]):
     number: int
     """Counts up with each request that comes."""
     item: T
+    user: str = ""
     start: float = 0.0
     """In its tenant's tokens."""
+
+    @property
+    def end(self) -> float:
+        """Where its user's next one starts."""
+        return self.start + self.cost_tokens
 
     @property
     def rank(self) -> tuple[int, float, int]:
@@ -59,10 +65,15 @@ class _Line(Generic[T]):
     user_ends: dict[str, float] = field(default_factory=dict)
     """Of users who are ahead of it: where their last entries end."""
 
-    def add(self, entry: Entry[T], user: str) -> None:
-        entry.start = max(self.virtual, self.user_ends.get(user, 0.0))
-        self.user_ends[user] = entry.start + entry.cost_tokens
+    def add(self, entry: Entry[T]) -> None:
+        entry.start = max(self.virtual, self.user_ends.get(entry.user, 0.0))
+        self.user_ends[entry.user] = entry.end
         bisect.insort(self.entries, entry, key=lambda e: e.rank)
+
+    def left(self, entry: Entry[T]) -> None:
+        """It was taken out unpaid: its user is no further than its other entries."""
+        ends = (other.end for other in self.entries if other.user == entry.user)
+        self.user_ends[entry.user] = max(ends, default=entry.start)
 
     def went(self) -> None:
         """The first entry is about to be taken out."""
@@ -100,12 +111,12 @@ class FairQueue(Generic[T]):
     ) -> Entry[T]:
         """Queue ``item``, which takes ``cost_tokens`` (at least 1 is counted)."""
         self._count += 1
-        entry = Entry(tenant, max(1, cost_tokens), priority, self._count, item)
+        entry = Entry(tenant, max(1, cost_tokens), priority, self._count, item, user)
         line = self._lines.get(tenant)
         if line is None:
             start = max(self._virtual, self._owing.pop(tenant, 0.0))
             line = self._lines[tenant] = _Line(start, self._count)
-        line.add(entry, user)
+        line.add(entry)
         self._length += 1
         return entry
 
@@ -120,7 +131,7 @@ class FairQueue(Generic[T]):
         self._virtual = min(max(moved_on, line.start), latest)
         line.start += entry.cost_tokens
         line.went()
-        self.remove(entry)
+        self._take_out(line, entry)
         return entry
 
     def remove(self, entry: Entry[T]) -> bool:
@@ -128,6 +139,11 @@ class FairQueue(Generic[T]):
         line = self._lines.get(entry.tenant)
         if line is None or entry not in line.entries:
             return False
+        self._take_out(line, entry)
+        line.left(entry)
+        return True
+
+    def _take_out(self, line: _Line[T], entry: Entry[T]) -> None:
         line.entries.remove(entry)
         self._length -= 1
         if not line.entries:
@@ -135,7 +151,6 @@ class FairQueue(Generic[T]):
             self._owing[entry.tenant] = line.start
             if len(self._owing) > TENANTS_REMEMBERED:
                 self._owing.popitem(last=False)
-        return True
 
     def last_first(self, tenant: str) -> Iterator[Entry[T]]:
         """What a tenant has waiting, beginning with what would go last."""

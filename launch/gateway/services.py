@@ -68,7 +68,7 @@ class Services:
         self.probe = HttpProbe(self.client, plane.http_state)
         self.admission = Admission(config.requests_max)
         self.outage = Outage(config.engine_wait_s, plane.wait_change)
-        self.suspects = Suspects(plane.members.pairs)
+        self.suspects = Suspects(plane.pairs)
         plane.on_engine_lost = self.suspects.engine_lost
         self.metrics = GatewayMetrics(plane, self.admission, self.outage)
         self.walks: dict[tuple[str, str], Walk] = {}

@@ -235,7 +235,7 @@ def test_a_slow_measurement_fades_unless_it_is_confirmed():
 
 def test_no_engine_says_why():
     scheduler = cluster(prefill=1)
-    with pytest.raises(NoEngine, match=r"already failed.*p0") as failed:
+    with pytest.raises(NoEngine, match=r"may go to none.*p0") as failed:
         scheduler.plan(request(excluded=frozenset({"p0"})), now=0.0)
     assert not failed.value.transient
     with pytest.raises(NoEngine, match=r"no prefill engine.*none is alive"):

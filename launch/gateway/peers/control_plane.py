@@ -72,6 +72,12 @@ class ControlPlane:
         roles = {e.address.role for n, e in self.members.engines.items() if n not in drained}
         return len(roles) == 2
 
+    def pairs(self) -> int:
+        """Of a prefill and a decode process that requests can go to, at most."""
+        useless = self.members.strangers() | self.scheduler.drained
+        usable = [e.address for e in self.members.live_engines() if e.name not in useless]
+        return min(len({a.http for a in usable if a.role == r}) for r in ("prefill", "decode"))
+
     async def wait_change(self) -> None:
         """Return at the next report, or after ``CHECK_S``."""
         self.changed.clear()
@@ -195,6 +201,8 @@ class ControlPlane:
     def _engine_lost(self, engine: EnginePeer, reason: str, rids: Sequence[str] = ()) -> None:
         """It is of no use until it reports again; ``rids``: what it was at work on."""
         if engine.lost:
+            if rids:  # its last words came after the end of its connections was seen
+                self.on_engine_lost(engine.name, engine.incarnation, rids)
             return
         engine.lost = True
         self.scheduler.engine_lost(engine.name)

@@ -99,12 +99,13 @@ class EngineClient:
 
     async def ask_any(self, method: str, path: str, body: JsonObject | None = None) -> HttpAnswer:
         """The answer of the first live engine that gives one; 4xx raises ``EngineRefused``, as do
-        failures of all of them with the same body."""
+        failures of all of them with the same body; ``Unavailable`` if none has got it."""
         engines = self.members.live_engines()
         if not engines:
             raise Unavailable("no engine is alive")
         first = next(self._turn)
         reasons = []
+        unreached = 0
         failed: list[HttpAnswer] = []
         for offset in range(len(engines)):
             engine = engines[(first + offset) % len(engines)]
@@ -112,6 +113,7 @@ class EngineClient:
                 answer = await self.call(engine, method, path, body)
             except (aiohttp.ClientError, TimeoutError) as error:
                 reasons.append(f"{engine.name}: {error!r}")
+                unreached += isinstance(error, aiohttp.ClientConnectorError)
                 continue
             if answer.status < 400:
                 return answer
@@ -122,7 +124,10 @@ class EngineClient:
         if body is not None and len(failed) == len(engines):
             # SGLang answers 500 where a chat template cannot take a request.
             raise EngineRefused(UNPROCESSABLE_STATUS, failed[-1].body)
-        raise RequestFailed(f"{path} failed on every engine ({'; '.join(reasons)})")
+        message = f"{path} failed on every engine ({'; '.join(reasons)})"
+        if unreached == len(engines):  # killed, which is not known yet
+            raise Unavailable(message)
+        raise RequestFailed(message)
 
     async def ask_one(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Iterable
 
 import zmq.asyncio
 
@@ -48,9 +49,10 @@ class Membership:
             if self.alive(e) and (role is None or e.address.role == role)
         ]
 
-    def pairs(self) -> int:
-        """Of a prefill and a decode engine that live, at most."""
-        return min(len(self.live_engines(role)) for role in ("prefill", "decode"))
+    def of_one_process(self, names: Iterable[str]) -> set[str]:
+        """These engines, and the attention groups of the same processes."""
+        processes = {self.engines[name].address.http for name in names}
+        return {n for n, e in self.engines.items() if e.address.http in processes}
 
     def namespace(self) -> Namespace | None:
         """The namespace that is served: the one of most live engines with both roles in it."""

@@ -113,9 +113,11 @@ class Attempt:
         if not self._way.alone:
             yield
             return
-        async with self._asked.scope(), contextlib.AsyncExitStack() as stack:
-            slot = self._services.suspects.alone(self._asked.fingerprint)
-            self._slot = await stack.enter_async_context(slot)
+        services = self._services
+        async with self._asked.scope() as scope, contextlib.AsyncExitStack() as stack:
+            slot = services.suspects.alone(self._asked.fingerprint)
+            with services.outage.bounded(scope):  # where nobody can begin, nobody makes room
+                self._slot = await stack.enter_async_context(slot)
             held = stack.pop_all()
         async with held:
             yield
@@ -129,8 +131,14 @@ class Attempt:
         try:
             async with self._asked.scope() as scope:
                 with services.outage.bounded(scope):
-                    async with services.admission.turn(self._asked.seat, tokens, part.priority):
-                        plan = await self._next_plan()
+                    while True:
+                        turn = services.admission.turn(self._asked.seat, tokens, part.priority)
+                        async with turn:
+                            plan = await self._next_plan()
+                        if plan is not None:
+                            break
+                        tokens = 0  # its turn is paid for
+                        await services.plane.wait_change()
         finally:
             now = trace.clock("queue", begun_s)
             services.metrics.queue_time.observe(now - begun_s)
@@ -140,8 +148,9 @@ class Attempt:
         self._incarnations = {name: peers[name].incarnation for name in self.engines}
         return plan
 
-    async def _next_plan(self) -> Plan:
-        """Waits for an engine, in the turn of all others."""
+    async def _next_plan(self) -> Plan | None:
+        """Waits for an engine, in the turn of all others; None: only for other suspects to begin,
+        which is to hold up nobody else."""
         plane, outage = self._services.plane, self._services.outage
         while True:
             try:
@@ -152,6 +161,8 @@ class Attempt:
                 if error.transient:
                     outage.over()
                     await plane.wait_change()
+                elif self._slot is not None and self._services.suspects.beginning:
+                    return None
                 elif plane.expected():
                     await outage.wait(str(error))
                 else:
@@ -181,7 +192,8 @@ class Attempt:
         )
         plan = self._services.scheduler.plan(request, time.monotonic())
         if self._slot is not None:
-            self._slot.take((plan.prefill, plan.decode))
+            engines = plane.members.of_one_process((plan.prefill, plan.decode))
+            self._slot.take(engines)
         return plan
 
     # ---- carry it out -----------------------------------------------------------------
@@ -255,6 +267,8 @@ class Attempt:
         now = time.monotonic()
         self._services.scheduler.submitted(plan.id, now)
         self.posted = [prefill, decode]
+        if self._slot is not None:
+            self._slot.begun = True
         exchange.on_prefilled = self._first_steps
         prefill_answer = await exchange.run((prefill, decode), body, scope, now)
         self._services.in_background(drain(prefill_answer))

@@ -15,7 +15,7 @@ from launch.gateway.admission import Client, Seat
 from launch.gateway.body import read_body
 from launch.gateway.doors.salts import salted
 from launch.gateway.doors.visitor import visitor_of
-from launch.gateway.errors import BadRequest, GatewayError, RequestTimeout
+from launch.gateway.errors import BadRequest, GatewayError, RequestTimeout, Unavailable
 from launch.gateway.request.answer import CHUNKS_MAX
 from launch.gateway.request.cancel_scope import CancelScope
 from launch.gateway.request.checks import check_limits, check_part
@@ -83,13 +83,30 @@ async def _tokenize(services: Services, parted: PartedRequest) -> None:
     """Token ids of every part, which the model has and which fit it; as soon as any engine lives
     that can be asked."""
     limit_s, members = services.config.request_timeout_s, services.plane.members
+    has_waited = False
     async with CancelScope(limit_s, RequestTimeout(f"no tokens within {limit_s:g} s")) as scope:
         with services.outage.bounded(scope):
-            while (bounds := members.bounds()) is None or not members.live_engines():
+            while not await _tokenized(services, parted):
+                has_waited = True
                 await services.outage.wait("no engine is alive")
-            await tokenize(parted, services.client)
+            if has_waited and not members.troubles():
+                services.outage.over()
+    bounds = members.bounds()
+    assert bounds is not None
     for part in parted.parts[:: parted.samples]:
         check_part(part, bounds)
+
+
+async def _tokenized(services: Services, parted: PartedRequest) -> bool:
+    """False if no engine was there to be asked."""
+    members = services.plane.members
+    if members.bounds() is None or not members.live_engines():
+        return False
+    try:
+        await tokenize(parted, services.client)
+    except Unavailable:
+        return False
+    return True
 
 
 def _admit(services: Services, parted: PartedRequest, client: Client) -> Seat:

@@ -104,15 +104,17 @@ class Slot:
     """A suspect's leave to begin, and where it does."""
 
     def __init__(self, suspects: Suspects, fingerprint: Fingerprint) -> None:
+        self.fingerprint = fingerprint
+        self.begun = False
+        """The engines may have it."""
         self._suspects = suspects
-        self._fingerprint = fingerprint
         self._engines: list[str] = []
         self._released = False
 
     def take(self, engines: Iterable[str]) -> None:
         """It begins at these."""
         for engine in engines:
-            self._suspects.beginning[engine] = self._fingerprint
+            self._suspects.beginning[engine] = self
             self._engines.append(engine)
 
     def release(self) -> None:
@@ -128,12 +130,12 @@ class Suspects:
     """Who is at the engines, who begins there alone, and whom the loss of one is blamed on."""
 
     def __init__(self, pairs: Callable[[], int]) -> None:
-        """``pairs`` of a prefill and a decode engine that live."""
+        """``pairs`` of a prefill and a decode process that requests can go to."""
         self.fingerprints = Fingerprints()
         self.aboard: dict[str, Fingerprint] = {}
         """By the engines' id of a request that they may have."""
-        self.beginning: dict[str, Fingerprint] = {}
-        """By engine: the suspect in its first steps there."""
+        self.beginning: dict[str, Slot] = {}
+        """By engine: of the suspect in its first steps there, or about to take them."""
         self._pairs = pairs
         self._slots_taken = 0
         self._waiting: deque[Future[None]] = deque()
@@ -151,8 +153,9 @@ class Suspects:
         """``named``: the requests that its last words were about."""
         digests = {self.aboard[rid].digest for rid in named if rid in self.aboard}
         alone = self.beginning.get(engine)
-        if alone is not None and (not digests or alone.digest in digests):
-            digests = {alone.digest}
+        if alone is not None and alone.begun:
+            digest = alone.fingerprint.digest
+            digests = {digest} if not digests or digest in digests else digests
         self._blamed[engine] = (incarnation, frozenset(digests))
 
     def guilt(self, engine: str, incarnation: Incarnation, fingerprint: Fingerprint) -> Guilt:

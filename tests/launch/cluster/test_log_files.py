@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,26 @@ def test_the_last_runs_log_stays_and_is_closed_to_others(tmp_path: Path):
     kept = [tmp_path / "p0.log.1", tmp_path / "p0.log.2"]
     assert [p.read_text() for p in kept] == ["three", "two"] and not path.exists()
     assert [p.stat().st_mode & 0o777 for p in kept] == [0o600, 0o600]
+
+
+def test_a_full_disk_costs_no_log_that_was_put_aside(tmp_path: Path, monkeypatch, caplog):
+    path = tmp_path / "p0.log"
+    one = LogFile(path, bytes_max=100, kept=2)
+    for run in ("one", "two"):
+        path.write_text(run * 100)
+        one.trim()
+    kept = [tmp_path / "p0.log.1", tmp_path / "p0.log.2"]
+    assert {p.stat().st_mode & 0o777 for p in kept} == {0o600}
+    path.write_text("three" * 100)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))  # as far as a file may grow
+    try:
+        one.trim()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "not put aside" in caplog.text
+    assert [p.read_text()[:3] for p in (path, *kept)] == ["thr", "two", "one"]
+    assert sorted(tmp_path.iterdir()) == [path, *kept]
 
 
 def test_zero_bytes_put_nothing_aside(tmp_path: Path, caplog):

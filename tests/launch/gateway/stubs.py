@@ -98,8 +98,7 @@ class StubEngine(ControlStub):
         self.samples = [sample("engine_kv_wait_seconds_total", 2, layer="0")]
         self.bodies: list[dict[str, Any]] = []
         self.aborted: list[str] = []
-        self.flushed = 0
-        self.flush_query = ""
+        self.flushed, self.flush_query = 0, ""
         self.authorization = ""
         """Of the last request to tokenise."""
         self.dies_of, self.last_words = "", True
@@ -154,9 +153,7 @@ class StubEngine(ControlStub):
         if self.last_words:
             await self.push(m.EngineEnds(self.incarnation, self.at_work, "an error"))
         self.silent = True
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
+        await self.close_http()
 
     async def restart(self) -> None:
         """As a process anew."""
@@ -166,8 +163,12 @@ class StubEngine(ControlStub):
 
     async def close(self) -> None:
         await super().close()
+        await self.close_http()
+
+    async def close_http(self) -> None:
         if self._runner is not None:
             await self._runner.cleanup()
+            self._runner = None
 
     async def _model_info(self, request: web.Request) -> web.Response:
         if self.silent:
@@ -175,8 +176,7 @@ class StubEngine(ControlStub):
         return web.json_response({"model_path": "stub"})
 
     async def _flush(self, request: web.Request) -> web.Response:
-        self.flushed += 1
-        self.flush_query = request.rel_url.raw_query_string
+        self.flushed, self.flush_query = self.flushed + 1, request.rel_url.raw_query_string
         return web.Response(text="ok")
 
     async def _abort(self, request: web.Request) -> web.Response:

@@ -71,6 +71,17 @@ def test_users_of_a_tenant_take_turns():
     assert len(queue._lines["a"].user_ends) <= len(queue) + 1, "users that are gone are forgotten"
 
 
+def test_a_user_owes_nothing_for_what_was_taken_out():
+    queue: FairQueue[str] = FairQueue()
+    queue.push("a", 10, 0, "other", user="other")
+    gone = [queue.push("a", 1000, 0, "gone", user="u") for _ in range(3)]
+    for entry in reversed(gone):
+        queue.remove(entry)
+    queue.push("a", 10, 0, "u", user="u")
+    queue.push("a", 10, 0, "other again", user="other")
+    assert order_of(queue) == ["other", "u", "other again"]
+
+
 def test_who_leaves_and_comes_again_still_owes():
     queue: FairQueue[str] = FairQueue()
     queue.push("big", 500, 0, "big 0")

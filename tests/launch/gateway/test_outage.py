@@ -107,6 +107,22 @@ async def test_a_drained_engine_is_not_waited_for() -> None:
         assert (await sent)[0] == 200
 
 
+async def test_engines_whose_end_is_not_known_yet_are_waited_for_as_well(monkeypatch) -> None:
+    monkeypatch.setattr(http_probe, "PROBE_S", 60.0)
+    async with cluster_of() as cluster:
+        for engine in cluster.engines:
+            await engine.close_http()
+        assert len(cluster.services.plane.members.live_engines()) == 2
+        async with cluster.http.get("/v1/models") as answer:
+            assert answer.status == 503
+        sent = send(cluster)
+        await cluster.until(lambda: cluster.services.outage.waiting == 1)
+        for engine in cluster.engines:
+            await engine.start_http()
+        assert (await sent)[0] == 200
+        assert cluster.services.outage._since_s is None
+
+
 async def test_a_client_that_leaves_waits_no_longer() -> None:
     async with cluster_of() as cluster:
         await lose(cluster, cluster.decodes[0])

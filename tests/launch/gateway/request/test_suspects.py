@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 
 from common.ids import Incarnation
+from common.messages import EngineEnds
 from launch.gateway.errors import Poisoned
 from launch.gateway.request import attempt, suspects
 from launch.gateway.request.parts import GENERATE as PATH
 from launch.gateway.request.parts import Part
 from launch.gateway.request.suspects import Fingerprint, Fingerprints, Guilt, Suspects
-from tests.launch.gateway.client import GENERATE, metric, post
+from tests.launch.gateway.client import GENERATE, PROMPT, metric, post
 from tests.launch.gateway.stubs import StubCluster, StubEngine
 from tests.launch.gateway.stubs import running_cluster as cluster_of
 
@@ -63,6 +65,10 @@ async def test_who_began_alone_is_to_blame_unless_others_are_named() -> None:
     found.aboard = {"1": a, "2": b, "3": c}
     async with found.alone(a) as slot:
         slot.take(["p0", "d0"])
+        found.engine_lost("d0", NOW, [])
+        verdicts = {found.guilt("d0", NOW, one) for one in (a, b, c)}
+        assert verdicts == {Guilt.SUSPECT}, "nobody has sent it there yet"
+        slot.begun = True
         for named, poison in (([], a), (["1", "2"], a), (["2"], b)):
             found.engine_lost("d0", NOW, named)
             for one in (a, b, c):
@@ -207,3 +213,65 @@ async def test_a_request_that_fails_where_engines_live_is_no_suspect() -> None:
         status, answer, _ = await send(cluster, GENERATE)
         assert status == 502 and "failed twice" in answer["error"]["message"]
         assert len(cluster.services.suspects.fingerprints) == 0
+
+
+def suspect(cluster: StubCluster, monkeypatch: Any, text: str) -> None:
+    """Whoever asks for that has been at an engine that was lost."""
+
+    def suspected(fingerprint: Any) -> bool:
+        return fingerprint._part.text == text
+
+    monkeypatch.setattr(cluster.services.suspects.fingerprints, "suspected", suspected)
+
+
+async def test_a_suspect_that_must_wait_for_another_holds_nobody_up(monkeypatch) -> None:
+    async with cluster_of() as cluster:
+        suspect(cluster, monkeypatch, "both")
+        found = cluster.services.suspects
+        found._pairs = lambda: 2  # as before one of two was drained
+        cluster.prefills[0].faults = ["hang"]
+        first = send(cluster, {**GENERATE, "text": "both"})
+        await cluster.until(lambda: cluster.prefills[0].bodies)
+        assert found.beginning.keys() == {"p0", "d0"}
+        second = send(cluster, {**GENERATE, "text": "both"})
+        await cluster.until(lambda: found._slots_taken == 2)
+        assert (await send(cluster, GENERATE))[0] == 200
+        assert not second.done() and cluster.services.outage.waiting == 0
+        first.cancel()
+        assert (await second)[0] == 200
+
+
+async def test_suspects_that_wait_for_one_another_wait_no_longer_for_an_engine(monkeypatch) -> None:
+    async with cluster_of(engine_wait_s=1.0) as cluster:
+        suspect(cluster, monkeypatch, PROMPT)
+        cluster.services.plane.members.engines["d0"].ended = cluster.decodes[0].incarnation
+        begun_s = asyncio.get_running_loop().time()
+        sent = [send(cluster, GENERATE) for _ in range(6)]
+        assert {(await task)[0] for task in sent} == {503}
+        assert asyncio.get_running_loop().time() - begun_s < 6
+
+
+async def test_pairs_are_of_processes_that_take_requests() -> None:
+    async with cluster_of(prefills=2, decodes=2) as cluster:
+        plane, orders = cluster.services.plane, cluster.services.orders
+        engines = plane.members.engines
+        assert plane.pairs() == 2
+        orders.drain("p0", True)
+        assert plane.pairs() == 1
+        orders.drain("p0", False)
+        one = engines["d0"].address.http
+        engines["d1"].address = msgspec.structs.replace(engines["d1"].address, http=one, group=1)
+        assert plane.pairs() == 1
+        assert plane.members.of_one_process(["p0", "d1"]) == {"p0", "d0", "d1"}
+
+
+async def test_last_words_that_come_after_the_loss_count() -> None:
+    async with cluster_of() as cluster:
+        plane, found, guilty = cluster.services.plane, cluster.services.suspects, mark("a")
+        peer = plane.members.engines["p0"]
+        found.aboard["1"] = guilty
+        plane.http_state(peer, alive=False)
+        assert found.guilt("p0", peer.incarnation, guilty) is Guilt.SUSPECT
+        await cluster.prefills[0].push(EngineEnds(peer.incarnation, ["1"], "an error"))
+        await cluster.until(lambda: peer.ended is not None)
+        assert found.guilt("p0", peer.incarnation, guilty) is Guilt.POISON
