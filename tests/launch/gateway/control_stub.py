@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import random
 import socket
 from typing import Any
 
@@ -23,12 +25,16 @@ REFUSALS = {
 """Status and message of an engine's faults that are errors in the shape of SGLang's."""
 
 _incarnations = itertools.count(1)
+_PORTS = range(16384, 20000)
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below the ports that the kernel gives to outgoing connections, which could take it again."""
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no free port in {_PORTS}")
 
 
 class ControlStub:

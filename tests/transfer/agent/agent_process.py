@@ -115,7 +115,7 @@ class FakeGateway:
         self.socket.send(encode(message))
 
     def wait(
-        self, kind: type[M], matches: Callable[[M], bool] = lambda _: True, timeout_s: float = 10
+        self, kind: type[M], matches: Callable[[M], bool] = lambda _: True, timeout_s: float = 30
     ) -> M:
         """The first message of a kind for which ``matches`` holds; it is taken out."""
         end = time.monotonic() + timeout_s
@@ -134,7 +134,7 @@ class FakeGateway:
         return self.wait(AgentHello)
 
     def status(
-        self, matches: Callable[[AgentStatus], bool] = lambda _: True, timeout_s: float = 10
+        self, matches: Callable[[AgentStatus], bool] = lambda _: True, timeout_s: float = 30
     ) -> AgentStatus:
         """A status from now on."""
         self.received = [m for m in self.received if not isinstance(m, AgentStatus)]
@@ -145,7 +145,7 @@ class FakeGateway:
         self.send(ReadShare(PlanId(plan), [key_of(block) for block in blocks], deadline_s))
         return self.wait(ShareRead, lambda share: share.plan == plan)
 
-    def holdings(self, wanted: int, tier: str, timeout_s: float = 10) -> set[bytes]:
+    def holdings(self, wanted: int, tier: str, timeout_s: float = 30) -> set[bytes]:
         """Announced blocks of a tier, once there are ``wanted`` of them."""
         held: set[bytes] = set()
         while len(held) < wanted:

@@ -90,7 +90,7 @@ class FakeEngine:
         self._answers: queue.Queue[Any] = queue.Queue()
         self._changed = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
-        self.board_address: int = self._answers.get(timeout=20)
+        self.board_address: int = self._answers.get(timeout=60)
         """Of the first rank."""
 
     def _read(self) -> None:
@@ -109,9 +109,9 @@ class FakeEngine:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(command) + "\n")
         self.process.stdin.flush()
-        return self._answers.get(timeout=20)
+        return self._answers.get(timeout=60)
 
-    def wait_alive(self, agent: str, incarnation: int = 0, timeout_s: float = 10) -> int:
+    def wait_alive(self, agent: str, incarnation: int = 0, timeout_s: float = 30) -> int:
         """Until this agent, of at least this incarnation, has answered; returns it."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
@@ -143,7 +143,7 @@ class FakeEngine:
         word = self._ask("board", slot, rank)
         return word >> 16, word & 0xFFFF
 
-    def wait_end(self, job: int, timeout_s: float = 15) -> JobEnded | PullEnded:
+    def wait_end(self, job: int, timeout_s: float = 30) -> JobEnded | PullEnded:
         """The agent's word that a job is over."""
 
         def ended() -> JobEnded | PullEnded | None:
