@@ -44,7 +44,8 @@ class EngineConfig(ProcessSettings, frozen=True):
     """Its pages go to quarantine."""
     pull_timeout_s: float = 30.0
     quarantine_fraction_max: float = 0.25
-    """Share of the KV pool in quarantine at which the engine ends itself to be restarted."""
+    """Share of the KV pool in quarantine at which the engine ends itself to be restarted, if no
+    fence brings pages back in time."""
     prefill_quota_s: float | None = None
     """Estimated attention time of each prefill batch; None: SGLang's fixed chunks."""
     layer_window: int | None = None

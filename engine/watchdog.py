@@ -1,5 +1,5 @@
 """What has to end without a message: jobs that have failed, plans past their deadline, and the
-engine itself when too many of its pages are in quarantine."""
+engine itself when too many of its pages are in quarantine for longer than fences take."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 from common.messages import EndPlan
@@ -16,6 +17,8 @@ from engine.transfers.jobs import Jobs
 
 log = logging.getLogger(__name__)
 
+FENCED_WITHIN_S = 10.0
+"""A fence takes a second or two where both hosts live; until then the pool is but short."""
 _LOOK_EVERY_S = 0.25
 
 
@@ -35,6 +38,8 @@ class Watchdog:
         self._plans = plans
         self._post = post
         self._quarantined_pages_max = quarantined_pages_max
+        self._seen_below_s = time.monotonic()
+        """When there were last no more pages in quarantine than that."""
 
     def start(self) -> None:
         """Look from now on."""
@@ -46,7 +51,9 @@ class Watchdog:
         for plan in self._plans.expired():
             self._post(EndPlan(plan.id, plan.rid))
         quarantined = self._jobs.quarantined_pages()
-        if quarantined > self._quarantined_pages_max:
+        if quarantined <= self._quarantined_pages_max:
+            self._seen_below_s = time.monotonic()
+        elif time.monotonic() - self._seen_below_s >= FENCED_WITHIN_S:
             log.critical("%d pages in quarantine: ending to be restarted", quarantined)
             end_engine()
 

@@ -39,8 +39,13 @@ def test_a_plan_past_its_deadline_is_ended_at_every_rank(ended):
     assert engine.plans.get("late") is not None  # until the event takes effect
 
 
-@pytest.mark.parametrize(("pages", "ends"), [(2, []), (3, ["engine"])])
-def test_an_engine_with_too_many_pages_in_quarantine_ends(ended, pages, ends):
+@pytest.mark.parametrize(
+    ("pages", "within_s", "ends"), [(2, 0.0, []), (3, 0.0, ["engine"]), (3, 60.0, [])]
+)
+def test_an_engine_with_too_many_pages_in_quarantine_ends_if_no_fence_passes(
+    ended, monkeypatch, pages, within_s, ends
+):
+    monkeypatch.setattr(watchdog, "FENCED_WITHIN_S", within_s)
     engine = Parts("decode")
     for page in range(pages):
         engine.jobs.open("a", Incarnation(5), [page + 1], -1.0, lambda reason: None)
