@@ -8,6 +8,7 @@ it depends on. Nothing else in the engine names a stream.
 from __future__ import annotations
 
 import ctypes
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -113,6 +114,11 @@ class HostPages:
     def get(self) -> Addresses:
         """Waits until they are here. Shape (pages,)."""
         self.here.synchronize()
+        return self._numbers
+
+    @cached_property
+    def _numbers(self) -> Addresses:
+        """Every layer asks for them."""
         return self._rows.numpy().astype(np.int64) // self._page_tokens
 
 
