@@ -17,7 +17,7 @@ import socket
 import struct
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 HANDSHAKE_TIMEOUT_S = 5.0
 _METADATA = b"\x01"
@@ -25,6 +25,8 @@ _METADATA = b"\x01"
 _ESTABLISHED, _SYN_RECEIVED, _CLOSE_WAIT, _LISTEN = 0x1, 0x3, 0x8, 0xA
 _TABLES = (Path("/proc/thread-self/net/tcp"), Path("/proc/thread-self/net/tcp6"))
 _libc = ctypes.CDLL(None, use_errno=True)
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Endpoint(NamedTuple):
@@ -74,15 +76,21 @@ def connections(ports: Collection[int]) -> Iterator[tuple[Connection, int]]:
                     yield Connection(_endpoint(here), _endpoint(there)), inode
 
 
-def own_sockets() -> dict[int, int]:
-    """Inode -> a descriptor of this process."""
+def sockets_of(process: int | Literal["self"]) -> dict[int, int]:
+    """Inode -> a descriptor. Raises :class:`OSError` if there is no such process, or it is
+    another user's."""
     sockets = {}
-    for entry in os.listdir("/proc/self/fd"):
+    for entry in os.listdir(f"/proc/{process}/fd"):
         with contextlib.suppress(OSError):  # closed meanwhile
-            kind, _, inode = os.readlink(f"/proc/self/fd/{entry}").partition(":[")
+            kind, _, inode = os.readlink(f"/proc/{process}/fd/{entry}").partition(":[")
             if kind == "socket":
                 sockets[int(inode.rstrip("]"))] = int(entry)
     return sockets
+
+
+def own_sockets() -> dict[int, int]:
+    """Inode -> a descriptor of this process."""
+    return sockets_of("self")
 
 
 def cut(inodes: Collection[int]) -> None:
@@ -105,10 +113,15 @@ def _disconnect(descriptor: int, inode: int) -> None:
         os.close(ours)
 
 
-def _endpoint(text: str) -> Endpoint:
-    """``0100007F:1F90``: words of the address in the host's order, the port in the network's."""
+def address_of(text: str) -> tuple[Address, int]:
+    """``0100007F:1F90`` of ``/proc/net/tcp``: words of the address in the host's order, the port in
+    the network's."""
     address, _, port = text.partition(":")
     words = [int(address[at : at + 8], 16) for at in range(0, len(address), 8)]
-    host = ipaddress.ip_address(struct.pack(f"={len(words)}I", *words))
+    return ipaddress.ip_address(struct.pack(f"={len(words)}I", *words)), int(port, 16)
+
+
+def _endpoint(text: str) -> Endpoint:
+    host, port = address_of(text)
     mapped = getattr(host, "ipv4_mapped", None)
-    return Endpoint(str(mapped or host), int(port, 16))
+    return Endpoint(str(mapped or host), port)

@@ -7,9 +7,9 @@ The evidence is that there is no socket left over which such bytes could come:
 1. the agent, or the incarnation that has replaced it, says that nothing more of what has failed
    is under way from its process, and which connections from its host are some process's
    (:mod:`transfer.agent.fences`);
-2. every other connection from that host, of those that there were before it was asked again,
-   is cut at this end, at every rank, which the kernel's
-   table of connections shows to be done. What still comes for it is answered with a reset.
+2. every other connection from that host, of those that there were before it was asked again, is
+   cut at this end, at every rank, which the kernel's table of connections shows to be done. What
+   still comes for it is answered with a reset.
 
 Until then the pages stay held, as those of an agent that is not heard; their number is bounded
 (:mod:`engine.watchdog`).

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import ipaddress
 import json
 import os
 import socket
@@ -15,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from common.process_settings import RUN_FOLDER
+from transfer.connections import Address, address_of, sockets_of
 from transfer.ports.source_filter import filter_of, parse, program
 
 _SETTINGS = ("DUALPATH_AGENT", "DUALPATH_ENGINE", "DUALPATH_GATEWAY")
@@ -47,11 +47,12 @@ class _Process(msgspec.Struct, frozen=True):
 
 def listeners() -> list[Listener]:
     """Of all processes of clusters that this user may look at."""
-    found: dict[tuple[str, str], Listener] = {}
+    found: dict[tuple[str, int], Listener] = {}
     for process in _processes():
-        inodes = _socket_inodes(process.pid)
-        for listener, inode in [*_tcp(process, inodes), *_unix(process, inodes)]:
-            found.setdefault((listener.where, inode), listener)  # children have their parent's
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            inodes = sockets_of(process.pid)
+            for listener, inode in [*_tcp(process, inodes), *_unix(process, inodes)]:
+                found.setdefault((listener.where, inode), listener)  # children have their parent's
     return sorted(found.values())
 
 
@@ -83,19 +84,6 @@ def _with_settings(pids: list[int]) -> Iterator[_Process]:
             yield _Process(entry, kind, name, settings, environ[RUN_FOLDER])
 
 
-def _socket_inodes(pid: int) -> dict[str, int]:
-    """Inode -> descriptor."""
-    found = {}
-    try:
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            link = os.readlink(f"/proc/{pid}/fd/{name}")
-            if link.startswith("socket:["):
-                found[link[len("socket:[") : -1]] = int(name)
-    except OSError:  # it ended meanwhile
-        return {}
-    return found
-
-
 def _rows(pid: int, table: str) -> list[list[str]]:
     """Of a table of the network that the process is in."""
     try:
@@ -104,28 +92,23 @@ def _rows(pid: int, table: str) -> list[list[str]]:
         return []
 
 
-def _tcp(process: _Process, inodes: dict[str, int]) -> Iterator[tuple[Listener, str]]:
+def _tcp(process: _Process, inodes: dict[int, int]) -> Iterator[tuple[Listener, int]]:
     for table in ("tcp", "tcp6"):
         for row in _rows(process.pid, table)[1:]:
-            inode = row[9]
+            inode = int(row[9])
             if row[3] != _LISTENING or inode not in inodes:
                 continue
-            address, port = _address(row[1])
+            address, port = address_of(row[1])
             is_open, protection = _protection(process, address, port, inodes[inode])
-            where = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+            where = f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
             yield Listener(process.name, process.pid, where, protection, is_open), inode
 
 
-def _address(hexadecimal: str) -> tuple[str, int]:
-    """Of /proc/net/tcp, which shows words in the machine's own order of bytes."""
-    words, port = hexadecimal.split(":")
-    raw = b"".join(bytes.fromhex(words[at : at + 8])[::-1] for at in range(0, len(words), 8))
-    return str(ipaddress.ip_address(raw)), int(port, 16)
-
-
-def _protection(process: _Process, address: str, port: int, descriptor: int) -> tuple[bool, str]:
+def _protection(
+    process: _Process, address: Address, port: int, descriptor: int
+) -> tuple[bool, str]:
     """Whether others than the configuration names are heard, and who is."""
-    if ipaddress.ip_address(address).is_loopback:
+    if address.is_loopback:
         return False, "this host alone"
     if process.kind == "gateway":
         return False, "everyone who reaches this address, as --host says"
@@ -165,12 +148,12 @@ def _filter_at(pid: int, descriptor: int) -> bytes:
         os.close(pidfd)
 
 
-def _unix(process: _Process, inodes: dict[str, int]) -> Iterator[tuple[Listener, str]]:
+def _unix(process: _Process, inodes: dict[int, int]) -> Iterator[tuple[Listener, int]]:
     for row in _rows(process.pid, "unix")[1:]:
-        if len(row) < 8 or row[6] not in inodes or not int(row[3], 16) & _ACCEPTS:
+        if len(row) < 8 or int(row[6]) not in inodes or not int(row[3], 16) & _ACCEPTS:
             continue
         is_open, protection = _unix_protection(row[7])
-        yield Listener(process.name, process.pid, row[7], protection, is_open), row[6]
+        yield Listener(process.name, process.pid, row[7], protection, is_open), int(row[6])
 
 
 def _unix_protection(path: str) -> tuple[bool, str]:

@@ -14,9 +14,10 @@ import ctypes
 import ipaddress
 import os
 import socket
-import stat
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+
+from transfer.connections import own_sockets
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 LOOPBACK = ("127.0.0.0/8", "::1/128")
@@ -93,7 +94,7 @@ def admit_only(networks: Sequence[str]) -> None:
     code = program(parse(networks))
     ports = set()
     for listening in (True, False):  # then connections, which are of a port that has its filter
-        for tcp in own_sockets():
+        for tcp in own_tcp_sockets():
             host, port = tcp.getsockname()[:2]
             if listening and _listens(tcp) and not ipaddress.ip_address(host).is_loopback:
                 ports.add(port)
@@ -102,13 +103,11 @@ def admit_only(networks: Sequence[str]) -> None:
                 _attach(tcp, code)
 
 
-def own_sockets() -> Iterator[socket.socket]:
-    """Every TCP socket of this process, open until the next one is asked for."""
-    for name in os.listdir("/proc/self/fd"):
+def own_tcp_sockets() -> Iterator[socket.socket]:
+    """Of this process, each open until the next one is asked for."""
+    for descriptor in own_sockets().values():
         with contextlib.suppress(OSError):  # closed meanwhile, or not of a kind that Python knows
-            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(int(name))) as one:
+            with socket.socket(fileno=os.dup(descriptor)) as one:
                 if one.family in (socket.AF_INET, socket.AF_INET6) and is_tcp(one):
                     yield one
 
