@@ -49,8 +49,13 @@ def close_to_others(paths: Iterable[Path]) -> None:
             log.warning("stays open to other users: %s: %s", path, error.strerror)
 
 
+def private(path: str, flags: int) -> int:
+    """An ``opener`` for ``open``: what it makes is this user's alone from its first moment."""
+    return os.open(path, flags, PRIVATE_FILE)
+
+
 def write_private(path: Path, content: bytes) -> None:
-    """A file that only this user can read, from its first moment on."""
+    """A file that only this user can read."""
     path.unlink(missing_ok=True)
-    with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, PRIVATE_FILE), "wb") as file:
+    with open(path, "xb", opener=private) as file:
         file.write(content)

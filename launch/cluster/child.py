@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.ids import Incarnation
 from common.process_settings import INCARNATION
-from common.user_files import PRIVATE_FILE, PRIVATE_UMASK
+from common.user_files import PRIVATE_UMASK, private
 from launch.cluster.process_record import ProcessRecord
 from transfer.traffic import cgroup
 
@@ -44,7 +44,7 @@ class Child:
             if group is not None:
                 cgroup.join(group)
 
-        with open(log, "ab", opener=_private) as output, cgroup.entry(record.cgroup) as group:
+        with open(log, "ab", opener=private) as output, cgroup.entry(record.cgroup) as group:
             self._process = subprocess.Popen(
                 record.argv,
                 env={**os.environ, **env, **record.env, INCARNATION: str(incarnation)},
@@ -96,10 +96,6 @@ class Child:
         if code < 0:
             return f"was ended by {signal.Signals(-code).name}"
         return f"exited with code {code}"
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, PRIVATE_FILE)
 
 
 def signal_sessions(sessions: Iterable[int], number: signal.Signals) -> bool:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.user_files import PRIVATE_FILE, close_to_others
+from common.user_files import close_to_others, private
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class LogFile:
         copy = self.path.with_suffix(".log.new")
         copy.unlink(missing_ok=True)
         try:
-            with self.path.open("rb") as log_file, open(copy, "xb", opener=_private) as file:
+            with self.path.open("rb") as log_file, open(copy, "xb", opener=private) as file:
                 shutil.copyfileobj(log_file, file)
         except OSError:
             copy.unlink(missing_ok=True)
@@ -65,10 +65,6 @@ class LogFile:
         for number in range(self._kept - 1, 0, -1):
             if (older := self._aside(number)).exists():
                 older.replace(self._aside(number + 1))
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, PRIVATE_FILE)
 
 
 async def keep_small(logs: Sequence[LogFile]) -> None:

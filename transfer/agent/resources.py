@@ -72,7 +72,7 @@ class Resources:
         self.deliver_queue = self._queue("deliver", config.deliver_threads)
         self.pull_queue = self._queue("pull", PULL_THREADS)
 
-    def post(self, call: Callable[[], None]) -> None:
+    def post(self, call: Callable[[], object]) -> None:
         """Run a call in the loop's thread; from any thread. RuntimeError: the loop is closed."""
         self._loop.call_soon_threadsafe(call)
 

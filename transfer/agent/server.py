@@ -153,15 +153,15 @@ class Agent:
         self._greet(client)
 
     def _compare_witness(self, client: bytes, message: KeepWitness) -> None:
-        digest = message.namespace_digest
+        resources, digest = self._resources, message.namespace_digest
 
         def answer(kept: list[bytes]) -> None:
-            socket, reply = self._resources.socket, KeptWitness(digest, kept)
+            reply = KeptWitness(digest, kept)
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(lambda: socket.send(client, reply))
+                resources.post(lambda: resources.socket.send(client, reply))
 
         values = message.values if message.may_keep else b""
-        self._resources.witnesses.compare(digest, values, answer)
+        resources.witnesses.compare(digest, values, answer)
 
     def _greet(self, client: bytes) -> None:
         resources = self._resources
