@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import random
@@ -15,13 +14,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from launch.cluster.tensor_parallel import cpu_env, ranks_of
+import benchmarks.plain_sglang
 from launch.models.resolve import resolve_model
 
 START_TIMEOUT_S = 240
@@ -300,47 +300,12 @@ def running_cluster(folder: Path, *flags: str) -> Iterator[Cluster]:
                 process.kill()
 
 
-@contextlib.contextmanager
-def plain_sglang(model: Path, folder: Path, *flags: str) -> Iterator[Callable[[], str]]:
-    """One ordinary SGLang server, the reference for token identity; yields, at once, what
-    waits until it serves and returns its URL."""
+def plain_sglang(
+    model: Path, folder: Path, *flags: str
+) -> AbstractContextManager[Callable[[], str]]:
+    """The reference for token identity."""
     port = free_port_block(50, lowest=12000)  # apart from those of a cluster that starts too
-    argv = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    argv += ["--device", "cpu", "--dtype", "float32", "--page-size", "64"]
-    argv += ["--max-total-tokens", "32768", "--host", "127.0.0.1", "--port", str(port)]
-    argv += ["--skip-server-warmup", "--sleep-on-idle", *flags]
-    environment = {name: v for name, v in os.environ.items() if not name.startswith("DUALPATH_")}
-    environment |= {
-        "SGLANG_PLATFORM": "dualpath_cpu",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    environment |= cpu_env(ranks_of(list(flags)))
-    folder.mkdir(parents=True, exist_ok=True)
-    log = (folder / "plain.log").open("wb")
-    process = subprocess.Popen(
-        argv, stdout=log, stderr=log, env=environment, start_new_session=True
-    )
-    url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + START_TIMEOUT_S
-
-    @functools.cache
-    def served() -> str:
-        while True:
-            with contextlib.suppress(OSError):
-                if get(f"{url}/model_info")[0] == 200:
-                    return url
-            assert process.poll() is None and time.monotonic() < deadline, "plain SGLang died"
-            time.sleep(0.3)
-
-    try:
-        yield served
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
-        log.close()
+    return benchmarks.plain_sglang.plain_sglang(model, port, folder / "plain.log", *flags)
 
 
 @contextlib.contextmanager

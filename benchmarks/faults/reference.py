@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from benchmarks.own_cluster import HOST, ClusterFailed, free_port, tail
+from benchmarks.own_cluster import ClusterFailed, free_port
+from benchmarks.plain_sglang import plain_sglang
 from launch.cluster.layout import PAGE_TOKENS
-from launch.cluster.tensor_parallel import cpu_env, ranks_of
 
 VOCABULARY = range(300, 2000)
 """Ordinary words, no special token among them."""
@@ -28,8 +23,9 @@ TURNS = 3
 TIE_MARGIN = 1e-3
 """Of the logarithm of the probability, between the two likeliest tokens: some hundred times what
 batches of other sizes change in float32. A turn with a smaller one has no right answer."""
-START_TIMEOUT_S = 240.0
 ANSWER_TIMEOUT_S = 60.0
+
+_POOL = ("--max-total-tokens", "16384")
 
 FIRST, SECOND = "default", "second"
 """Versions of the weights, by the names that SGLang says in its answers."""
@@ -69,7 +65,9 @@ def make_conversations(
     with contextlib.ExitStack() as stack:
         ports = {version: free_port() + 600 * i for i, version in enumerate(models)}
         served = {
-            version: stack.enter_context(_plain(models[version], port, folder / f"{version}.log"))
+            version: stack.enter_context(
+                plain_sglang(models[version], port, folder / f"{version}.log", *_POOL)
+            )
             for version, port in ports.items()
         }
         servers = {version: wait() for version, wait in served.items()}
@@ -113,42 +111,3 @@ def _ask(url: str, prompt: list[int]) -> tuple[list[int], float]:
 def tie_margin(top: Sequence[Sequence[Sequence[Any]]]) -> float:
     """Of SGLang's two likeliest tokens at each place, ``[[logprob, id, text], ...]``."""
     return min(best[0] - second[0] for best, second in top)
-
-
-@contextlib.contextmanager
-def _plain(model: Path, port: int, log: Path) -> Iterator[Callable[[], str]]:
-    """One ordinary SGLang server, ended at the end; yields, at once, what waits until it serves
-    and returns its URL."""
-    argv = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    argv += ["--device", "cpu", "--dtype", "float32", "--page-size", str(PAGE_TOKENS)]
-    argv += ["--max-total-tokens", "16384", "--host", HOST, "--port", str(port)]
-    argv += ["--skip-server-warmup", "--sleep-on-idle"]
-    environment = {name: v for name, v in os.environ.items() if not name.startswith("DUALPATH_")}
-    environment |= {
-        "SGLANG_PLATFORM": "dualpath_cpu",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        **cpu_env(ranks_of([])),
-    }
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            argv, stdout=output, stderr=output, env=environment, start_new_session=True
-        )
-    try:
-        yield lambda: _wait_answers(process, f"http://{HOST}:{port}", log)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
-
-
-def _wait_answers(process: subprocess.Popen[bytes], url: str, log: Path) -> str:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{url}/model_info", timeout=5).close()
-            return url
-        time.sleep(0.3)
-    raise ClusterFailed(f"plain SGLang did not start:\n{tail(log)}")

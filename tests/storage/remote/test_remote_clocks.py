@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pytest
 
 from common.block import BlockLabel, BlockLayout
@@ -18,30 +16,10 @@ from storage.remote.packs import format as pack_format
 from storage.remote.packs import upkeep as pack_upkeep
 from storage.remote.tier import RemoteTier
 from storage.tiers.contract import BlockIO
-from tests.storage.conftest import QUICK, finish, key_of, no_wake, payload_of, read, settle
+from tests.storage.conftest import finish, key_of, payload_of, read, settle
+from tests.storage.remote.conftest import Open
 from tests.storage.remote.pack_files import packs_in
 
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"file://{tmp_path}/remote"
-
-
-@pytest.fixture
-def open_remote() -> Iterator[Callable[..., RemoteTier]]:
-    tiers: list[RemoteTier] = []
-
-    def open_with(url: str, **settings: Any) -> RemoteTier:
-        changed = msgspec.structs.replace(QUICK, **settings)
-        tiers.append(RemoteTier(url, {}, no_wake, changed))
-        return tiers[-1]
-
-    yield open_with
-    for tier in tiers:
-        tier.close()
-
-
-Open = Callable[..., RemoteTier]
 STEP_1 = BlockLabel(bytes(32), BlockLayout(64, 2, (8,)), weight_version="step-1")
 
 

@@ -7,7 +7,7 @@ import struct
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from tests.storage.conftest import (
     settle,
     write,
 )
+from tests.storage.remote.conftest import Open
 from tests.storage.remote.pack_files import flip, pack_stats, packs_in, places_in
 
 STALE_S = 0.4
@@ -63,26 +64,10 @@ fsspec.register_implementation("hanging", HangingFileSystem, clobber=True)
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"file://{tmp_path}/remote"
-
-
-@pytest.fixture
-def open_remote() -> Iterator[Callable[..., RemoteTier]]:
-    tiers: list[RemoteTier] = []
-
-    def open_with(url: str, **settings: Any) -> RemoteTier:
-        changed = msgspec.structs.replace(QUICK, **settings)
-        tiers.append(RemoteTier(url, {}, no_wake, changed))
-        return tiers[-1]
-
-    yield open_with
+def open_remote(open_remote: Open) -> Iterator[Open]:
+    """What hangs goes on before the tiers are closed."""
+    yield open_remote
     HangingFileSystem.gate.set()
-    for tier in tiers:
-        tier.close()
-
-
-Open = Callable[..., RemoteTier]
 
 
 def test_what_another_agent_uploads_is_found(open_remote: Open, url: str) -> None:
