@@ -23,6 +23,8 @@ from typing import Any
 START_TIMEOUT_S = 60.0
 _PORTS = range(10240, 16384)
 
+_GATEWAY = ("radosgw", "-n", "client.rgw.a", "-f")
+
 _CONFIG = """[global]
 fsid={fsid}
 mon host=[v1:127.0.0.1:{mon_port}]
@@ -138,7 +140,7 @@ class RadosGateway:
         self._start_osd(end)
 
     def _start_osd(self, end: float) -> None:
-        """An OSD whose monitor has refused a command, see :meth:`_ask`, exits: then start
+        """An OSD whose monitor has refused a command, see :meth:`_until_known`, exits: then start
         another."""
         osd = self._spawn("ceph-osd", "-i", "0", "-f")
         while b'"num_up_osds":1' not in self._ask(end, "osd", "stat", "--format=json"):
@@ -150,24 +152,35 @@ class RadosGateway:
     def _start_gateway(self, end: float) -> None:
         user = ("user", "create", "--uid=test", "--display-name=test")
         keys = (f"--access-key={self.options['key']}", f"--secret={self.options['secret']}")
-        self._run("radosgw-admin", *user, *keys)
+        self._until_known(end, "radosgw-admin", *user, *keys)
         self._spawn_gateway(end)
 
     def _spawn_gateway(self, end: float) -> None:
-        gateway = self._spawn("radosgw", "-n", "client.rgw.a", "-f")
-        while True:
-            try:
-                urllib.request.urlopen(self.options["endpoint_url"], timeout=5).close()
-                return
-            except urllib.error.HTTPError:
-                return  # it answers
-            except OSError:
-                if gateway.poll() is not None or time.monotonic() > end:
-                    raise RuntimeError(f"radosgw did not start: see {self._root}/log") from None
-                time.sleep(0.2)
+        """One that was refused, or whose port is not free yet, exits: then start another."""
+        gateway = self._spawn(*_GATEWAY)
+        while not self._answers():
+            if time.monotonic() > end:
+                raise RuntimeError(f"radosgw did not start: see {self._root}/log")
+            time.sleep(0.2)
+            if gateway.poll() is not None:
+                self._processes.remove(gateway)
+                gateway = self._spawn(*_GATEWAY)
+
+    def _answers(self) -> bool:
+        try:
+            urllib.request.urlopen(self.options["endpoint_url"], timeout=5).close()
+        except urllib.error.HTTPError:
+            return True  # what it says does not matter
+        except OSError:
+            return False
+        return True
 
     def _ask(self, end: float, *arguments: str) -> bytes:
-        """A command to the monitor, which may be given twice.
+        """A command to the monitor, which may be given twice."""
+        return self._until_known(end, "ceph", *arguments)
+
+    def _until_known(self, end: float, program: str, *arguments: str) -> bytes:
+        """Run it until the monitor takes it.
 
         Every client of Ceph begins with a cluster's id of zeros, and takes the right one from the
         monitor's map; a command that overtakes the map, as on a busy machine one in thirty does, is
@@ -175,9 +188,11 @@ class RadosGateway:
         """
         while True:
             try:
-                return self._run("ceph", *arguments)
+                return self._run(program, *arguments)
             except RuntimeError as refused:
-                if "EPERM" not in str(refused) or time.monotonic() > end:
+                said = str(refused)
+                known = "EPERM" not in said and "not permitted" not in said
+                if known or time.monotonic() > end:
                     raise
 
     def _command(self, program: str, *arguments: str) -> list[str]:

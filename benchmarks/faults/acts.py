@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,15 @@ from benchmarks.faults.cluster import SUPERVISOR, Cluster
 from benchmarks.faults.load import Weights
 from benchmarks.faults.reference import FIRST, SECOND
 from benchmarks.faults.schedule import Fault
-from benchmarks.faults.stage import Stage
+from benchmarks.faults.stage import Disk, Stage
+from benchmarks.own_cluster import ClusterFailed
 
 LOSS_PERCENT = 5
 CLOCK_STEP_S = 7200
 SECOND_WEIGHTS_S = 12.0
 UPDATE_TRIES = 30
 UPDATE_PAUSE_S = 2.0
+UNMOUNT_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -135,12 +138,29 @@ async def _read_only_disk(scene: Scene, fault: Fault, rng: random.Random) -> str
     await asyncio.sleep(fault.lasts_s)
     supervisor = cluster.signal(SUPERVISOR, signal.SIGSTOP)  # it would start the agent too soon
     try:
-        pids = cluster.signal(fault.target, signal.SIGKILL)
-        await cluster.wait_gone(pids)
+        killed = await _unmount(disk, cluster, fault.target)
         await asyncio.to_thread(disk.replace)
     finally:
         cluster.resume(supervisor)
-    return f"replaced; killed {pids}"
+    return f"replaced; killed {killed}"
+
+
+async def _unmount(disk: Disk, cluster: Cluster, agent: str) -> list[int]:
+    """End the agent, however often it takes: the supervisor was just starting it, another fault
+    let the supervisor go on, or the kernel has not closed the files of one that is gone."""
+    deadline = time.monotonic() + UNMOUNT_TIMEOUT_S
+    killed: list[int] = []
+    while True:
+        pids = cluster.signal(agent, signal.SIGKILL)
+        killed += pids
+        await cluster.wait_gone(pids)
+        try:
+            await asyncio.to_thread(disk.unmount)
+            return killed
+        except ClusterFailed:
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.1)
 
 
 async def _clock(scene: Scene, fault: Fault, rng: random.Random) -> str:

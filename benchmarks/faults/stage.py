@@ -89,9 +89,12 @@ class Disk:
         device = Path(run("findmnt", "-n", "-o", "SOURCE", str(self.mount)).strip()).name
         Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("broken by benchmarks.faults")
 
-    def replace(self) -> None:
-        """Repaired and mounted again; whoever had it open must be gone."""
+    def unmount(self) -> None:
+        """Raises :class:`ClusterFailed` while it is open somewhere."""
         run("umount", str(self.mount))
+
+    def replace(self) -> None:
+        """What was unmounted, repaired and mounted again."""
         done = subprocess.run(
             ["fsck.ext4", "-y", "-f", str(self._image)],
             capture_output=True,

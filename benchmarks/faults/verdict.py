@@ -173,14 +173,13 @@ def make_goals(records: Records) -> list[Goal]:
     outcomes = Counter(answer.outcome for answer in everything)
     missing = None if records.missing is None else records.missing + lost_blocks(records)
     ended = len(ended_by_requests(records))
-    failed = sum(fault.said.startswith(FAILED) for fault in records.faults)
     return [
         Goal("answers with a wrong token", outcomes[WRONG], "answers", 0),
         Goal("requests without an answer after 60 s", outcomes[SILENT], "requests", 0),
         Goal("errors while each role had an engine", len(unexcused(records)), "answers", 0),
         Goal("durable blocks that were missing later", missing, "blocks", 0),
         Goal("engines that ended by themselves or by a request", ended, "engines", 0),
-        Goal("faults that could not be made or undone", failed, "faults", 0),
+        Goal("faults that could not be made or undone", len(failed(records)), "faults", 0),
         *_leaks(records),
     ]
 
@@ -201,6 +200,11 @@ def _leaks(records: Records) -> list[Goal]:
     ]
 
 
+def failed(records: Records) -> list[Done]:
+    """Faults that were not made, or not undone."""
+    return [fault for fault in records.faults if fault.said.startswith(FAILED)]
+
+
 def figures(records: Records) -> dict[str, Any]:
     """For the report, beside the goals."""
     after_s = first_right_s(records)
@@ -210,6 +214,7 @@ def figures(records: Records) -> dict[str, Any]:
     return {
         "answers": {name: outcomes[name] for name in names},
         "faults": dict(Counter(fault.kind for fault in records.faults)),
+        "failed_faults": msgspec.to_builtins(failed(records)),
         "restarts": dict(restarts),
         "first_right_answer_after_a_fault_s": {
             f"p{percent}": round(float(np.percentile(after_s, percent)), 2) if after_s else None

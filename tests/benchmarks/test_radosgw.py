@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
@@ -15,14 +16,16 @@ case "$*" in "ceph -c "*)
     if mkdir "$MARK" 2>/dev/null; then
         echo "Error EPERM: problem getting command descriptions from mon." >&2
         exit 1
-    fi
+    fi ;;
+"radosgw -c "*)
+    if mkdir "$MARK.gateway" 2>/dev/null; then exit 1; fi
 esac
 exec "$@"
 """
 
 
 @pytest.mark.slow
-def test_a_command_that_overtakes_the_monitors_map_is_given_again(tmp_path: Path, monkeypatch):
+def test_what_overtakes_the_monitors_map_is_started_again(tmp_path: Path, monkeypatch):
     if absent := tools.missing(*tools.S3_SERVER):
         pytest.skip(f"no {absent}")
     monkeypatch.setenv("MARK", str(tmp_path / "refused"))
@@ -30,7 +33,9 @@ def test_a_command_that_overtakes_the_monitors_map_is_given_again(tmp_path: Path
     server = RadosGateway(root, within=("sh", "-c", REFUSED_AT_FIRST, "sh"))
     try:
         server.start()
-        assert (tmp_path / "refused").exists()
+        assert (tmp_path / "refused").exists() and (tmp_path / "refused.gateway").exists()
+        server.signal_gateway(signal.SIGKILL)
+        server.start_gateway()
     finally:
         server.stop()
 
