@@ -73,13 +73,17 @@ class Layout:
         """Name -> control endpoint."""
         self._check_gpus()
 
+    def _neighbours(self, node: str) -> list[str]:
+        """The nodes of its host, itself among them."""
+        return [other for other in self.nodes if self.hosts[other] == self.hosts[node]]
+
     def group_sizes(self, role: Role) -> set[int]:
         """Over how many ranks the engines of one role split KV heads."""
         return {ranks.of_group for node, ranks in self.ranks.items() if role_of(node) == role}
 
     def port(self, node: str, kind: Literal["agent", "engine"], offset: int) -> int:
-        """Port of the node's agent or engine, in its block of ports."""
-        block = 2 * self.nodes.index(node) + (kind == "engine")
+        """Port of the node's agent or engine, in its block of ports, numbered over its host."""
+        block = 2 * self._neighbours(node).index(node) + (kind == "engine")
         return self.config.first_port + block * self._ports_per_process + offset
 
     def controls(self, node: str) -> list[str]:
@@ -123,8 +127,8 @@ class Layout:
         """Of a node's ranks: on each host one node's after the other's."""
         if self.hardware.device == "cpu":
             return []
-        before = self.nodes[: self.nodes.index(node)]
-        first = sum(self.ranks[n].total for n in before if self.hosts[n] == self.hosts[node])
+        neighbours = self._neighbours(node)
+        first = sum(self.ranks[n].total for n in neighbours[: neighbours.index(node)])
         return list(range(first, first + self.ranks[node].total))
 
     def _check_gpus(self) -> None:

@@ -22,14 +22,17 @@ from storage.remote.settings import RemoteSettings
 from storage.ssd.folder import OtherFormat, read_state
 from transfer.mooncake import PACKAGE_OF, missing_libraries
 
-_LOCK = ".cluster.lock"
 _SOCKET_PATH_BYTES_MAX = 107
 """Of a unix socket (``sun_path``)."""
 
 
 def check(config: ClusterConfig, records: Sequence[ProcessRecord]) -> list[IO[str]]:
-    """Raises :class:`BadConfig`; the returned files hold locks for as long as they are open."""
-    check_memory(config, available_memory_bytes())
+    """Raises :class:`BadConfig`; the returned files hold locks for as long as they are open.
+
+    ``records`` are this host's: of no other are ports, memory and disks seen from here.
+    """
+    agents = [record.name for record in records if record.kind == "agent"]
+    check_memory(config, len(agents), available_memory_bytes())
     check_libraries(missing_libraries())
     _check_socket_paths(records)
     for record in records:
@@ -42,8 +45,8 @@ def check(config: ClusterConfig, records: Sequence[ProcessRecord]) -> list[IO[st
     stores = config.ssd_folders if config.ssd_bytes else []
     for folder in stores:
         _check_writable(folder, "--ssd-dir")
-    check_formats(config, [record.name for record in records if record.kind == "agent"])
-    return [_lock_store(folder) for folder in stores]
+    check_formats(config, agents)
+    return [_lock_store(folder, agent) for folder in stores for agent in agents]
 
 
 def _check_socket_paths(records: Sequence[ProcessRecord]) -> None:
@@ -93,9 +96,8 @@ def check_choice(record: ProcessRecord, purpose: str, ports: range) -> None:
         )
 
 
-def check_memory(config: ClusterConfig, available_bytes: int) -> None:
-    """The DRAM tiers, which agents fill with zeros at start, fit."""
-    agents = config.prefill + config.decode
+def check_memory(config: ClusterConfig, agents: int, available_bytes: int) -> None:
+    """The DRAM tiers, which so many agents fill with zeros at start, fit."""
     if agents * config.dram_bytes > available_bytes:
         raise BadConfig(
             f"--dram-bytes {format_size(config.dram_bytes)} for each of {agents} agents, but "
@@ -156,15 +158,17 @@ def _check_writable(folder: Path, option: str) -> None:
         ) from error
 
 
-def _lock_store(folder: Path) -> IO[str]:
-    """Two clusters with the same agents' folders would overwrite each other's blocks."""
-    lock = (folder / _LOCK).open("w")
+def _lock_store(folder: Path, agent: str) -> IO[str]:
+    """Two agents with the same folder would overwrite each other's blocks. Agents of one host
+    share a disk, whichever command started them, but no name."""
+    lock = (folder / f".{agent}.lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
         raise BadConfig(
-            f"--ssd-dir {folder} is in use by another cluster: give each its own folder."
+            f"--ssd-dir {folder} is in use by another cluster, whose {agent} keeps its blocks "
+            "there: give each its own folder."
         ) from error
     return lock
 

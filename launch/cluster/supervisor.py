@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +28,7 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_RESET_S = 60.0
 """A process that lived this long starts again at the shortest back-off."""
 STOP_GRACE_S = 4.0
+HURRY_LOOK_S = 0.05
 
 
 class StartFailed(Exception):
@@ -37,6 +38,21 @@ class StartFailed(Exception):
         super().__init__(f"{name} {reason}")
         self.name = name
         self.log = log
+
+
+class Numbers:
+    """What tells the starts of processes of one name apart: numbers by this host's clock."""
+
+    turn: int = 0
+    """Ports of which a process takes others at each start: which it takes at the first."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def incarnation(self) -> Incarnation:
+        """Of the next process to start; greater than all before."""
+        self._last = max(self._last + 1, int(time.time() * 1000))
+        return Incarnation(self._last)
 
 
 class Reporter(Protocol):
@@ -68,6 +84,7 @@ class Supervisor:
         reporter: Reporter,
         start_timeout_s: float,
         backoff_max_s: float = 15.0,
+        numbers: Numbers | None = None,
     ) -> None:
         self._records = records
         self._logs = {record.name: log_folder / f"{record.name}.log" for record in records}
@@ -78,7 +95,9 @@ class Supervisor:
         self._ready = {record.name: asyncio.Event() for record in records}
         self._stop = asyncio.Event()
         self._hurry = False
-        self._incarnation = 0
+        self._numbers = numbers or Numbers()
+        self.drain: Callable[[], Awaitable[None]] | None = None
+        """Called at the first signal, while all still serve; a second one cuts it short."""
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM; raises :class:`StartFailed` before serving.
@@ -97,11 +116,19 @@ class Supervisor:
             for watcher in watchers:
                 if watcher.done():
                     watcher.result()  # raises StartFailed
+            if self.drain is not None:
+                await self._unless_hurried(self.drain())
         finally:
             await _cancel([*watchers, progress, stopped])
             await self._end_all()
             await self._prober.close()
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+    async def _unless_hurried(self, work: Awaitable[None]) -> None:
+        working = asyncio.ensure_future(work)
+        while not self._hurry and not working.done():
+            await asyncio.wait([working], timeout=HURRY_LOOK_S)
+        await _cancel([working])
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stop.is_set():
@@ -114,7 +141,7 @@ class Supervisor:
         """The life of one process over all its restarts."""
         restarts, delay_s = 0, BACKOFF_FIRST_S
         while True:
-            child = self._spawn(respawn(record, restarts))
+            child = self._spawn(respawn(record, self._numbers.turn + restarts))
             reason = await self._watch(child)
             await end_sessions([child.session], grace_s=0)
             child.remove_shared_memory()
@@ -127,12 +154,11 @@ class Supervisor:
             restarts, delay_s = restarts + 1, min(2 * delay_s, self._backoff_max_s)
 
     def _spawn(self, record: ProcessRecord) -> Child:
-        self._incarnation = max(self._incarnation + 1, int(time.time() * 1000))
         # SGLang leaves its sockets in the folder for temporary files.
         env = {"TMPDIR": self._scratch, RUN_FOLDER: self._scratch}
         if record.secrets:
             env[SECRETS] = str(self._secrets_file(record))
-        child = Child(record, self._logs[record.name], env, Incarnation(self._incarnation))
+        child = Child(record, self._logs[record.name], env, self._numbers.incarnation())
         self._children[record.name] = child
         return child
 
@@ -181,19 +207,18 @@ class Supervisor:
                 ending.cancel()
                 await end_sessions(self._sessions("gateway", "agent", "engine"), grace_s=0)
                 break
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(HURRY_LOOK_S)
         for child in self._children.values():
             await child.exited_within(1.0)
             child.remove_shared_memory()
 
     async def _end_in_turn(self) -> None:
-        """The gateway first, whose open streams need the others. An engine has nothing to
-        save, and SGLang takes more than its grace to end: it is killed."""
+        """The gateway first, whose open streams need the others; agents last, whose peers the
+        engines are. An engine has nothing to save, and SGLang takes more than its grace to end:
+        it is killed."""
         await end_sessions(self._sessions("gateway"), STOP_GRACE_S)
-        await asyncio.gather(
-            end_sessions(self._sessions("agent"), STOP_GRACE_S),
-            end_sessions(self._sessions("engine"), grace_s=0),
-        )
+        await end_sessions(self._sessions("engine"), grace_s=0)
+        await end_sessions(self._sessions("agent"), STOP_GRACE_S)
 
     def _sessions(self, *kinds: str) -> list[int]:
         children = self._children.values()

@@ -20,6 +20,7 @@ from common.process_settings import BadSettings
 
 SECRET_CHARS_MIN = 32
 _CONTEXT = b"dualpath-control\0"
+_HTTP_CONTEXT = b"dualpath-http\0"
 
 
 class BadSecret(Exception):
@@ -42,6 +43,12 @@ def read_secret(file: Path) -> str:
             "one with `(umask 077; openssl rand -hex 32 > FILE)`"
         )
     return secret
+
+
+def derived(secret: str, purpose: str) -> str:
+    """What only holders of the cluster's secret can say, and what says nothing of it: the key of
+    one kind of HTTP request."""
+    return hmac.digest(secret.encode(), _HTTP_CONTEXT + purpose.encode(), "sha256").hex()
 
 
 class Keys:

@@ -90,9 +90,25 @@ def test_an_unwritable_ssd_folder(refused, tmp_path):
 
 def test_an_ssd_folder_of_a_running_cluster(refused, tmp_path):
     config = ClusterConfig(dram_bytes=1 << 20, ssd_dir=(tmp_path,), log_dir=str(tmp_path))
-    (lock,) = preflight.check(config, [])
-    with lock:
-        assert "another cluster" in refused("--ssd-dir", str(tmp_path))
+    records = process_records(config, Path("/models/tiny"), Hardware("cpu", "tcp", "test"))
+    first, second = preflight.check(config, [r for r in records if r.kind == "agent"])
+    with first, second:
+        assert "another cluster, whose agent-p0" in refused("--ssd-dir", str(tmp_path))
+
+
+def test_what_a_host_has_is_compared_with_its_own_processes_alone(tmp_path):
+    config = ClusterConfig(
+        prefill=2, dram_bytes=1 << 20, ssd_dir=(tmp_path,), log_dir=str(tmp_path)
+    )
+    hosts = {"p0": "127.0.0.2", "p1": "127.0.0.3", "d0": "192.0.2.1"}
+    records = process_records(config, Path("/models/tiny"), Hardware("cpu", "tcp", "test"), hosts)
+    locks = []
+    for host in ("127.0.0.2", "127.0.0.3"):
+        here = [record for record in records if record.host == host]
+        locks += preflight.check(config, here)  # one disk holds the stores of several agents
+    assert len(locks) == 2
+    for lock in locks:
+        lock.close()
 
 
 def test_ssd_folders_of_another_version_are_named_with_what_to_do(refused, tmp_path):
@@ -126,8 +142,8 @@ def test_a_wrong_remote_url(refused, url):
 def test_more_dram_than_there_is():
     config = ClusterConfig(prefill=2, decode=2, dram_bytes=3 << 30)
     with pytest.raises(BadConfig, match="4 agents"):
-        preflight.check_memory(config, available_bytes=8 << 30)
-    preflight.check_memory(config, available_bytes=16 << 30)
+        preflight.check_memory(config, agents=4, available_bytes=8 << 30)
+    preflight.check_memory(config, agents=2, available_bytes=8 << 30)
 
 
 @pytest.mark.slow

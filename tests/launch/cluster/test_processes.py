@@ -224,6 +224,16 @@ def test_gpus_are_counted_on_each_host():
     assert [layout.gpus(node)[0] for node in layout.nodes] == [0, 0, 8, 8]
 
 
+def test_ports_are_numbered_on_each_host():
+    config = ClusterConfig(prefill=40, decode=40)
+    hosts = {f"{role}{n}": f"10.0.0.{n}" for role in "pd" for n in range(40)}
+    records = records_of(config, hosts=hosts)
+    assert {records[f"p{n}"].ports["http"] for n in range(40)} == {records["p0"].ports["http"]}
+    for host in hosts.values():
+        here = [port for r in records.values() if r.host == host for port in r.ports.values()]
+        assert len(here) == len(set(here)) and max(here) < 32768
+
+
 @pytest.mark.parametrize(
     ("flags", "fits"),
     [("--tp-size 2", True), ("--tp-size 4", False), ("--tp-size 4 --base-gpu-id 0", True)],
@@ -307,9 +317,8 @@ def test_other_kinds_of_parallel_engines_are_refused(flags, reason):
 
 @pytest.mark.parametrize("flags", ["--attn-dp-size 2", "--dp-size 2 --enable-dp-attention"])
 def test_each_attention_group_is_an_engine_to_the_gateway(monkeypatch, flags):
-    records = records_of(
-        ClusterConfig(prefill_args=words(f"--tp 4 {flags}")), hosts={"p0": "10.0.0.1"}
-    )
+    hosts = {"p0": "10.0.0.1", "d0": "10.0.0.1"}
+    records = records_of(ClusterConfig(prefill_args=words(f"--tp 4 {flags}")), hosts=hosts)
     gateway = settings_of(monkeypatch, records["gateway"], "DUALPATH_GATEWAY", GatewayConfig)
     groups, decode = gateway.engines[:2], gateway.engines[2]
     assert [(group.name, group.group) for group in groups] == [("p0.0", 0), ("p0.1", 1)]

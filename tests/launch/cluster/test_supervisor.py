@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from common.ids import Incarnation
 from launch.cluster import supervisor as supervisor_module
 from launch.cluster.child import session_members
 from launch.cluster.process_record import HealthCheck, ProcessRecord
-from launch.cluster.supervisor import StartFailed, Supervisor
+from launch.cluster.supervisor import Numbers, StartFailed, Supervisor
 
 STAND_IN = """
 import http.server, os, signal, subprocess, sys, threading, time
@@ -131,10 +132,12 @@ def quick(monkeypatch):
 class Cluster:
     """A supervisor running as a task, ended by a signal to this process."""
 
-    def __init__(self, records: list[ProcessRecord], logs: Path) -> None:
+    def __init__(
+        self, records: list[ProcessRecord], logs: Path, numbers: Numbers | None = None
+    ) -> None:
         self.told = Recorder()
-        supervisor = Supervisor(records, logs, self.told, start_timeout_s=20)
-        self.task = asyncio.create_task(supervisor.run())
+        self.supervisor = Supervisor(records, logs, self.told, start_timeout_s=20, numbers=numbers)
+        self.task = asyncio.create_task(self.supervisor.run())
 
     async def __aenter__(self) -> Recorder:
         await asyncio.wait_for(self.told.is_serving.wait(), 20)
@@ -143,6 +146,41 @@ class Cluster:
     async def __aexit__(self, *error) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.wait_for(self.task, 10)
+
+
+async def test_a_signal_begins_the_drain_and_a_second_one_cuts_it_short(quick, tmp_path):
+    record = stand_in("engine", kind="engine")
+    draining, pid = asyncio.Event(), 0
+
+    async def drain() -> None:
+        nonlocal pid
+        pid, _ = await asyncio.to_thread(ask, record)  # it still serves
+        draining.set()
+        await asyncio.Event().wait()
+
+    cluster = Cluster([record], tmp_path)
+    cluster.supervisor.drain = drain
+    async with cluster:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(draining.wait(), 20)
+        assert session_members([pid]) and not cluster.task.done()
+    assert session_members([pid]) == []
+
+
+async def test_starts_are_numbered_as_given(quick, tmp_path):
+    class Given(Numbers):
+        last = 41
+
+        def incarnation(self) -> Incarnation:
+            self.last += 1
+            return Incarnation(self.last)
+
+    record = stand_in("agent")
+    async with Cluster([record], tmp_path, Given()):
+        pid, incarnation = await asyncio.to_thread(ask, record)
+        assert incarnation == 42
+        os.kill(pid, signal.SIGKILL)
+        assert (await ask_until(record, other_than_pid=pid))[1] == 43
 
 
 async def test_processes_start_side_by_side_and_a_signal_ends_all_of_them(quick, tmp_path):
