@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from common.cluster.membership import EngineAddress
 from common.experiment import Experiment
 from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig
@@ -17,7 +18,7 @@ from launch.cluster.layout import LOOPBACK, Layout, agent_name, role_of
 from launch.cluster.ports import BOOTSTRAP, CONTROL, HTTP, RENDEZVOUS, choices, mooncake_env
 from launch.cluster.process_record import HealthCheck, ProcessRecord
 from launch.cluster.tensor_parallel import EngineRanks
-from launch.gateway.config import EngineAddress, GatewayConfig, RequestLimits
+from launch.gateway.config import GatewayConfig, RequestLimits
 from launch.gateway.doors.settings import DoorKeys, DoorSettings
 from launch.settings import BadConfig, filled
 from scheduler.options import SchedulerOptions

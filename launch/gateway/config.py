@@ -7,28 +7,11 @@ from typing import Annotated, ClassVar
 import msgspec
 from msgspec import Meta
 
+from common.cluster.membership import EngineAddress
 from common.process_settings import ProcessSettings
 from launch.gateway.doors.settings import DoorKeys, DoorSettings
 from scheduler.options import SchedulerOptions
 from scheduler.policies import POLICY_NAMES
-
-
-class EngineAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where an engine is reached, or an attention group of one."""
-
-    name: str
-    role: str
-    """"prefill" or "decode"."""
-    agent: str
-    """The agent of the engine's node."""
-    http: str
-    """e.g. ``http://127.0.0.1:31011``."""
-    control: str
-    """zmq endpoint, such as ``run://p0``."""
-    bootstrap_host: str
-    group: int | None = None
-    """Which attention group of its engine it is; None: its engine has one."""
-
 
 LOGPROBS_MAX = 128
 """Places in what SGLang hands from a prefill to a decode engine; one more ends the scheduler."""

@@ -15,6 +15,7 @@ from typing import cast
 import zmq
 import zmq.asyncio
 
+from common.cluster.membership import EngineAddress
 from common.ids import Incarnation
 from common.messages import (
     AgentStatus,
@@ -26,7 +27,6 @@ from common.messages import (
     encode,
 )
 from common.samples import Sample
-from launch.gateway.config import EngineAddress
 from transfer.control.keys import Keys
 from transfer.control.sockets import connect
 

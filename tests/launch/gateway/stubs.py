@@ -19,11 +19,12 @@ from aiohttp import ClientSession, web
 
 from common import messages as m
 from common.block import BlockKey, BlockLayout, Namespace, TierName
+from common.cluster.membership import EngineAddress
 from common.ids import Incarnation
 from common.loads import AgentLoad, EngineLoad
 from common.samples import sample
 from launch.gateway.app import create_app
-from launch.gateway.config import EngineAddress, GatewayConfig
+from launch.gateway.config import GatewayConfig
 from launch.gateway.listening import listen
 from scheduler.options import SchedulerOptions
 from tests.control import SECRET
