@@ -125,12 +125,13 @@ class EngineRuntime:
     def __init__(self, config: EngineConfig, host: Host) -> None:
         self.config = config
         self._host = host
-        self._me = host.identity
-        self._keys = Keys(self._me.name, config.control_secret)
+        self._keys = Keys(host.identity.name, config.control_secret)
         self.memory = host.memory
         self.streams = host.streams
         group = host.scheduler.attn_tp_group
         self.ranks = RankGroup(group.rank_in_group, group.world_size, group.cpu_group, self._apply)
+        # Job numbers are made of its incarnation, and ranks on other hosts have another launcher.
+        self._me = self.ranks.of_leader(host.identity)
         self.weights = Weights(
             self._first_namespace(), unnamed=f"{self._me.name}-{self._me.incarnation}"
         )

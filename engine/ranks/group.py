@@ -121,6 +121,10 @@ class RankGroup:
         torch.distributed.all_gather_object(values, value, group=self._cpu_group)
         return values
 
+    def of_leader(self, value: T) -> T:
+        """The first rank's value, at every rank."""
+        return self.gather(value)[0]
+
     def all_of(self, flags: list[bool]) -> list[bool]:
         """Which of the flags are set at every rank."""
         if self.size == 1 or not flags:
