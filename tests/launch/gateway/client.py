@@ -7,7 +7,8 @@ from typing import Any
 
 from common.block import BlockKey, block_keys
 from common.page_hashes import page_hashes
-from tests.launch.gateway.stubs import NAMESPACE, PAGE_TOKENS, WORDS, StubCluster
+from tests.launch.gateway.agent_stub import NAMESPACE, PAGE_TOKENS
+from tests.launch.gateway.stubs import WORDS, StubCluster
 
 TEXT = "".join(WORDS)
 PROMPT = "0123456789abc"  # 13 tokens of 4 a page: 3 full pages
