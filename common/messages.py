@@ -372,6 +372,8 @@ class PlanRefused(_Message):
 
     plan: Plan
     reason: str
+    stale: bool = False
+    """Of another namespace: a new plan helps."""
 
 
 _OfAgents = AgentHello | Announcement | ShareRead | Delivered | AgentStatus | UnknownEngine

@@ -89,7 +89,10 @@ class ControlServer:
                     log.warning("plan refused plan=%d: %s", message.id, message.fault)
                     return [PlanRefused(message.id, message.fault)]
                 if not self._accepts(message):
-                    return [self._hello(), PlanRefused(message.id, "other weights by now")]
+                    return [
+                        self._hello(),
+                        PlanRefused(message.id, "other weights by now", stale=True),
+                    ]
                 self._on_plan(message)
                 return [PlanAccepted(message.id)]
             case EndPlan():

@@ -172,3 +172,7 @@ def _error_fields(body: bytes) -> dict[str, object]:
 
 class AttemptFailed(Exception):
     """One try at serving a request failed."""
+
+
+class PlanStale(AttemptFailed):
+    """An engine has other weights than the plan was made for; it has not been sent the request."""

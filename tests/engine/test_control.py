@@ -85,7 +85,7 @@ def test_a_plan_for_other_weights_is_refused_and_the_present_ones_are_told(clien
     join(client, endpoint, GATEWAY, "p0")
     client.send(encode(EnginePlan(PlanId(7), "rid", bytes(32), [], [], [], 60.0)))
     assert decode(client.recv()) == HELLO
-    assert decode(client.recv()) == PlanRefused(PlanId(7), "other weights by now")
+    assert decode(client.recv()) == PlanRefused(PlanId(7), "other weights by now", stale=True)
     assert plans.get("rid") is None
 
 

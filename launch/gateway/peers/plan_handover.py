@@ -19,7 +19,7 @@ from common.messages import (
     ReleasePlan,
     ShareRead,
 )
-from launch.gateway.errors import AttemptFailed
+from launch.gateway.errors import AttemptFailed, PlanStale
 from launch.gateway.peers.membership import Membership
 from launch.gateway.peers.peer import PeerUnreachable
 from scheduler.plan import Plan
@@ -44,7 +44,7 @@ class PlanHandover:
         self._on_silent = on_silent
         self._read_timeout_s = read_timeout_s
         self._shares: dict[tuple[PlanId, str], asyncio.Future[ShareRead | None]] = {}
-        self._accepts: dict[tuple[PlanId, str], asyncio.Future[str]] = {}
+        self._accepts: dict[tuple[PlanId, str], asyncio.Future[PlanAccepted | PlanRefused]] = {}
         """Why a plan was refused; "" when it was not."""
         self.on_delivered: dict[PlanId, Callable[[Delivered], None]] = {}
         """By plan: who wants to hear of its deliveries."""
@@ -72,8 +72,8 @@ class PlanHandover:
         return {agent: f.result() if f.done() else None for agent, f in futures.items()}
 
     async def place(self, plan: Plan, namespace_digest: bytes) -> None:
-        """Hand the plan to both engines. Raises :class:`AttemptFailed` if one refuses it, or
-        does not accept it in time."""
+        """Hand the plan to both engines. Raises :class:`PlanStale` if all that refuse it have other
+        weights by now, else :class:`AttemptFailed`, as when one does not accept it in time."""
         message = EnginePlan(
             id=plan.id,
             rid=plan.engine_rid,
@@ -99,9 +99,12 @@ class PlanHandover:
             for name in silent:
                 self._on_silent(name)
             raise AttemptFailed(f"{' and '.join(silent)} took no plan")
-        refused = [f"{name} ({why})" for name, f in futures.items() if (why := f.result())]
-        if refused:
-            raise AttemptFailed(f"{' and '.join(refused)} refused the plan")
+        answers = [(name, future.result()) for name, future in futures.items()]
+        refusals = [(name, a) for name, a in answers if isinstance(a, PlanRefused)]
+        if refusals:
+            failure = PlanStale if all(a.stale for _, a in refusals) else AttemptFailed
+            who = " and ".join(f"{name} ({answer.reason})" for name, answer in refusals)
+            raise failure(f"{who} refused the plan")
 
     def release(self, plan: PlanId, agents: Iterable[str]) -> None:
         """The readers need not keep the plan's blocks any longer."""
@@ -120,8 +123,7 @@ class PlanHandover:
         _settle(self._shares.get((answer.plan, agent)), answer)
 
     def answered(self, engine: str, answer: PlanAccepted | PlanRefused) -> None:
-        refusal = answer.reason if isinstance(answer, PlanRefused) else ""
-        _settle(self._accepts.get((answer.plan, engine)), refusal)
+        _settle(self._accepts.get((answer.plan, engine)), answer)
 
     def delivered(self, news: Delivered) -> None:
         if news.plan in self.on_delivered:

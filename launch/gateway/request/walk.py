@@ -3,6 +3,7 @@
 A walk is a task of its own, whose answer is taken from its ``answer``. What is tried again:
 
 * A failure that the engines live through (a load that failed, an error of theirs), once.
+* A plan that an update of weights has overtaken, a few times: nothing has been done yet.
 * The loss of an engine that somebody else is to blame for, for as long as the request may last.
 * The loss of an engine that this request may have caused (``suspects``), once, where no other
   suspect begins at the same time. If an engine is lost again, it is not sent a third time, nor,
@@ -21,6 +22,7 @@ from launch.gateway.errors import (
     AttemptFailed,
     BadRequest,
     GatewayError,
+    PlanStale,
     Poisoned,
     RequestFailed,
 )
@@ -35,6 +37,8 @@ log = logging.getLogger(__name__)
 
 FAILURES_MAX = 2
 """Attempts that may fail while the engines live on, by a load that failed or an engine's error."""
+STALE_PLANS_MAX = 8
+"""Updates of weights that one request may meet; each new plan waits for engines of one version."""
 ABORT_GRACE_S = 5.0
 """An aborted request that an engine has not begun to answer by then is given up here."""
 
@@ -66,6 +70,7 @@ class RequestWalk:
         self._way = Way(use_cache)
         self._attempt: Attempt | None = None
         self._failures = 0
+        self._stale_plans = 0
         self.task = asyncio.create_task(self._run())
 
     def cancel(self) -> None:
@@ -160,6 +165,9 @@ class RequestWalk:
             known.note(self._fingerprint, refused=False)
         if self.answer.opened or self.answer.aborted:
             raise RequestFailed(f"failed while answering: {failure}") from failure
+        if isinstance(failure, PlanStale) and self._stale_plans < STALE_PLANS_MAX:
+            self._stale_plans += 1
+            return
         self._failures += guilt is None
         if self._failures == FAILURES_MAX or (guilt is Guilt.SUSPECT and self._way.alone):
             raise RequestFailed(f"failed twice: {failure}") from failure

@@ -71,7 +71,7 @@ class StubEngine(ControlStub):
                 return [self.hello()]
             case m.EnginePlan():
                 if message.namespace_digest != self.hello().namespace.digest():
-                    return [self.hello(), m.PlanRefused(message.id, "other weights")]
+                    return [self.hello(), m.PlanRefused(message.id, "other weights", stale=True)]
                 return [m.PlanAccepted(message.id)]
         return []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import msgspec
 import pytest
@@ -333,6 +334,24 @@ async def test_a_request_planned_for_weights_that_were_just_updated_is_planned_a
         for engine in cluster.engines:
             assert engine.got(m.EnginePlan)[-1].namespace_digest == updated.digest()
             assert len(engine.bodies) == 2  # no request reached an engine of other weights
+
+
+@pytest.mark.parametrize(("updates", "status"), [(8, 200), (9, 200), (10, 502)])
+async def test_a_request_outlasts_several_updates_of_weights(updates: int, status: int) -> None:
+    """What they do to it is no failure of its own, of which it may have one."""
+    async with cluster_of() as cluster:
+        (engine,) = cluster.decodes
+        answers, refused = engine.answers, []
+
+        def refuse(message: Any) -> list[Any]:
+            if not isinstance(message, m.EnginePlan) or len(refused) == updates:
+                return answers(message)
+            refused.append(message.id)
+            return [engine.hello(), m.PlanRefused(message.id, "other weights", stale=True)]
+
+        engine.answers = refuse  # type: ignore[method-assign]
+        said, _, trace = await post(cluster, "/generate", GENERATE)
+        assert said == status and trace["attempts"] == len(set(refused)) + (status == 200)
 
 
 async def test_requests_name_the_attention_groups_of_their_engines() -> None:
