@@ -1,13 +1,12 @@
 """Every message that crosses a process boundary, and its one codec.
 
-Servers (agents and engines) bind a zmq ROUTER; their clients connect with a
-DEALER. A frame is ``PROTOCOL`` followed by one msgpack-encoded struct. Whatever
-does not decode is counted and dropped by the receiver: nothing here can run code.
+Servers (agents and engines) bind a zmq ROUTER; their clients connect with a DEALER. A frame is
+``PROTOCOL`` followed by one msgpack-encoded struct. Whatever does not decode is counted and dropped
+by the receiver: nothing here can run code.
 
-Numbers that name things are never reused: a *plan* is numbered by the gateway, a
-*job* by the engine that issues it (both 48 bits). Agents and engines carry an
-*incarnation*, the start time of their process in ms: a greater one replaces all
-that came before it.
+Numbers that name things are never reused: the gateway numbers a *plan*, an engine the *job*
+that it issues (both 48 bits). Agents and engines carry an *incarnation*, the start time of their
+process in ms: a greater one replaces all that came before it.
 
 What the type of a field excludes does not decode, so whoever handles a message can count on it.
 Who may send which message: :mod:`transfer.control.senders`.
@@ -367,13 +366,12 @@ class PlanAccepted(_Message):
 
 
 class PlanRefused(_Message):
-    """The engine is of another namespace by now (its ``EngineHello`` has just been sent), or
-    nobody could carry the plan out."""
+    """Nobody could carry the plan out; ``stale``: here, as the engine is of another namespace by
+    now (its ``EngineHello`` has just been sent)."""
 
     plan: Plan
     reason: str
     stale: bool = False
-    """Of another namespace: a new plan helps."""
 
 
 _OfAgents = AgentHello | Announcement | ShareRead | Delivered | AgentStatus | UnknownEngine
