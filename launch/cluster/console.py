@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from common.sizes import format_size
-from launch.cluster.config import PACE, ClusterConfig
+from launch.cluster.config import ClusterConfig
 from launch.cluster.engine_command import served_model_name
 from launch.cluster.hardware import Hardware
 from launch.cluster.layout import role_of
 from launch.cluster.process_record import ProcessRecord
+from launch.flags.forms import PACE
 from launch.gateway.doors.browsers import is_loopback
 from transfer.traffic import cgroup
 

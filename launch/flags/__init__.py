@@ -1,0 +1,1 @@
+"""Settings that several commands share, each declared once (:mod:`launch.settings`)."""
