@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv from nothing, or finds that there is nothing to do.
 #   scripts/setup.sh        what serving needs (DEVICE=cpu or DEVICE=cuda)
-#   scripts/setup.sh test   also the S3 server and iperf3 that tests and benchmarks talk to
+#   scripts/setup.sh test   also what tests and benchmarks talk to: S3 server, iperf3, browser
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -112,4 +112,7 @@ if ! { command -v ip && command -v tc && command -v iperf3 && command -v nft; } 
 fi
 if ! command -v mkfs.ext4 >/dev/null; then
     apt_install "the campaign of faults (disks that fail)" e2fsprogs || true
+fi
+if ! { command -v chromium && command -v chromedriver; } >/dev/null; then
+    apt_install "the tests of the dashboard (a browser)" chromium chromium-driver || true
 fi

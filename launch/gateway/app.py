@@ -25,6 +25,7 @@ from common.json import JsonObject
 from launch.gateway.admission import Client
 from launch.gateway.body import read_body
 from launch.gateway.config import GatewayConfig
+from launch.gateway.dashboard.routes import dashboard_routes
 from launch.gateway.doors.browsers import as_sent
 from launch.gateway.doors.doors import ABORT, Doors
 from launch.gateway.doors.refusals import Forbidden, Refusal
@@ -104,6 +105,7 @@ def create_app(config: GatewayConfig, run_folder: Path | None = None) -> FastAPI
     _health_routes(app)
     _admin_routes(app)
     _engine_routes(app)
+    dashboard_routes(app)
     return app
 
 

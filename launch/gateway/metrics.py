@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter as Tally
 from collections.abc import Iterator
 from functools import cache
 
@@ -76,8 +77,27 @@ class GatewayMetrics:
             if estimates_s.get(name, 0.0) >= _ESTIMATE_MIN_S:
                 ratio.observe(measured_s / estimates_s[name])
 
+    def ended(self) -> dict[str, int]:
+        """Client requests by outcome, of all endpoints."""
+        ended: Tally[str] = Tally()
+        for family in self.requests.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    ended[sample.labels["outcome"]] += int(sample.value)
+        return ended
+
+    def tokens(self) -> dict[str, int]:
+        """Prompt tokens of answered requests, hit and recomputed."""
+        return {"hit": _value(self._hit_tokens), "recomputed": _value(self._recomputed)}
+
     def text(self) -> bytes:
         return generate_latest(self._registry)
+
+
+def _value(counter: Counter) -> int:
+    """Of one without labels."""
+    [family] = counter.collect()
+    return next(int(s.value) for s in family.samples if s.name.endswith("_total"))
 
 
 class _Decided(Collector):

@@ -24,6 +24,8 @@ class Ended(TypedDict):
     decode: str
     readers: dict[str, int]
     """Blocks by agent."""
+    read_bytes: dict[str, dict[str, int]]
+    """From storage, by agent and tier."""
     prompt_tokens: int
     hit_tokens: int
     attempts: int
@@ -51,6 +53,10 @@ class RecentRequests:
             "prefill": trace.prefill,
             "decode": trace.decode,
             "readers": {agent: reader.blocks for agent, reader in trace.readers.items()},
+            "read_bytes": {
+                agent: {tier.value: n for tier, n in reader.read_bytes.items() if n}
+                for agent, reader in trace.readers.items()
+            },
             "prompt_tokens": len(part.token_ids or ()),
             "hit_tokens": hit_tokens,
             "attempts": trace.attempts,

@@ -9,6 +9,8 @@ from typing import Protocol, TypedDict
 
 from launch.gateway.admission import Admission, Seat
 from launch.gateway.config import GatewayConfig
+from launch.gateway.dashboard.counted import TierView, tiers
+from launch.gateway.dashboard.history import History
 from launch.gateway.doors.salts import salt_keys, tell_digests
 from launch.gateway.metrics import GatewayMetrics
 from launch.gateway.orders import Orders
@@ -51,6 +53,8 @@ class GatewayView(ClusterView):
     """The scheduler's view of the cluster, with the gateway's own requests."""
 
     requests: RequestsView
+    tiers: dict[str, dict[str, TierView]]
+    """By agent and tier."""
 
 
 class Services:
@@ -71,6 +75,7 @@ class Services:
         self.suspects = Suspects(plane.pairs)
         plane.on_engine_lost = self.suspects.engine_lost
         self.metrics = GatewayMetrics(plane, self.admission, self.outage)
+        self.history = History(plane.members, self.metrics)
         self.walks: dict[tuple[str, str], Walk] = {}
         """By tenant and the client's id."""
         self.salt_keys = {} if config.doors.share_cache else salt_keys(config.keys.api_keys)
@@ -82,6 +87,7 @@ class Services:
         tell_digests(self.salt_keys)
         self.plane.start()
         self.probe.start()
+        self.history.start()
 
     def in_background(self, work: Coroutine[None, None, None]) -> None:
         """Run clean-up that must survive the request; ``work`` bounds its own time."""
@@ -94,6 +100,7 @@ class Services:
             walk.cancel()
         while self._background:
             await asyncio.wait(set(self._background))
+        await self.history.close()
         await self.probe.close()
         await self.client.close()
         await self.plane.close()
@@ -108,4 +115,8 @@ class Services:
             "displaced_total": self.admission.displaced_total,
             "recent": self.recent.view(),
         }
-        return {**self.scheduler.cluster(time.monotonic()), "requests": requests}
+        return {
+            **self.scheduler.cluster(time.monotonic()),
+            "requests": requests,
+            "tiers": {n: tiers(agent.samples()) for n, agent in self.plane.members.agents.items()},
+        }

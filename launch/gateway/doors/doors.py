@@ -17,8 +17,10 @@ from launch.gateway.doors.visitor import Visitor
 
 log = logging.getLogger(__name__)
 
-OPEN = ("/health", "/health_generate", "/metrics")
-"""For probes and Prometheus, as SGLang's: they need no key and say nothing of a request."""
+DASHBOARD = "/dashboard"
+OPEN = ("/health", "/health_generate", "/metrics", DASHBOARD)
+"""For probes and Prometheus, as SGLang's: they need no key and say nothing of a request. Nor does
+the dashboard's page, which asks operators' routes for what it shows."""
 ABORT = "/abort_request"
 """For clients, of their own requests; for operators, of all."""
 _OF_A_PROXY = ("forwarded", "via", "x-forwarded-for", "x-real-ip")

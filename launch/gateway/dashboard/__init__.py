@@ -1,0 +1,1 @@
+"""``/dashboard``: a cluster in a browser."""
