@@ -48,3 +48,5 @@ class EngineLoad(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     free_tokens: int
     prefill_cost: PrefillCost | None = None
     """None until enough prefill forwards were measured, and of a decode engine."""
+    linked: list[str] | None = None
+    """Agents that it has a link to, so that they can deliver to it; None: all that there are."""

@@ -6,11 +6,12 @@ import math
 
 import msgspec
 
-from scheduler.cluster_state import Agents, ClusterState
+from scheduler.cluster_state import ClusterState
 from scheduler.hit import Hit, Work
 from scheduler.load_policy import LoadEstimate, worth_loading
 from scheduler.plan import PlanRequest, Range
 from scheduler.policies import ReadPolicy, experiment_of
+from scheduler.rows.processes import Agents
 
 
 class Assignment(msgspec.Struct, frozen=True):

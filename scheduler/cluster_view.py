@@ -5,15 +5,8 @@ from __future__ import annotations
 from typing import TypedDict
 
 from common.ids import Incarnation
-from scheduler.cluster_state import (
-    DECODE,
-    DEVICE_OF,
-    PREFILL,
-    READING,
-    ClusterState,
-    Device,
-    Processes,
-)
+from scheduler.cluster_state import DECODE, PREFILL, ClusterState
+from scheduler.rows.processes import DEVICE_OF, READING, Device, Processes
 
 
 class ProcessView(TypedDict):
@@ -90,7 +83,7 @@ def engines(state: ClusterState, now: float) -> list[EngineView]:
     """One record an engine that has ever reported."""
     known, limit_s = state.engines, state.options.heartbeat_timeout_s
     views: list[EngineView] = []
-    for row in range(len(known.names)):
+    for row in sorted(known.row_of.values()):
         tokens, sequences, context = known.promised[row].tolist()
         usable = bool(state.usable_engines[row])
         pending, held = known.pending_tokens[row] + tokens, known.sequences[row] + sequences
@@ -100,7 +93,7 @@ def engines(state: ClusterState, now: float) -> list[EngineView]:
                 **_common(known, row, usable, now, limit_s),
                 "role": PREFILL if known.is_prefill[row] else DECODE,
                 "agent": state.agents.names[known.agent_row[row]],
-                "group": list(known.groups)[known.group[row]],
+                "group": known.groups.listed[known.group[row]],
                 "sequences": int(known.sequences[row]),
                 "pending_tokens": int(known.pending_tokens[row]),
                 "context_tokens": int(known.context_tokens[row]),
@@ -120,7 +113,7 @@ def agents(state: ClusterState, now: float) -> list[AgentView]:
     known, limit_s = state.agents, state.options.heartbeat_timeout_s
     backlog_s = state.backlog_s()
     views: list[AgentView] = []
-    for row in range(len(backlog_s)):
+    for row in sorted(known.row_of.values()):
         queued = (known.queue_bytes[row] + known.promised[row]).tolist()
         out = Device.COMPUTE_OUT
         views.append(

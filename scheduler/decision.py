@@ -10,9 +10,10 @@ import numpy as np
 
 from common.ids import PlanId
 from common.json import JsonObject
-from scheduler.cluster_state import ClusterState, Device, Floats, Mask
+from scheduler.cluster_state import ClusterState
 from scheduler.load_policy import LoadEstimate
 from scheduler.plan import Plan
+from scheduler.rows.processes import Device, Floats, Mask
 
 
 class CandidateView(TypedDict):
@@ -156,7 +157,7 @@ class Decisions:
             agents.names,
             state.usable_engines,
             state.usable_agents,
-            engines.is_prefill[:count],
+            engines.is_prefill[:count].copy(),
             engines.pending_tokens[:count] + promised[:, engines.TOKENS],
             engines.context_tokens[:count] + promised[:, engines.CONTEXT],
             engines.sequences[:count] + promised[:, engines.SEQUENCES],

@@ -6,10 +6,11 @@ import msgspec
 import numpy as np
 
 from common.block import TierName
-from scheduler.cluster_state import DEVICE_OF, READING, ClusterState, Device, Floats, Rows
+from scheduler.cluster_state import ClusterState
 from scheduler.directory.directory import Run
 from scheduler.directory.holder_sets import Holders
 from scheduler.plan import Range
+from scheduler.rows.processes import DEVICE_OF, READING, Device, Floats, Rows
 
 DELIVERIES = 2
 """Of each block: into the prefill engine and into the decode engine."""
@@ -22,7 +23,7 @@ class Hit(msgspec.Struct, frozen=True):
     prefill_agent: str
     decode_agent: str
     alive: frozenset[str]
-    """Agents that may read."""
+    """Agents that may read: both engines are linked to them."""
     block_bytes: int
 
     @staticmethod
@@ -35,7 +36,7 @@ class Hit(msgspec.Struct, frozen=True):
             runs=runs,
             prefill_agent=agents[of_engine[prefill]],
             decode_agent=agents[of_engine[decode]],
-            alive=state.alive_agents,
+            alive=state.reachable(prefill, decode),
             block_bytes=block_bytes,
         )
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 
 import msgspec
 import numpy as np
 
 from common.block import BlockKey
 from common.ids import PlanId
-from scheduler.cluster_state import ClusterState, Device, Engines
+from scheduler.cluster_state import ClusterState
 from scheduler.hit import Work
 from scheduler.plan import Plan, PlanRequest
+from scheduler.rows.processes import Device, Engines
 
 
 class UnknownPlan(KeyError):
@@ -48,6 +50,13 @@ class OpenPlans:
     def __len__(self) -> int:
         return len(self._open)
 
+    def naming(self, names: Set[str]) -> int:
+        """How many of them have one of these engines or agents."""
+        return sum(
+            not names.isdisjoint((p.prefill, p.decode, p.prefill_agent, p.decode_agent, *p.agents))
+            for p in (entry.plan for entry in self._open.values())
+        )
+
     def promise(
         self, plan: Plan, request: PlanRequest, rows: tuple[int, int], work: Work, now: float
     ) -> None:
@@ -78,7 +87,9 @@ class OpenPlans:
         missing = [] if complete else _missing(entry.plan, agent, in_dram)
         if missing:
             self._cut(entry, missing[0])
-        self._state.agents.settle(self._state.agents.row_of[agent], _reading(plan))
+        row = self._state.agents.row_of.get(agent)
+        if row is not None:  # else it has left the cluster
+            self._state.agents.settle(row, _reading(plan))
         return entry.hit_blocks, [entry.plan.keys[block] for block in missing]
 
     def submitted(self, plan: PlanId, now: float) -> None:

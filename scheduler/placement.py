@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from scheduler.cluster_state import DECODE, PREFILL, ClusterState, Device, Floats, Mask, Rows
+from scheduler.cluster_state import DECODE, PREFILL, ClusterState
 from scheduler.plan import NoEngine, PlanRequest
+from scheduler.rows.processes import Device, Floats, Mask, Rows
 
 
 def candidates(state: ClusterState, role: str, request: PlanRequest) -> Rows:

@@ -68,13 +68,13 @@ class Scheduler:
             self.state.engines.lost(name)
             self.state.changed()
 
-    def agent_lost(self, name: str) -> None:
-        """The agent's process is known to be gone, and with it what only it could read."""
-        agents = self.state.agents
-        if name in agents.row_of:
-            agents.lost(name)
-            self.state.changed()
-            self.directory.forget(name, agents.incarnation[agents.row_of[name]])
+    def removed(self, name: str) -> None:
+        """An engine, or an agent whose engine has been removed before, has left the cluster:
+        nothing is kept of it. What its open plans still say of it is of no effect."""
+        for processes in (self.state.engines, self.state.agents):
+            processes.remove(name)
+        self.directory.remove(name)
+        self.state.changed()
 
     @property
     def drained(self) -> Set[str]:
@@ -113,7 +113,7 @@ class Scheduler:
             prefill, decode = choose_prefill(state, request), choose_decode(state, request)
         state.engines.note_chosen(prefill, decode)
         keys = request.keys if request.use_cache else []
-        runs = self.directory.lookup(keys, state.alive_agents)
+        runs = self.directory.lookup(keys, state.reachable(prefill, decode))
         hit = Hit.of(runs, prefill, decode, request.block_bytes, state)
         assigned = assign(self._policy, hit, request, prefill, state)
         plan = self._build(request, prefill, decode, assigned)

@@ -13,12 +13,13 @@ import heapq
 
 import numpy as np
 
-from scheduler.cluster_state import ClusterState, Device, Floats, Rows
+from scheduler.cluster_state import ClusterState
 from scheduler.directory.directory import Run
 from scheduler.directory.holder_sets import Holders
 from scheduler.hit import DELIVERIES, Hit, expected_tier, last_byte_s
 from scheduler.one_reader import from_side, in_dram
 from scheduler.plan import Range
+from scheduler.rows.processes import Device, Floats, Rows
 
 
 def pour(blocks: int, start_s: Floats, block_s: Floats, least_blocks: int) -> Rows:
@@ -117,6 +118,13 @@ def _pace(values: Floats, on_ssd: Rows) -> Floats:
     return np.asarray(slower)
 
 
+def _rows_of(agents: frozenset[str], state: ClusterState) -> Rows:
+    """In ascending order."""
+    if agents is state.alive_agents:
+        return state.agent_rows
+    return np.array(sorted(state.agents.row_of[agent] for agent in agents), np.intp)
+
+
 class _Pouring:
     """One request: the backlogs as they grow by what it has been given so far."""
 
@@ -128,7 +136,7 @@ class _Pouring:
         self._block_s[:, Device.COMPUTE_OUT] *= DELIVERIES
         rows = state.agents.row_of
         sides = np.array([rows[agent] for agent in hit.sides], np.intp)
-        self._candidates = state.agent_rows if anyone or not len(sides) else sides
+        self._candidates = _rows_of(hit.alive, state) if anyone or not len(sides) else sides
 
     def from_dram(self, run: Run) -> Range:
         """Whoever has it in memory sends it."""

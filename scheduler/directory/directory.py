@@ -115,6 +115,13 @@ class Directory:
         newest = max(incarnation, known.incarnation) if known else incarnation
         self._streams[agent] = _Stream(newest)
 
+    def remove(self, agent: str) -> None:
+        """The agent has left the cluster: its bits are another's from now on."""
+        self._streams.pop(agent, None)
+        if self._table.sets.knows(agent):
+            self._table.clear(self._table.sets.local_bits(agent), for_good=True)
+            self._table.sets.remove(agent)
+
     def renewed(self, agent: str, incarnation: Incarnation) -> None:
         """The agent runs as ``incarnation``: forget what an earlier one held, unless this one
         has announced something already, which took its place."""

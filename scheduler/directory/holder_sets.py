@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.block import TierName
+from scheduler.rows.names import Names
 
 SetIds = NDArray[np.int32]
 
@@ -41,10 +42,10 @@ class HolderSets:
     def __init__(self) -> None:
         self._masks = [0]
         self._ids = {0: NOBODY}
-        self._agents: dict[str, int] = {}
-        """Number of each agent's two bits."""
-        self._usable: tuple[frozenset[str], int, int] = (frozenset(), 0, 0)
-        """Of the last look-up: its agents, how many were known then, and their mask."""
+        self._agents = Names()
+        """Numbers of their two bits."""
+        self._usable: tuple[frozenset[str], int] | None = None
+        """Of the last look-up, while no agent has come or gone: its agents, and their mask."""
         self._decoded: dict[int, Holders | None] = {}
         """By set number, for those agents."""
 
@@ -55,12 +56,23 @@ class HolderSets:
         """Mask of this agent's holding in this tier."""
         if tier is TierName.REMOTE:
             return REMOTE_BIT
-        index = self._agents.setdefault(agent, len(self._agents))
+        index = self._agents.number_of.get(agent)
+        if index is None:
+            index = self._agents.number(agent)
+            self._usable = None
         return 1 << (1 + 2 * index + (tier is TierName.SSD))
 
     def local_bits(self, agent: str) -> int:
         """Mask of its DRAM and SSD."""
         return self.bit(agent, TierName.DRAM) | self.bit(agent, TierName.SSD)
+
+    def knows(self, agent: str) -> bool:
+        return agent in self._agents.number_of
+
+    def remove(self, agent: str) -> None:
+        """Its bits, which no block has any more, are free for another agent."""
+        self._agents.remove(agent)
+        self._usable = None
 
     def changed(self, ids: SetIds, bits: int, held: bool) -> SetIds:
         """The same sets with, or without, these bits."""
@@ -109,18 +121,17 @@ class HolderSets:
         return number
 
     def _usable_mask(self, agents: frozenset[str]) -> int:
-        before, known, usable = self._usable
-        if before is not agents or known != len(self._agents):
-            usable = REMOTE_BIT if agents else 0
-            for name in self._agents:
-                if name in agents:
-                    usable |= self.local_bits(name)
-            self._usable = agents, len(self._agents), usable
-            self._decoded.clear()
+        if self._usable is not None and self._usable[0] is agents:
+            return self._usable[1]
+        usable = REMOTE_BIT if agents else 0
+        for name in agents.intersection(self._agents.number_of):
+            usable |= self.local_bits(name)
+        self._usable = agents, usable
+        self._decoded.clear()
         return usable
 
     def _decode(self, mask: int) -> Holders | None:
-        names = list(self._agents)
+        names = self._agents.listed
         found: dict[bool, list[str]] = {False: [], True: []}
         rest = mask >> 1
         while rest:

@@ -87,9 +87,12 @@ class HolderTable:
         slots = self._known(fingerprints(keys))
         self._put(slots[self._set_ids[slots] != NOBODY], bits, held)
 
-    def clear(self, bits: int) -> None:
-        """No block has these holders. One pass over all of them, some 10 ms a million."""
+    def clear(self, bits: int, for_good: bool = False) -> None:
+        """No block has these holders. One pass over all of them, some 10 ms a million; two where
+        the sets that have them are to be forgotten, too."""
         self._set_ids = self.sets.without(bits)[self._set_ids]
+        if for_good:
+            self._set_ids = _of_used_sets(self.sets, self._set_ids)
         self._entries = int(np.count_nonzero(self._set_ids))
 
     def enforce_bounds(self) -> None:
@@ -103,8 +106,7 @@ class HolderTable:
             self._entries -= dropped
             self.dropped_total += dropped
         if len(self.sets) > self._sets_max:
-            used = np.flatnonzero(np.bincount(self._set_ids, minlength=len(self.sets)))
-            self._set_ids = self.sets.keep(used.astype(np.int32))[self._set_ids]
+            self._set_ids = _of_used_sets(self.sets, self._set_ids)
             self._sets_max = max(_SETS_MIN, 2 * len(self.sets))
 
     # ---- inside -----------------------------------------------------------------------
@@ -148,3 +150,9 @@ class HolderTable:
             moved = np.zeros(self._table.slots, column.dtype)
             moved[slots] = column[kept]
             setattr(self, name, moved)
+
+
+def _of_used_sets(sets: HolderSets, ids: SetIds) -> SetIds:
+    """The numbers that these sets get when those that no block has are forgotten."""
+    used = np.flatnonzero(np.bincount(ids, minlength=len(sets)))
+    return np.asarray(sets.keep(used.astype(np.int32))[ids])

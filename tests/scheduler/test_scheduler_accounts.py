@@ -38,7 +38,8 @@ def play(policy: str, script: list[tuple[str, int, int]]) -> tuple[Scheduler, li
             report_engine(scheduler, names[which % 4], now)
             report_agent(scheduler, f"agent-{names[which % 4]}", now)
         elif action == "lose":
-            scheduler.agent_lost("agent-p1")
+            scheduler.removed("p1")
+            scheduler.removed("agent-p1")
         elif open_plans:
             plan = open_plans[which % len(open_plans)]
             if action == "settle":

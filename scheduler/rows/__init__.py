@@ -1,0 +1,1 @@
+"""Engines and agents as rows of arrays, which are reused."""
