@@ -13,9 +13,8 @@ from rich.table import Table
 
 from common.sizes import format_size
 from launch.cluster.config import ClusterConfig
-from launch.cluster.engine_command import served_model_name
+from launch.cluster.engine_command import ROLE_FLAG, served_model_name
 from launch.cluster.hardware import Hardware
-from launch.cluster.layout import role_of
 from launch.cluster.process_record import ProcessRecord
 from launch.flags.forms import PACE
 from launch.gateway.doors.browsers import is_loopback
@@ -79,7 +78,8 @@ def _role(record: ProcessRecord) -> str:
         return f"storage and transfer of node {record.name.removeprefix('agent-')}"
     if record.kind == "gateway":
         return "OpenAI API and scheduler"
-    return f"SGLang, {role_of(record.name)}"
+    role = record.argv[record.argv.index(ROLE_FLAG) + 1]
+    return f"SGLang, {role}"
 
 
 def _tiers(config: ClusterConfig) -> str:

@@ -6,12 +6,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch.cluster.config import ClusterConfig
-from launch.cluster.layout import PAGE_TOKENS, Layout, role_of
+from common.cluster.membership import Role
+from launch.cluster.layout import ENGINE_ROLES, PAGE_TOKENS, Layout
 from launch.cluster.ports import BOOTSTRAP_FLAG, meeting
 from launch.cluster.tensor_parallel import cpu_env, staging_env
+from launch.flags.node import NodeSettings
 
 CPU_POOL_TOKENS = 65536
+ROLE_FLAG = "--disaggregation-mode"
 
 _LINKER = {
     "linker": "PrefillLinker",
@@ -20,7 +22,7 @@ _LINKER = {
 }
 
 
-def served_model_name(config: ClusterConfig) -> str:
+def served_model_name(config: NodeSettings) -> str:
     """``--served-model-name``, or the model's own name."""
     if config.served_model_name:
         return config.served_model_name
@@ -46,7 +48,7 @@ def engine_env(layout: Layout, node: str) -> dict[str, str]:
         "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",
         **staging_env(
             layout.model,
-            layout.group_sizes("prefill") | layout.group_sizes("decode"),
+            set(map(layout.group_size, ENGINE_ROLES)),
             layout.hardware.device,
         ),
     }
@@ -57,7 +59,7 @@ def engine_env(layout: Layout, node: str) -> dict[str, str]:
             "CUDA_VISIBLE_DEVICES": "",
             # Several engines share a CPU; with more threads each they fight for it.
             "OMP_NUM_THREADS": "1",
-            **cpu_env(layout.ranks[node]),
+            **cpu_env(layout.ranks(node)),
         }
     return env
 
@@ -67,25 +69,25 @@ def engine_flags(layout: Layout, node: str, ports: Mapping[str, int]) -> list[st
     flags = {
         "--model-path": str(layout.model),
         "--served-model-name": served_model_name(layout.config),
-        "--host": layout.hosts[node],
+        "--host": layout.places[node].bind,
         "--port": str(ports["http"]),
         "--nccl-port": str(ports["rendezvous"]),
         "--page-size": str(PAGE_TOKENS),
-        "--disaggregation-mode": role_of(node),
+        ROLE_FLAG: layout.places[node].role.value,
         "--disaggregation-transfer-backend": "mooncake",
         **_device_flags(layout, node),
     }
     if layout.config.rdma_devices:
         flags["--disaggregation-ib-device"] = layout.config.rdma_devices
-    if layout.ranks[node].groups > 1:
-        port = layout.port(node, "engine", meeting(layout.ranks[node]))
+    if layout.ranks(node).groups > 1:
+        port = layout.port(node, "engine", meeting(layout.ranks(node)))
         flags["--dist-init-addr"] = f"{layout.hosts[node]}:{port}"
     switches = ["--skip-server-warmup", "--enable-cache-report"]
-    if layout.ranks[node].groups == 1:  # else all groups wait for one that sleeps, a second
+    if layout.ranks(node).groups == 1:  # else all groups wait for one that sleeps, a second
         switches.append("--sleep-on-idle")
     elif layout.hardware.device == "cpu":  # which has no such operator
         switches.append("--no-enable-tp-lm-head-all-to-all")
-    if role_of(node) == "prefill":
+    if layout.places[node].role is Role.PREFILL:
         flags |= {
             BOOTSTRAP_FLAG: str(ports["bootstrap"]),
             "--unified-cache-external-linker-backend": "dynamic",
@@ -107,7 +109,10 @@ def _device_flags(layout: Layout, node: str) -> dict[str, str]:
         tokens = tokens or CPU_POOL_TOKENS
     else:  # untested: no such machine was at hand (docs/gpu.md)
         flags = {"--base-gpu-id": str(layout.gpus(node)[0])}
-        if role_of(node) == "prefill" and layout.config.prefill_layer_window is not None:
+        if (
+            layout.places[node].role is Role.PREFILL
+            and layout.config.prefill_layer_window is not None
+        ):
             # A graph that is replayed writes latents ahead of any hook, free buffer or not.
             flags["--cuda-graph-backend-prefill"] = "disabled"
     return flags | ({"--max-total-tokens": str(tokens)} if tokens else {})

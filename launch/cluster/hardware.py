@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.cluster.config import ClusterConfig
+from launch.flags.node import NodeSettings
 from launch.settings import BadConfig
 
 _RDMA_DEVICES = Path("/sys/class/infiniband")
@@ -26,7 +26,7 @@ class Hardware:
     """How many engines may use here; None: not counted."""
 
 
-def detect(config: ClusterConfig) -> Hardware:
+def detect(config: NodeSettings) -> Hardware:
     """Resolve both ``auto`` settings; raises :class:`BadConfig` for what cannot be."""
     device = config.device
     if device != "cpu":

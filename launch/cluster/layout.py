@@ -7,22 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from common.cluster.membership import Role
 from engine.refused import refused_flags
 from launch.cluster.config import ClusterConfig
 from launch.cluster.hardware import Hardware
 from launch.cluster.ports import CONTROL, HTTP, block_ports, control
-from launch.cluster.tensor_parallel import check_window, group_names, ranks_of
+from launch.cluster.tensor_parallel import EngineRanks, check_window, group_names, ranks_of
+from launch.flags.node import NodeSettings
 from launch.settings import BadConfig
 from transfer.control.sockets import UNIX
 from transfer.ports.source_filter import LOOPBACK as THIS_HOST
 from transfer.ports.source_filter import parse
 
 LOOPBACK = "127.0.0.1"
+EVERY_ADDRESS = "0.0.0.0"
 PAGE_TOKENS = 64
-
-Role = Literal["prefill", "decode"]
+ENGINE_ROLES = (Role.PREFILL, Role.DECODE)
 
 
 def node_names(config: ClusterConfig) -> list[str]:
@@ -35,79 +37,114 @@ def agent_name(node: str) -> str:
     return f"agent-{node}"
 
 
-def role_of(node: str) -> Role:
-    return "prefill" if node.startswith("p") else "decode"
+class Place(NamedTuple):
+    """A node, and the host that it is on."""
+
+    role: Role
+    host: str = LOOPBACK
+    """Address that others reach it at."""
+    listens_on: str = ""
+    """Address of its control and HTTP ports; empty: the one above."""
+
+    @property
+    def bind(self) -> str:
+        return self.listens_on or self.host
+
+    @property
+    def local(self) -> str:
+        """Address that its own host reaches it at."""
+        return LOOPBACK if self.bind == EVERY_ADDRESS else self.bind
+
+
+def places_of(config: ClusterConfig, hosts: Mapping[str, str] | None = None) -> dict[str, Place]:
+    """``hosts`` maps nodes to addresses; absent ones are on the loopback."""
+    names = node_names(config)
+    roles = {name: Role.PREFILL if name.startswith("p") else Role.DECODE for name in names}
+    return {name: Place(roles[name], (hosts or {}).get(name, LOOPBACK)) for name in names}
 
 
 class Layout:
-    """Of one cluster. Raises ``BadConfig`` for engines that cannot be.
-
-    ``hosts`` maps nodes to addresses; absent ones are on the loopback.
-    """
+    """Of one cluster, or of one host's part of it. Raises ``BadConfig`` for engines that cannot
+    be."""
 
     def __init__(
         self,
-        config: ClusterConfig,
+        config: NodeSettings,
         model: Path,
         hardware: Hardware,
-        hosts: Mapping[str, str] | None = None,
+        places: Mapping[str, Place],
     ) -> None:
         self.config = config
         self.model = model
         self.hardware = hardware
-        self.nodes = node_names(config)
-        self.hosts = {node: (hosts or {}).get(node, LOOPBACK) for node in self.nodes}
-        self.ranks = {node: ranks_of(self.passed_flags(node)) for node in self.nodes}
-        for node in self.nodes:
-            if reason := refused_flags(self.passed_flags(node)):
-                raise BadConfig(f"{reason}: take it out.")
+        self.places = places
+        self.nodes = list(places)
+        self.hosts = {node: place.host for node, place in places.items()}
+        self._ranks_of_role = {role: self._ranks_of(role) for role in ENGINE_ROLES}
         if config.prefill_layer_window is not None:
-            check_window(model, self.group_sizes("prefill"), self.group_sizes("decode"))
-        self._ports_per_process = max(map(block_ports, self.ranks.values()))
+            sizes = (self.group_size(role) for role in ENGINE_ROLES)
+            check_window(model, *sizes)
+        self._ports_per_process = max(map(block_ports, self._ranks_of_role.values()))
         self.agents = {
             agent_name(node): self._endpoint(
-                node, agent_name(node), self.port(node, "agent", CONTROL)
+                self.hosts[node], agent_name(node), self.port(node, "agent", CONTROL)
             )
             for node in self.nodes
         }
         """Name -> control endpoint."""
         self._check_gpus()
 
+    def _ranks_of(self, role: Role) -> EngineRanks:
+        if reason := refused_flags(_flags_of(self.config, role)):
+            raise BadConfig(f"{reason}: take it out.")
+        return ranks_of(_flags_of(self.config, role))
+
+    def ranks(self, node: str) -> EngineRanks:
+        """Of its engine."""
+        return self._ranks_of_role[self.places[node].role]
+
+    def group_size(self, role: Role) -> int:
+        """Over how many ranks the engines of one role split KV heads, wherever they are: all are
+        started with the same flags."""
+        return self._ranks_of_role[role].of_group
+
     def _neighbours(self, node: str) -> list[str]:
         """The nodes of its host, itself among them."""
         return [other for other in self.nodes if self.hosts[other] == self.hosts[node]]
-
-    def group_sizes(self, role: Role) -> set[int]:
-        """Over how many ranks the engines of one role split KV heads."""
-        return {ranks.of_group for node, ranks in self.ranks.items() if role_of(node) == role}
 
     def port(self, node: str, kind: Literal["agent", "engine"], offset: int) -> int:
         """Port of the node's agent or engine, in its block of ports, numbered over its host."""
         block = 2 * self._neighbours(node).index(node) + (kind == "engine")
         return self.config.first_port + block * self._ports_per_process + offset
 
-    def controls(self, node: str) -> list[str]:
-        """Of each attention group of the node's engine."""
-        ranks = self.ranks[node]
+    def controls(self, node: str, host: str) -> list[str]:
+        """Of each attention group of the node's engine, by an address of its host."""
+        ranks = self.ranks(node)
         return [
-            self._endpoint(node, name, self.port(node, "engine", control(ranks, group)))
+            self._endpoint(host, name, self.port(node, "engine", control(ranks, group)))
             for group, name in enumerate(self.engines(node))
         ]
 
+    def agent_control(self, node: str, host: str) -> str:
+        """Of the node's agent, likewise."""
+        return self._endpoint(host, agent_name(node), self.port(node, "agent", CONTROL))
+
     def engines(self, node: str) -> list[str]:
         """What the gateway and the agents call the attention groups of the node's engine."""
-        return group_names(node, self.ranks[node])
+        is_reader = self.places[node].role is Role.READER
+        return [] if is_reader else group_names(node, self.ranks(node))
 
     @property
     def is_one_host(self) -> bool:
         """Whether no process has anything to ask another host for."""
-        return set(self.hosts.values()) == {LOOPBACK}
+        return self.config.is_whole_cluster and set(self.hosts.values()) == {LOOPBACK}
 
-    def http(self, node: str) -> str:
-        return f"http://{self.hosts[node]}:{self.port(node, 'engine', HTTP)}"
+    def http(self, node: str, host: str) -> str:
+        """Of the node's engine."""
+        return f"http://{host}:{self.port(node, 'engine', HTTP)}"
 
-    def _endpoint(self, node: str, name: str, port: int) -> str:
-        return f"{UNIX}{name}" if self.is_one_host else f"tcp://{self.hosts[node]}:{port}"
+    def _endpoint(self, host: str, name: str, port: int) -> str:
+        return f"{UNIX}{name}" if self.is_one_host else f"tcp://{host}:{port}"
 
     @property
     def heard(self) -> list[str]:
@@ -125,18 +162,24 @@ class Layout:
 
     def gpus(self, node: str) -> list[int]:
         """Of a node's ranks: on each host one node's after the other's."""
-        if self.hardware.device == "cpu":
+        if self.hardware.device == "cpu" or self.places[node].role is Role.READER:
             return []
         neighbours = self._neighbours(node)
-        first = sum(self.ranks[n].total for n in neighbours[: neighbours.index(node)])
-        return list(range(first, first + self.ranks[node].total))
+        first = sum(self.ranks(n).total for n in neighbours[: neighbours.index(node)])
+        return list(range(first, first + self.ranks(node).total))
 
     def _check_gpus(self) -> None:
-        """This machine, where nodes are unless ``hosts`` says otherwise, has as many."""
-        here = [node for node in self.nodes if self.hosts[node] == LOOPBACK]
-        if self.hardware.gpus is None or any(map(self._places_itself, here)):
+        """This machine, where nodes are unless they are told where, has as many."""
+        are_here = not self.config.is_whole_cluster
+        here = [
+            node
+            for node, place in self.places.items()
+            if place.role is not Role.READER and (are_here or place.host == LOOPBACK)
+        ]
+        flags = map(self.passed_flags, here)
+        if self.hardware.gpus is None or any(map(_places_itself, flags)):
             return
-        wanted = sum(self.ranks[node].total for node in here)
+        wanted = sum(self.ranks(node).total for node in here)
         if wanted > self.hardware.gpus:
             raise BadConfig(
                 f"{len(here)} engines need {wanted} GPUs, and this machine shows "
@@ -144,11 +187,15 @@ class Layout:
                 "--engine-args), or look at CUDA_VISIBLE_DEVICES."
             )
 
-    def _places_itself(self, node: str) -> bool:
-        return any(flag.startswith("--base-gpu-id") for flag in self.passed_flags(node))
-
     def passed_flags(self, node: str) -> list[str]:
         """The user's own flags for the node's SGLang."""
-        config = self.config
-        role_args = config.prefill_args if role_of(node) == "prefill" else config.decode_args
-        return [*config.engine_args, *role_args]
+        return _flags_of(self.config, self.places[node].role)
+
+
+def _flags_of(config: NodeSettings, role: Role) -> list[str]:
+    role_args = config.prefill_args if role is Role.PREFILL else config.decode_args
+    return [*config.engine_args, *role_args]
+
+
+def _places_itself(flags: list[str]) -> bool:
+    return any(flag.startswith("--base-gpu-id") for flag in flags)

@@ -14,9 +14,9 @@ from typing import IO
 
 from common.sizes import format_size
 from common.user_files import PRIVATE_FOLDER
-from launch.cluster.config import ClusterConfig
 from launch.cluster.ports import ON_EVERY_ADDRESS
 from launch.cluster.process_record import ProcessRecord
+from launch.flags.node import NodeSettings
 from launch.settings import BadConfig
 from storage.remote.settings import RemoteSettings
 from storage.ssd.folder import OtherFormat, read_state
@@ -26,7 +26,7 @@ _SOCKET_PATH_BYTES_MAX = 107
 """Of a unix socket (``sun_path``)."""
 
 
-def check(config: ClusterConfig, records: Sequence[ProcessRecord]) -> list[IO[str]]:
+def check(config: NodeSettings, records: Sequence[ProcessRecord]) -> list[IO[str]]:
     """Raises :class:`BadConfig`; the returned files hold locks for as long as they are open.
 
     ``records`` are this host's: of no other are ports, memory and disks seen from here.
@@ -96,7 +96,7 @@ def check_choice(record: ProcessRecord, purpose: str, ports: range) -> None:
         )
 
 
-def check_memory(config: ClusterConfig, agents: int, available_bytes: int) -> None:
+def check_memory(config: NodeSettings, agents: int, available_bytes: int) -> None:
     """The DRAM tiers, which so many agents fill with zeros at start, fit."""
     if agents * config.dram_bytes > available_bytes:
         raise BadConfig(
@@ -117,7 +117,7 @@ def check_libraries(missing: Sequence[str]) -> None:
         )
 
 
-def check_remote(config: ClusterConfig) -> None:
+def check_remote(config: NodeSettings) -> None:
     """The remote tier's URL and options make a filesystem."""
     if not config.remote:
         return
@@ -130,7 +130,7 @@ def check_remote(config: ClusterConfig) -> None:
         raise BadConfig(f"--remote (--remote-options): {error}.") from error
 
 
-def check_formats(config: ClusterConfig, agents: Sequence[str]) -> None:
+def check_formats(config: NodeSettings, agents: Sequence[str]) -> None:
     """This version wrote the SSD folders of these agents."""
     refusals = []
     for agent in agents:

@@ -5,26 +5,36 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
-from common.cluster.membership import EngineAddress
+from common.cluster.membership import EngineAddress, Role
 from common.experiment import Experiment
 from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig
 from launch.cluster.engine_command import engine_env, engine_flags
 from launch.cluster.hardware import Hardware
-from launch.cluster.layout import LOOPBACK, Layout, agent_name, role_of
+from launch.cluster.layout import EVERY_ADDRESS, LOOPBACK, Layout, agent_name, places_of
 from launch.cluster.ports import BOOTSTRAP, CONTROL, HTTP, RENDEZVOUS, choices, mooncake_env
 from launch.cluster.process_record import HealthCheck, ProcessRecord
 from launch.cluster.tensor_parallel import EngineRanks
+from launch.flags.gateway import GatewaySettings
+from launch.flags.shared import SharedSettings
 from launch.gateway.config import GatewayConfig, RequestLimits
 from launch.gateway.doors.settings import DoorKeys, DoorSettings
 from launch.settings import BadConfig, filled
 from scheduler.options import SchedulerOptions
 from storage.remote.settings import RemoteSettings
 from transfer.agent.config import AgentConfig
-from transfer.control.keys import SECRET_CHARS_MIN, BadSecret, Keys, read_secret
+from transfer.control.keys import (
+    ENGINE_HTTP,
+    SECRET_CHARS_MIN,
+    BadSecret,
+    Keys,
+    derived,
+    read_secret,
+)
 from transfer.control.senders import LAUNCHER
 from transfer.traffic.classes import BadMarks, rdma_env
 
@@ -43,33 +53,46 @@ def process_records(
     ``environ`` is what the processes will have besides, of which some is refused:
     :class:`BadConfig`.
     """
-    records = _Records(Layout(config, model, hardware, hosts), environ)
-    agents = [records.agent(node) for node in records.layout.nodes]
-    engines = [records.engine(node) for node in records.layout.nodes]
-    return [*agents, *engines, records.gateway()]
+    layout = Layout(config, model, hardware, places_of(config, hosts))
+    records = Records(layout, cluster_secret(config), environ)
+    agents = [records.agent(node) for node in layout.nodes]
+    engines = [records.engine(node) for node in layout.nodes]
+    addresses = [address for node in layout.nodes for address in records.addresses(node)]
+    return [*agents, *engines, gateway_record(config, records, addresses)]
 
 
-class _Records:
-    """The records of one cluster."""
+class Records:
+    """The records of the nodes of one layout."""
 
-    def __init__(self, layout: Layout, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        secret: str,
+        environ: Mapping[str, str],
+        agents: Mapping[str, str] = MappingProxyType({}),
+        engines: Sequence[str] = (),
+    ) -> None:
+        """``agents`` (with their control endpoints) and ``engines``: that are elsewhere."""
         self.layout = layout
-        self._engine_key = secrets.token_urlsafe(32)
+        self.secret = secret
+        self.engine_key = derived(secret, ENGINE_HTTP)
         self._config = layout.config
         self._environ = environ
-        self._secret = _cluster_secret(layout.config)
-        self._keys = Keys(LAUNCHER, self._secret)
+        self._keys = Keys(LAUNCHER, secret)
+        self._agents = {**agents, **layout.agents}
+        here = (name for node in layout.nodes for name in layout.engines(node))
+        self._engines = list(dict.fromkeys([*engines, *here]))
 
     def agent(self, node: str) -> ProcessRecord:
         name = agent_name(node)
         config = self._config
         settings = AgentConfig(
             name=name,
-            control=self.layout.agents[name],
+            control=self.layout.agent_control(node, self.layout.places[node].bind),
             host=self.layout.hosts[node],
             protocol=self.layout.hardware.transfer,
-            engines=[name for other in self.layout.nodes for name in self.layout.engines(other)],
-            control_secret=self._secret,
+            engines=self._engines,
+            control_secret=self.secret,
             heard=self.layout.heard,
             cgroup=config.traffic.cgroup,
             gpus=self.layout.gpus(node),
@@ -78,7 +101,8 @@ class _Records:
             experiment=Experiment(zero_io=config.is_zero_io),
         )
         settings = filled(settings, config)
-        alive = self._answers(self.layout.agents[name], name)
+        local = self.layout.places[node].local
+        alive = self._answers(self.layout.agent_control(node, local), name)
         return ProcessRecord(
             name=name,
             kind="agent",
@@ -90,7 +114,7 @@ class _Records:
                 **settings.to_env(),
             },
             secrets=settings.secrets(),
-            host=self.layout.hosts[node],
+            host=self.layout.places[node].bind,
             ports=self._control_ports(self.layout.port(node, "agent", CONTROL)),
             choices=choices(self.layout.port(node, "agent", 0), EngineRanks()),
             ready=(alive,),
@@ -99,31 +123,33 @@ class _Records:
         )
 
     def engine(self, node: str) -> ProcessRecord:
-        role = role_of(node)
+        role = self.layout.places[node].role
         config = self._config
         settings = EngineConfig(
             name=node,
-            role=role,
-            controls=self.layout.controls(node),
+            role=role.value,
+            controls=self.layout.controls(node, self.layout.places[node].bind),
             agent=agent_name(node),
-            agents=self.layout.agents,
-            control_secret=self._secret,
+            agents=self._agents,
+            control_secret=self.secret,
             heard=self.layout.heard,
-            prefill_quota_s=self._quota_s() if role == "prefill" else None,
-            layer_window=config.prefill_layer_window if role == "prefill" else None,
-            promise_planned_only=role == "decode" and config.prefill_layer_window is not None,
+            prefill_quota_s=self._quota_s() if role is Role.PREFILL else None,
+            layer_window=config.prefill_layer_window if role is Role.PREFILL else None,
+            promise_planned_only=role is Role.DECODE and config.prefill_layer_window is not None,
             experiment=config.experiment,
-            http_key=self._engine_key,
+            http_key=self.engine_key,
         )
         settings = filled(settings, config)
         offsets = {"http": HTTP, "rendezvous": RENDEZVOUS}
-        if role == "prefill":
+        if role is Role.PREFILL:
             offsets["bootstrap"] = BOOTSTRAP
         ports = self._control_ports(self.layout.port(node, "engine", CONTROL))
         ports |= {
             name: self.layout.port(node, "engine", offset) for name, offset in offsets.items()
         }
-        alive, *groups_alive = map(self._answers, settings.controls, self.layout.engines(node))
+        local = self.layout.places[node].local
+        controls = self.layout.controls(node, local)
+        alive, *groups_alive = map(self._answers, controls, self.layout.engines(node))
         return ProcessRecord(
             name=node,
             kind="engine",
@@ -135,55 +161,22 @@ class _Records:
             ),
             env={
                 **self._mooncake_env(
-                    "engine", self.layout.port(node, "engine", 0), self.layout.ranks[node].total
+                    "engine", self.layout.port(node, "engine", 0), self.layout.ranks(node).total
                 ),
                 **engine_env(self.layout, node),
                 **settings.to_env(),
             },
             secrets=settings.secrets(),
-            host=self.layout.hosts[node],
+            host=self.layout.places[node].bind,
             ports=ports,
-            choices=choices(self.layout.port(node, "engine", 0), self.layout.ranks[node]),
+            choices=choices(self.layout.port(node, "engine", 0), self.layout.ranks(node)),
             ready=(
                 # Of any status: it has no key to this port, which opens with the model loaded.
-                HealthCheck("http", f"{self.layout.http(node)}/model_info", any_status=True),
+                HealthCheck("http", f"{self.layout.http(node, local)}/model_info", any_status=True),
                 alive,
                 *groups_alive,
             ),
             alive=alive,
-        )
-
-    def gateway(self) -> ProcessRecord:
-        config = self._config
-        settings = GatewayConfig(
-            host=config.host,
-            port=config.port,
-            agents=self.layout.agents,
-            control_secret=self._secret,
-            engines=[address for node in self.layout.nodes for address in self._addresses(node)],
-            scheduler=filled(SchedulerOptions(), config),
-            doors=filled(DoorSettings(), config),
-            keys=filled(DoorKeys(engine_key=self._engine_key), config),
-            limits=filled(RequestLimits(), config),
-        )
-        settings = filled(settings, config)
-        reachable = LOOPBACK if config.host in ("0.0.0.0", "") else config.host
-        scheme = "https" if config.ssl_certfile else "http"
-        health = f"{scheme}://{reachable}:{config.port}/health"
-        return ProcessRecord(
-            name="gateway",
-            kind="gateway",
-            argv=(sys.executable, "-m", "launch.gateway"),
-            env={
-                **self._python_env(),
-                **settings.to_env(),
-            },
-            secrets=settings.secrets(),
-            host=config.host,
-            ports={"http": config.port},
-            ready=(HealthCheck("http", health),),
-            # 503 while no engine is up: that is no reason to end the gateway.
-            alive=HealthCheck("http", health, any_status=True),
         )
 
     def _answers(self, endpoint: str, server: str) -> HealthCheck:
@@ -194,20 +187,23 @@ class _Records:
         """None on one host, whose control connections are unix sockets."""
         return {} if self.layout.is_one_host else {"control": port}
 
-    def _addresses(self, node: str) -> list[EngineAddress]:
-        names = self.layout.engines(node)
+    def addresses(self, node: str) -> list[EngineAddress]:
+        """Where others reach the node's engine; a reader has none."""
+        if self.layout.places[node].role is Role.READER:
+            return []
+        names, host = self.layout.engines(node), self.layout.hosts[node]
         return [
             EngineAddress(
                 name=name,
-                role=role_of(node),
+                role=self.layout.places[node].role.value,
                 agent=agent_name(node),
-                http=self.layout.http(node),
+                http=self.layout.http(node, host),
                 control=control,
-                bootstrap_host=self.layout.hosts[node],
+                bootstrap_host=host,
                 group=group if len(names) > 1 else None,
             )
             for group, (name, control) in enumerate(
-                zip(names, self.layout.controls(node), strict=True)
+                zip(names, self.layout.controls(node, host), strict=True)
             )
         ]
 
@@ -215,14 +211,8 @@ class _Records:
         quota_ms = self._config.prefill_quota_ms
         return None if quota_ms is None else quota_ms / 1000
 
-    def _python_env(self) -> dict[str, str]:
-        env = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-        if self.layout.model.is_absolute():
-            env["HF_HUB_OFFLINE"] = "1"
-        return env
-
     def _mooncake_env(self, kind: str, block_port: int, ranks: int) -> dict[str, str]:
-        env = self._python_env() | {
+        env = python_env(self.layout.model) | {
             **mooncake_env(block_port, ranks),
             # The defaults are 30 s: a hung peer would hold a forward for as long.
             "MC_TRANSFER_TIMEOUT": "15",
@@ -237,7 +227,57 @@ class _Records:
             raise BadConfig(f"{error}.") from error
 
 
-def _cluster_secret(config: ClusterConfig) -> str:
+def python_env(model: Path) -> dict[str, str]:
+    """Of every process."""
+    env = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return env | ({"HF_HUB_OFFLINE": "1"} if model.is_absolute() else {})
+
+
+def gateway_record(
+    config: ClusterConfig, records: Records, engines: list[EngineAddress]
+) -> ProcessRecord:
+    """Of the gateway of what one command starts."""
+    layout = records.layout
+    settings = gateway_settings(config, records.secret, layout.agents, engines)
+    reachable = LOOPBACK if config.host in (EVERY_ADDRESS, "") else config.host
+    scheme = "https" if config.ssl_certfile else "http"
+    health = f"{scheme}://{reachable}:{config.port}/health"
+    return ProcessRecord(
+        name="gateway",
+        kind="gateway",
+        argv=(sys.executable, "-m", "launch.gateway"),
+        env={**python_env(layout.model), **settings.to_env()},
+        secrets=settings.secrets(),
+        host=config.host,
+        ports={"http": config.port},
+        ready=(HealthCheck("http", health),),
+        # 503 while no engine is up: that is no reason to end the gateway.
+        alive=HealthCheck("http", health, any_status=True),
+    )
+
+
+def gateway_settings(
+    config: GatewaySettings,
+    secret: str,
+    agents: Mapping[str, str],
+    engines: list[EngineAddress],
+) -> GatewayConfig:
+    """Of a gateway that knows these from the start."""
+    settings = GatewayConfig(
+        host=config.host,
+        port=config.port,
+        agents=dict(agents),
+        control_secret=secret,
+        engines=engines,
+        scheduler=filled(SchedulerOptions(), config),
+        doors=filled(DoorSettings(), config),
+        keys=filled(DoorKeys(engine_key=derived(secret, ENGINE_HTTP)), config),
+        limits=filled(RequestLimits(), config),
+    )
+    return filled(settings, config)
+
+
+def cluster_secret(config: SharedSettings) -> str:
     """From its file; a new one where one launcher owns every end."""
     if not config.cluster_secret_file:
         return secrets.token_hex(SECRET_CHARS_MIN)

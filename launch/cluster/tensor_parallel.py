@@ -68,12 +68,12 @@ def _size(flags: list[str], *names: str) -> int:
     return size
 
 
-def check_window(model: Path, prefill_ranks: set[int], decode_ranks: set[int]) -> None:
+def check_window(model: Path, prefill_ranks: int, decode_ranks: int) -> None:
     """For prefill engines with a layer window: raises :class:`BadConfig` if their KV cannot
     leave page by page while it is there, which it can where each rank has a peer with the
     same heads, or where one rank has all there is (MLA)."""
     alike = prefill_ranks == decode_ranks
-    if not alike and not (prefill_ranks == {1} and _has_latent_kv(model)):
+    if not alike and not (prefill_ranks == 1 and _has_latent_kv(model)):
         raise BadConfig(
             "--prefill-layer-window needs the same --tp in --prefill-args and --decode-args "
             "(or prefill engines of one rank, with an MLA model): make them equal, or take the "

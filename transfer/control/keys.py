@@ -22,6 +22,9 @@ SECRET_CHARS_MIN = 32
 _CONTEXT = b"dualpath-control\0"
 _HTTP_CONTEXT = b"dualpath-http\0"
 
+ENGINE_HTTP = "engine-http"
+"""Purpose of the key without which nobody may call an engine's HTTP port (:func:`derived`)."""
+
 
 class BadSecret(Exception):
     """The file of the cluster's secret cannot be used; the text says what to do."""

@@ -13,7 +13,7 @@ from engine.sglang.kv_settings import BY_CONTENTS, BY_JSON, NEUTRAL, kv_settings
 from launch.cluster.config import ClusterConfig
 from launch.cluster.engine_command import engine_flags
 from launch.cluster.hardware import Hardware
-from launch.cluster.layout import Layout
+from launch.cluster.layout import Layout, places_of
 
 
 @cache
@@ -104,7 +104,7 @@ def test_the_roles_of_a_cluster_agree():
     prefill += " --attention-backend triton --log-level debug --disable-radix-cache"
     decode = "--attention-backend torch_native --max-running-requests 8 --moe-runner-backend triton"
     config = ClusterConfig(prefill_args=tuple(prefill.split()), decode_args=tuple(decode.split()))
-    layout = Layout(config, Path("/models/tiny"), Hardware("cpu", "tcp", "test"))
+    layout = Layout(config, Path("/models/tiny"), Hardware("cpu", "tcp", "test"), places_of(config))
     of_role = {}
     for node in ("p0", "d0"):
         ports = {"http": 1, "rendezvous": 2, "bootstrap": 3}

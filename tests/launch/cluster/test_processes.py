@@ -7,7 +7,7 @@ import pytest
 from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig
 from launch.cluster.hardware import Hardware, choose_transfer
-from launch.cluster.layout import Layout
+from launch.cluster.layout import Layout, places_of
 from launch.cluster.ports import respawn
 from launch.cluster.process_record import ProcessRecord
 from launch.cluster.processes import process_records
@@ -220,7 +220,9 @@ def test_engines_of_unlike_sizes_take_their_gpus_in_turn():
 def test_gpus_are_counted_on_each_host():
     config = ClusterConfig(prefill=2, decode=2, engine_args=words("--tp-size 8"))
     hosts = {"p0": "10.0.0.1", "p1": "10.0.0.2", "d0": "10.0.0.1", "d1": "10.0.0.2"}
-    layout = Layout(config, MODEL, Hardware("cuda", "rdma", "test", gpus=16), hosts)
+    layout = Layout(
+        config, MODEL, Hardware("cuda", "rdma", "test", gpus=16), places_of(config, hosts)
+    )
     assert [layout.gpus(node)[0] for node in layout.nodes] == [0, 0, 8, 8]
 
 
