@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TypedDict
 
-from common.metrics import METRICS
 from common.samples import Latencies, Sample
 
 LOOPBACK = "lo"
@@ -32,18 +31,19 @@ _OF_TIER = {
     "agent_tier_write_queue_bytes": "write_queue_bytes",
     "agent_hits_total": "hits_total",
 }
+"""Metrics whose one label is the tier."""
 
 
 def tiers(samples: Iterable[Sample]) -> dict[str, TierView]:
     """Of one agent, by tier; one that is switched off has no capacity and is left out."""
     found: dict[str, dict[str, int]] = {}
-    for name, labels, value in _known(samples):
-        if name in _OF_TIER:
-            found.setdefault(labels["tier"], {})[_OF_TIER[name]] = int(value)
+    for sample in samples:
+        if sample.metric in _OF_TIER and (value := _number(sample)) is not None:
+            found.setdefault(sample.labels[0], {})[_OF_TIER[sample.metric]] = value
     return {
         tier: {
             "bytes": values.get("bytes", 0),
-            "capacity_bytes": values.get("capacity_bytes", 0),
+            "capacity_bytes": values["capacity_bytes"],
             "blocks": values.get("blocks", 0),
             "write_queue_bytes": values.get("write_queue_bytes", 0),
             "hits_total": values.get("hits_total", 0),
@@ -53,28 +53,31 @@ def tiers(samples: Iterable[Sample]) -> dict[str, TierView]:
     }
 
 
+def _moved(labels: tuple[str, ...]) -> tuple[str, str]:
+    _, operation, nic, _ = labels
+    way = "sent" if operation == "write" else "fetched"
+    return "bytes", "local" if nic == LOOPBACK else way
+
+
+_COUNTED: dict[str, Callable[[tuple[str, ...]], tuple[str, str]]] = {
+    "agent_storage_read_bytes_total": lambda labels: ("bytes", f"{labels[0]}_read"),
+    "agent_storage_write_bytes_total": lambda labels: ("bytes", f"{labels[0]}_written"),
+    "agent_moved_bytes_total": _moved,
+    "engine_moved_bytes_total": _moved,
+    "agent_hits_total": lambda labels: ("hits", labels[0]),
+    "agent_delivered_bytes_total": lambda labels: ("delivered_bytes", labels[0]),
+}
+
+
 def counts(samples: Iterable[Sample]) -> Counts:
     """Counters of one process. Each byte is counted where the process runs that moves it."""
     found: Counts = Counter()
-    for name, labels, value in _known(samples):
-        match name:
-            case "agent_storage_read_bytes_total":
-                found["bytes", f"{labels['tier']}_read"] += int(value)
-            case "agent_storage_write_bytes_total":
-                found["bytes", f"{labels['tier']}_written"] += int(value)
-            case "agent_moved_bytes_total" | "engine_moved_bytes_total":
-                found["bytes", _way(labels)] += int(value)
-            case "agent_hits_total":
-                found["hits", labels["tier"]] += int(value)
-            case "agent_delivered_bytes_total":
-                found["delivered_bytes", labels["engine"]] += int(value)
+    for sample in samples:
+        # In a large cluster there are many samples, and few of them are for here.
+        name = _COUNTED.get(sample.metric)
+        if name is not None and (value := _number(sample)) is not None:
+            found[name(sample.labels)] += value
     return found
-
-
-def _way(labels: dict[str, str]) -> str:
-    if labels["nic"] == LOOPBACK:
-        return "local"
-    return "sent" if labels["operation"] == "write" else "fetched"
 
 
 def grown(now: Counts, before: Counts) -> Counts:
@@ -88,9 +91,8 @@ def grown(now: Counts, before: Counts) -> Counts:
     )
 
 
-def _known(samples: Iterable[Sample]) -> Iterator[tuple[str, dict[str, str], float]]:
-    """Numbers that are declared here, with their labels."""
-    for sample in samples:
-        if sample.declared() is not None and not isinstance(sample.value, Latencies):
-            labels = METRICS[sample.metric].labels
-            yield sample.metric, dict(zip(labels, sample.labels, strict=True)), sample.value
+def _number(sample: Sample) -> int | None:
+    """None for one that a process of another build has sent."""
+    if sample.declared() is None or isinstance(sample.value, Latencies):
+        return None
+    return int(sample.value)

@@ -66,24 +66,24 @@ class History:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(INTERVAL_S)
-            self.note(time.monotonic(), int(time.time() * 1000))
+            await self.note(time.monotonic(), int(time.time() * 1000))
 
-    def note(self, now_s: float, at_ms: int) -> None:
-        """Add a point."""
+    async def note(self, now_s: float, at_ms: int) -> None:
+        """Add a point. Requests go on meanwhile: a thousand processes have much to tell."""
         own = self._gateways()
         if self._points:
             at_ms = max(at_ms, self._points[-1]["at_ms"] + 1)
         point: Point = {
             "at_ms": at_ms,
             "seconds": round(now_s - self._noted_s, 3),
-            "nodes": self._nodes(),
+            "nodes": await self._nodes(),
             "requests": _group(own - self._own, "requests"),
             "tokens": _group(own - self._own, "tokens"),
         }
         self._points.append(point)
         self._own, self._noted_s = own, now_s
 
-    def _nodes(self) -> dict[str, dict[str, dict[str, int]]]:
+    async def _nodes(self) -> dict[str, dict[str, dict[str, int]]]:
         """One that is heard for the first time has counted since long ago."""
         nodes: dict[str, Counts] = {}
         heard: dict[str, Counts] = {}
@@ -94,6 +94,7 @@ class History:
             node = peer.address.agent if isinstance(peer, EnginePeer) else peer.name
             added = grown(now, self._before[peer.name]) if peer.name in self._before else Counter()
             nodes.setdefault(node, Counter()).update(added)
+            await asyncio.sleep(0)
         self._before = heard
         groups = ("bytes", "hits", "delivered_bytes")
         return {n: {g: _group(c, g) for g in groups} for n, c in nodes.items()}

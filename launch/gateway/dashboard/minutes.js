@@ -14,10 +14,12 @@ const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 
 /* Of one node, or of all. */
 function counted(points, group, name, node) {
-  return sum(points.map((point) => sum(
-    (node === undefined ? Object.values(point.nodes) : [point.nodes[node]])
-      .map((of) => (of && of[group][name]) || 0),
-  )));
+  let total = 0;
+  for (const { nodes } of points) {
+    if (node === undefined) for (const of in nodes) total += nodes[of][group][name] || 0;
+    else if (nodes[node]) total += nodes[node][group][name] || 0;
+  }
+  return total;
 }
 
 function perSecond(names, node) {

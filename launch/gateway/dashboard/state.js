@@ -20,24 +20,29 @@ function sortedEngines() {
   return [...shown.view.engines].sort((a, b) => (a.role < b.role) - (a.role > b.role) || byName(a, b));
 }
 
-function spark(ways, node, top) {
-  return areas("spark", perSecond(names(ways), node), colours(ways), top, shown.keptMs);
+/* Of each agent: its own picture, in the scale of all. */
+function sparks(ways, agents) {
+  const drawn = agents.map((agent) => perSecond(names(ways), agent.name));
+  const top = Math.max(0, ...drawn.map(highest));
+  return new Map(agents.map((agent, i) => [
+    agent.name, areas("spark", drawn[i], colours(ways), top, shown.keptMs),
+  ]));
 }
 
 function nodes() {
   const agents = [...shown.view.agents].sort(byName);
-  const top = (ways) => Math.max(0, ...agents.map((a) => highest(perSecond(names(ways), a.name))));
-  const [storageTop, movedTop] = [top(STORAGE), top(MOVED)];
+  const all = sortedEngines();
+  const [read, moved] = [sparks(STORAGE, agents), sparks(MOVED, agents)];
   const rows = agents.map((agent) => {
-    const engines = sortedEngines().filter((engine) => engine.agent === agent.name);
+    const engines = all.filter((engine) => engine.agent === agent.name);
     const roles = [...new Set(engines.map((engine) => engine.role))];
     const used = agent.dram_slots ? 1 - agent.dram_slots_free / agent.dram_slots : 0;
     return el("tr", "", named(agent.name),
       el("td", "", ...(roles.length ? roles : ["reader"]).map(tag)),
       el("td", "", stateOf(agent)),
       el("td", "", engines.map((engine) => engine.name).join(" ") || "–"),
-      el("td", "", spark(STORAGE, agent.name, storageTop), rate(rateNow(STORAGE, agent.name))),
-      el("td", "", spark(MOVED, agent.name, movedTop), rate(rateNow(MOVED, agent.name))),
+      el("td", "", read.get(agent.name), rate(rateNow(STORAGE, agent.name))),
+      el("td", "", moved.get(agent.name), rate(rateNow(MOVED, agent.name))),
       el("td", "num", bytes(agent.backlog_bytes)),
       el("td", "num", seconds(agent.backlog_s)),
       el("td", "num", bytes(agent.deliver_queue_bytes)),
@@ -62,16 +67,31 @@ function engines() {
 
 /* ---- readers, tiers, drains ---- */
 
+const PAIRS_SHOWN_MAX = 16;
+
 function matrix() {
-  const to = sortedEngines().map((engine) => engine.name);
-  const from = [...shown.view.agents].sort(byName).map((agent) => agent.name);
-  const given = from.map((agent) => to.map((e) => counted(shown.points, "delivered_bytes", e, agent)));
+  const pairs = new Map();
+  for (const { nodes: of } of shown.points) {
+    for (const agent in of) {
+      const row = pairs.get(agent) || pairs.set(agent, {}).get(agent);
+      const given = of[agent].delivered_bytes;
+      for (const engine in given) row[engine] = (row[engine] || 0) + given[engine];
+    }
+  }
+  const known = (agent, engine) => (pairs.get(agent) || {})[engine] || 0;
+  let to = sortedEngines().map((engine) => engine.name);
+  let from = [...shown.view.agents].sort(byName).map((agent) => agent.name);
+  if (to.length > PAIRS_SHOWN_MAX) { // of a large cluster, those between which something went
+    to = to.filter((engine) => from.some((agent) => known(agent, engine)));
+    from = from.filter((agent) => to.some((engine) => known(agent, engine)));
+  }
+  const given = from.map((agent) => to.map((engine) => known(agent, engine)));
   const all = sum(given.flat());
   const most = Math.max(1, ...given.flat());
   const rows = !all ? [] : from.map((agent, row) => el("tr", "", named(agent),
     ...given[row].map((n) => {
-      const cell = el("td", "heat", n ? bytes(n) : "·");
-      cell.style.setProperty("--share", n / most);
+      const cell = el("td", n ? "heat" : "num quiet", n ? bytes(n) : "·");
+      if (n) cell.style.setProperty("--share", n / most);
       return cell;
     }),
     el("td", "num", percent(sum(given[row]) / all))));

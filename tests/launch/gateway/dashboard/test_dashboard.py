@@ -122,13 +122,13 @@ async def test_points_have_what_was_added_since_the_one_before() -> None:
         history = cluster.services.history
         begun = len(history.view(0)["points"])
         await report(cluster, 100)
-        history.note(10.0, 1_000_000)
+        await history.note(10.0, 1_000_000)
         await report(cluster, 160)
         await cluster.announce("node-p", keys_of(PROMPT))
         assert (await post(cluster, "/generate", GENERATE))[0] == 200
-        history.note(12.0, 999)  # the clock was set back
+        await history.note(12.0, 999)  # the clock was set back
         await report(cluster, 5, incarnation=1)
-        history.note(14.0, 1_004_000)
+        await history.note(14.0, 1_004_000)
         first, second, third = history.view(0)["points"][begun:]
         assert second["at_ms"] == 1_000_001 and second["seconds"] == 2.0
         assert second["nodes"]["node-d"]["bytes"] == {"ssd_read": 60}
@@ -137,7 +137,7 @@ async def test_points_have_what_was_added_since_the_one_before() -> None:
         assert third["nodes"]["node-d"]["bytes"] == {"ssd_read": 5}
         assert history.view(1_000_001)["points"] == [third]
         for _ in range(KEPT + 5):
-            history.note(16.0, 1_006_000)
+            await history.note(16.0, 1_006_000)
         assert len(history.view(0)["points"]) == KEPT
         status, text = await get(cluster, "/admin/history?after_ms=1004000")
         assert status == 200 and text.count("at_ms") == KEPT
