@@ -98,10 +98,11 @@ async def serve_some(cluster: StubCluster) -> None:
     """Three answers with hits, one of a client with a name of its own, and counters that grow."""
     agent = cluster.agents["node-p"]
     await cluster.announce("node-p", keys_of(PROMPT))
+    await post(cluster, "/admin/drain", {"name": "d1", "on": True})
     for rid in ("first", HOSTILE, "last"):
         assert (await post(cluster, "/generate", {**GENERATE, "rid": rid}))[0] == 200
-    await post(cluster, "/admin/drain", {"name": "d1", "on": True})
     counted = cluster.services.history
+    await cluster.until(lambda: counted.view(0)["points"])  # what comes now has been added since
     for read_bytes in (1 << 30, 3 << 30):
         agent.samples = [
             sample("agent_storage_read_bytes_total", read_bytes, tier="remote"),
@@ -122,7 +123,7 @@ def sees_the_cluster(page: Page) -> None:
     page.until("nodes", lambda: page.row("nodes", "node-p prefill") and page.row("nodes", "node-d"))
     assert "drained" in page.row("engines", "d1") and "idle" in page.row("engines", "d0")
     assert "may be stopped" in page.text("drains") and "d1" in page.text("drains")
-    page.until("who reads", lambda: "2.0 GiB" in page.row("matrix", "node-p"))
+    page.until("who reads", lambda: "3.0 GiB" in page.row("matrix", "node-p"))
     assert "100 %" in page.row("matrix", "node-p")
     assert "3.0 GiB of 8.0 GiB" in page.row("tiers", "node-p")
     page.until("tokens", lambda: "92 %" in page.text("figures"))
