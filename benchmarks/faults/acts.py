@@ -60,7 +60,7 @@ async def _kill(scene: Scene, fault: Fault, rng: random.Random) -> str:
 async def _kill_supervisor(scene: Scene, fault: Fault, rng: random.Random) -> str:
     scene.cluster.signal(SUPERVISOR, signal.SIGKILL)
     await asyncio.sleep(1.0)  # its children end with it
-    await asyncio.to_thread(scene.cluster.start_supervisor_again)
+    await scene.cluster.serve_again()
     return "started again"
 
 

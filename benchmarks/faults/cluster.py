@@ -177,11 +177,18 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
-    def start_supervisor_again(self) -> None:
-        """After it was killed: its children end with it."""
+    async def serve_again(self) -> None:
+        """After the supervisor was killed, and its children with it: start it until it serves, as
+        a service manager does. It ends where another fault ends what it is just starting."""
         assert self._process is not None
-        self._process.wait(10)
-        self.start()
+        served = self._times_served()
+        while self._times_served() == served:
+            if self._process.poll() is not None:
+                self.start()
+            await asyncio.sleep(0.25)
+
+    def _times_served(self) -> int:
+        return sum(event.what == "serving" for event in self.events())
 
 
 def _is_zombie(pid: int) -> bool:
