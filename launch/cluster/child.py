@@ -78,9 +78,11 @@ class Child:
                 await asyncio.wait_for(self._exited.wait(), max(0.0, seconds))
         return self._exited.is_set()
 
-    def note_shared_memory(self) -> None:
-        """Remember what its session has mapped, for :meth:`remove_shared_memory`."""
-        self._shared = _named_shared_memory(session_members([self.session]))
+    def note_shared_memory(self) -> set[Path]:
+        """Remember what its session has mapped, for :meth:`remove_shared_memory`; what is new."""
+        new = _named_shared_memory(session_members([self.session])) - self._shared
+        self._shared |= new
+        return new
 
     def remove_shared_memory(self) -> None:
         """What the killed have left of it, once nobody of the session is left."""

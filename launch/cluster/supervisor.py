@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -18,8 +16,11 @@ from launch.cluster.child import Child, end_sessions
 from launch.cluster.health import Prober
 from launch.cluster.ports import respawn
 from launch.cluster.process_record import ProcessRecord
+from launch.scratch import Scratch
 
 START_PROBE_PERIOD_S = 0.5
+NOTE_PERIOD_S = 5.0
+"""How often it is noted what shared memory a starting process has: a list of all that it maps."""
 PROBE_PERIOD_S = 5.0
 SILENT_PROBES_MAX = 6
 """Failed probes in a row (30 s) after which a process is ended. Counted in probes, so
@@ -106,8 +107,8 @@ class Supervisor:
         """
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
-        self._scratch = tempfile.mkdtemp(prefix="dualpath-")
-        self._prober = Prober(self._scratch)
+        self._scratch = Scratch()
+        self._prober = Prober(str(self._scratch.folder))
         watchers = [asyncio.create_task(self._keep_running(record)) for record in self._records]
         progress = asyncio.create_task(self._report_progress())
         stopped = asyncio.create_task(self._stop.wait())
@@ -122,7 +123,7 @@ class Supervisor:
             await _cancel([*watchers, progress, stopped])
             await self._end_all()
             await self._prober.close()
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.remove()
 
     async def _unless_hurried(self, work: Awaitable[None]) -> None:
         working = asyncio.ensure_future(work)
@@ -155,7 +156,7 @@ class Supervisor:
 
     def _spawn(self, record: ProcessRecord) -> Child:
         # SGLang leaves its sockets in the folder for temporary files.
-        env = {"TMPDIR": self._scratch, RUN_FOLDER: self._scratch}
+        env = dict.fromkeys(("TMPDIR", RUN_FOLDER), str(self._scratch.folder))
         if record.secrets:
             env[SECRETS] = str(self._secrets_file(record))
         child = Child(record, self._logs[record.name], env, self._numbers.incarnation())
@@ -164,19 +165,23 @@ class Supervisor:
 
     def _secrets_file(self, record: ProcessRecord) -> Path:
         """Made anew at each start, so that nobody need keep it in order."""
-        path = Path(self._scratch, f"{record.name}.secrets")
+        path = self._scratch.folder / f"{record.name}.secrets"
         write_private(path, record.secrets)
         return path
 
     async def _watch(self, child: Child) -> str:
         """Returns, with the reason, when the process has ended or must be ended."""
         record = child.record
+        noted_at = time.monotonic()
         while not await self._all_pass(record):
+            if time.monotonic() - noted_at > NOTE_PERIOD_S:
+                noted_at = time.monotonic()
+                self._note_shared_memory(child)
             if await child.exited_within(START_PROBE_PERIOD_S):
                 return child.how_it_ended()
             if child.uptime_s > self._start_timeout_s:
                 return f"was not ready after {self._start_timeout_s:.0f} s"
-        child.note_shared_memory()
+        self._note_shared_memory(child)
         self._ready[record.name].set()
         self._reporter.ready(record.name, child.uptime_s)
         silent_probes = 0
@@ -186,6 +191,9 @@ class Supervisor:
             if await child.exited_within(PROBE_PERIOD_S - (time.monotonic() - probed_at)):
                 return child.how_it_ended()
         return f"gave no sign of life for {SILENT_PROBES_MAX * PROBE_PERIOD_S:.0f} s"
+
+    def _note_shared_memory(self, child: Child) -> None:
+        self._scratch.note_shared_memory(child.note_shared_memory())
 
     async def _all_pass(self, record: ProcessRecord) -> bool:
         for check in record.ready:
