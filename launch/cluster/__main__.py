@@ -10,15 +10,13 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from common.user_files import close_to_others
 from launch.cluster import preflight
 from launch.cluster.config import ClusterConfig, load_config
-from launch.cluster.console import ConsoleReporter, make_summary
+from launch.cluster.console import ConsoleReporter, gateway_url, make_summary
 from launch.cluster.hardware import detect
-from launch.cluster.log_files import LogFile, keep_small
-from launch.cluster.process_record import ProcessRecord
 from launch.cluster.processes import process_records
-from launch.cluster.supervisor import StartFailed, Supervisor
+from launch.cluster.supervise import supervise
+from launch.cluster.supervisor import StartFailed
 from launch.models.resolve import resolve_model
 from launch.settings import BadConfig, help_markdown
 
@@ -37,10 +35,11 @@ def main(argv: Sequence[str]) -> int:
     except BadConfig as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    reporter = ConsoleReporter(config)
+    url = gateway_url(config)
+    reporter = ConsoleReporter(config, f"serving at {url} (OpenAI API: {url}/v1); Ctrl-C ends it")
     reporter.console.print(make_summary(config, hardware, model, records))
     try:
-        asyncio.run(_supervise(config, records, reporter))
+        asyncio.run(supervise(config, records, reporter))
     except StartFailed as error:
         reporter.failed(str(error), error.log)
         return 1
@@ -48,35 +47,6 @@ def main(argv: Sequence[str]) -> int:
         for lock in locks:
             lock.close()
     return 0
-
-
-async def _supervise(
-    config: ClusterConfig, records: list[ProcessRecord], reporter: ConsoleReporter
-) -> None:
-    logs = [
-        LogFile(config.log_folder / f"{record.name}.log", config.log_bytes, config.log_files)
-        for record in records
-    ]
-    if not config.log_dir:
-        close_to_others([config.log_folder])
-    for log in logs:
-        log.begin()
-    followers = [
-        asyncio.create_task(reporter.follow_logs([log.path for log in logs])),
-        asyncio.create_task(keep_small(logs)),
-    ]
-    supervisor = Supervisor(
-        records,
-        config.log_folder,
-        reporter,
-        config.start_timeout_s,
-        config.restart_backoff_max_s,
-    )
-    try:
-        await supervisor.run()
-    finally:
-        for follower in followers:
-            follower.cancel()
 
 
 if __name__ == "__main__":

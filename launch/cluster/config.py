@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from launch import settings
 from launch.flags.gateway import GatewaySettings, check_gateway
-from launch.flags.node import NodeSettings, check_node, check_numbers
-from launch.flags.shared import ModelSettings
+from launch.flags.node import NodeSettings, check_node
+from launch.flags.shared import ModelSettings, check_numbers
 from launch.settings import check_choices, flag, integer, load_settings, require, setting
 from scheduler.policies import experiment_of, read_policy
 

@@ -17,6 +17,7 @@ from launch.cluster.engine_command import ROLE_FLAG, served_model_name
 from launch.cluster.hardware import Hardware
 from launch.cluster.process_record import ProcessRecord
 from launch.flags.forms import PACE
+from launch.flags.node import NodeSettings
 from launch.gateway.doors.browsers import is_loopback
 from transfer.traffic import cgroup
 
@@ -33,7 +34,32 @@ def make_summary(
     config: ClusterConfig, hardware: Hardware, model: Path, records: Sequence[ProcessRecord]
 ) -> Table:
     """Everything that was decided, in one table."""
-    table = Table(title=f"DualPath cluster on {gateway_url(config)}", title_justify="left")
+    table = _processes(f"DualPath cluster on {gateway_url(config)}", records)
+    _add_settings(
+        table,
+        *_engines_rows(config, hardware, model),
+        ("doors", _doors(config)),
+        *_host_rows(config),
+        ("policy", f"{config.path_policy} reads hit blocks"),
+    )
+    return table
+
+
+def make_node_summary(
+    title: str,
+    config: NodeSettings,
+    hardware: Hardware,
+    model: Path,
+    records: Sequence[ProcessRecord],
+) -> Table:
+    """Likewise, of one node."""
+    table = _processes(title, records)
+    _add_settings(table, *_engines_rows(config, hardware, model), *_host_rows(config))
+    return table
+
+
+def _processes(title: str, records: Sequence[ProcessRecord]) -> Table:
+    table = Table(title=title, title_justify="left")
     table.add_column("process")
     table.add_column("ports")
     table.add_column("what", overflow="fold")
@@ -41,21 +67,31 @@ def make_summary(
         ports = ", ".join(f"{purpose} {port}" for purpose, port in record.ports.items())
         table.add_row(record.name, ports, _role(record))
     table.add_section()
-    for name, text in (
+    return table
+
+
+def _add_settings(table: Table, *rows: tuple[str, str]) -> None:
+    for name, text in rows:
+        table.add_row(name, "", text)
+
+
+def _engines_rows(config: NodeSettings, hardware: Hardware, model: Path) -> list[tuple[str, str]]:
+    return [
         ("model", f"{served_model_name(config)} from {model}"),
         ("device", hardware.device),
         ("transfer", f"{hardware.transfer}: {hardware.reason}"),
         ("traffic", _traffic(config, hardware)),
-        ("doors", _doors(config)),
+    ]
+
+
+def _host_rows(config: NodeSettings) -> list[tuple[str, str]]:
+    return [
         ("ports", _ports(config)),
         ("tiers", _tiers(config)),
         *(("EXPERIMENT", f"not the product: {what}") for what in config.experiment.departures),
         *(("unused", f"{folder} {_UNUSED}") for folder in config.unused_stores),
-        ("policy", f"{config.path_policy} reads hit blocks"),
         ("logs", str(config.log_folder)),
-    ):
-        table.add_row(name, "", text)
-    return table
+    ]
 
 
 def gateway_url(config: ClusterConfig) -> str:
@@ -82,7 +118,7 @@ def _role(record: ProcessRecord) -> str:
     return f"SGLang, {role}"
 
 
-def _tiers(config: ClusterConfig) -> str:
+def _tiers(config: NodeSettings) -> str:
     tiers = [f"DRAM {format_size(config.dram_bytes)} an agent"]
     if config.ssd_bytes:
         folders = ", ".join(map(str, config.ssd_folders))
@@ -91,7 +127,7 @@ def _tiers(config: ClusterConfig) -> str:
     return "; ".join(tiers)
 
 
-def _ports(config: ClusterConfig) -> str:
+def _ports(config: NodeSettings) -> str:
     """Who is heard at the ports of agents and engines."""
     if config.peers_from == "any":
         heard = "OPEN to everyone who reaches this host (--peers-from any)"
@@ -100,7 +136,7 @@ def _ports(config: ClusterConfig) -> str:
     return f"KV movement and ranks hear {heard} (python -m transfer.check --ports)"
 
 
-def _traffic(config: ClusterConfig, hardware: Hardware) -> str:
+def _traffic(config: NodeSettings, hardware: Hardware) -> str:
     """The traffic classes, and by what the network tells them apart."""
     settings = config.traffic
     classes = "agents low, all others high"
@@ -122,11 +158,12 @@ def _traffic(config: ClusterConfig, hardware: Hardware) -> str:
 class ConsoleReporter:
     """The supervisor's reporter: a spinner on a terminal, lines elsewhere."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: NodeSettings, when_serving: str) -> None:
         width = None if sys.stdout.isatty() else 140
         self.console = Console(highlight=False, soft_wrap=True, width=width)
         self._is_serving = False
         self._config = config
+        self._when_serving = when_serving
         self._status = self.console.status("starting")
 
     def ready(self, name: str, seconds: float) -> None:
@@ -143,8 +180,7 @@ class ConsoleReporter:
     def serving(self) -> None:
         self._status.stop()
         self._is_serving = True
-        url = gateway_url(self._config)
-        self._say(f"serving at {url} (OpenAI API: {url}/v1); Ctrl-C ends it")
+        self._say(self._when_serving)
 
     def restarting(self, name: str, reason: str, delay_s: float) -> None:
         self._say(f"{name} {reason}; it starts again in {delay_s:.1f} s")

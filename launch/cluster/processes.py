@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,21 +18,15 @@ from launch.cluster.layout import EVERY_ADDRESS, LOOPBACK, Layout, agent_name, p
 from launch.cluster.ports import BOOTSTRAP, CONTROL, HTTP, RENDEZVOUS, choices, mooncake_env
 from launch.cluster.process_record import HealthCheck, ProcessRecord
 from launch.cluster.tensor_parallel import EngineRanks
-from launch.flags.gateway import GatewaySettings
-from launch.flags.shared import SharedSettings
-from launch.gateway.config import GatewayConfig, RequestLimits
-from launch.gateway.doors.settings import DoorKeys, DoorSettings
+from launch.flags.gateway import gateway_settings
+from launch.flags.shared import cluster_secret
 from launch.settings import BadConfig, filled
-from scheduler.options import SchedulerOptions
 from storage.remote.settings import RemoteSettings
 from transfer.agent.config import AgentConfig
 from transfer.control.keys import (
     ENGINE_HTTP,
-    SECRET_CHARS_MIN,
-    BadSecret,
     Keys,
     derived,
-    read_secret,
 )
 from transfer.control.senders import LAUNCHER
 from transfer.traffic.classes import BadMarks, rdma_env
@@ -254,34 +247,3 @@ def gateway_record(
         # 503 while no engine is up: that is no reason to end the gateway.
         alive=HealthCheck("http", health, any_status=True),
     )
-
-
-def gateway_settings(
-    config: GatewaySettings,
-    secret: str,
-    agents: Mapping[str, str],
-    engines: list[EngineAddress],
-) -> GatewayConfig:
-    """Of a gateway that knows these from the start."""
-    settings = GatewayConfig(
-        host=config.host,
-        port=config.port,
-        agents=dict(agents),
-        control_secret=secret,
-        engines=engines,
-        scheduler=filled(SchedulerOptions(), config),
-        doors=filled(DoorSettings(), config),
-        keys=filled(DoorKeys(engine_key=derived(secret, ENGINE_HTTP)), config),
-        limits=filled(RequestLimits(), config),
-    )
-    return filled(settings, config)
-
-
-def cluster_secret(config: SharedSettings) -> str:
-    """From its file; a new one where one launcher owns every end."""
-    if not config.cluster_secret_file:
-        return secrets.token_hex(SECRET_CHARS_MIN)
-    try:
-        return read_secret(Path(config.cluster_secret_file).expanduser())
-    except BadSecret as error:
-        raise BadConfig(f"--cluster-secret-file {error}.") from error

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from common.ids import Incarnation
 from common.process_settings import RUN_FOLDER, SECRETS
@@ -41,19 +41,25 @@ class StartFailed(Exception):
         self.log = log
 
 
-class Numbers:
-    """What tells the starts of processes of one name apart: numbers by this host's clock."""
+class Start(NamedTuple):
+    """What tells one start of a process from all others."""
 
-    turn: int = 0
-    """Ports of which a process takes others at each start: which it takes at the first."""
+    incarnation: Incarnation
+    """Greater than those of all starts before."""
+    turn: int
+    """Of its ports, of which it takes others at each start (:func:`respawn`)."""
+
+
+class Numbers:
+    """Numbers the starts of processes, by this host's clock."""
 
     def __init__(self) -> None:
         self._last = 0
 
-    def incarnation(self) -> Incarnation:
-        """Of the next process to start; greater than all before."""
+    async def next_start(self, record: ProcessRecord, restarts: int) -> Start:
+        """Of a process that is about to start, after so many deaths."""
         self._last = max(self._last + 1, int(time.time() * 1000))
-        return Incarnation(self._last)
+        return Start(Incarnation(self._last), restarts)
 
 
 class Reporter(Protocol):
@@ -142,7 +148,8 @@ class Supervisor:
         """The life of one process over all its restarts."""
         restarts, delay_s = 0, BACKOFF_FIRST_S
         while True:
-            child = self._spawn(respawn(record, self._numbers.turn + restarts))
+            start = await self._numbers.next_start(record, restarts)
+            child = self._spawn(respawn(record, start.turn), start.incarnation)
             reason = await self._watch(child)
             await end_sessions([child.session], grace_s=0)
             child.remove_shared_memory()
@@ -154,12 +161,12 @@ class Supervisor:
             await asyncio.sleep(delay_s)
             restarts, delay_s = restarts + 1, min(2 * delay_s, self._backoff_max_s)
 
-    def _spawn(self, record: ProcessRecord) -> Child:
+    def _spawn(self, record: ProcessRecord, incarnation: Incarnation) -> Child:
         # SGLang leaves its sockets in the folder for temporary files.
         env = dict.fromkeys(("TMPDIR", RUN_FOLDER), str(self._scratch.folder))
         if record.secrets:
             env[SECRETS] = str(self._secrets_file(record))
-        child = Child(record, self._logs[record.name], env, self._numbers.incarnation())
+        child = Child(record, self._logs[record.name], env, incarnation)
         self._children[record.name] = child
         return child
 

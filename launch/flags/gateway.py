@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.cluster.membership import EngineAddress
 from launch.flags.forms import KEYS, NAMES, POLICY
-from launch.flags.shared import SharedSettings
+from launch.flags.shared import SharedSettings, check_numbers, cluster_secret
 from launch.gateway.config import LOGPROBS_MAX, GatewayConfig, RequestLimits
 from launch.gateway.doors.keys import ApiKey
 from launch.gateway.doors.settings import DoorKeys, DoorSettings
@@ -14,9 +16,13 @@ from launch.settings import (
     SECONDS,
     SIZE,
     SWITCH,
+    check_choices,
     choice,
+    filled,
     flag,
     integer,
+    load_settings,
+    make_parser,
     owned,
     require,
     secret,
@@ -24,6 +30,7 @@ from launch.settings import (
     text,
 )
 from scheduler.options import LOAD_POLICIES, SchedulerOptions
+from transfer.control.keys import ENGINE_HTTP, derived
 
 
 @dataclass(frozen=True)
@@ -78,3 +85,48 @@ def check_gateway(config: GatewaySettings) -> None:
         require(
             not path or Path(path).is_file(), f"{flag(name)} {path}: give a file that is there."
         )
+
+
+def gateway_settings(
+    config: GatewaySettings,
+    secret: str,
+    agents: Mapping[str, str],
+    engines: list[EngineAddress],
+) -> GatewayConfig:
+    """Of a gateway that knows these from the start."""
+    settings = GatewayConfig(
+        host=config.host,
+        port=config.port,
+        agents=dict(agents),
+        control_secret=secret,
+        engines=engines,
+        scheduler=filled(SchedulerOptions(), config),
+        doors=filled(DoorSettings(), config),
+        keys=filled(DoorKeys(engine_key=derived(secret, ENGINE_HTTP)), config),
+        limits=filled(RequestLimits(), config),
+    )
+    return filled(settings, config)
+
+
+@dataclass(frozen=True)
+class GatewayCommand(GatewaySettings):
+    """Of ``python -m launch.gateway``, which others join."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_numbers(self)
+        check_gateway(self)
+        require(
+            bool(self.cluster_secret_file),
+            "--cluster-secret-file is needed: by its secret the gateway knows who may join. Make "
+            "one with `(umask 077; openssl rand -hex 32 > FILE)`, for all hosts alike.",
+        )
+
+
+def lone_gateway(argv: Sequence[str]) -> GatewayConfig:
+    """From the command line; raises :class:`~launch.settings.BadConfig`."""
+    parser = make_parser(
+        GatewayCommand, "python -m launch.gateway", "The front door of a cluster that nodes join."
+    )
+    config = load_settings(GatewayCommand, parser, argv)
+    return gateway_settings(config, cluster_secret(config), agents={}, engines=[])

@@ -18,13 +18,11 @@ from launch.settings import (
     SIZE,
     SWITCH,
     choice,
-    flag,
     integer,
     owned,
     require,
     secret,
     setting,
-    settings_of,
     text,
 )
 from storage.index.owners import Quota
@@ -198,22 +196,6 @@ class NodeSettings(SharedSettings, ModelSettings):
     def log_name(self) -> str:
         """Of the default folder of logs."""
         return str(self.first_port)
-
-
-_MAY_BE_ZERO = ("remote_ttl_s", "remote_hedge_s", "nic_bytes_per_s")
-"""Where zero means never, or not known."""
-
-
-def check_numbers(config: object) -> None:
-    """Times and bounds are positive, sizes not negative. Raises
-    :class:`~launch.settings.BadConfig`."""
-    names = list(settings_of(type(config)))
-    for name in names:
-        value = getattr(config, name)
-        if name.endswith(("_s", "_max")) and name not in _MAY_BE_ZERO:
-            require(value > 0, f"{flag(name)} {value}: give a number greater than 0.")
-        if name.endswith("_bytes") or name in (*_MAY_BE_ZERO, "max_total_tokens", "beta_tokens"):
-            require(value >= 0, f"{flag(name)}: give 0 or more.")
 
 
 def check_node(config: NodeSettings) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
+from pathlib import Path
 
 from launch.gateway.doors.settings import DoorSettings
-from launch.settings import owned, setting, text
+from launch.settings import BadConfig, flag, owned, require, setting, settings_of, text
+from transfer.control.keys import SECRET_CHARS_MIN, BadSecret, read_secret
 
 
 @dataclass(frozen=True)
@@ -31,3 +34,29 @@ class SharedSettings:
         text("FILE"),
     )
     ssl_ca_certs: str = owned(DoorSettings, "ssl_ca_certs", text("PATH"))
+
+
+def cluster_secret(config: SharedSettings) -> str:
+    """From its file; a new one where one launcher owns every end."""
+    if not config.cluster_secret_file:
+        return secrets.token_hex(SECRET_CHARS_MIN)
+    try:
+        return read_secret(Path(config.cluster_secret_file).expanduser())
+    except BadSecret as error:
+        raise BadConfig(f"--cluster-secret-file {error}.") from error
+
+
+_MAY_BE_ZERO = ("remote_ttl_s", "remote_hedge_s", "nic_bytes_per_s")
+"""Where zero means never, or not known."""
+
+
+def check_numbers(config: object) -> None:
+    """Times and bounds are positive, sizes not negative. Raises
+    :class:`~launch.settings.BadConfig`."""
+    names = list(settings_of(type(config)))
+    for name in names:
+        value = getattr(config, name)
+        if name.endswith(("_s", "_max")) and name not in _MAY_BE_ZERO:
+            require(value > 0, f"{flag(name)} {value}: give a number greater than 0.")
+        if name.endswith("_bytes") or name in (*_MAY_BE_ZERO, "max_total_tokens", "beta_tokens"):
+            require(value >= 0, f"{flag(name)}: give 0 or more.")

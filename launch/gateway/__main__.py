@@ -1,9 +1,14 @@
-"""``python -m launch.gateway``: the process of the front door, started by the supervisor."""
+"""``python -m launch.gateway``: the process of the front door.
+
+A supervisor gives it its settings in the environment. Started by hand, with flags, it knows no
+agent and no engine: nodes join it (``python -m launch.node``).
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 import uvicorn
@@ -12,6 +17,7 @@ from common.process_settings import RUN_FOLDER
 from launch.gateway.app import create_app
 from launch.gateway.config import GatewayConfig
 from launch.gateway.listening import listen
+from launch.settings import BadConfig
 
 SHUTDOWN_S = 3
 """Open streams get this long to end once a signal has come."""
@@ -19,10 +25,13 @@ LOG_LEVEL = "DUALPATH_LOG_LEVEL"
 
 
 def main() -> None:
-    """Serve until a signal comes; the supervisor set the environment."""
+    """Serve until a signal comes."""
     level = os.environ.get(LOG_LEVEL, "info").upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    config = GatewayConfig.from_env()
+    try:
+        config = GatewayConfig.from_env() if GatewayConfig.VARIABLE in os.environ else _by_flags()
+    except BadConfig as error:
+        sys.exit(f"error: {error}")
     run_folder = os.environ.get(RUN_FOLDER)
     serving = uvicorn.Config(
         create_app(config, Path(run_folder) if run_folder else None),
@@ -36,6 +45,12 @@ def main() -> None:
         ssl_ca_certs=config.doors.ssl_ca_certs or None,
     )
     uvicorn.Server(serving).run([listen(serving, config.client_stall_s)])
+
+
+def _by_flags() -> GatewayConfig:
+    from launch.flags.gateway import lone_gateway
+
+    return lone_gateway(sys.argv[1:])
 
 
 if __name__ == "__main__":

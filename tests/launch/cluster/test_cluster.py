@@ -25,7 +25,7 @@ def refused(monkeypatch, tmp_path, capsys):
         raise AssertionError("processes were started")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cluster, "_supervise", must_not_start)
+    monkeypatch.setattr(cluster, "supervise", must_not_start)
 
     def run(*argv: str) -> str:
         common = ["--device", "cpu", "--dram-bytes", "1MiB", "--port", str(_free_port())]

@@ -17,7 +17,7 @@ from common.ids import Incarnation
 from launch.cluster import supervisor as supervisor_module
 from launch.cluster.child import session_members
 from launch.cluster.process_record import HealthCheck, ProcessRecord
-from launch.cluster.supervisor import Numbers, StartFailed, Supervisor
+from launch.cluster.supervisor import Numbers, Start, StartFailed, Supervisor
 
 STAND_IN = """
 import http.server, os, signal, subprocess, sys, threading, time
@@ -171,9 +171,9 @@ async def test_starts_are_numbered_as_given(quick, tmp_path):
     class Given(Numbers):
         last = 41
 
-        def incarnation(self) -> Incarnation:
+        async def next_start(self, record: ProcessRecord, restarts: int) -> Start:
             self.last += 1
-            return Incarnation(self.last)
+            return Start(Incarnation(self.last), restarts)
 
     record = stand_in("agent")
     async with Cluster([record], tmp_path, Given()):
