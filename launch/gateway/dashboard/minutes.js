@@ -29,7 +29,7 @@ function perSecond(names, node) {
 }
 
 const STORAGE = [["remote_read", "storage NIC (remote)", "c1"], ["ssd_read", "SSD", "c2"]];
-const MOVED = [["sent", "sent", "c4"], ["fetched", "fetched", "c3"], ["local", "within a host", "c5"]];
+const MOVED = [["sent", "sent", "c4"], ["fetched", "fetched", "c3"], ["local", "within a host", "c1"]];
 const names = (ways) => ways.map(([name]) => name);
 const colours = (ways) => ways.map(([, , colour]) => colour);
 
@@ -57,9 +57,9 @@ function figures() {
     [few(answered / time(minute)), "requests/s", `answered, in the last minute`],
     [`${view.requests.admitted} / ${view.requests.admitted_max}`, `in flight, ${view.requests.queued} queued`, "parts of requests that are admitted, and how many may be"],
     [prompt ? percent(tokens("hit") / prompt) : "–", "tokens hit", "of the prompt tokens of the last minutes"],
-    [rate(rateNow(STORAGE)), "read from storage", "by all agents, in the last 6 s"],
-    [rate(rateNow(MOVED)), "KV moved", "between agents and engines, in the last 6 s"],
-    [seconds(backlog), "longest read queue", "until an agent has read what it was promised to read"],
+    [rate(rateNow(STORAGE)), "read from storage", "by all agents; mean of the last 30 s"],
+    [rate(rateNow(MOVED)), "KV moved", "between agents and engines; mean of the last 30 s"],
+    [seconds(backlog), "longest queue", "until an agent has read what it was promised to read"],
     [whole(view.directory_blocks), "blocks known", "to the directory"],
     [whole(bad), "failed requests", `in the last minutes, of: ${told}`],
   ].map(([value, label, title]) => titled(el("div", "figure", el("b", "", value), el("span", "", label)), title || ""));

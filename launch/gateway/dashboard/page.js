@@ -6,7 +6,7 @@ const POLL_MS = 2000;
 const ANSWER_MS = 5000;
 const STALE_MS = 7000;
 const POINTS_MAX = 300;
-const NOW_MS = 6000;
+const NOW_MS = 30000;
 const KEY = "dualpath-key";
 
 const shown = {
@@ -23,6 +23,7 @@ class Refused extends Error {
   }
 }
 
+/* Paths are relative: a proxy may have put the gateway below a path of its own. */
 async function ask(path) {
   const key = sessionStorage.getItem(KEY);
   const answer = await fetch(path, {
@@ -43,7 +44,7 @@ async function look() {
   const last = shown.points.length ? shown.points[shown.points.length - 1].at_ms : 0;
   const after = shown.silent > 5 ? 0 : last; // its clock may have been set back
   const [view, history] = await Promise.all([
-    ask("/admin/cluster"), ask(`/admin/history?after_ms=${after}`),
+    ask("admin/cluster"), ask(`admin/history?after_ms=${after}`),
   ]);
   if (after === 0) shown.points = [];
   shown.silent = history.points.length ? 0 : shown.silent + 1;
@@ -101,7 +102,7 @@ function freshness() {
   byId("forget").hidden = !sessionStorage.getItem(KEY);
   pill.className = `pill ${stale ? "stale" : shown.view ? "live" : ""}`;
   if (!byId("door").hidden) pill.textContent = "locked";
-  else if (!shown.view) pill.textContent = "connecting";
+  else if (!shown.view) pill.textContent = byId("notice").hidden ? "connecting" : "no data";
   else if (!stale) pill.textContent = "live";
   else {
     const at = new Date(shown.answeredMs).toLocaleTimeString("en-GB");

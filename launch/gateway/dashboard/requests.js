@@ -5,7 +5,7 @@
 const STEPS = [
   ["earlier", "earlier attempts", "c5"], ["tokenize", "tokenise", "c7"], ["queue", "queue", "c4"],
   ["read", "read", "c1"], ["plan", "hand over", "c6"], ["prefill", "prefill", "c2"],
-  ["first", "first byte", "c3"], ["rest", "rest of the answer", "c5"],
+  ["first", "decode, to the first byte", "c3"], ["rest", "rest of the answer", "c5"],
 ];
 
 /* [name, label, colour, begin, duration] of each step; what an attempt before took is not told. */
@@ -89,7 +89,7 @@ async function choose(ended) {
   requests();
   if (ended === null || !ended.plan) return;
   try {
-    const plan = await ask(`/admin/plan/${ended.plan}`);
+    const plan = await ask(`admin/plan/${ended.plan}`);
     if (shown.chosen === ended) shown.plan = plan;
   } catch (error) {
     if (shown.chosen === ended) shown.plan = { missing: error.message };

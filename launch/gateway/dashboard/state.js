@@ -115,7 +115,7 @@ function tiers() {
     if (!of) return el("td", "quiet", "off");
     const found = counted(points, "hits", tier, agent);
     const room = of.capacity_bytes ? `${bytes(of.bytes)} of ${bytes(of.capacity_bytes)}` : `${bytes(of.bytes)}, no bound`;
-    return titled(el("td", "wide", bar([of.capacity_bytes ? of.bytes / of.capacity_bytes : 0, colour]),
+    return titled(el("td", "wide", of.capacity_bytes ? bar([of.bytes / of.capacity_bytes, colour]) : null,
       el("div", "", room), el("div", "under", `${whole(found)} hits`)),
     `${whole(of.blocks)} blocks; ${bytes(of.write_queue_bytes)} to be written; ${whole(of.hits_total)} hits since its start`);
   };
@@ -138,5 +138,5 @@ function drains() {
   }
   const example = view.agents.length ? view.agents[0].name : "NAME";
   box.replaceChildren(el("div", "empty", "Nothing is drained. An engine or an agent that is gets nothing new, and finishes what it has:",
-    el("code", "", `curl -s ${location.origin}/admin/drain -H 'Content-Type: application/json' -d '{"name": "${example}", "on": true}'`)));
+    el("code", "", `curl -s ${new URL("admin/drain", location)} -H 'Content-Type: application/json' -d '{"name": "${example}", "on": true}'`)));
 }
