@@ -284,25 +284,33 @@ def _parsed(declared: Setting[object], value: object, where: str) -> object:
 
 def read_file(kind: type, path: Path) -> JsonObject:
     """The settings in a YAML or TOML file; keys as the flags, with - or _."""
+    return parsed(kind, load_file(path, "--config") or {}, f"--config {path}")
+
+
+def load_file(path: Path, option: str) -> object:
+    """What a YAML or TOML file says; raises :class:`BadConfig`."""
     try:
         written = path.read_text()
-        raw = tomllib.loads(written) if path.suffix == ".toml" else yaml.safe_load(written)
+        return tomllib.loads(written) if path.suffix == ".toml" else yaml.safe_load(written)
     except OSError as error:
-        raise BadConfig(
-            f"--config {path}: {error.strerror}; give a readable YAML or TOML file."
-        ) from error
+        raise BadConfig(f"{option} {path}: {error.strerror}; give a readable file.") from error
     except (yaml.YAMLError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadConfig(f"--config {path} is not valid: {error}") from error
-    if not isinstance(raw, dict | None):
-        raise BadConfig(f"--config {path}: expected lines of `key: value`.")
+        raise BadConfig(f"{option} {path} is not valid: {error}") from error
+
+
+def parsed(kind: type, raw: object, where: str) -> JsonObject:
+    """The settings in what a file says; ``where`` is named in what is raised."""
+    if not isinstance(raw, dict):
+        raise BadConfig(f"{where}: expected lines of `key: value`.")
     known, values = settings_of(kind), JsonObject()
-    for key, value in (raw or {}).items():
+    for key, value in raw.items():
         name = str(key).replace("-", "_")
         if name not in known:
             spelled = [setting.replace("_", "-") for setting in known]
-            hint = near(str(key).replace("_", "-"), spelled)
-            raise BadConfig(f"--config {path}: unknown key {key!r}.{hint}")
-        values[name] = _parsed(known[name], value, f"--config {path}: {key}")
+            raise BadConfig(
+                f"{where}: unknown key {key!r}.{near(str(key).replace('_', '-'), spelled)}"
+            )
+        values[name] = _parsed(known[name], value, f"{where}: {key}")
     return values
 
 
@@ -343,9 +351,10 @@ def load_settings(
     parser: argparse.ArgumentParser,
     argv: Sequence[str],
     environ: MutableMapping[str, str] = os.environ,
+    given_else: Mapping[str, object] | None = None,
 ) -> Config:
-    """Flags over file over environment (secrets only, which are taken out of it: a process's
-    children have it too) over defaults; raises :class:`BadConfig`."""
+    """Flags over file over ``given_else`` over environment (secrets only, which are taken out of
+    it: a process's children have it too) over defaults; raises :class:`BadConfig`."""
     known = settings_of(kind)
     given, unknown = parser.parse_known_args(list(argv))
     if unknown:
@@ -354,7 +363,7 @@ def load_settings(
     on_line = vars(given)
     on_line.pop("help_markdown", None)
     file = on_line.pop("config", None)
-    values = _read_environment(known, environ)
+    values = _read_environment(known, environ) | dict(given_else or {})
     values |= read_file(kind, Path(file).expanduser()) if file else {}
     values |= {name: _parsed(known[name], value, flag(name)) for name, value in on_line.items()}
     for name, value in on_line.items():
@@ -376,9 +385,6 @@ def _read_environment(
         if declared.form.is_secret and (value := environ.pop(variable(name), "")):
             values[name] = _parsed(declared, value, variable(name))
     return values
-
-
-# ---- showing ----------------------------------------------------------------------------
 
 
 def help_markdown(kind: type) -> str:

@@ -1,0 +1,1 @@
+"""``python -m launch.node``: one host of a cluster."""

@@ -1,0 +1,65 @@
+"""Where this host is, as the others see it."""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from launch.settings import BadConfig
+
+_SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
+_NAME_BYTES_MAX = 15
+HOST_VARIABLE = "SGLANG_HOST_IP"
+
+
+def own_address(asked: str, gateways: Sequence[str]) -> str:
+    """``asked``, or what the environment says, or the address from which packets leave for the
+    gateway. Raises :class:`BadConfig` for one that is not this host's: SGLang binds it."""
+    named = asked or os.environ.get(HOST_VARIABLE, "")
+    try:
+        address = _resolved(named) if named else _source_towards(gateways[0])
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+    except OSError as error:
+        raise BadConfig(
+            f"--host {named or 'towards ' + gateways[0]}: {error.strerror}; give the address of "
+            "this host that the other hosts reach."
+        ) from error
+    return address
+
+
+def network_of(address: str) -> str:
+    """The network that an address of this host is in, such as 10.0.0.0/16; the address alone, if
+    no interface has it."""
+    for _, name in socket.if_nameindex():
+        if _asked(name, _SIOCGIFADDR) == address:
+            mask = _asked(name, _SIOCGIFNETMASK)
+            return str(ipaddress.ip_network(f"{address}/{mask}", strict=False))
+    return address
+
+
+def _resolved(name: str) -> str:
+    return socket.gethostbyname(name)
+
+
+def _source_towards(url: str) -> str:
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting sends nothing
+        probe.connect((_resolved(parts.hostname or ""), parts.port or 80))
+        return str(probe.getsockname()[0])
+
+
+def _asked(interface: str, request: int) -> str:
+    """An address that the kernel knows of an interface; empty: it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        name = struct.pack("256s", interface.encode()[:_NAME_BYTES_MAX])
+        try:
+            answer = fcntl.ioctl(probe.fileno(), request, name)
+        except OSError:  # no IPv4 address
+            return ""
+    return socket.inet_ntoa(answer[20:24])

@@ -1,0 +1,129 @@
+"""Every setting of ``python -m launch.node``, each declared once (:mod:`launch.settings`)."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.cluster.membership import Role
+from common.json import JsonObject
+from launch import settings
+from launch.flags.forms import NAMES
+from launch.flags.node import NodeSettings, check_node
+from launch.flags.shared import check_numbers
+from launch.settings import (
+    SECONDS,
+    BadConfig,
+    check_choices,
+    choice,
+    load_file,
+    load_settings,
+    parsed,
+    require,
+    setting,
+    text,
+)
+
+EVERYBODY = "all"
+"""Section of a profile that is for nodes of every role."""
+ROLES = tuple(role.value for role in Role)
+
+
+@dataclass(frozen=True)
+class NodeConfig(NodeSettings):
+    """What the user asked for. Build with :func:`load_config`, which also checks it."""
+
+    join: tuple[str, ...] = setting(
+        (),
+        "URL of the gateway, or URLs of several, comma-separated, of which the first that answers "
+        "is joined.",
+        NAMES,
+    )
+    role: str = setting("", "What the node is for; a reader is an agent alone.", choice(ROLES))
+    name: str = setting(
+        "", "Name of the node, such as p0; empty means the first that is free.", text("NAME")
+    )
+    profile: str = setting(
+        "",
+        "YAML or TOML file of settings for the nodes of a cluster, in sections `all`, `prefill`, "
+        "`decode`, `reader`; flags and --config win.",
+        text("FILE"),
+    )
+    host: str = setting(
+        "",
+        "Address of this host that the other hosts reach; empty means SGLANG_HOST_IP, or the one "
+        "that leads to the gateway.",
+        text("HOST"),
+    )
+    bind_host: str = setting(
+        "",
+        "Address that control and HTTP ports listen on, such as 0.0.0.0; empty means --host.",
+        text("HOST"),
+    )
+    drain_timeout_s: float = setting(
+        120.0,
+        "After SIGTERM, requests and writes to storage have so long to finish.",
+        SECONDS,
+    )
+
+    def __post_init__(self) -> None:
+        require(bool(self.role), f"--role is needed: choose one of {', '.join(ROLES)}.")
+        check_choices(self)
+        check_numbers(self)
+        check_node(self)
+        require(bool(self.join), "--join is needed: give the URL of the gateway.")
+        for url in self.join:
+            require(
+                url.startswith(("http://", "https://")),
+                f"--join {url}: give a URL such as http://10.0.0.1:30000.",
+            )
+        require(
+            bool(self.cluster_secret_file),
+            "--cluster-secret-file is needed: give the file that the gateway was given.",
+        )
+        require(
+            re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]{0,31}", self.name or "x") is not None,
+            f"--name {self.name}: give letters, digits, - and _, 32 at most.",
+        )
+
+    @property
+    def is_whole_cluster(self) -> bool:
+        return False
+
+    @property
+    def log_name(self) -> str:
+        return self.name
+
+
+def load_config(argv: Sequence[str]) -> NodeConfig:
+    """Flags over file over profile over defaults; raises :class:`~launch.settings.BadConfig`."""
+    parser = make_parser()
+    known, _ = parser.parse_known_args(list(argv))
+    profile = getattr(known, "profile", "")
+    given = read_profile(Path(profile).expanduser(), getattr(known, "role", "")) if profile else {}
+    return load_settings(NodeConfig, parser, argv, given_else=given)
+
+
+def read_profile(path: Path, role: str) -> JsonObject:
+    """The settings that are for nodes of a role."""
+    sections = load_file(path, "--profile") or {}
+    if not isinstance(sections, dict) or not sections.keys() <= {EVERYBODY, *ROLES}:
+        raise BadConfig(
+            f"--profile {path}: expected sections of settings, {EVERYBODY} or {', '.join(ROLES)}."
+        )
+    found = JsonObject()
+    for section in (EVERYBODY, role):
+        found |= parsed(NodeConfig, sections.get(section) or {}, f"--profile {path}: {section}")
+    return found
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of ``python -m launch.node``."""
+    return settings.make_parser(
+        NodeConfig,
+        "python -m launch.node",
+        "One host of a cluster: an engine with its agent, or an agent alone.",
+    )

@@ -1,0 +1,41 @@
+"""Numbers of the starts of a node's processes: the gateway's, which no host's clock is in."""
+
+from __future__ import annotations
+
+import time
+
+from common.ids import Incarnation
+from launch.cluster.process_record import ProcessRecord
+from launch.cluster.supervisor import Numbers, Start
+from launch.node.lease import Lease
+
+
+class GrantedNumbers(Numbers):
+    """The first start of each process has what joining granted. Another one of an engine is asked
+    for; where nobody answers, and for agents, time on this host since the grant is added, so that
+    it is greater than all before and not greater than what the gateway grants next."""
+
+    def __init__(self, lease: Lease, granted: Start) -> None:
+        super().__init__()
+        self._lease = lease
+        self._granted = granted
+        self._granted_s = time.monotonic()
+        self._starts: dict[str, Start] = {}
+
+    async def next_start(self, record: ProcessRecord, restarts: int) -> Start:
+        last = self._starts.get(record.name)
+        start = self._granted if last is None else await self._again(record, last)
+        self._starts[record.name] = start
+        self._lease.started(start.incarnation, start.turn)
+        return start
+
+    async def _again(self, record: ProcessRecord, last: Start) -> Start:
+        if record.kind == "engine":
+            answer = await self._lease.restart(last.incarnation)
+            if answer is not None and answer.incarnation > last.incarnation:
+                self._granted = Start(answer.incarnation, answer.turn)
+                self._granted_s = time.monotonic()
+                return self._granted
+        elapsed_ms = int((time.monotonic() - self._granted_s) * 1000)
+        number = max(last.incarnation, self._granted.incarnation + elapsed_ms) + 1
+        return Start(Incarnation(number), last.turn + 1)

@@ -1,0 +1,63 @@
+"""The processes of one node, made on the host that runs them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from common.cluster.membership import AgentAddress, Joined, NodeMembers, Role
+from common.messages import PROTOCOL
+from engine.model_digest import NoWeights, model_digest
+from launch.cluster.hardware import Hardware
+from launch.cluster.layout import ENGINE_ROLES, Layout, Place, agent_name
+from launch.cluster.process_record import ProcessRecord
+from launch.cluster.processes import Records
+from launch.node.config import NodeConfig
+from launch.settings import BadConfig
+
+
+def node_layout(config: NodeConfig, model: Path, hardware: Hardware, host: str) -> Layout:
+    """Of a node with the name that it has by now. Raises :class:`BadConfig`."""
+    place = Place(Role(config.role), host, config.bind_host)
+    return Layout(config, model, hardware, {config.name: place})
+
+
+def node_records(layout: Layout, secret: str, joined: Joined) -> list[ProcessRecord]:
+    """Its agent, and its engine if it has one. Raises :class:`BadConfig`."""
+    [(node, place)] = layout.places.items()
+    agents = {name: at for name, at in joined.agents.items() if name != agent_name(node)}
+    records = Records(layout, secret, os.environ, agents, joined.engines)
+    agent = records.agent(node)
+    return [agent] if place.role is Role.READER else [agent, records.engine(node)]
+
+
+def node_members(layout: Layout, secret: str) -> NodeMembers:
+    """Where the others reach them."""
+    [(node, place)] = layout.places.items()
+    agent = AgentAddress(agent_name(node), layout.agent_control(node, place.host))
+    return NodeMembers(agent, Records(layout, secret, os.environ).addresses(node))
+
+
+def alike(config: NodeConfig, model: Path, hardware: Hardware) -> dict[str, str]:
+    """What has to be so at all nodes of a cluster."""
+    found = {"protocol": PROTOCOL.decode(), "--transfer": hardware.transfer}
+    role = Role(config.role)
+    if role is Role.READER:
+        return found
+    window = config.prefill_layer_window
+    found["model"] = _digest(model)
+    found["--prefill-layer-window"] = "all" if window is None else str(window)
+    layout = Layout(config, model, hardware, {"x": Place(role)})
+    for each in ENGINE_ROLES:
+        # Told by the nodes of both roles: how heads are staged between them depends on both.
+        found[f"ranks of {each.value} engines"] = str(layout.group_size(each))
+    return found
+
+
+def _digest(model: Path) -> str:
+    if not model.is_absolute():
+        return str(model)
+    try:
+        return model_digest(model)
+    except NoWeights as error:
+        raise BadConfig(f"--model: {error}.") from error
