@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NewType
+from typing import Annotated, NewType
+
+from msgspec import Meta
 
 PlanId = NewType("PlanId", int)
 """Of a plan: given by the gateway, 48 bits, never reused."""
@@ -12,6 +14,9 @@ Incarnation = NewType("Incarnation", int)
 """Start time of a process in ms: a greater one replaces all that came before it."""
 BoardSlot = NewType("BoardSlot", int)
 """Of a word on an engine's completion board."""
+
+TraceParent = Annotated[str, Meta(pattern="^(00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?$")]
+"""W3C's: of the span that an order belongs to; empty where there is none."""
 
 NO_PLAN = PlanId(0)
 FIRST_PLAN = PlanId(1)

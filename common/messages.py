@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from common.block import KEY_BYTES, NO_PARENT, TENANT_CHARS, BlockKey, Namespace, TierName
 from common.experiment import NO_EXPERIMENT, Experiment
-from common.ids import BoardSlot, Incarnation, JobId, PlanId
+from common.ids import BoardSlot, Incarnation, JobId, PlanId, TraceParent
 from common.loads import AgentLoad, EngineLoad
 from common.samples import Sample
 
@@ -73,8 +73,7 @@ class AgentHello(_Message):
     session_id: Name
     """Mooncake session ("host:port") of this incarnation."""
     credit_address: Address = 0
-    """Of the words in its memory with the credits of the engine that is greeted: its first
-    rank's, then those of the others."""
+    """Of words in its memory: credits of the engine that is greeted, its first rank's first."""
 
 
 # ---- gateway -> agent -------------------------------------------------------------------
@@ -91,6 +90,7 @@ class ReadShare(_Message):
     keys: list[Key]
     deadline_s: float
     experiment: Experiment = NO_EXPERIMENT
+    traceparent: TraceParent = ""
 
 
 class ReleasePlan(_Message):

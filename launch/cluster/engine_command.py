@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,6 +53,10 @@ def engine_env(layout: Layout, node: str) -> dict[str, str]:
             layout.hardware.device,
         ),
     }
+    if layout.config.otlp_traces_endpoint:
+        # SGLang's flag names the service, which is the same for all engines.
+        given = os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+        env["OTEL_RESOURCE_ATTRIBUTES"] = f"{given},service.instance.id={node}".lstrip(",")
     if layout.hardware.device == "cpu":
         env |= {
             "SGLANG_PLATFORM": "dualpath_cpu",
@@ -77,12 +82,16 @@ def engine_flags(layout: Layout, node: str, ports: Mapping[str, int]) -> list[st
         "--disaggregation-transfer-backend": "mooncake",
         **_device_flags(layout, node),
     }
+    if layout.config.otlp_traces_endpoint:
+        flags["--otlp-traces-endpoint"] = layout.config.otlp_traces_endpoint
     if layout.config.rdma_devices:
         flags["--disaggregation-ib-device"] = layout.config.rdma_devices
     if layout.ranks(node).groups > 1:
         port = layout.port(node, "engine", meeting(layout.ranks(node)))
         flags["--dist-init-addr"] = f"{layout.hosts[node]}:{port}"
     switches = ["--skip-server-warmup", "--enable-cache-report"]
+    if layout.config.otlp_traces_endpoint:
+        switches.append("--enable-trace")
     if layout.ranks(node).groups == 1:  # else all groups wait for one that sleeps, a second
         switches.append("--sleep-on-idle")
     elif layout.hardware.device == "cpu":  # which has no such operator

@@ -92,6 +92,7 @@ class Records:
             ssd_dirs=[str(folder) for folder in config.ssd_folders_of(name)],
             remote=filled(RemoteSettings(), config),
             experiment=Experiment(zero_io=config.is_zero_io),
+            otlp_traces_endpoint=config.otlp_traces_endpoint,
         )
         settings = filled(settings, config)
         local = self.layout.places[node].local

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.cluster.membership import EngineAddress
 from launch.flags.forms import KEYS, NAMES, POLICY
-from launch.flags.shared import SharedSettings, check_numbers, cluster_secret
+from launch.flags.shared import SharedSettings, check_numbers, check_tracing, cluster_secret
 from launch.gateway.config import LOGPROBS_MAX, GatewayConfig, RequestLimits
 from launch.gateway.doors.keys import ApiKey
 from launch.gateway.doors.settings import DoorKeys, DoorSettings
@@ -73,6 +73,7 @@ class GatewaySettings(SharedSettings):
 
 def check_gateway(config: GatewaySettings) -> None:
     """Raises :class:`~launch.settings.BadConfig`."""
+    check_tracing(config)
     require(1 <= config.port <= 65535, f"--port {config.port}: give a port from 1 to 65535.")
     require(
         config.logprobs_max <= LOGPROBS_MAX,

@@ -10,7 +10,7 @@ from common.json import JsonObject
 from common.user_files import cache_folder
 from engine.config import EngineConfig
 from launch.flags.forms import FOLDERS, PACE, QUOTA_MS, QUOTAS, TRAFFIC, WINDOW
-from launch.flags.shared import ModelSettings, SharedSettings
+from launch.flags.shared import ModelSettings, SharedSettings, check_tracing
 from launch.settings import (
     ARGUMENTS,
     JSON_OBJECT,
@@ -200,6 +200,7 @@ class NodeSettings(SharedSettings, ModelSettings):
 
 def check_node(config: NodeSettings) -> None:
     """Raises :class:`~launch.settings.BadConfig`."""
+    check_tracing(config)
     port = config.base_port
     require(0 <= port <= 65535, f"--base-port {port}: give a port from 0 to 65535.")
     require(

@@ -6,6 +6,8 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.tracing.spans import missing_packages
+from launch.gateway.config import GatewayConfig
 from launch.gateway.doors.settings import DoorSettings
 from launch.settings import BadConfig, flag, owned, require, setting, settings_of, text
 from transfer.control.keys import SECRET_CHARS_MIN, BadSecret, read_secret
@@ -34,6 +36,7 @@ class SharedSettings:
         text("FILE"),
     )
     ssl_ca_certs: str = owned(DoorSettings, "ssl_ca_certs", text("PATH"))
+    otlp_traces_endpoint: str = owned(GatewayConfig, "otlp_traces_endpoint", text("HOST:PORT"))
 
 
 def cluster_secret(config: SharedSettings) -> str:
@@ -44,6 +47,16 @@ def cluster_secret(config: SharedSettings) -> str:
         return read_secret(Path(config.cluster_secret_file).expanduser())
     except BadSecret as error:
         raise BadConfig(f"--cluster-secret-file {error}.") from error
+
+
+def check_tracing(config: SharedSettings) -> None:
+    """The packages that send traces are there, if any are to be sent. Raises ``BadConfig``."""
+    endpoint = config.otlp_traces_endpoint
+    if endpoint and (missing := missing_packages()):
+        raise BadConfig(
+            f"--otlp-traces-endpoint {endpoint}: {', '.join(missing)} cannot be imported. Install "
+            "the extra `trace` (docs/dependencies.md), or run `make setup`."
+        )
 
 
 _MAY_BE_ZERO = ("remote_ttl_s", "remote_hedge_s", "nic_bytes_per_s")

@@ -98,6 +98,13 @@ class GatewayConfig(ProcessSettings, frozen=True):
             "lives; then 503."
         ),
     ] = 30.0
+    otlp_traces_endpoint: Annotated[
+        str,
+        Meta(
+            description="Collector of OpenTelemetry traces, such as localhost:4317, for gateway, "
+            "agents and engines; empty means no traces (docs/operations.md)."
+        ),
+    ] = ""
     client_stall_s: Annotated[
         float,
         Meta(description="A client that reads nothing of its answer for so long is cut off."),

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import msgspec
 
+FAULTS = ("failed", "unavailable", "poison")
+"""Outcomes of requests that are no choice of the client's."""
+
 
 class GatewayError(Exception):
     """An end of a request that the gateway words itself."""

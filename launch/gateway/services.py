@@ -7,6 +7,7 @@ import time
 from collections.abc import Coroutine
 from typing import Protocol, TypedDict
 
+from common.tracing.spans import make_tracer
 from launch.gateway.admission import Admission, Seat
 from launch.gateway.config import GatewayConfig
 from launch.gateway.dashboard.counted import TierView, tiers
@@ -81,6 +82,7 @@ class Services:
         self.salt_keys = {} if config.doors.share_cache else salt_keys(config.keys.api_keys)
         """By tenant; empty where no salts are derived."""
         self.recent = RecentRequests()
+        self.tracer = make_tracer(config.otlp_traces_endpoint, "dualpath-gateway", "gateway")
         self._background: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -104,6 +106,7 @@ class Services:
         await self.probe.close()
         await self.client.close()
         await self.plane.close()
+        self.tracer.close()
 
     def view(self) -> GatewayView:
         """What operators see."""

@@ -69,6 +69,7 @@ WRITTEN = {
     "deliver-timeout-s": "4",
     "request-timeout-s": "5",
     "engine-wait-s": "6",
+    "otlp-traces-endpoint": "collector:4317",
     "client-stall-s": "7",
 }
 CONFIG = load_config(

@@ -105,6 +105,8 @@ class AgentConfig(ProcessSettings, frozen=True):
         JsonObject, Meta(description="Options of the remote tier's fsspec filesystem.")
     ] = {}
     remote: RemoteSettings = RemoteSettings()
+    otlp_traces_endpoint: str = ""
+    """Collector of OpenTelemetry traces, HOST:PORT; empty: no traces."""
     read_threads: int = 16
     deliver_threads: int = 4
     cgroup: str = ""

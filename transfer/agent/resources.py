@@ -11,6 +11,7 @@ from functools import partial
 
 from common.ids import Incarnation
 from common.process_settings import incarnation
+from common.tracing.spans import make_tracer
 from storage.remote.tier import RemoteTier
 from storage.ssd.tier import DiskBroken, SsdTier
 from storage.tiers.contract import Tier, Wake
@@ -50,6 +51,7 @@ class Resources:
         self._loop = asyncio.get_running_loop()
         self.incarnation = incarnation() or Incarnation(int(time.time() * 1000))
         self.counters = AgentCounters()
+        self.tracer = make_tracer(config.otlp_traces_endpoint, "dualpath-agent", config.name)
         self.peer = _start_peer(config)
         admit_only(config.heard)  # not the control port's, whose clients prove who they are
         keys = Keys(config.name, config.control_secret)
@@ -97,6 +99,7 @@ class Resources:
         for tier in self.tiers:
             tier.close()
         self.socket.close()
+        self.tracer.close()
 
 
 def _start_peer(config: AgentConfig) -> TransferPeer:

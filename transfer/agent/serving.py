@@ -38,6 +38,7 @@ from transfer.agent.fences import Fences, fenced
 from transfer.agent.jobs.deliver_jobs import DeliverJobs
 from transfer.agent.jobs.pull_jobs import PullJobs
 from transfer.agent.jobs.reports import Reports
+from transfer.agent.plan_spans import PlanSpans
 from transfer.agent.resources import Resources
 from transfer.agent.shares import Shares
 from transfer.mooncake import TransferFailed, TransferPeer
@@ -115,18 +116,20 @@ class Serving:
             promotion_policy=config.promotion_policy,
         )
         self._store = TieredStore(pool, resources.ssd, resources.remote, options)
+        spans = PlanSpans(resources.tracer, config.name)
         self._shares = Shares(
             self._store,
             resources.socket.send,
             self.poll,
             self._engines.can_take,
             config.experiment.zero_io,
+            spans,
         )
         reports = Reports(
             resources.incarnation, resources.counters, self._reply, resources.announcer.tell
         )
         self._deliveries = DeliverJobs(
-            resources.deliver_queue, pool, address, self._shares.is_zero_io, reports
+            resources.deliver_queue, pool, address, self._shares.is_zero_io, reports, spans
         )
         self._pulls = PullJobs(
             resources.pull_queue, self._store, address, config.host, self._held, reports

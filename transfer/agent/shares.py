@@ -14,6 +14,7 @@ from common.ids import PlanId
 from common.messages import ReadShare, ShareRead
 from storage.store_events import ShareSettled
 from storage.tiered_store import TieredStore
+from transfer.agent.plan_spans import PlanSpans
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Shares:
         poll_store: Callable[[], None],
         can_deliver: Callable[[BlockLayout], bool],
         takes_zero_io: bool,
+        spans: PlanSpans,
     ) -> None:
         """``can_deliver``: whether the engines can be given blocks of a layout. ``takes_zero_io``:
         whether this agent was started for a measurement without I/O."""
@@ -46,6 +48,7 @@ class Shares:
         self._poll_store = poll_store
         self._shares: dict[PlanId, _Share] = {}
         self._zero_io: set[PlanId] = set()
+        self._spans = spans
 
     def start(self, client: bytes, message: ReadShare) -> None:
         """Have the blocks read; ``ShareRead`` follows. A plan that is known is ignored."""
@@ -60,6 +63,7 @@ class Shares:
         loop = asyncio.get_running_loop()
         timer = loop.call_later(message.deadline_s, self._overdue, message.plan)
         self._shares[message.plan] = _Share(client, message.keys, timer)
+        self._spans.begin(message)
         if message.experiment.zero_io:
             self._zero_io.add(message.plan)
             everything = [True] * len(message.keys)
@@ -73,6 +77,7 @@ class Shares:
         if share is not None:
             share.release.cancel()
             self._zero_io.discard(plan)
+            self._spans.forget(plan)
             self._store.release(plan)
 
     def is_zero_io(self, plan: PlanId) -> bool:
@@ -90,6 +95,7 @@ class Shares:
             event.queue_s,
             event.read_s,
         )
+        self._spans.read(event)
         share = self._shares.get(event.plan)
         if share is not None:
             in_dram = self._deliverable(share.keys, event.in_dram)

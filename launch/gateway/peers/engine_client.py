@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from urllib.parse import quote
 
 import aiohttp
@@ -62,14 +62,15 @@ class EngineClient:
 
     @contextlib.asynccontextmanager
     async def post(
-        self, engine: EnginePeer, path: str, body: JsonObject
+        self, engine: EnginePeer, path: str, body: JsonObject, headers: Mapping[str, str]
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """POST a request to an engine, or to one of its attention groups, without a total
         timeout: the caller limits the request as a whole."""
         if engine.address.group is not None:
             body = body | {"routed_dp_rank": engine.address.group}
         url = engine.address.http + path
-        async with self._session.post(url, data=msgspec.json.encode(body), headers=_JSON) as answer:
+        data = msgspec.json.encode(body)
+        async with self._session.post(url, data=data, headers={**_JSON, **headers}) as answer:
             yield answer
 
     async def abort(self, engines: Iterable[EnginePeer], body: JsonObject) -> None:

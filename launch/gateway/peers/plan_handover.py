@@ -51,13 +51,13 @@ class PlanHandover:
         for agent in members.agents.values():
             agent.watchers.add(partial(self._give_up_shares, agent.name))
 
-    async def read_shares(self, plan: Plan) -> dict[str, ShareRead | None]:
+    async def read_shares(self, plan: Plan, traceparent: str = "") -> dict[str, ShareRead | None]:
         """Have the plan's readers bring its blocks to DRAM; None of one that died or is late."""
         futures = {}
         for agent, keys in plan.shares().items():
             future = asyncio.get_running_loop().create_future()
             futures[agent] = self._shares[plan.id, agent] = future
-            order = ReadShare(plan.id, keys, deadline_s=HOLD_S, experiment=plan.experiment)
+            order = ReadShare(plan.id, keys, HOLD_S, plan.experiment, traceparent)
             try:
                 self._members.agents[agent].send(order)
             except PeerUnreachable as error:

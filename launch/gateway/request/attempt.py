@@ -14,8 +14,15 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from common.ids import Incarnation
+from common.tracing.spans import OK, Span
 from launch.gateway.admission import Seat
-from launch.gateway.errors import AttemptFailed, RequestTimeout, Unavailable
+from launch.gateway.errors import (
+    FAULTS,
+    AttemptFailed,
+    GatewayError,
+    RequestTimeout,
+    Unavailable,
+)
 from launch.gateway.peers.peer import EnginePeer
 from launch.gateway.request.answer import Answer
 from launch.gateway.request.cancel_scope import CancelScope
@@ -84,10 +91,15 @@ class Attempt:
         self._slot: Slot | None = None
         self._incarnations: dict[str, Incarnation] = {}
         self._namespace_digest = b""
+        self._span = asked.part.span.child("attempt")
 
     async def run(self) -> None:
         """Raises ``AttemptFailed``, and what the client is to be told."""
         self._asked.trace.attempts += 1
+        with _ended(self._span):
+            await self._run()
+
+    async def _run(self) -> None:
         async with self._alone():
             plan = await self._plan()
             self._services.plane.plans.on_delivered[plan.id] = self._asked.trace.delivered
@@ -142,6 +154,8 @@ class Attempt:
         finally:
             now = trace.clock("queue", begun_s)
             services.metrics.queue_time.observe(now - begun_s)
+            self._span.note("queue", begun_s)
+        self._span.set({"plan": plan.id, "prefill": plan.prefill, "decode": plan.decode})
         trace.planned(plan, services.scheduler.expected_first_token_s(plan.id))
         self.engines = frozenset((plan.prefill, plan.decode))
         peers = services.plane.members.engines
@@ -200,7 +214,7 @@ class Attempt:
 
     async def _carry_out(self, plan: Plan) -> None:
         services, asked = self._services, self._asked
-        exchange = Exchange(services.client, asked.part, asked.answer, asked.trace)
+        exchange = Exchange(services.client, asked.part, asked.answer, asked.trace, self._span)
         try:
             async with asked.scope() as scope:
                 with self._watched(plan, scope, exchange):
@@ -237,7 +251,7 @@ class Attempt:
         begun_s = time.monotonic()
         plans, scheduler = self._services.plane.plans, self._services.scheduler
         part, trace = self._asked.part, self._asked.trace
-        shares = await plans.read_shares(plan)
+        shares = await plans.read_shares(plan, self._span.traceparent)
         now = trace.clock("read", begun_s)
         hit_blocks = len(plan.keys)
         for agent, share in shares.items():
@@ -246,12 +260,15 @@ class Attempt:
         cut = plan.cut(hit_blocks)
         plans.release(plan.id, [agent for agent, keys in cut.shares().items() if not keys])
         trace.read(cut, shares, len(part.token_ids or ()), self.page_tokens)
+        hit = {"planned_blocks": len(plan.keys), "hit_blocks": len(cut.keys)}
+        self._span.note("read", begun_s, hit)
         return cut
 
     async def _hand_over(self, plan: Plan) -> None:
         begun_s = time.monotonic()
         await self._services.plane.plans.place(plan, self._namespace_digest)
         self._asked.trace.clock("plan", begun_s)
+        self._span.note("hand over", begun_s)
 
     async def _compute(self, plan: Plan, scope: CancelScope, exchange: Exchange) -> None:
         engines = self._services.plane.members.engines
@@ -300,3 +317,20 @@ class Attempt:
             plane.http_state(engine, alive=False)
         changed = engine.incarnation != self._incarnations[engine.name]
         return changed or not plane.members.alive(engine)
+
+
+@contextlib.contextmanager
+def _ended(span: Span) -> Iterator[None]:
+    """An attempt's span ends with it."""
+    outcome = "failed"
+    try:
+        yield
+        outcome = OK
+    except asyncio.CancelledError:
+        outcome = "cancelled"
+        raise
+    except GatewayError as error:
+        outcome = error.outcome
+        raise
+    finally:
+        span.end(outcome, is_error=outcome in FAULTS)

@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 
 from common.json import JsonObject
+from common.tracing.spans import Span
 from launch.gateway.errors import AttemptFailed, EngineRefused
 from launch.gateway.peers.engine_client import UNPROCESSABLE_STATUS, EngineClient, sse_events
 from launch.gateway.peers.peer import EnginePeer
@@ -38,7 +39,10 @@ DRAIN_S = 10.0
 class Exchange:
     """Posts one body to P and D; D's response becomes ``answer``."""
 
-    def __init__(self, client: EngineClient, part: Part, answer: Answer, trace: Trace) -> None:
+    def __init__(
+        self, client: EngineClient, part: Part, answer: Answer, trace: Trace, span: Span
+    ) -> None:
+        """``span``: of which the engines' own are to be children."""
         self.prefilled = False
         """P is no longer needed."""
         self.on_prefilled: Callable[[], None] = lambda: None
@@ -46,6 +50,8 @@ class Exchange:
         self._part = part
         self._answer = answer
         self._trace = trace
+        self._span = span
+        self._headers = span.headers
         self._posted_s = 0.0
         self._rid = b""
 
@@ -62,7 +68,8 @@ class Exchange:
         prefill = asyncio.create_task(self._prefill(engines[0], body, scope))
         try:
             with _engine_errors(engines[1]):
-                async with self._client.post(engines[1], self._part.path, body) as response:
+                path, headers = self._part.path, self._headers
+                async with self._client.post(engines[1], path, body, headers) as response:
                     if self._part.stream and response.status < 400:
                         await self._relay_stream(engines[1], response, prefill)
                     else:
@@ -78,7 +85,8 @@ class Exchange:
         data = b""
         try:
             with _engine_errors(engine):
-                async with self._client.post(engine, self._part.path, body) as response:
+                path, headers = self._part.path, self._headers
+                async with self._client.post(engine, path, body, headers) as response:
                     data = self._for_client(await response.read())
                 self._check_whole(engine, response, data)
         except (AttemptFailed, EngineRefused) as failure:
@@ -88,6 +96,7 @@ class Exchange:
         self.prefilled = True
         self.on_prefilled()
         now = self._trace.clock("prefill", self._posted_s)
+        self._span.note("prefill", self._posted_s)
         if not self._part.stream:
             self._answer.first_token_s = now
         return data
@@ -133,6 +142,7 @@ class Exchange:
 
     def _open(self, response: aiohttp.ClientResponse) -> None:
         now = self._trace.clock("first_byte", self._posted_s)
+        self._span.note("first byte", self._posted_s)
         self._answer.first_token_s = self._answer.first_token_s or now
         self._answer.open(response.status, response.content_type)
 

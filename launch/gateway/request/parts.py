@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import msgspec
 
 from common.json import JsonObject
+from common.tracing.spans import NO_SPAN, Span
 from launch.gateway.errors import BadRequest
 
 Prompt = str | list[int] | None
@@ -53,6 +54,8 @@ class Part(msgspec.Struct):
     """The tokenised prompt; None until it is known."""
     request_rid: str = ""
     """Of the request that it is a part of."""
+    span: Span = NO_SPAN
+    """Likewise."""
 
     @property
     def stream(self) -> bool:

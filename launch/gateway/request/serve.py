@@ -11,11 +11,12 @@ import msgspec
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
+from common.tracing.spans import NO_SPAN, OK, Span
 from launch.gateway.admission import Client, Seat
 from launch.gateway.body import read_body
 from launch.gateway.doors.salts import salted
 from launch.gateway.doors.visitor import visitor_of
-from launch.gateway.errors import BadRequest, GatewayError, RequestTimeout, Unavailable
+from launch.gateway.errors import FAULTS, BadRequest, GatewayError, RequestTimeout, Unavailable
 from launch.gateway.request.answer import CHUNKS_MAX
 from launch.gateway.request.cancel_scope import CancelScope
 from launch.gateway.request.checks import check_limits, check_part
@@ -42,6 +43,7 @@ class ClientGone(Exception):
 async def serve(services: Services, path: str, request: Request) -> Response:
     """Answer one of the three generating endpoints."""
     begun_s = time.monotonic()
+    span = services.tracer.request(f"POST {path}", request.headers)
     try:
         limits = services.config.limits
         body = decode_body(path, await read_body(request, limits.body_bytes_max))
@@ -54,9 +56,14 @@ async def serve(services: Services, path: str, request: Request) -> Response:
         seat = _admit(services, parted, client)
     except GatewayError as error:
         services.metrics.requests.labels(path, error.outcome).inc()
+        span.end(error.outcome, is_error=error.outcome in FAULTS)
         return error_response(error)
+    for part in parted.parts:
+        part.span = span
     tokenized = asyncio.ensure_future(_tokenize(services, parted))
     walks = [_walk(services, part, seat, begun_s, tokenized) for part in parted.parts]
+    if span is not NO_SPAN:
+        _end_with(walks, span)
     streaming = False
     try:
         response = await _until_gone(request, _answer(parted, walks))
@@ -83,6 +90,7 @@ async def _tokenize(services: Services, parted: PartedRequest) -> None:
     """Token ids of every part, which the model has and which fit it; as soon as any engine lives
     that can be asked."""
     limit_s, members = services.config.request_timeout_s, services.plane.members
+    begun_s = time.monotonic()
     has_waited = False
     async with CancelScope(limit_s, RequestTimeout(f"no tokens within {limit_s:g} s")) as scope:
         with services.outage.bounded(scope):
@@ -91,6 +99,7 @@ async def _tokenize(services: Services, parted: PartedRequest) -> None:
                 await services.outage.wait("no engine is alive")
             if has_waited and not members.troubles():
                 services.outage.over()
+    parted.parts[0].span.note("tokenize", begun_s)
     bounds = members.bounds()
     assert bounds is not None
     for part in parted.parts[:: parted.samples]:
@@ -131,6 +140,25 @@ def _walk(
 
     walk.task.add_done_callback(ended)
     return walk
+
+
+def _end_with(walks: Sequence[RequestWalk], span: Span) -> None:
+    """The request's span ends with its last part."""
+
+    def ended(_: asyncio.Future[list[BaseException | None]]) -> None:
+        outcomes = [walk.outcome for walk in walks]
+        outcome = next((outcome for outcome in outcomes if outcome != OK), OK)
+        span.set(
+            {
+                "parts": len(walks),
+                "request_id": walks[0].part.request_rid or walks[0].part.rid,
+                "prompt_tokens": sum(len(walk.part.token_ids or ()) for walk in walks),
+            }
+        )
+        span.end(outcome, is_error=outcome in FAULTS)
+
+    everything = asyncio.gather(*(walk.task for walk in walks), return_exceptions=True)
+    everything.add_done_callback(ended)
 
 
 def _cancel(walks: Sequence[RequestWalk]) -> None:

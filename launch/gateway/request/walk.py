@@ -60,6 +60,8 @@ class RequestWalk:
         self.trace = Trace()
         self.answer = Answer(part.stream, services.config.client_stall_s)
         self.seat = seat
+        self.outcome = "client_gone"
+        """What ``requests_total`` counts it as, once it is over."""
         self._services = services
         self._tokenized = tokenized
         self._begun_s = begun_s
@@ -97,7 +99,7 @@ class RequestWalk:
     # ---- the whole walk ---------------------------------------------------------------
 
     async def _run(self) -> None:
-        outcome = "client_gone"
+        outcome = self.outcome
         error: GatewayError | None = None
         try:
             if self._tokenized is not None:
@@ -118,6 +120,7 @@ class RequestWalk:
     def _account(self, outcome: str) -> None:
         engine_rid = self._attempt.rid if self._attempt is not None else ""
         page_tokens = self._attempt.page_tokens if self._attempt is not None else 0
+        self.outcome = outcome
         self.trace.clock("total", self._begun_s)
         self._services.metrics.requests.labels(self.part.path, outcome).inc()
         if outcome == "ok":

@@ -54,6 +54,8 @@ class StubEngine(ControlStub):
         self.load_changes: dict[str, Any] = {}
         self.samples = [sample("engine_kv_wait_seconds_total", 2, layer="0")]
         self.bodies: list[dict[str, Any]] = []
+        self.traceparents: list[str | None] = []
+        """Which they came with."""
         self.aborted: list[str] = []
         self.flushed, self.flush_query = 0, ""
         self.authorization = ""
@@ -158,6 +160,7 @@ class StubEngine(ControlStub):
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
+        self.traceparents.append(request.headers.get("traceparent"))
         assert body["rid"] in [plan.rid for plan in self.got(m.EnginePlan)]
         fault = self.faults.pop(0) if self.faults else ""
         if self.dies_of and self.dies_of in json.dumps(body):

@@ -11,6 +11,8 @@ from common.block import BlockKey
 from common.experiment import Experiment
 from common.ids import PlanId
 from common.messages import ReadShare, ShareRead
+from common.tracing.spans import Tracer
+from transfer.agent.plan_spans import PlanSpans
 from transfer.agent.shares import Shares
 
 KEYS = [BlockKey(b"a" * 32), BlockKey(b"b" * 32)]
@@ -22,7 +24,8 @@ def shares_of(takes_zero_io: bool, answers: list[ShareRead]) -> Shares:
         answers.append(answer)
 
     no_store = cast(Any, None)  # a share without I/O asks nothing of it
-    return Shares(no_store, reply, lambda: None, lambda layout: True, takes_zero_io)
+    spans = PlanSpans(Tracer(), "a0")
+    return Shares(no_store, reply, lambda: None, lambda layout: True, takes_zero_io, spans)
 
 
 @pytest.mark.asyncio

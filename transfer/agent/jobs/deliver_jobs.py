@@ -17,6 +17,7 @@ import numpy as np
 from common.board_word import BOARD_WORD_BYTES
 from common.ids import BoardSlot, PlanId
 from common.messages import Deliver, Delivered, JobEnded
+from common.tracing.spans import Attributes, Span
 from storage.slot_pool import SlotPool
 from transfer.agent.engines import BadJob, Engine, Rank
 from transfer.agent.jobs.heads import OtherShards
@@ -24,6 +25,7 @@ from transfer.agent.jobs.job import Job
 from transfer.agent.jobs.reports import Reports
 from transfer.agent.jobs.transfer import Ended, JobCancelled, Transfer
 from transfer.agent.jobs.transfer_queue import TransferQueue
+from transfer.agent.plan_spans import PlanSpans
 from transfer.mooncake import TransferFailed
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ class _Delivery(msgspec.Struct, eq=False):
     engine: Engine
     message: Deliver
     started: float
+    span: Span
+    """Of the plan; it may be over when the job ends."""
     refused: Exception | None = None
     layers_done: int = 0
     pages: np.ndarray = _NONE
@@ -71,6 +75,7 @@ class DeliverJobs:
         memory_address: int,
         is_zero_io: Callable[[PlanId], bool],
         reports: Reports,
+        spans: PlanSpans,
     ) -> None:
         """``memory_address``: of the pool. ``is_zero_io``: whether a plan's blocks are not sent."""
         self._queue = queue
@@ -78,12 +83,13 @@ class DeliverJobs:
         self._memory_address = memory_address
         self._is_zero_io = is_zero_io
         self._reports = reports
+        self._spans = spans
         self._owners = itertools.count(_FIRST_OWNER)
 
     def start(self, engine: Engine, message: Deliver) -> None:
         """Queue a delivery; one that cannot be made fails, on the boards as well."""
         owner = next(self._owners)
-        delivery = _Delivery(engine, message, time.monotonic())
+        delivery = _Delivery(engine, message, time.monotonic(), self._spans.of(message.plan))
         if not engine.has_board_slot(message.board_slot):
             delivery.refused = BadJob(f"board slot {message.board_slot}")
         elif self._is_zero_io(message.plan):
@@ -179,6 +185,7 @@ class DeliverJobs:
             seconds,
             error or "",
         )
+        self._spans.delivered(delivery.span, delivery.started, outcome, _told(delivery, nbytes))
         may_land = isinstance(error, TransferFailed)
         engine.failures += may_land
         end = JobEnded(self._reports.incarnation, message.job, str(error or ""), may_land)
@@ -189,3 +196,13 @@ def _word_address(engine: Engine, rank: Rank, slot: BoardSlot) -> int:
     """Of a completion word at a rank; 0 where there is none."""
     has_word = engine.has_board_slot(slot)
     return rank.board_address + slot * BOARD_WORD_BYTES if has_word else 0
+
+
+def _told(delivery: _Delivery, nbytes: int) -> Attributes:
+    """What its span says."""
+    return {
+        "engine": delivery.engine.name,
+        "plan": delivery.message.plan,
+        "blocks": len(delivery.pages),
+        "bytes": nbytes,
+    }

@@ -10,6 +10,7 @@ import pytest
 
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
 from common.messages import Deliver, PullBlocks, PullEnded, RankMemory, RegisterEngine
+from common.tracing.spans import Tracer
 from storage.slot_pool import SlotPool
 from storage.store_events import ShareSettled
 from storage.tiered_store import TieredStore
@@ -21,6 +22,7 @@ from transfer.agent.jobs.reports import Reports
 from transfer.agent.jobs.transfer import JobCancelled
 from transfer.agent.jobs.transfer_queue import TransferQueue
 from transfer.agent.metrics import AgentCounters
+from transfer.agent.plan_spans import PlanSpans
 from transfer.credits import CreditBoard
 from transfer.mooncake import PeerSuspended, TransferFailed
 
@@ -55,13 +57,14 @@ def world():
     def reply(engine, message) -> None:
         replies.append(message)
 
+    spans = PlanSpans(Tracer(), "a0")
     reports = Reports(Incarnation(1), AgentCounters(), reply, lambda news: None)
     return SimpleNamespace(
         store=store,
         engine=engine,
         queue=queue,
         replies=replies,
-        deliveries=DeliverJobs(queue, store.pool, 0, lambda plan: False, reports),
+        deliveries=DeliverJobs(queue, store.pool, 0, lambda plan: False, reports, spans),
         pulls=pull_jobs.PullJobs(queue, store, 0, "h", store.is_resident, reports),
     )
 

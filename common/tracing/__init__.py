@@ -1,0 +1,1 @@
+"""Traces: what became of a request in each process, told to an OpenTelemetry collector."""
