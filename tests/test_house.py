@@ -44,13 +44,14 @@ def name_of(path: Path) -> str:
 
 
 @cache
-def syntax_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(), str(path))
+def nodes_of(path: Path) -> list[ast.AST]:
+    """Of a file's syntax, walked once for all who look at it."""
+    return list(ast.walk(ast.parse(path.read_text(), str(path))))
 
 
 def imports_of(path: Path) -> Iterator[str]:
     """Top-level names of everything that the file imports, inside functions too."""
-    for node in ast.walk(syntax_of(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -120,7 +121,7 @@ def parameters_a_function() -> Iterator[tuple[str, int]]:
 def methods_a_class() -> Iterator[tuple[str, int]]:
     """Of what runs in production: a test class has as many as it has cases."""
     for path in python_files(*PACKAGES, "benchmarks", "examples"):
-        for node in ast.walk(syntax_of(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.ClassDef):
                 methods = [n for n in node.body if isinstance(n, FUNCTIONS)]
                 yield f"{name_of(path)}:{node.name}", len(methods)
@@ -130,8 +131,7 @@ def any_a_file() -> Iterator[tuple[str, int]]:
     """Mentions of ``typing.Any``, apart from SGLang's border, whose objects have no types."""
     for path in python_files(*PACKAGES):
         if not name_of(path).startswith(BORDER):
-            nodes = ast.walk(syntax_of(path))
-            uses = [n for n in nodes if isinstance(n, ast.Name) and n.id == "Any"]
+            uses = [n for n in nodes_of(path) if isinstance(n, ast.Name) and n.id == "Any"]
             yield name_of(path), len(uses)
 
 
@@ -147,7 +147,7 @@ def unexplained_excepts_a_file() -> Iterator[tuple[str, int]]:
     for path in python_files(*PACKAGES, "benchmarks", "examples"):
         lines = path.read_text().splitlines()
         count = 0
-        for node in ast.walk(syntax_of(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.ExceptHandler) and is_broad(node):
                 said = lines[node.lineno - 1 : node.lineno + 1]
                 count += not any("#" in line for line in said)
@@ -163,7 +163,7 @@ def is_broad(handler: ast.ExceptHandler) -> bool:
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     for path in python_files():
-        nodes = list(ast.walk(syntax_of(path)))
+        nodes = nodes_of(path)
         classes = (node for node in nodes if isinstance(node, ast.ClassDef))
         class_of = {method: f"{owner.name}." for owner in classes for method in owner.body}
         for node in nodes:

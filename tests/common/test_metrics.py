@@ -11,7 +11,7 @@ import pytest
 
 from common.metrics import METRICS, Kind, help_markdown
 from common.samples import Latencies, Sample, UndeclaredMetric, histogram, reported, sample
-from tests.test_house import name_of, python_files, syntax_of
+from tests.test_house import name_of, nodes_of, python_files
 
 DOCS = Path(__file__).parents[2] / "docs"
 REPORTED = {metric for metric in METRICS.values() if metric.reporter != "gateway"}
@@ -20,7 +20,7 @@ REPORTED = {metric for metric in METRICS.values() if metric.reporter != "gateway
 def emissions() -> Iterator[tuple[str, str, ast.Call]]:
     """Where a sample is made, the function that makes it, and the call."""
     for path in python_files("common", "storage", "transfer", "engine", "scheduler", "launch"):
-        for node in ast.walk(syntax_of(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 if node.func.id in ("sample", "histogram"):
                     yield f"{name_of(path)}:{node.lineno}", node.func.id, node

@@ -71,7 +71,8 @@ def test_killed_at_random_points_it_completes_what_is_missing(stub, tmp_path):
 
 
 def test_a_signal_ends_it_with_everything_in_shards(stub, tmp_path):
-    source = write_jsonl(tmp_path / "in.jsonl", text_rows(50))
+    rows = 400  # 10 s of work
+    source = write_jsonl(tmp_path / "in.jsonl", text_rows(rows))
     stub.set(delay_s=0.1)
     enough = stub.counts()["requests"] + 10
     job = start(source, tmp_path / "out", stub.url, "--concurrency", "4")
@@ -80,11 +81,11 @@ def test_a_signal_ends_it_with_everything_in_shards(stub, tmp_path):
     _, text = job.communicate(timeout=10)
     assert job.returncode == 130 and "same command goes on" in text, text
     done = samples(tmp_path / "out")
-    assert 0 < len(done) < 50
+    assert 0 < len(done) < rows
     assert summary(tmp_path / "out")["done"] == len(done)
     stub.set(delay_s=0.0)
     assert run(source, tmp_path / "out", stub.url) == 0
-    assert keys(tmp_path / "out") == all_keys(50, 1)
+    assert keys(tmp_path / "out") == all_keys(rows, 1)
 
 
 def test_two_jobs_on_one_output(stub, tmp_path, capfd):

@@ -105,7 +105,8 @@ def test_counts_age_and_survive_growth() -> None:
     counts.make_room(10_000)
     assert (counts.estimate(KEYS) >= 5).all() and not counts.estimate([key_of(9_999)])[0]
     for _ in range(400):
-        counts.count([BlockKey(chance.bytes(32)) for _ in range(1000)])
+        drawn = chance.bytes(32 * 1000)
+        counts.count([BlockKey(drawn[at : at + 32]) for at in range(0, len(drawn), 32)])
     assert counts.estimate(KEYS).mean() < 4
 
 
