@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.own_cluster import HOST, ClusterFailed, tail
 from launch.cluster.layout import PAGE_TOKENS
-from launch.cluster.tensor_parallel import cpu_env, ranks_of
+from launch.cluster.tensor_parallel import cpu_env
 
 START_TIMEOUT_S = 240.0
 
@@ -35,7 +35,7 @@ def plain_sglang(model: Path, port: int, log: Path, *flags: str) -> Iterator[Cal
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        **cpu_env(ranks_of(list(flags))),
+        **cpu_env(list(flags)),
     }
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:

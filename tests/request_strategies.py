@@ -17,8 +17,6 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from tests.launch.gateway.hostile import CHAT, COMPLETIONS, GENERATE, MESSAGES
 
-COMPILED = "repetition_penalty"
-"""Its first use in an engine has torch compile for a quarter of a minute: left out."""
 ANSWER_LENGTHS = ("max_tokens", "max_completion_tokens", "max_new_tokens")
 TEXTS = st.sampled_from(
     ["", "a", "Hello there", "\x00", "é漢", "(", "[a-z]{3}", '{"type": "object"}']
@@ -92,7 +90,6 @@ def _astray(fields: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
         if name in ANSWER_LENGTHS  # what is taken must not take long
         else _values(kind) | JSON
         for name, kind in fields.items()
-        if name != COMPILED
     }
     names = st.lists(st.sampled_from(sorted(strategies)), min_size=1, max_size=4, unique=True)
     return names.flatmap(

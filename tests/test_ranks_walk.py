@@ -151,10 +151,8 @@ def mla(folder) -> Path:
 def mla_cluster(folder: Path, model: Path, *more: str) -> Iterator[Cluster]:
     flags = ["--model", str(model), "--poison-kv", "--load-policy", "always"]
     flags += ["--dram-bytes", str(200 * mla_model.BLOCK_BYTES), *more]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_COMPILE_DISABLE", "1")
-        with running_cluster(folder, *flags) as cluster:
-            yield cluster
+    with running_cluster(folder, *flags) as cluster:
+        yield cluster
 
 
 @pytest.mark.parametrize("window", ["all", "2"])

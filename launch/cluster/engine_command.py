@@ -64,7 +64,7 @@ def engine_env(layout: Layout, node: str) -> dict[str, str]:
             "CUDA_VISIBLE_DEVICES": "",
             # Several engines share a CPU; with more threads each they fight for it.
             "OMP_NUM_THREADS": "1",
-            **cpu_env(layout.ranks(node)),
+            **cpu_env(layout.passed_flags(node)),
         }
     return env
 

@@ -81,14 +81,21 @@ def check_window(model: Path, prefill_ranks: int, decode_ranks: int) -> None:
         )
 
 
-def cpu_env(ranks: EngineRanks) -> dict[str, str]:
-    """On a CPU: the cores of each rank, which are all of them. Left to itself SGLang refuses
-    more ranks than the machine has NUMA nodes."""
-    if ranks.total == 1:
-        return {}
-    every_core = f"0-{(os.cpu_count() or 1) - 1}"
-    env = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join([every_core] * ranks.total)}
-    return env | ({CPU_GROUPS_VARIABLE: "1"} if ranks.groups > 1 else {})
+def cpu_env(flags: list[str]) -> dict[str, str]:
+    """Of an engine with these flags, on a CPU."""
+    ranks, env = ranks_of(flags), {}
+    if "--enable-torch-compile" not in flags:
+        # SGLang has a few small operators compiled when they are first used: a quarter of a minute
+        # in C++ for masks and penalties, at each start (an embedding of ranks), or in mid-request.
+        env["TORCH_COMPILE_DISABLE"] = "1"
+    if ranks.total > 1:
+        # The cores of each rank, which are all of them. Left to itself SGLang refuses more ranks
+        # than the machine has NUMA nodes.
+        every_core = f"0-{(os.cpu_count() or 1) - 1}"
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([every_core] * ranks.total)
+    if ranks.groups > 1:
+        env[CPU_GROUPS_VARIABLE] = "1"
+    return env
 
 
 def staging_env(model: Path, ranks: set[int], device: str) -> dict[str, str]:

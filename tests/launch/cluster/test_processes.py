@@ -191,6 +191,12 @@ def test_rdma_without_a_device_is_refused():
         choose_transfer("rdma", "cpu", [])
 
 
+def test_nothing_is_compiled_on_a_cpu_unless_it_is_asked_for():
+    asked = records_of(ClusterConfig(prefill_args=words("--enable-torch-compile")))
+    assert "TORCH_COMPILE_DISABLE" not in asked["p0"].env
+    assert asked["d0"].env["TORCH_COMPILE_DISABLE"] == "1"
+
+
 def test_ranks_share_a_machine_and_unlike_sizes_stage_their_heads():
     unlike = records_of(ClusterConfig(prefill_args=words("--tp 2"), decode_args=words("--tp=1")))
     assert unlike["p0"].env["SGLANG_CPU_OMP_THREADS_BIND"].count("|") == 1
