@@ -1,8 +1,11 @@
 # make setup                 everything that serving needs, into .venv (DEVICE=cuda: untested)
 # make serve [ARGS=...]      a cluster on this machine; ARGS="--help" lists the flags
-# make test [ARGS=...]       lint and all tests; ARGS go to pytest
+# make test [ARGS=...]       lint and all tests, or those that ARGS tell pytest
 # make check                 lint, types and the tests that are not slow, at once: under a minute
 # make lint                  ruff and mypy
+# Python writes its bytecode: else each process compiles the tests that it loads, 3 s a time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup setup-test serve test check lint check-style check-types check-engines check-stores
 
 DEVICE ?= cpu
@@ -25,24 +28,36 @@ check-style: setup
 check-types: setup
 	.venv/bin/mypy
 
-# Fewer random examples than `make test`, and no test that is marked slow. Tests that import
-# SGLang (13 s of CPU time) run in one process. Those of the gateway wait nearly all the time, those
-# of agents and stores for processes and disks: four go on beside it.
-QUICK = EXAMPLES=few .venv/bin/python -m pytest -m "not slow" --durations=9 --durations-min=4
+# Tests that import SGLang (13 s of CPU time) run in one process. Those of the gateway wait nearly all
+# the time, those of agents and stores for processes and disks: four go on beside it.
+# -W: SWIG's complaint at interpreter exit would follow pytest's last line.
+PYTEST = .venv/bin/python -W "ignore:builtin type :DeprecationWarning" -m pytest
+TOGETHER = $(PYTEST) -m "not $(LATER)" --durations=9 --durations-min=4
+LATER ?= alone
 WITHOUT_SGLANG = $(addprefix tests/,transfer launch/gateway launch/rollout launch/cluster storage \
     scheduler benchmarks)
 
 check-engines: setup
-	@$(QUICK) $(WITHOUT_SGLANG:%=--ignore=%) tests
+	@$(TOGETHER) $(WITHOUT_SGLANG:%=--ignore=%) tests
 
 check-stores: setup
-	@$(QUICK) --numprocesses=4 --dist=worksteal $(WITHOUT_SGLANG)
+	@$(TOGETHER) --numprocesses=4 --dist=$(DIST) $(WITHOUT_SGLANG)
 
+DIST ?= loadfile
+AT_ONCE = $(MAKE) --no-print-directory --jobs --keep-going --output-sync=target \
+    check-style check-types check-engines check-stores
+
+# Fewer random examples than `make test`, and no test that is marked slow.
 check: setup
-	@$(MAKE) --no-print-directory --jobs --keep-going --output-sync=target \
-	    check-style check-types check-engines check-stores
+	@EXAMPLES=few $(AT_ONCE) LATER=slow DIST=worksteal
 	@echo "check: all well"
 
-test: setup-test lint
-	@# -W: SWIG's complaint at interpreter exit would follow pytest's last line.
-	.venv/bin/python -W "ignore:builtin type :DeprecationWarning" -m pytest $(ARGS)
+# Whole clusters, and what measures rates, have the machine to themselves: after all others.
+test: setup-test
+ifeq ($(ARGS),)
+	@$(AT_ONCE)
+	$(PYTEST) -m alone
+else
+	@$(MAKE) --no-print-directory lint
+	$(PYTEST) $(ARGS)
+endif

@@ -22,7 +22,7 @@ from tests.cluster import (
 )
 from tests.test_walk import BLOCK_BYTES, expected_hit, prompt
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(400)]
 
 ENGINES = ("p0", "p1", "d0", "d1")
 AGENTS = tuple(f"agent-{engine}" for engine in ENGINES)

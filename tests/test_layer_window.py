@@ -25,7 +25,7 @@ CHUNK = 512
 BASE_TOKENS = 3000
 ENGINES = ("p0", "d0")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 
 
 BASES = [prompt(BASE_TOKENS, seed) for seed in (1, 2)]

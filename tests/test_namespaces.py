@@ -17,10 +17,12 @@ from engine.model_digest import model_digest
 from launch.models.resolve import resolve_model
 from tests.cluster import GREEDY, Cluster, plain_sglang, post, prompt, running_cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 
 IDS = prompt(300, seed=5)
 HIT = 256
+SMALL_POOL = ["--max-total-tokens", "4096"]
+"""It is poisoned sooner."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 
 def cluster_on(folder: Path, model: Path, *engine_args: str):
     flags = ["--model", str(model), "--ssd-dir", str(folder / "ssd"), "--poison-kv"]
-    flags += ["--load-policy", "always"]
+    flags += ["--load-policy", "always", "--dram-bytes", "64MiB", *SMALL_POOL]
     flags += [f"--engine-args={shlex.join(engine_args)}"] if engine_args else []
     return running_cluster(folder / "cluster", *flags)
 
@@ -57,7 +59,7 @@ def variants(cluster: Cluster) -> set[float]:
 
 
 def answers_as_plain_sglang_without_old_kv(folder: Path, model: Path, *flags: str) -> set[float]:
-    with plain_sglang(model, folder / "plain", *flags) as served:
+    with plain_sglang(model, folder / "plain", *SMALL_POOL, *flags) as served:
         with cluster_on(folder, model, *flags) as cluster:
             body = {"input_ids": IDS, "sampling_params": GREEDY}
             expected = post(f"{served()}/generate", body).body["output_ids"]

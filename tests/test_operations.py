@@ -28,7 +28,7 @@ import pytest
 from tests.cluster import Answer, Cluster, get, post, running_cluster
 from tests.test_walk import BLOCK_BYTES, POLICIES, prompt
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(400)]
 
 PROMPTS = 6
 CLIENTS = 3

@@ -24,7 +24,7 @@ CHUNK = 1024
 LENGTHS = (64, 65, 3000)
 DECODED = 48
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 
 
 def expected_hit(length: int) -> int:

@@ -23,7 +23,7 @@ from tests.launch.rollout.jobs import (
     write_jsonl,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 
 PAGE, BLOCK_BYTES = 64, 8192 * 64
 TURNS = 3

@@ -224,6 +224,7 @@ def test_what_was_not_looked_at_does_not_hold():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(
     os.geteuid() != 0 or not all(map(shutil.which, ("ip", "nft", "radosgw", "mkfs.ext4"))),

@@ -298,6 +298,7 @@ def network():
 
 @needs_root
 @pytest.mark.slow
+@pytest.mark.alone
 def test_links_are_as_fast_as_asked_and_counted(network: Network):
     with network.entered():
         storage = iperf.storage_rates(network, ["p0"], 1)
@@ -310,6 +311,7 @@ def test_links_are_as_fast_as_asked_and_counted(network: Network):
 
 @needs_root
 @pytest.mark.slow
+@pytest.mark.alone
 def test_opened_links_are_faster_and_closed_again(network: Network):
     with network.entered():
         with network.open_storage():

@@ -14,7 +14,7 @@ from tests.cluster import Cluster, get, prompt, running_cluster
 PAGE = 64
 HALF = "--base-gpu-id 0 --mem-fraction-static 0.35 --max-total-tokens 65536 --dtype bfloat16"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module", params=["", "--disaggregation-enable-kv-checksum"])

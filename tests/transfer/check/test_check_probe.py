@@ -21,6 +21,7 @@ from transfer.traffic.host import PROGRAMS, Host, run
 CAN_RUN = os.geteuid() == 0 and all(map(shutil.which, PROGRAMS)) and cgroup.mount_point()
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.skipif(not CAN_RUN, reason="needs root, iproute2, nftables and cgroup v2"),
 ]
 GROUP = f"dualpath-check-{os.getpid()}"

@@ -30,6 +30,7 @@ from transfer.traffic.host import Host
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root"),
     pytest.mark.skipif(cgroup.mount_point() is None, reason="cgroup v2 is not mounted"),
 ]
