@@ -34,8 +34,8 @@ check-types: setup
 PYTEST = .venv/bin/python -W "ignore:builtin type :DeprecationWarning" -m pytest
 TOGETHER = $(PYTEST) -m "not $(LATER)" --durations=9 --durations-min=4
 LATER ?= alone
-WITHOUT_SGLANG = $(addprefix tests/,transfer launch/gateway launch/rollout launch/cluster storage \
-    scheduler benchmarks)
+WITHOUT_SGLANG = $(addprefix tests/,transfer launch/gateway launch/rollout launch/cluster launch/node storage \
+    scheduler benchmarks deploy)
 
 check-engines: setup
 	@$(TOGETHER) $(WITHOUT_SGLANG:%=--ignore=%) tests

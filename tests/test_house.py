@@ -78,6 +78,19 @@ def test_one_file_imports_mooncake():
     assert importers <= {"transfer/mooncake.py"}
 
 
+def test_a_whole_cluster_has_the_machine_to_itself():
+    """``make test`` runs other tests at once, and those that are marked ``alone`` one by one."""
+    starters = [
+        path
+        for path in python_files("tests")
+        for node in nodes_of(path)
+        if isinstance(node, ast.ImportFrom) and node.module == "tests.cluster"
+        if "running_cluster" in [alias.name for alias in node.names]
+    ]
+    assert starters
+    assert [name_of(path) for path in starters if "mark.alone" not in path.read_text()] == []
+
+
 def test_names_of_test_files_are_unique():
     """pytest imports them by their last name alone: two alike end the whole run at collection."""
     names = [path.name for path in python_files("tests") if path.name.startswith("test_")]
