@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,9 +42,16 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         return asyncio.run(_Node(load_config(argv)).run())
+    except asyncio.CancelledError:  # a signal, before anything was started
+        return 0
     except (BadConfig, Refused, Unreachable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadConfig) else 1
+
+
+class _Reporter(ConsoleReporter):
+    def stopping(self, reason: str) -> None:
+        self.console.print(f"{reason}: draining; a second signal ends everything at once")
 
 
 class _Node:
@@ -62,7 +70,10 @@ class _Node:
         self.secret = cluster_secret(config)
 
     async def run(self) -> int:
-        config = self.config
+        config, waiting = self.config, asyncio.current_task()
+        assert waiting is not None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # until the supervisor's are
+            asyncio.get_running_loop().add_signal_handler(number, waiting.cancel)
         request = JoinRequest(
             role=Role(config.role),
             session=new_session(),
@@ -84,7 +95,7 @@ class _Node:
         records = node_records(layout, self.secret, joined)
         locks = preflight.check(config, records)
         title = f"DualPath node {joined.name} ({config.role}) on {self.host}"
-        reporter = ConsoleReporter(config, f"{joined.name} serves; SIGTERM drains and ends it")
+        reporter = _Reporter(config, f"{joined.name} serves; SIGTERM drains and ends it")
         reporter.console.print(make_node_summary(title, config, self.hardware, self.model, records))
         lease.tell(node_members(layout, self.secret))
         try:

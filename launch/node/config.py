@@ -33,8 +33,8 @@ ROLES = tuple(role.value for role in Role)
 
 
 @dataclass(frozen=True)
-class NodeConfig(NodeSettings):
-    """What the user asked for. Build with :func:`load_config`, which also checks it."""
+class JoinSettings:
+    """What a node is to a cluster."""
 
     join: tuple[str, ...] = setting(
         (),
@@ -68,6 +68,11 @@ class NodeConfig(NodeSettings):
         "After SIGTERM, requests and writes to storage have so long to finish.",
         SECONDS,
     )
+
+
+@dataclass(frozen=True)
+class NodeConfig(NodeSettings, JoinSettings):
+    """What the user asked for. Build with :func:`load_config`, which also checks it."""
 
     def __post_init__(self) -> None:
         require(bool(self.role), f"--role is needed: choose one of {', '.join(ROLES)}.")

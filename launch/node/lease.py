@@ -84,15 +84,21 @@ class Lease:
         ``timeout_s``."""
         give_up_at = time.monotonic() + timeout_s
         name_held_until = time.monotonic() + EXPIRY_S + 2 * RENEW_S
+        said = ""
         while True:
             try:
                 return await self._join()
             except _NameHeld as error:
                 if time.monotonic() > name_held_until:
                     raise Refused(str(error)) from error
-            except Unreachable:
+                trouble = str(error)
+            except Unreachable as error:
                 if time.monotonic() > give_up_at:
                     raise
+                trouble = str(error)
+            if trouble != said:
+                log.warning("waiting to join: %s", trouble)
+                said = trouble
             await asyncio.sleep(JOIN_AGAIN_S)
 
     def tell(self, members: NodeMembers) -> None:
@@ -125,12 +131,16 @@ class Lease:
 
     async def keep(self) -> None:
         """Renew for ever; raises :class:`Refused`."""
+        is_kept = True
         while True:
             self._wake.clear()
             try:
                 await self._renew()
+                is_kept = True
             except Unreachable as error:
-                log.warning("the lease is not renewed: %s", error)
+                if is_kept:
+                    log.warning("the lease is not renewed, which is tried on: %s", error)
+                is_kept = False
             draining = self._request.state is State.DRAINING
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), RENEW_S / 6 if draining else RENEW_S)

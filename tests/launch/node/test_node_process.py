@@ -85,6 +85,16 @@ async def test_a_second_signal_ends_it_at_once(tmp_path):
         assert session_members(sessions) == []
 
 
+async def test_a_signal_ends_a_node_that_waits_for_a_gateway(tmp_path):
+    async with StubRegistry() as registry:
+        registry.refusals = [refusal(503, "not yet") for _ in range(600)]
+        async with reader(registry, tmp_path) as process:
+            await said(process, "waiting to join")
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.wait_for(process.wait(), TIMEOUT_S) == 0
+        assert not (tmp_path / "agent-r0.log").exists()
+
+
 async def test_a_node_that_is_refused_says_why_and_starts_nothing(tmp_path):
     async with StubRegistry() as registry:
         registry.refusals = [refusal(409, "--transfer is rdma there")]
