@@ -41,7 +41,12 @@ def _loaded(folder: Path) -> DeepseekV2ForCausalLM:
 
 
 def reference(folder: Path, input_ids: list[int], new_tokens: int = 16) -> list[int]:
-    """Greedy tokens by transformers."""
+    """Greedy tokens by transformers, remembered."""
+    return list(_generated(folder, tuple(input_ids), new_tokens))
+
+
+@cache
+def _generated(folder: Path, input_ids: tuple[int, ...], new_tokens: int) -> list[int]:
     model = _loaded(folder)
     with torch.no_grad():
         tokens = model.generate(

@@ -13,6 +13,7 @@ from launch.cluster.config import ClusterConfig
 from launch.cluster.console import LogFollower, make_summary
 from launch.cluster.hardware import Hardware
 from launch.cluster.processes import process_records
+from launch.models.resolve import resolve_model
 from launch.settings import BadConfig
 from storage.ssd.folder import FORMAT
 
@@ -46,6 +47,20 @@ def _free_port() -> int:
     raise AssertionError("no free port")
 
 
+def _takes(stack: contextlib.ExitStack, first: int, count: int) -> bool:
+    """Whether all of these ports were free; they are taken until the stack is closed."""
+    with contextlib.ExitStack() as ports:
+        for port in range(first, first + count):
+            holder = ports.enter_context(socket.socket())
+            try:
+                holder.bind(("127.0.0.2", port))
+            except OSError:
+                return False
+            holder.listen()
+        stack.enter_context(ports.pop_all())
+    return True
+
+
 def test_a_bad_flag(refused):
     assert "--prefill" in refused("--prefil", "2")
 
@@ -71,12 +86,9 @@ def test_a_temporary_folder_of_too_long_a_name(refused, tmp_path, monkeypatch):
 def test_ports_of_which_too_few_are_free_are_named(refused):
     """Each process takes some of its block: here another one has most of an agent's, on an address
     that the agent would share."""
-    base, port = 21500, str(_free_port())
+    port = str(_free_port())
     with contextlib.ExitStack() as stack:
-        for taken in range(base + 16, base + 16 + 20):
-            holder = stack.enter_context(socket.socket())
-            holder.bind(("127.0.0.2", taken))
-            holder.listen()
+        base = next(base for base in range(21500, 30000, 100) if _takes(stack, base + 16, 20))
         sentence = refused("--port", port, "--base-port", str(base))
     assert "agent-p0" in sentence and "20 of them are in use" in sentence
     assert "--base-port" in sentence
@@ -148,8 +160,9 @@ def test_more_dram_than_there_is():
 
 @pytest.mark.slow
 def test_a_process_that_cannot_start_ends_with_its_last_words(monkeypatch, tmp_path, capsys):
+    argv = ["--model", str(resolve_model("tiny")), "--device", "cpu"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    argv = ["--model", "tiny", "--device", "cpu", "--dram-bytes", "1MiB", "--ssd-bytes", "1MiB"]
+    argv += ["--dram-bytes", "1MiB", "--ssd-bytes", "1MiB"]
     argv += ["--port", str(_free_port()), "--engine-args", "--no-such-flag 1"]
     assert cluster.main(argv) == 1
     shown = "".join(capsys.readouterr())
