@@ -27,7 +27,8 @@ class EngineConfig(ProcessSettings, frozen=True):
     role: str
     """"prefill" or "decode"."""
     controls: list[str]
-    """zmq endpoint to bind, such as ``run://p0``: one for each attention group."""
+    """zmq endpoint to bind, such as ``run://p0``: one for each attention group, at the first rank
+    that it has on this host."""
     agent: str
     """Name of the node's own agent, which persists this engine's blocks."""
     agents: dict[str, str]
@@ -54,5 +55,7 @@ class EngineConfig(ProcessSettings, frozen=True):
     """A decode engine promises P no prefix of its own that the plan lacks: a prefill engine
     with a layer window brings a prefix from nowhere else."""
     experiment: Experiment = NO_EXPERIMENT
+    spanned_from: str = ""
+    """This host's address, of an engine over several hosts; empty: there is one."""
     http_key: str = ""
     """Without it nobody may call the engine's HTTP port; empty: anybody may."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from engine.config import EngineConfig
+from engine.ranks.device import device_of
 
 
 def register() -> None:
@@ -23,4 +24,8 @@ def register() -> None:
 def _install() -> None:
     from engine.sglang import border, hooks
 
-    border.install(hooks.OF_ROLE[EngineConfig.from_env().role])
+    config = EngineConfig.from_env()
+    if config.spanned_from:
+        # By itself gloo takes what the host's name resolves to, which is often the loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", device_of(config.spanned_from))
+    border.install(hooks.OF_ROLE[config.role])

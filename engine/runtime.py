@@ -47,6 +47,7 @@ from engine.ranks.group import (
     CreditsAt,
     CutConnections,
     Event,
+    FindConnections,
     JobOver,
     Links,
     RankGroup,
@@ -59,14 +60,13 @@ from engine.sglang.views import Scheduler, TransferEngine
 from engine.streams import Streams
 from engine.transfers.completion_board import CompletionBoard, OtherBoards
 from engine.transfers.deliveries import Deliveries
-from engine.transfers.fence import Fences
+from engine.transfers.fence import Fences, RankConnections
 from engine.transfers.jobs import Jobs
 from engine.transfers.page_holds import PageHolds
 from engine.watchdog import Watchdog
 from engine.weights import Weights
 from engine.witness import Values, WitnessCheck, merged
 from transfer.client import AgentLinks
-from transfer.connections import cut
 from transfer.control.keys import Keys
 from transfer.credits import credit_tag
 
@@ -106,7 +106,7 @@ class Host(msgspec.Struct, frozen=True):
 
     identity: EngineIdentity
     control: str
-    """zmq endpoint to bind, at the first rank."""
+    """zmq endpoint to bind; empty: none."""
     scheduler: Scheduler
     transfer_engine: TransferEngine
     data_port: int
@@ -156,8 +156,8 @@ class EngineRuntime:
         self.credits_at: dict[str, CreditsAt] = {}
         """By agent; of an engine with a layer window."""
         self.links = self._open_links()
-        ports = [memory.data_port for memory in self._rank_memories]
-        self.fences = Fences(self.jobs, self.links, ports, self.ranks.post)
+        self.fences = Fences(self.jobs, self.links, self.ranks.post)
+        self._connections = RankConnections(host.data_port)
         self.weights.on_change = lambda: self.links.set_hello(self._registration())
         self.deliveries = Deliveries(
             config, board, self.jobs, self.links, self.memory.layout.num_layers, others.fail
@@ -165,7 +165,7 @@ class EngineRuntime:
         self._control: ControlServer | None = None
         self._open_prefill()
         self._open_decode()
-        if self.ranks.is_leader:
+        if host.control:
             self._listen()
         self._say_up()
 
@@ -221,7 +221,8 @@ class EngineRuntime:
         )
 
     def _listen(self) -> None:
-        """To the gateway, and for what comes without a message."""
+        """To the gateway, and for what comes without a message; on a further host to its launcher
+        alone, for whom SGLang's own process there answers whatever its ranks do."""
         samples = [self.deliveries.samples, self.jobs.samples, self.fences.samples]
         samples += [self.persister.samples, self.restores.samples, self._witness_samples]
         if self.prefill_forwards is not None:
@@ -234,6 +235,15 @@ class EngineRuntime:
             self.prefill_timing.forward.cost,
             samples,
         )
+        if not self.ranks.is_leader:
+            ControlServer(
+                self._host.control,
+                on_plan=lambda plan: None,
+                hello=report.hello,
+                accepts=lambda plan: False,
+                keys=self._keys,
+            )
+            return
         self._control = ControlServer(
             self._host.control, self.ranks.post, report.hello, self.plans.accepts, self._keys
         )
@@ -346,5 +356,12 @@ class EngineRuntime:
                 self.credits_at[event.agent] = event
             case VariantTaken():
                 self.weights.take_variant(event.variant)
+            case FindConnections():
+                found = self.ranks.gather(self._connections.find(event.hosts, event.live))
+                if self.ranks.is_leader:
+                    self.fences.found(event, found)
             case CutConnections():
-                cut(event.inodes)
+                late = event.late[self.ranks.rank]
+                are_left = self.ranks.gather(self._connections.cut(late))
+                if self.ranks.is_leader:
+                    self.fences.were_cut(event, are_left)

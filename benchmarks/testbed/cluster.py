@@ -14,13 +14,13 @@ import msgspec
 
 from benchmarks.own_cluster import ClusterFailed
 from benchmarks.supervised import Supervised, while_running
-from benchmarks.testbed.network import Network, within
+from benchmarks.testbed.network import Network, own_shared_memory, within
 from common.experiment import Experiment
 from common.process_settings import ProcessSettings
 from engine.config import EngineConfig
 from launch.cluster.config import ClusterConfig
 from launch.cluster.hardware import Hardware
-from launch.cluster.layout import PAGE_TOKENS, node_names
+from launch.cluster.layout import PAGE_TOKENS, places_of
 from launch.cluster.process_record import ProcessRecord
 from launch.cluster.processes import process_records
 from launch.gateway.request.trace import HEADER
@@ -156,7 +156,7 @@ def records_on(
 ) -> list[ProcessRecord]:
     """The cluster's records, each node's to be started in the node's namespace; engines, and
     agents unless ``dram_keep``, do not keep what no request needs."""
-    hosts = {node: network.compute_address(node) for node in node_names(config)}
+    hosts = {node: network.compute_address(node) for node in places_of(config)}
     hardware = Hardware("cpu", "tcp", "the testbed has no other")
     node_at = {address: node for node, address in hosts.items()}
     records = process_records(config, resolve_model(MODEL), hardware, hosts)
@@ -174,7 +174,9 @@ def _moved(
         experiment = AgentConfig.from_env(env).experiment
         experiment = msgspec.structs.replace(experiment, dram_keep=dram_keep)
         _change(env, AgentConfig, experiment=experiment)
-    argv = (*within(network.namespace(node)), *record.argv)
+    # Ranks that find each other's shared memory take themselves for neighbours.
+    apart = own_shared_memory() if record.together else ()
+    argv = (*within(network.namespace(node)), *apart, *record.argv)
     return dataclasses.replace(record, argv=argv, env=env)
 
 
@@ -211,7 +213,9 @@ async def in_cluster(
         url = f"http://{config.host}:{config.port}"
         async with aiohttp.ClientSession(url, timeout=timeout, read_bufsize=1 << 22) as http:
             gateway = Gateway(http, supervised)
-            await gateway.wait_joined({r.name for r in records if r.kind == "engine"})
+            engines = [r for r in records if r.kind == "engine"]
+            firsts = {r.name for r in engines if r.together in ("", r.name)}
+            await gateway.wait_joined(firsts)
             return await work(gateway)
 
     return await while_running(

@@ -170,6 +170,12 @@ def within(namespace: str) -> tuple[str, ...]:
     return ("ip", "netns", "exec", namespace)
 
 
+def own_shared_memory() -> tuple[str, ...]:
+    """What goes between, for one that is not to see other hosts' shared memory: in a namespace its
+    mounts are its own already."""
+    return ("sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh")
+
+
 def parse_counters(text: str) -> dict[str, Counter]:
     """``/proc/net/dev``: device -> what it has received and sent."""
     counters = {}

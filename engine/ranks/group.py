@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from common.ids import Incarnation, JobId
 from common.messages import EndPlan, EnginePlan, Message, RegisterEngine
+from transfer.connections import Connection, Endpoint
 
 T = TypeVar("T")
 
@@ -51,13 +52,27 @@ class VariantTaken(msgspec.Struct, frozen=True):
     variant: int
 
 
+class FindConnections(msgspec.Struct, frozen=True):
+    """Every rank looks, on its own host, for connections to it that are none of these."""
+
+    agent: str
+    """Whose fence it is for."""
+    number: int
+    hosts: list[str]
+    """From which they come."""
+    live: list[Endpoint]
+
+
 class CutConnections(msgspec.Struct, frozen=True):
-    """End those TCP connections, by their sockets' inodes, that are a rank's own."""
+    """Every rank ends those of its TCP connections that are among these."""
 
-    inodes: list[int]
+    agent: str
+    number: int
+    late: list[dict[Connection, int]]
+    """By rank: a connection, and its socket's inode."""
 
 
-Event = EnginePlan | EndPlan | JobOver | CreditsAt | VariantTaken | CutConnections
+Event = EnginePlan | EndPlan | JobOver | CreditsAt | VariantTaken | FindConnections | CutConnections
 
 
 class Events(msgspec.Struct, frozen=True):

@@ -46,7 +46,8 @@ USES = (
     Use(_ARGS + "model_path", "the weights' folder"),
     Use(_ARGS + "weight_version", "the weights' name, where they have one"),
     Use(_ARGS + "disaggregation_bootstrap_port", "a prefill engine's, for the gateway"),
-    Use("runtime_context.get_parallel", "which attention group this is"),
+    Use("runtime_context.get_parallel", "which attention group and which rank this is"),
+    Use("server_args.ServerArgs.nnodes", "over how many hosts its ranks are spread"),
     Use("distributed.parallel_state.get_mooncake_transfer_engine", "Mooncake's, of the process"),
     Use(_SCHEDULER + "model_config", "the model"),
     Use("configs.model_config.ModelConfig.vocab_size", "what the gateway lets requests name"),
@@ -110,7 +111,7 @@ def _host(config: EngineConfig, scheduler: Any) -> Host:
             bootstrap_port=int(given.disaggregation_bootstrap_port) if is_prefill else 0,
             bounds=_bounds(scheduler),
         ),
-        control=config.controls[group],
+        control=_control(config, scheduler, group),
         scheduler=scheduler,
         transfer_engine=transfer_engine,
         data_port=data_port(transfer_engine.get_session_id()),
@@ -123,6 +124,14 @@ def _host(config: EngineConfig, scheduler: Any) -> Host:
         weight_version=str(given.weight_version or ""),
         settings=kv_settings(given, str(scheduler.model_config.dtype).removeprefix("torch.")),
     )
+
+
+def _control(config: EngineConfig, scheduler: Any, group: int) -> str:
+    """What this rank is to bind, as the first one that its group has on this host."""
+    rank = scheduler.attn_tp_group.rank_in_group
+    parallel = get_parallel()
+    rank_on_host = parallel.tp_rank % (parallel.tp_size // parallel.nnodes)
+    return config.controls[group] if min(rank, rank_on_host) == 0 else ""
 
 
 def after_batch_register(result: int, *_: Any, **__: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.cluster.membership import Role
 from launch.cluster.layout import ENGINE_ROLES, PAGE_TOKENS, Layout
-from launch.cluster.ports import BOOTSTRAP_FLAG, meeting
+from launch.cluster.ports import BOOTSTRAP, BOOTSTRAP_FLAG, meeting
 from launch.cluster.tensor_parallel import cpu_env, staging_env
 from launch.flags.node import NodeSettings
 
@@ -71,6 +71,7 @@ def engine_env(layout: Layout, node: str) -> dict[str, str]:
 
 def engine_flags(layout: Layout, node: str, ports: Mapping[str, int]) -> list[str]:
     """SGLang's flags; the user's own come last, so they win."""
+    ranks = layout.ranks(node)
     flags = {
         "--model-path": str(layout.model),
         "--served-model-name": served_model_name(layout.config),
@@ -86,19 +87,23 @@ def engine_flags(layout: Layout, node: str, ports: Mapping[str, int]) -> list[st
         flags["--otlp-traces-endpoint"] = layout.config.otlp_traces_endpoint
     if layout.config.rdma_devices:
         flags["--disaggregation-ib-device"] = layout.config.rdma_devices
-    if layout.ranks(node).groups > 1:
-        port = layout.port(node, "engine", meeting(layout.ranks(node)))
-        flags["--dist-init-addr"] = f"{layout.hosts[node]}:{port}"
+    if ranks.meet:
+        first = layout.engine_of(node)
+        port = layout.port(first, "engine", meeting(ranks))
+        flags["--dist-init-addr"] = f"{layout.hosts[first]}:{port}"
+    if ranks.hosts > 1:
+        flags["--node-rank"] = str(layout.places[node].rank)
     switches = ["--skip-server-warmup", "--enable-cache-report"]
     if layout.config.otlp_traces_endpoint:
         switches.append("--enable-trace")
-    if layout.ranks(node).groups == 1:  # else all groups wait for one that sleeps, a second
+    if ranks.groups == 1:  # else all groups wait for one that sleeps, a second
         switches.append("--sleep-on-idle")
     elif layout.hardware.device == "cpu":  # which has no such operator
         switches.append("--no-enable-tp-lm-head-all-to-all")
     if layout.places[node].role is Role.PREFILL:
         flags |= {
-            BOOTSTRAP_FLAG: str(ports["bootstrap"]),
+            # The first host opens it.
+            BOOTSTRAP_FLAG: str(layout.port(layout.engine_of(node), "engine", BOOTSTRAP)),
             "--unified-cache-external-linker-backend": "dynamic",
             "--unified-cache-external-linker-config": json.dumps(_LINKER),
         }

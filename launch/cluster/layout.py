@@ -1,6 +1,8 @@
 """Where everything of a cluster is: nodes, hosts, ranks, ports and GPUs.
 
-A *node* is one engine with its agent: ``p0`` and ``agent-p0``.
+A *node* is one engine with its agent: ``p0`` and ``agent-p0``. An engine over several hosts is
+several nodes, each with a part of the ranks and an agent: ``p0`` with the first ranks, ``p0-1`` on
+the second host.
 """
 
 from __future__ import annotations
@@ -45,6 +47,10 @@ class Place(NamedTuple):
     """Address that others reach it at."""
     listens_on: str = ""
     """Address of its control and HTTP ports; empty: the one above."""
+    engine: str = ""
+    """Whose further host it is; empty: it has an engine's first ranks, and the engine its name."""
+    rank: int = 0
+    """Which of the engine's hosts it is: SGLang's ``--node-rank``."""
 
     @property
     def bind(self) -> str:
@@ -60,7 +66,14 @@ def places_of(config: ClusterConfig, hosts: Mapping[str, str] | None = None) -> 
     """``hosts`` maps nodes to addresses; absent ones are on the loopback."""
     names = node_names(config)
     roles = {name: Role.PREFILL if name.startswith("p") else Role.DECODE for name in names}
-    return {name: Place(roles[name], (hosts or {}).get(name, LOOPBACK)) for name in names}
+    places = {name: Place(roles[name]) for name in names}
+    for name, role in roles.items():
+        for rank in range(1, _ranks_of(config, role).hosts):
+            places[f"{name}-{rank}"] = Place(role, engine=name, rank=rank)
+    return {
+        name: place._replace(host=(hosts or {}).get(name, LOOPBACK))
+        for name, place in places.items()
+    }
 
 
 class Layout:
@@ -80,7 +93,7 @@ class Layout:
         self.places = places
         self.nodes = list(places)
         self.hosts = {node: place.host for node, place in places.items()}
-        self._ranks_of_role = {role: self._ranks_of(role) for role in ENGINE_ROLES}
+        self._ranks_of_role = {role: _ranks_of(config, role) for role in ENGINE_ROLES}
         if config.prefill_layer_window is not None:
             sizes = (self.group_size(role) for role in ENGINE_ROLES)
             check_window(model, *sizes)
@@ -94,13 +107,12 @@ class Layout:
         """Name -> control endpoint."""
         self._check_gpus()
 
-    def _ranks_of(self, role: Role) -> EngineRanks:
-        if reason := refused_flags(_flags_of(self.config, role)):
-            raise BadConfig(f"{reason}: take it out.")
-        return ranks_of(_flags_of(self.config, role))
+    def engine_of(self, node: str) -> str:
+        """Name of the engine of which the node has ranks."""
+        return self.places[node].engine or node
 
     def ranks(self, node: str) -> EngineRanks:
-        """Of its engine."""
+        """Of its engine, wherever they are."""
         return self._ranks_of_role[self.places[node].role]
 
     def group_size(self, role: Role) -> int:
@@ -118,11 +130,12 @@ class Layout:
         return self.config.first_port + block * self._ports_per_process + offset
 
     def controls(self, node: str, host: str) -> list[str]:
-        """Of each attention group of the node's engine, by an address of its host."""
+        """Of each attention group of the node's engine, by an address of its host: there the first
+        rank answers that the group has here."""
         ranks = self.ranks(node)
         return [
             self._endpoint(host, name, self.port(node, "engine", control(ranks, group)))
-            for group, name in enumerate(self.engines(node))
+            for group, name in enumerate(group_names(node, ranks))
         ]
 
     def agent_control(self, node: str, host: str) -> str:
@@ -132,7 +145,7 @@ class Layout:
     def engines(self, node: str) -> list[str]:
         """What the gateway and the agents call the attention groups of the node's engine."""
         is_reader = self.places[node].role is Role.READER
-        return [] if is_reader else group_names(node, self.ranks(node))
+        return [] if is_reader else group_names(self.engine_of(node), self.ranks(node))
 
     @property
     def is_one_host(self) -> bool:
@@ -161,12 +174,12 @@ class Layout:
         return list(dict.fromkeys(map(str, networks)))
 
     def gpus(self, node: str) -> list[int]:
-        """Of a node's ranks: on each host one node's after the other's."""
+        """Of the ranks that a node has: on each host one node's after the other's."""
         if self.hardware.device == "cpu" or self.places[node].role is Role.READER:
             return []
         neighbours = self._neighbours(node)
-        first = sum(self.ranks(n).total for n in neighbours[: neighbours.index(node)])
-        return list(range(first, first + self.ranks(node).total))
+        first = sum(self.ranks(n).of_host for n in neighbours[: neighbours.index(node)])
+        return list(range(first, first + self.ranks(node).of_host))
 
     def _check_gpus(self) -> None:
         """This machine, where nodes are unless they are told where, has as many."""
@@ -179,7 +192,7 @@ class Layout:
         flags = map(self.passed_flags, here)
         if self.hardware.gpus is None or any(map(_places_itself, flags)):
             return
-        wanted = sum(self.ranks(node).total for node in here)
+        wanted = sum(self.ranks(node).of_host for node in here)
         if wanted > self.hardware.gpus:
             raise BadConfig(
                 f"{len(here)} engines need {wanted} GPUs, and this machine shows "
@@ -190,6 +203,12 @@ class Layout:
     def passed_flags(self, node: str) -> list[str]:
         """The user's own flags for the node's SGLang."""
         return _flags_of(self.config, self.places[node].role)
+
+
+def _ranks_of(config: NodeSettings, role: Role) -> EngineRanks:
+    if reason := refused_flags(_flags_of(config, role)):
+        raise BadConfig(f"{reason}: take it out.")
+    return ranks_of(_flags_of(config, role))
 
 
 def _flags_of(config: NodeSettings, role: Role) -> list[str]:

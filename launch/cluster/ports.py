@@ -25,9 +25,7 @@ BOOTSTRAP_FLAG = "--disaggregation-bootstrap-port"
 
 def block_ports(ranks: EngineRanks) -> int:
     """Ports that a process of so many ranks owns."""
-    if ranks.groups == 1:
-        return meeting(ranks)
-    return control(ranks, ranks.groups)
+    return control(ranks, ranks.groups) if ranks.meet else meeting(ranks)
 
 
 def control(ranks: EngineRanks, group: int) -> int:
@@ -36,7 +34,8 @@ def control(ranks: EngineRanks, group: int) -> int:
 
 
 def meeting(ranks: EngineRanks) -> int:
-    """Offset of the first port that SGLang takes where there are several attention groups."""
+    """Offset of the first port at which ranks meet, where there are several attention groups or
+    hosts."""
     return _MOONCAKE + ranks.total * _MOONCAKE_PORTS * _MOONCAKE_STARTS
 
 
@@ -55,7 +54,7 @@ def choices(block_port: int, ranks: EngineRanks) -> dict[str, range]:
     """Ports of which a process takes some at each start."""
     first = block_port + meeting(ranks)
     found = {"Mooncake": range(block_port + _MOONCAKE, first)}
-    return found | ({"meeting": range(first, first + _MEETING_PORTS)} if ranks.groups > 1 else {})
+    return found | ({"meeting": range(first, first + _MEETING_PORTS)} if ranks.meet else {})
 
 
 def respawn(record: ProcessRecord, restart_count: int) -> ProcessRecord:
@@ -70,8 +69,8 @@ def respawn(record: ProcessRecord, restart_count: int) -> ProcessRecord:
     if (first_start := mooncake_ports.from_env(env)) is not None:
         later = restart_count % _MOONCAKE_STARTS * len(first_start)
         env |= mooncake_ports.to_env(range(first_start.start + later, first_start.stop + later))
-    if "bootstrap" in ports:
-        first = ports["http"] - HTTP + BOOTSTRAP
-        ports["bootstrap"] = first + restart_count % _BOOTSTRAP_PORTS
-        argv[argv.index(BOOTSTRAP_FLAG) + 1] = str(ports["bootstrap"])
+    if BOOTSTRAP_FLAG in argv:  # of all hosts of an engine the same one, at the first of them
+        at = argv.index(BOOTSTRAP_FLAG) + 1
+        argv[at] = str(int(argv[at]) + restart_count % _BOOTSTRAP_PORTS)
+        ports |= {"bootstrap": int(argv[at])} if "bootstrap" in ports else {}
     return replace(record, argv=tuple(argv), env=env, ports=ports)

@@ -48,6 +48,9 @@ class ProcessRecord:
     environment (``common.process_settings.SECRETS``)."""
     cgroup: str = ""
     """Control group (v2) to start in, where it exists."""
+    together: str = ""
+    """Processes with the same word here are started together, and all end when one does; empty:
+    it is alone."""
 
     @property
     def traffic_class(self) -> TrafficClass:

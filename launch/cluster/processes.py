@@ -42,7 +42,8 @@ def process_records(
     """Agents, engines and gateway of a cluster, in that order.
 
     ``model`` is an absolute folder, or a relative path that is a hub's name.
-    ``hosts`` maps nodes (``p0``, ``d1``) to addresses; absent ones are on the loopback.
+    ``hosts`` maps nodes (``p0``, ``d1``; ``p0-1``: the second host of an engine over several) to
+    addresses; absent ones are on the loopback.
     ``environ`` is what the processes will have besides, of which some is refused:
     :class:`BadConfig`.
     """
@@ -117,33 +118,19 @@ class Records:
         )
 
     def engine(self, node: str) -> ProcessRecord:
-        role = self.layout.places[node].role
-        config = self._config
-        settings = EngineConfig(
-            name=node,
-            role=role.value,
-            controls=self.layout.controls(node, self.layout.places[node].bind),
-            agent=agent_name(node),
-            agents=self._agents,
-            control_secret=self.secret,
-            heard=self.layout.heard,
-            prefill_quota_s=self._quota_s() if role is Role.PREFILL else None,
-            layer_window=config.prefill_layer_window if role is Role.PREFILL else None,
-            promise_planned_only=role is Role.DECODE and config.prefill_layer_window is not None,
-            experiment=config.experiment,
-            http_key=self.engine_key,
-        )
-        settings = filled(settings, config)
+        """The ranks of an engine that the node has."""
+        layout, place, ranks = self.layout, self.layout.places[node], self.layout.ranks(node)
+        settings = self._engine_settings(node)
         offsets = {"http": HTTP, "rendezvous": RENDEZVOUS}
-        if role is Role.PREFILL:
+        if place.role is Role.PREFILL and not place.rank:
             offsets["bootstrap"] = BOOTSTRAP
-        ports = self._control_ports(self.layout.port(node, "engine", CONTROL))
-        ports |= {
-            name: self.layout.port(node, "engine", offset) for name, offset in offsets.items()
-        }
-        local = self.layout.places[node].local
-        controls = self.layout.controls(node, local)
-        alive, *groups_alive = map(self._answers, controls, self.layout.engines(node))
+        ports = self._control_ports(layout.port(node, "engine", CONTROL))
+        ports |= {name: layout.port(node, "engine", offset) for name, offset in offsets.items()}
+        controls, names = layout.controls(node, place.local), layout.engines(node)
+        alive, *others_alive = [
+            self._answers(controls[group], names[group]) for group in ranks.groups_at(place.rank)
+        ]
+        http = f"{layout.http(node, place.local)}/model_info"
         return ProcessRecord(
             name=node,
             kind="engine",
@@ -151,27 +138,42 @@ class Records:
                 sys.executable,
                 "-m",
                 "sglang.launch_server",
-                *engine_flags(self.layout, node, ports),
+                *engine_flags(layout, node, ports),
             ),
             env={
-                **self._mooncake_env(
-                    "engine", self.layout.port(node, "engine", 0), self.layout.ranks(node).total
-                ),
-                **engine_env(self.layout, node),
+                **self._mooncake_env("engine", layout.port(node, "engine", 0), ranks.total),
+                **engine_env(layout, node),
                 **settings.to_env(),
             },
             secrets=settings.secrets(),
-            host=self.layout.places[node].bind,
+            host=place.bind,
             ports=ports,
-            choices=choices(self.layout.port(node, "engine", 0), self.layout.ranks(node)),
-            ready=(
-                # Of any status: it has no key to this port, which opens with the model loaded.
-                HealthCheck("http", f"{self.layout.http(node, local)}/model_info", any_status=True),
-                alive,
-                *groups_alive,
-            ),
+            choices=choices(layout.port(node, "engine", 0), ranks),
+            # Of any status: it has no key to this port, which opens with the model loaded.
+            ready=(HealthCheck("http", http, any_status=True), alive, *others_alive),
             alive=alive,
+            together=layout.engine_of(node) if ranks.hosts > 1 else "",
         )
+
+    def _engine_settings(self, node: str) -> EngineConfig:
+        layout, config, place = self.layout, self._config, self.layout.places[node]
+        role = place.role
+        settings = EngineConfig(
+            name=layout.engine_of(node),
+            role=role.value,
+            controls=layout.controls(node, place.bind),
+            agent=agent_name(node),
+            agents=self._agents,
+            control_secret=self.secret,
+            heard=layout.heard,
+            prefill_quota_s=self._quota_s() if role is Role.PREFILL else None,
+            layer_window=config.prefill_layer_window if role is Role.PREFILL else None,
+            promise_planned_only=role is Role.DECODE and config.prefill_layer_window is not None,
+            experiment=config.experiment,
+            spanned_from=place.host if layout.ranks(node).hosts > 1 else "",
+            http_key=self.engine_key,
+        )
+        return filled(settings, config)
 
     def _answers(self, endpoint: str, server: str) -> HealthCheck:
         """At a control endpoint."""
@@ -182,23 +184,24 @@ class Records:
         return {} if self.layout.is_one_host else {"control": port}
 
     def addresses(self, node: str) -> list[EngineAddress]:
-        """Where others reach the node's engine; a reader has none."""
-        if self.layout.places[node].role is Role.READER:
+        """Where others reach the engine whose first rank the node has, or the attention groups; a
+        reader has none."""
+        layout, place = self.layout, self.layout.places[node]
+        if place.role is Role.READER:
             return []
-        names, host = self.layout.engines(node), self.layout.hosts[node]
+        names, controls = layout.engines(node), layout.controls(node, place.host)
+        first = layout.engine_of(node)  # which alone has SGLang's front door
         return [
             EngineAddress(
-                name=name,
-                role=self.layout.places[node].role.value,
+                name=names[group],
+                role=place.role.value,
                 agent=agent_name(node),
-                http=self.layout.http(node, host),
-                control=control,
-                bootstrap_host=host,
+                http=layout.http(first, layout.hosts[first]),
+                control=controls[group],
+                bootstrap_host=layout.hosts[first],
                 group=group if len(names) > 1 else None,
             )
-            for group, (name, control) in enumerate(
-                zip(names, self.layout.controls(node, host), strict=True)
-            )
+            for group in layout.ranks(node).led_at(place.rank)
         ]
 
     def _quota_s(self) -> float | None:

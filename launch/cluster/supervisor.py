@@ -115,7 +115,7 @@ class Supervisor:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         self._scratch = Scratch()
         self._prober = Prober(str(self._scratch.folder))
-        watchers = [asyncio.create_task(self._keep_running(record)) for record in self._records]
+        watchers = [asyncio.create_task(self._keep_running(each)) for each in self._together()]
         progress = asyncio.create_task(self._report_progress())
         stopped = asyncio.create_task(self._stop.wait())
         try:
@@ -144,22 +144,44 @@ class Supervisor:
             self._reporter.stopping(f"{number.name} received")
         self._stop.set()
 
-    async def _keep_running(self, record: ProcessRecord) -> None:
-        """The life of one process over all its restarts."""
+    def _together(self) -> list[list[ProcessRecord]]:
+        """The records, those that live and die together in one list."""
+        lists: dict[str, list[ProcessRecord]] = {}
+        for record in self._records:
+            lists.setdefault(record.together or record.name, []).append(record)
+        return list(lists.values())
+
+    async def _keep_running(self, records: Sequence[ProcessRecord]) -> None:
+        """The life of processes, that all end when one does, over all their restarts."""
         restarts, delay_s = 0, BACKOFF_FIRST_S
         while True:
-            start = await self._numbers.next_start(record, restarts)
-            child = self._spawn(respawn(record, start.turn), start.incarnation)
-            reason = await self._watch(child)
-            await end_sessions([child.session], grace_s=0)
-            child.remove_shared_memory()
-            if not self._ready[record.name].is_set():
-                raise StartFailed(record.name, reason, child.log)
+            start = await self._numbers.next_start(records[0], restarts)
+            children = [
+                self._spawn(respawn(record, start.turn), start.incarnation) for record in records
+            ]
+            child, reason = await self._first_to_end(children)
+            await end_sessions([each.session for each in children], grace_s=0)
+            for each in children:
+                each.remove_shared_memory()
+            name = child.record.name
+            if not all(self._ready[record.name].is_set() for record in records):
+                raise StartFailed(name, reason, child.log)
             if child.uptime_s >= BACKOFF_RESET_S:
                 delay_s = BACKOFF_FIRST_S
-            self._reporter.restarting(record.name, reason, delay_s)
+            for record in records:
+                its_own = reason if record.name == name else f"ends with {name}, which {reason}"
+                self._reporter.restarting(record.name, its_own, delay_s)
             await asyncio.sleep(delay_s)
             restarts, delay_s = restarts + 1, min(2 * delay_s, self._backoff_max_s)
+
+    async def _first_to_end(self, children: Sequence[Child]) -> tuple[Child, str]:
+        watching = {asyncio.create_task(self._watch(child)): child for child in children}
+        try:
+            done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
+            first = next(task for task in watching if task in done)
+            return watching[first], first.result()
+        finally:
+            await _cancel(list(watching))
 
     def _spawn(self, record: ProcessRecord, incarnation: Incarnation) -> Child:
         # SGLang leaves its sockets in the folder for temporary files.

@@ -26,10 +26,30 @@ class EngineRanks:
 
     total: int = 1
     groups: int = 1
+    hosts: int = 1
+    """Over which they are spread equally, in their order."""
 
     @property
     def of_group(self) -> int:
         return self.total // self.groups
+
+    @property
+    def of_host(self) -> int:
+        return self.total // self.hosts
+
+    def groups_at(self, host: int) -> range:
+        """Those that have ranks on one of the hosts."""
+        first, last = host * self.of_host, (host + 1) * self.of_host - 1
+        return range(first // self.of_group, last // self.of_group + 1)
+
+    def led_at(self, host: int) -> list[int]:
+        """Groups whose first rank is there: it alone speaks for them."""
+        return [g for g in self.groups_at(host) if g * self.of_group // self.of_host == host]
+
+    @property
+    def meet(self) -> bool:
+        """They meet at ports of SGLang's ``--dist-init-addr``."""
+        return self.groups > 1 or self.hosts > 1
 
 
 def ranks_of(flags: list[str]) -> EngineRanks:
@@ -47,7 +67,10 @@ def ranks_of(flags: list[str]) -> EngineRanks:
             raise BadConfig(f"{names[0]} is not supported (--tp is): take it out.")
     if ranks % groups:
         raise BadConfig(f"--attn-dp-size {groups} must divide --tp {ranks}.")
-    return EngineRanks(ranks, groups)
+    hosts = _size(flags, "--nnodes")
+    if hosts < 1 or ranks % hosts:
+        raise BadConfig(f"--nnodes {hosts} must divide --tp {ranks}: each host has as many ranks.")
+    return EngineRanks(ranks, groups, hosts)
 
 
 def group_names(engine: str, ranks: EngineRanks) -> list[str]:

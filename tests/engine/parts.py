@@ -18,11 +18,11 @@ from engine.config import EngineConfig
 from engine.decode.persist import Persister
 from engine.page_table import PageTable
 from engine.plans import Plans
-from engine.ranks.group import CutConnections
+from engine.ranks.group import CutConnections, FindConnections
 from engine.streams import Streams
 from engine.transfers.completion_board import CompletionBoard
 from engine.transfers.deliveries import Deliveries
-from engine.transfers.fence import Fences
+from engine.transfers.fence import Fences, RankConnections
 from engine.transfers.jobs import Jobs
 from engine.transfers.page_holds import PageHolds
 from engine.weights import Weights
@@ -125,7 +125,7 @@ class Parts:
         self.board = CompletionBoard(8, lambda address, length: None)
         self.links = Links()
         self.cuts: list[CutConnections] = []
-        self.fences = Fences(self.jobs, self.links, [DATA_PORT], self.cuts.append)
+        self.fences = self.fences_of(DATA_PORT)
         self.deliveries = Deliveries(
             self.config,
             self.board,
@@ -138,6 +138,20 @@ class Parts:
         self.rows = torch.zeros((4, 256), dtype=torch.int64)
         self.table = PageTable(self.rows, PAGE, self.streams)
         self.persister = Persister(self.config, self.table, self.jobs, self.links, self.plans)
+
+    def fences_of(self, data_port: int) -> Fences:
+        """Which cut nothing: it is noted instead."""
+        here = RankConnections(data_port)
+
+        def post(event: FindConnections | CutConnections) -> None:
+            if isinstance(event, FindConnections):
+                fences.found(event, [here.find(event.hosts, event.live)])
+            else:
+                self.cuts.append(event)
+                fences.were_cut(event, [True])
+
+        fences = Fences(self.jobs, self.links, post)
+        return fences
 
     # ---- the gateway ----
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 
@@ -11,8 +12,9 @@ import torch
 from common.ids import Incarnation
 from common.messages import AskFence, Deliver, EndPlan, Fenced
 from engine import watchdog
+from engine.ranks.group import CutConnections, FindConnections
 from engine.streams import PASSED, HostPages
-from engine.transfers.fence import Fences
+from engine.transfers.fence import Fences, RankConnections
 from engine.watchdog import Watchdog
 from tests.engine.parts import Parts, Request
 
@@ -100,7 +102,7 @@ def test_a_connection_opened_since_the_agent_s_answer_is_not_cut(is_live):
     engine = Parts("decode")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        fences = Fences(engine.jobs, engine.links, [port], engine.cuts.append)
+        fences = engine.fences_of(port)
         job = engine.jobs.open("a", Incarnation(5), [1], 60.0, lambda reason: None)
         engine.jobs.agent_restarted("a", Incarnation(6))
         fences.look()
@@ -114,6 +116,39 @@ def test_a_connection_opened_since_the_agent_s_answer_is_not_cut(is_live):
             fences.look()
             assert bool(engine.cuts) != is_live
             assert engine.holds.held_pages() == ([] if is_live else [1])
+
+
+def test_each_rank_cuts_what_leads_to_itself_before_pages_come_back():
+    """On another host the leader sees no connection of a rank, and another's may have its port."""
+    engine = Parts("decode")
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        ranks = [RankConnections(server.getsockname()[1]) for server in servers]
+
+        def at_ranks(event: FindConnections | CutConnections) -> None:
+            if isinstance(event, FindConnections):
+                fences.found(event, [rank.find(event.hosts, event.live) for rank in ranks])
+            else:
+                pairs = zip(ranks, event.late, strict=True)
+                fences.were_cut(event, [rank.cut(late) for rank, late in pairs])
+
+        fences = Fences(engine.jobs, engine.links, at_ranks)
+        link = stack.enter_context(socket.create_connection(servers[1].getsockname()))
+        taken = stack.enter_context(servers[1].accept()[0])
+        engine.jobs.open("a", Incarnation(5), [1], 60.0, lambda reason: None)
+        engine.jobs.agent_restarted("a", Incarnation(6))
+        fences.look()
+        fences.answered("a", Fenced(1, ["127.0.0.1"], []))
+        fences.answered("a", Fenced(2, ["127.0.0.1"], []))
+        fences.look()
+        assert engine.holds.held_pages() == [1] and fences.cut_total == 1
+        with pytest.raises(OSError):
+            taken.getpeername()
+        taken.close()
+        link.close()
+        for _ in range(2):
+            fences.look()
+        assert engine.holds.held_pages() == []
 
 
 def test_a_look_that_fails_is_not_the_last_one(monkeypatch):

@@ -61,7 +61,7 @@ def ranks(tmp_path, monkeypatch) -> list[EngineRuntime]:
         bounds = ModelBounds(100, 64, 60)
         host = Host(
             identity=EngineIdentity("d0", "decode", "a", "d0", INCARNATIONS[rank], 0, bounds),
-            control=f"ipc://{tmp_path}/control",
+            control=f"ipc://{tmp_path}/control-{rank}",
             scheduler=own,
             transfer_engine=cast(Any, TransferEngine()),
             data_port=0,

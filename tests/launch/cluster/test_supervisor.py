@@ -270,6 +270,21 @@ async def test_a_process_that_hangs_is_ended_and_started_again(quick, tmp_path):
         assert "no sign of life" in told.restarts[0][1]
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_ranks_of_one_engine_end_together_and_start_together(quick, tmp_path, number):
+    ranks = [replace(stand_in(name, kind="engine"), together="p0") for name in ("p0", "p0-1")]
+    async with Cluster([*ranks, stand_in("d0", kind="engine")], tmp_path) as told:
+        before = [await ask_until(record, other_than_pid=0) for record in ranks]
+        os.kill(before[1][0], number)
+        after = [
+            await ask_until(record, pid) for record, (pid, _) in zip(ranks, before, strict=True)
+        ]
+        assert session_members([pid for pid, _ in before]) == []
+        assert before[0][1] == before[1][1] < after[0][1] == after[1][1]
+        assert [name for name, _, _ in told.restarts] == ["p0", "p0-1"]
+        assert any("ends with p0-1" in reason for _, reason, _ in told.restarts)
+
+
 async def test_what_a_process_writes_and_its_secrets_are_its_users_alone(quick, tmp_path):
     note = tmp_path / "note"
     record = replace(stand_in("agent-p0", "secretive", note), secrets=b'{"a": "hush"}')

@@ -211,7 +211,7 @@ class _Transfers:
     """The engine's own jobs, holds and fences, as its runtime puts them together."""
 
     def __init__(self, incarnation: int, data_ports: list[int]) -> None:
-        from engine.transfers.fence import Fences
+        from engine.transfers.fence import Fences, RankConnections
         from engine.transfers.jobs import Jobs
         from engine.transfers.page_holds import PageHolds
 
@@ -219,21 +219,27 @@ class _Transfers:
         self.holds = PageHolds(no_allocator)
         self.jobs = Jobs(Incarnation(incarnation), self.holds)
         self.restarted = self.jobs.agent_restarted
-        self._fences, self._ports = Fences, data_ports
+        self._fences = Fences
+        self._ranks = [RankConnections(port) for port in data_ports]
 
     def follow(self, links: Any) -> None:
-        from transfer.connections import cut
-
         self._links = links
-        self.fences = self._fences(
-            self.jobs, links, self._ports, post=lambda event: cut(event.inodes)
-        )
+        self.fences = self._fences(self.jobs, links, self._at_ranks)
         threading.Thread(target=self._look, daemon=True).start()
 
     def open(self, agent: str, pages: list[int]) -> int:
         return self.jobs.open(
             agent, self._links.incarnation(agent), pages, 5.0, lambda reason: None
         )
+
+    def _at_ranks(self, event: Any) -> None:
+        from engine.ranks.group import FindConnections
+
+        if isinstance(event, FindConnections):
+            self.fences.found(event, [rank.find(event.hosts, event.live) for rank in self._ranks])
+        else:
+            looked = zip(self._ranks, event.late, strict=True)
+            self.fences.were_cut(event, [rank.cut(late) for rank, late in looked])
 
     def _look(self) -> None:
         while True:
