@@ -51,6 +51,8 @@ class Place(NamedTuple):
     """Whose further host it is; empty: it has an engine's first ranks, and the engine its name."""
     rank: int = 0
     """Which of the engine's hosts it is: SGLang's ``--node-rank``."""
+    is_elsewhere: bool = False
+    """Another launcher runs it."""
 
     @property
     def bind(self) -> str:
@@ -187,7 +189,9 @@ class Layout:
         here = [
             node
             for node, place in self.places.items()
-            if place.role is not Role.READER and (are_here or place.host == LOOPBACK)
+            if place.role is not Role.READER
+            and not place.is_elsewhere
+            and (are_here or place.host == LOOPBACK)
         ]
         flags = map(self.passed_flags, here)
         if self.hardware.gpus is None or any(map(_places_itself, flags)):

@@ -73,7 +73,7 @@ class Records:
         self._config = layout.config
         self._environ = environ
         self._keys = Keys(LAUNCHER, secret)
-        self._agents = {**agents, **layout.agents}
+        self._agents = {**layout.agents, **agents}
         here = (name for node in layout.nodes for name in layout.engines(node))
         self._engines = list(dict.fromkeys([*engines, *here]))
 

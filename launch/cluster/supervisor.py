@@ -61,6 +61,11 @@ class Numbers:
         self._last = max(self._last + 1, int(time.time() * 1000))
         return Start(Incarnation(self._last), restarts)
 
+    async def overtaken(self, record: ProcessRecord, start: Start) -> str:
+        """Returns, with the reason, when a process that has begun so has to begin anew."""
+        await asyncio.Event().wait()
+        return ""
+
 
 class Reporter(Protocol):
     """Told what happens; the console in the product."""
@@ -159,23 +164,31 @@ class Supervisor:
             children = [
                 self._spawn(respawn(record, start.turn), start.incarnation) for record in records
             ]
-            child, reason = await self._first_to_end(children)
+            ended, reason = await self._first_to_end(children, start)
             await end_sessions([each.session for each in children], grace_s=0)
             for each in children:
                 each.remove_shared_memory()
-            name = child.record.name
-            if not all(self._ready[record.name].is_set() for record in records):
-                raise StartFailed(name, reason, child.log)
-            if child.uptime_s >= BACKOFF_RESET_S:
+            if ended is not None and not all(self._ready[r.name].is_set() for r in records):
+                raise StartFailed(ended.record.name, reason, ended.log)
+            if children[0].uptime_s >= BACKOFF_RESET_S:
                 delay_s = BACKOFF_FIRST_S
-            for record in records:
-                its_own = reason if record.name == name else f"ends with {name}, which {reason}"
-                self._reporter.restarting(record.name, its_own, delay_s)
+            for each in children:
+                its_own = reason
+                if ended is not None and each is not ended:
+                    its_own = f"ends with {ended.record.name}, which {reason}"
+                self._reporter.restarting(each.record.name, its_own, delay_s)
             await asyncio.sleep(delay_s)
             restarts, delay_s = restarts + 1, min(2 * delay_s, self._backoff_max_s)
 
-    async def _first_to_end(self, children: Sequence[Child]) -> tuple[Child, str]:
-        watching = {asyncio.create_task(self._watch(child)): child for child in children}
+    async def _first_to_end(
+        self, children: Sequence[Child], start: Start
+    ) -> tuple[Child | None, str]:
+        """None: all are to begin anew, though they live."""
+        watching: dict[asyncio.Task[str], Child | None] = {
+            asyncio.create_task(self._watch(child)): child for child in children
+        }
+        overtaken = self._numbers.overtaken(children[0].record, start)
+        watching[asyncio.create_task(overtaken)] = None
         try:
             done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
             first = next(task for task in watching if task in done)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from common.cluster.membership import TOKEN_PURPOSE, Joined, JoinRequest, Role
+from common.cluster.membership import TOKEN_PURPOSE, HostOfGroup, Joined, JoinRequest, Role
 from launch.access import Access
 from launch.cluster import preflight
 from launch.cluster.console import ConsoleReporter, make_node_summary
@@ -77,8 +77,11 @@ class _Node:
         request = JoinRequest(
             role=Role(config.role),
             session=new_session(),
-            name=config.name or None,
+            name=config.node or None,
             settings=alike(config, self.model, self.hardware),
+            group=HostOfGroup(config.name, config.node_rank, config.nnodes)
+            if config.nnodes > 1
+            else None,
         )
         access = Access(derived(self.secret, TOKEN_PURPOSE), config.ssl_ca_certs, any_name=True)
         lease = Lease(config.join, access, request)
@@ -90,7 +93,7 @@ class _Node:
             await lease.close()
 
     async def _serve(self, lease: Lease, joined: Joined) -> int:
-        config = replace(self.config, name=joined.name)
+        config = self._named(joined)
         layout = node_layout(config, self.model, self.hardware, self.host)
         records = node_records(layout, self.secret, joined)
         locks = preflight.check(config, records)
@@ -107,6 +110,10 @@ class _Node:
             _close(locks)
         return 0
 
+    def _named(self, joined: Joined) -> NodeConfig:
+        """By the name that the gateway has given, where there was none."""
+        return self.config if self.config.name else replace(self.config, name=joined.name)
+
     async def _supervise(
         self,
         lease: Lease,
@@ -115,13 +122,14 @@ class _Node:
         reporter: ConsoleReporter,
     ) -> None:
         """Until a signal, or until the lease is refused."""
-        config = replace(self.config, name=joined.name)
+        config = self._named(joined)
 
         async def drain() -> None:
             if not await lease.drained(config.drain_timeout_s):
                 reporter.console.print("not drained in time: what is left is cut off")
 
-        numbers = GrantedNumbers(lease, Start(joined.incarnation, joined.turn))
+        granted = Start(joined.incarnation, joined.turn)
+        numbers = GrantedNumbers(lease, granted, is_of_several_hosts=config.nnodes > 1)
         keeping = asyncio.create_task(lease.keep())
         running = asyncio.create_task(supervise(config, records, reporter, numbers, drain))
         try:

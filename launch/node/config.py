@@ -19,6 +19,7 @@ from launch.settings import (
     BadConfig,
     check_choices,
     choice,
+    integer,
     load_file,
     load_settings,
     parsed,
@@ -63,6 +64,18 @@ class JoinSettings:
         "Address that control and HTTP ports listen on, such as 0.0.0.0; empty means --host.",
         text("HOST"),
     )
+    nnodes: int = setting(
+        1,
+        "Hosts over which the engine's ranks are spread, each a node of its own, with the same "
+        "--name (docs/ranks.md).",
+        integer("N"),
+    )
+    node_rank: int = setting(0, "Which of them this host is; 0 has the first ranks.", integer("N"))
+    dist_init_addr: str = setting(
+        "",
+        "Where the ranks of several hosts meet: a port of host 0, and the 13 that follow it.",
+        text("HOST:PORT"),
+    )
     drain_timeout_s: float = setting(
         120.0,
         "After SIGTERM, requests and writes to storage have so long to finish.",
@@ -94,13 +107,33 @@ class NodeConfig(NodeSettings, JoinSettings):
             f"--name {self.name}: give letters, digits, - and _, 32 at most.",
         )
 
+        self._check_hosts()
+
+    def _check_hosts(self) -> None:
+        n, rank = self.nnodes, self.node_rank
+        require(n >= 1, f"--nnodes {n}: give 1 or more.")
+        require(0 <= rank < n, f"--node-rank {rank}: give a number below --nnodes {n}.")
+        require(n == 1 or self.role != Role.READER.value, "--nnodes: a reader has no engine.")
+        require(n == 1 or bool(self.name), "--nnodes needs --name: the engine's, at all its hosts.")
+        host, _, port = self.dist_init_addr.rpartition(":")
+        require(
+            n == 1 or bool(host) and port.isdigit(),
+            "--nnodes needs --dist-init-addr: give the address of host 0 and a port of it, such as "
+            "10.0.0.1:29400.",
+        )
+
+    @property
+    def node(self) -> str:
+        """Of several hosts of an engine each has a name of its own."""
+        return f"{self.name}-{self.node_rank}" if self.node_rank else self.name
+
     @property
     def is_whole_cluster(self) -> bool:
         return False
 
     @property
     def log_name(self) -> str:
-        return self.name
+        return self.node
 
 
 def load_config(argv: Sequence[str]) -> NodeConfig:

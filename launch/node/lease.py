@@ -35,6 +35,7 @@ from common.cluster.membership import (
     RestartRequest,
     State,
 )
+from common.ids import Incarnation
 from launch.access import Access
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,8 @@ class Lease:
         self.joined: Joined | None = None
         self.renewed: Renewed | None = None
         """The last answer to a renewal of the state that the node is in."""
+        self.wanted = Incarnation(0)
+        """The one that the engine's ranks are to run as, by the last answer to a renewal."""
         self.heard_s = -float("inf")
         """When the gateway answered last."""
 
@@ -180,6 +183,7 @@ class Lease:
             log.warning("the gateway does not know the lease: joining again")
             await self.join(EXPIRY_S)
             return
+        self.wanted = renewed.incarnation
         if self._request.state is asked.state:
             self.renewed = renewed
         self._request = msgspec.structs.replace(self._request, plan=renewed.plan)

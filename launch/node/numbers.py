@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from common.ids import Incarnation
@@ -9,14 +10,18 @@ from launch.cluster.process_record import ProcessRecord
 from launch.cluster.supervisor import Numbers, Start
 from launch.node.lease import Lease
 
+LOOK_S = 0.5
+
 
 class GrantedNumbers(Numbers):
     """The first start of each process has what joining granted. Another one of an engine is asked
     for; where nobody answers, and for agents, time on this host since the grant is added, so that
     it is greater than all before and not greater than what the gateway grants next."""
 
-    def __init__(self, lease: Lease, granted: Start) -> None:
+    def __init__(self, lease: Lease, granted: Start, is_of_several_hosts: bool = False) -> None:
         super().__init__()
+        self._is_of_several_hosts = is_of_several_hosts
+        """Then what its lease says is what its engine's ranks run as, on all hosts the same."""
         self._lease = lease
         self._granted = granted
         self._granted_s = time.monotonic()
@@ -26,12 +31,22 @@ class GrantedNumbers(Numbers):
         last = self._starts.get(record.name)
         start = self._granted if last is None else await self._again(record, last)
         self._starts[record.name] = start
-        self._lease.started(start.incarnation, start.turn)
+        if record.kind == "engine" or not self._is_of_several_hosts:
+            self._lease.started(start.incarnation, start.turn)
         return start
+
+    async def overtaken(self, record: ProcessRecord, start: Start) -> str:
+        """Of an engine over several hosts: another host's ranks have ended."""
+        while not record.together or self._lease.wanted <= start.incarnation:
+            await asyncio.sleep(LOOK_S)
+        return "begins anew with the other hosts of its engine"
 
     async def _again(self, record: ProcessRecord, last: Start) -> Start:
         if record.kind == "engine":
             answer = await self._lease.restart(last.incarnation)
+            while answer is None and record.together:  # a number of its own would be no other's
+                await asyncio.sleep(LOOK_S)
+                answer = await self._lease.restart(last.incarnation)
             if answer is not None and answer.incarnation > last.incarnation:
                 self._granted = Start(answer.incarnation, answer.turn)
                 self._granted_s = time.monotonic()

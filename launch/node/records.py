@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from dataclasses import replace
 from pathlib import Path
 
 from common.cluster.membership import AgentAddress, Joined, NodeMembers, Role
@@ -19,12 +21,37 @@ from launch.settings import BadConfig
 def node_layout(config: NodeConfig, model: Path, hardware: Hardware, host: str) -> Layout:
     """Of a node with the name that it has by now. Raises :class:`BadConfig`."""
     place = Place(Role(config.role), host, config.bind_host)
-    return Layout(config, model, hardware, {config.name: place})
+    if config.nnodes == 1:
+        return Layout(config, model, hardware, {config.name: place})
+    spread = ("--nnodes", str(config.nnodes), "--dist-init-addr", config.dist_init_addr)
+    if place.role is Role.PREFILL:
+        config = replace(config, prefill_args=(*config.prefill_args, *spread))
+    else:
+        config = replace(config, decode_args=(*config.decode_args, *spread))
+    if not config.node_rank:
+        return Layout(config, model, hardware, {config.name: place})
+    first = Place(place.role, _first_host(config), is_elsewhere=True)
+    place = place._replace(engine=config.name, rank=config.node_rank)
+    return Layout(config, model, hardware, {config.name: first, config.node: place})
+
+
+def _first_host(config: NodeConfig) -> str:
+    name = config.dist_init_addr.rpartition(":")[0]
+    try:
+        return socket.gethostbyname(name)
+    except OSError as error:
+        raise BadConfig(f"--dist-init-addr {name}: {error.strerror}.") from error
+
+
+def _own(layout: Layout) -> tuple[str, Place]:
+    """The node's own place, of those that its engine has."""
+    [own] = [each for each in layout.places.items() if not each[1].is_elsewhere]
+    return own
 
 
 def node_records(layout: Layout, secret: str, joined: Joined) -> list[ProcessRecord]:
     """Its agent, and its engine if it has one. Raises :class:`BadConfig`."""
-    [(node, place)] = layout.places.items()
+    node, place = _own(layout)
     agents = {name: at for name, at in joined.agents.items() if name != agent_name(node)}
     records = Records(layout, secret, os.environ, agents, joined.engines)
     agent = records.agent(node)
@@ -33,7 +60,7 @@ def node_records(layout: Layout, secret: str, joined: Joined) -> list[ProcessRec
 
 def node_members(layout: Layout, secret: str) -> NodeMembers:
     """Where the others reach them."""
-    [(node, place)] = layout.places.items()
+    node, place = _own(layout)
     agent = AgentAddress(agent_name(node), layout.agent_control(node, place.host))
     return NodeMembers(agent, Records(layout, secret, os.environ).addresses(node))
 

@@ -285,6 +285,25 @@ async def test_ranks_of_one_engine_end_together_and_start_together(quick, tmp_pa
         assert any("ends with p0-1" in reason for _, reason, _ in told.restarts)
 
 
+async def test_ranks_begin_anew_when_those_of_other_hosts_do(quick, tmp_path):
+    class Told(Numbers):
+        anew = asyncio.Event()
+
+        async def overtaken(self, record, start):
+            await self.anew.wait()
+            self.anew.clear()
+            return "begins anew"
+
+    numbers = Told()
+    record = replace(stand_in("p0-1", kind="engine"), together="p0")
+    async with Cluster([record], tmp_path, numbers) as told:
+        pid, incarnation = await ask_until(record, other_than_pid=0)
+        numbers.anew.set()
+        assert (await ask_until(record, other_than_pid=pid))[1] > incarnation
+        assert session_members([pid]) == []
+        assert told.restarts[0][:2] == ("p0-1", "begins anew")
+
+
 async def test_what_a_process_writes_and_its_secrets_are_its_users_alone(quick, tmp_path):
     note = tmp_path / "note"
     record = replace(stand_in("agent-p0", "secretive", note), secrets=b'{"a": "hush"}')

@@ -102,6 +102,48 @@ def test_a_reader_is_an_agent_alone():
     assert alike(config_of("--role", "reader"), MODEL, CPU).keys() == {"protocol", "--transfer"}
 
 
+SPANS = ["--nnodes", "2", "--dist-init-addr", "10.0.0.7:29400", "--prefill-args", "--tp 16"]
+
+
+def test_each_host_of_an_engine_runs_its_own_part_of_it(tmp_path):
+    layouts, engines, told = [], [], []
+    for rank, host in enumerate(("10.0.0.7", "10.0.0.8")):
+        config = config_of("--role", "prefill", *SPANS, "--node-rank", str(rank))
+        layout = node_layout(config, MODEL, Hardware("cuda", "tcp", "test", gpus=8), host)
+        agent, engine = node_records(layout, SECRET, JOINED)
+        assert (agent.host, engine.host, engine.together) == (host, host, "p7")
+        assert layout.gpus(engine.name) == list(range(8))
+        layouts.append(layout)
+        engines.append(engine)
+        told.append(node_members(layout, SECRET))
+    assert [engine.name for engine in engines] == ["p7", "p7-1"]
+    for rank, engine in enumerate(engines):
+        argv = engine.argv
+        assert argv[argv.index("--node-rank") + 1] == str(rank)
+        assert argv[len(argv) - argv[::-1].index("--dist-init-addr")] == "10.0.0.7:29400"
+        assert EngineConfig.from_env(environment_of(engine, tmp_path)).name == "p7"
+    ports = {e.argv[e.argv.index("--disaggregation-bootstrap-port") + 1] for e in engines}
+    assert len(ports) == 1
+    assert [address.name for address in told[0].engines] == ["p7"] and told[1].engines == []
+    assert told[1].agent is not None and told[1].agent.name == "agent-p7-1"
+    of_second = EngineConfig.from_env(environment_of(engines[1], tmp_path))
+    assert of_second.agent == "agent-p7-1" and "agent-d0" in of_second.agents
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--nnodes", "2"], "needs --dist-init-addr"),
+        ([*SPANS, "--node-rank", "2"], "below --nnodes 2"),
+        ([*SPANS, "--name", ""], "needs --name"),
+        ([*SPANS, "--role", "reader"], "a reader has no engine"),
+    ],
+)
+def test_hosts_of_an_engine_are_named_in_full(flags, words):
+    with pytest.raises(BadConfig, match=words):
+        config_of("--role", "prefill", *flags)
+
+
 def test_more_gpus_than_this_host_has_are_refused():
     config = config_of("--role", "decode", "--decode-args", "--tp-size 8")
     node_layout(config, MODEL, Hardware("cuda", "rdma", "test", gpus=8), "10.0.0.7")
