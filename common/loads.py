@@ -50,3 +50,12 @@ class EngineLoad(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """None until enough prefill forwards were measured, and of a decode engine."""
     linked: list[str] | None = None
     """Agents that it has a link to, so that they can deliver to it; None: all that there are."""
+
+
+class ModelBounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a request to an engine may name and fill. Beyond it SGLang's scheduler fails."""
+
+    vocabulary_tokens: int
+    context_tokens: int
+    prompt_tokens_max: int
+    """Of the context, and of the engine's KV pool."""

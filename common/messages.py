@@ -20,12 +20,13 @@ import msgspec
 from msgspec import Meta
 
 from common.block import KEY_BYTES, NO_PARENT, TENANT_CHARS, BlockKey, Namespace, TierName
+from common.cluster.known import KnownAgents, KnownEngines
 from common.experiment import NO_EXPERIMENT, Experiment
 from common.ids import BoardSlot, Incarnation, JobId, PlanId, TraceParent
-from common.loads import AgentLoad, EngineLoad
+from common.loads import AgentLoad, EngineLoad, ModelBounds
 from common.samples import Sample
 
-PROTOCOL = b"DP3"
+PROTOCOL = b"DP4"
 
 INT64_MAX = (1 << 63) - 1
 Number = Meta(ge=0, lt=1 << 48)
@@ -146,6 +147,8 @@ class AgentStatus(_Message):
 
     load: AgentLoad
     samples: list[Sample]
+    heard: Annotated[int, Number] = 0
+    """Number of the last ``KnownEngines``."""
 
 
 # ---- engine -> agent --------------------------------------------------------------------
@@ -330,15 +333,6 @@ class EndPlan(_Message):
 # ---- engine -> gateway ------------------------------------------------------------------
 
 
-class ModelBounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a request to an engine may name and fill. Beyond it SGLang's scheduler fails."""
-
-    vocabulary_tokens: int
-    context_tokens: int
-    prompt_tokens_max: int
-    """Of the context, and of the engine's KV pool."""
-
-
 class EngineHello(_Message):
     """An engine's answer to ``Ping``."""
 
@@ -348,6 +342,8 @@ class EngineHello(_Message):
     """Prefill engines: SGLang's bootstrap server; 0 otherwise."""
     bounds: ModelBounds
     samples: list[Sample]
+    heard: Annotated[int, Number] = 0
+    """Number of the last ``KnownAgents``."""
 
 
 class EngineEnds(_Message):
@@ -376,7 +372,7 @@ class PlanRefused(_Message):
 
 _OfAgents = AgentHello | Announcement | ShareRead | Delivered | AgentStatus | UnknownEngine
 _OfJobs = Deliver | CancelJob | PullBlocks | AskFence | JobEnded | Fenced | PullEnded
-_OfGateway = Subscribe | ReadShare | ReleasePlan | EnginePlan | EndPlan
+_OfGateway = Subscribe | ReadShare | ReleasePlan | EnginePlan | EndPlan | KnownAgents | KnownEngines
 _OfEngines = RegisterEngine | EngineHello | EngineEnds | PlanAccepted | PlanRefused
 _OfWitness = KeepWitness | KeptWitness
 Message = Ping | _OfAgents | _OfJobs | _OfGateway | _OfEngines | _OfWitness

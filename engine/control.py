@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import zmq
 
+from common.cluster.known import KnownAgents
 from common.messages import (
     EndPlan,
     EngineEnds,
@@ -42,10 +43,13 @@ class ControlServer:
         hello: Callable[[], EngineHello],
         accepts: Callable[[EnginePlan], bool],
         keys: Keys,
+        meet: Callable[[KnownAgents], None] = lambda known: None,
     ) -> None:
+        """``meet``: told whom the engine is to be linked to."""
         self._on_plan = on_plan
         self._hello = hello
         self._accepts = accepts
+        self._meet = meet
         self._last_words: EngineEnds | None = None
         self._said = threading.Event()
         self.malformed_total = 0
@@ -97,4 +101,6 @@ class ControlServer:
                 return [PlanAccepted(message.id)]
             case EndPlan():
                 self._on_plan(message)
+            case KnownAgents():
+                self._meet(message)
         return []

@@ -15,6 +15,7 @@ from engine.plans import Plans
 from engine.sglang.requests import EngineRequests
 from engine.sglang.views import Request
 from engine.transfers.page_holds import PageHolds
+from transfer.client import AgentLinks
 
 
 class EngineIdentity(msgspec.Struct, frozen=True):
@@ -88,3 +89,9 @@ class EngineReport:
         plan = self._plans.get(request.rid)
         loaded = len(plan.keys) * self._plans.page_tokens if plan is not None else 0
         return max(0, len(request.origin_input_ids) - max(loaded, request.prefix_len))
+
+
+def with_links(hello: EngineHello, links: AgentLinks) -> EngineHello:
+    """The same, with the agents that can deliver."""
+    load = msgspec.structs.replace(hello.load, linked=links.linked())
+    return msgspec.structs.replace(hello, load=load, heard=links.heard)

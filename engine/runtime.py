@@ -44,6 +44,7 @@ from engine.prefill.forwards import Credits, PrefillForwards
 from engine.prefill.hit_loads import HitLoads
 from engine.prefill.timing import PrefillTiming
 from engine.ranks.group import (
+    AgentLeft,
     CreditsAt,
     CutConnections,
     Event,
@@ -54,7 +55,7 @@ from engine.ranks.group import (
     SilentLinks,
     VariantTaken,
 )
-from engine.report import EngineIdentity, EngineReport
+from engine.report import EngineIdentity, EngineReport, with_links
 from engine.sglang.requests import EngineRequests
 from engine.sglang.views import Scheduler, TransferEngine
 from engine.streams import Streams
@@ -182,7 +183,7 @@ class EngineRuntime:
     def _open_links(self) -> Links:
         if not self.ranks.is_leader:
             return SilentLinks()
-        return AgentLinks(
+        links = AgentLinks(
             self.config.agents,
             self._keys,
             self._registration(),
@@ -190,6 +191,8 @@ class EngineRuntime:
             self._on_incarnation,
             self._on_hello,
         )
+        links.on_left = lambda agent: self.ranks.post(AgentLeft(agent))
+        return links
 
     def _open_prefill(self) -> None:
         """Parts that only a prefill engine uses."""
@@ -244,8 +247,15 @@ class EngineRuntime:
                 keys=self._keys,
             )
             return
+        links = self.links
+        assert isinstance(links, AgentLinks)  # of a leader
         self._control = ControlServer(
-            self._host.control, self.ranks.post, report.hello, self.plans.accepts, self._keys
+            self._host.control,
+            self.ranks.post,
+            lambda: with_links(report.hello(), links),
+            self.plans.accepts,
+            self._keys,
+            links.meet,
         )
         pages = self._host.scheduler.token_to_kv_pool_allocator.num_pages
         quarantined_max = pages * self.config.quarantine_fraction_max
@@ -354,6 +364,8 @@ class EngineRuntime:
                 self.jobs.close(event.job, event.reason)
             case CreditsAt():
                 self.credits_at[event.agent] = event
+            case AgentLeft():
+                self.credits_at.pop(event.agent, None)
             case VariantTaken():
                 self.weights.take_variant(event.variant)
             case FindConnections():

@@ -1,4 +1,5 @@
-"""An engine's links to all agents: one background thread, one DEALER socket for each agent.
+"""An engine's links to all agents: one background thread, one DEALER socket for each agent that
+the gateway knows.
 
 ``AgentLinks`` pings every agent each second, registers the engine with each new incarnation
 that answers, and hands every other message to ``on_message(agent, message)`` in its own
@@ -17,6 +18,7 @@ from collections.abc import Callable
 
 import zmq
 
+from common.cluster.known import KnownAgents
 from common.ids import Incarnation
 from common.messages import (
     AgentHello,
@@ -39,8 +41,9 @@ SILENT_AFTER_S = 5.0
 
 
 class _Link:
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
         self.socket = socket
+        self.endpoint = endpoint
         self.incarnation: Incarnation | None = None
         self.hello: AgentHello | None = None
         self.last_heard = -SILENT_AFTER_S
@@ -60,22 +63,26 @@ class AgentLinks:
         on_incarnation: Callable[[str, Incarnation], None] = lambda agent, incarnation: None,
         on_hello: Callable[[AgentHello], None] = lambda hello: None,
     ) -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._keys = keys
         self.malformed_total = 0
         self._hello = hello
         self._on_message = on_message
         self._on_incarnation = on_incarnation
         self._on_hello = on_hello
+        self.on_left: Callable[[str], None] = lambda agent: None
+        """Called with an agent that is not one of the cluster any more, or has moved."""
+        self.heard = 0
+        """Number of the last ``KnownAgents`` that was heeded."""
         self._links: dict[str, _Link] = {}
-        for name, endpoint in endpoints.items():
-            self._links[name] = _Link(context.socket(zmq.DEALER))
-            connect(self._links[name].socket, endpoint, keys, name, QUEUE_MAX)
+        """Replaced as a whole by the thread below, when an agent comes or goes."""
+        self._known = KnownAgents(0, endpoints, complete=True)
         self._outbox: deque[tuple[str, Message]] = deque()
         self._closed = threading.Event()
         # Sockets belong to the thread below; a pair of inproc sockets wakes it for sends.
         self._wake_lock = threading.Lock()
-        self._wake = context.socket(zmq.PAIR)
-        self._woken = context.socket(zmq.PAIR)
+        self._wake = self._context.socket(zmq.PAIR)
+        self._woken = self._context.socket(zmq.PAIR)
         address = f"inproc://agent-links-{id(self)}"
         self._woken.bind(address)
         self._wake.connect(address)
@@ -89,10 +96,25 @@ class AgentLinks:
         if agent not in self._links or not self.alive(agent) or len(self._outbox) >= QUEUE_MAX:
             return False
         self._outbox.append((agent, message))
-        with self._wake_lock:
-            with contextlib.suppress(zmq.Again):  # wake-ups are already waiting
-                self._wake.send(b"", zmq.NOBLOCK)
+        self._wake_thread()
         return True
+
+    def meet(self, known: KnownAgents) -> None:
+        """Be linked to these agents; to others no more, if the list is complete."""
+        self._known = known
+        self._wake_thread()
+
+    def linked(self) -> list[str]:
+        """Agents that have taken this engine's registration."""
+        return [
+            agent
+            for agent, link in self._links.items()
+            if link.hello is not None and link.hello.credit_address
+        ]
+
+    def _wake_thread(self) -> None:
+        with self._wake_lock, contextlib.suppress(zmq.Again):  # wake-ups are already waiting
+            self._wake.send(b"", zmq.NOBLOCK)
 
     def incarnation(self, agent: str) -> Incarnation | None:
         """The newest incarnation seen, or None before the first answer or for a stranger."""
@@ -120,12 +142,13 @@ class AgentLinks:
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._woken, zmq.POLLIN)
-        names = {}
-        for name, link in self._links.items():
-            poller.register(link.socket, zmq.POLLIN)
-            names[link.socket] = name
+        names: dict[zmq.Socket[bytes], str] = {}
+        heeded: KnownAgents | None = None
         next_ping = 0.0
         while not self._closed.is_set():
+            if self._known is not heeded:
+                heeded = self._known
+                self._heed(heeded, poller, names)
             if time.monotonic() >= next_ping:
                 next_ping = time.monotonic() + PING_EVERY_S
                 for name in self._links:
@@ -137,6 +160,29 @@ class AgentLinks:
                 self._transmit(*self._outbox.popleft())
         for link in self._links.values():
             link.socket.close()
+
+    def _heed(
+        self, known: KnownAgents, poller: zmq.Poller, names: dict[zmq.Socket[bytes], str]
+    ) -> None:
+        links = dict(self._links)
+        for name, link in self._links.items():
+            endpoint = known.endpoints.get(name)
+            if endpoint == link.endpoint or (endpoint is None and not known.complete):
+                continue  # else it has gone, or moved
+            log.info("agent left name=%s endpoint=%s", name, link.endpoint)
+            poller.unregister(link.socket)
+            del links[name], names[link.socket]
+            link.socket.close()
+            self.on_left(name)
+        for name in known.endpoints.keys() - links.keys():
+            link = links[name] = _Link(self._context.socket(zmq.DEALER), known.endpoints[name])
+            connect(link.socket, link.endpoint, self._keys, name, QUEUE_MAX)
+            poller.register(link.socket, zmq.POLLIN)
+            names[link.socket] = name
+        self._links = links
+        for name in names.values():
+            self._transmit(name, Ping())
+        self.heard = known.number
 
     def _drain(self, socket: zmq.Socket, agent: str | None) -> None:
         while True:
@@ -181,7 +227,10 @@ class AgentLinks:
         self._on_incarnation(agent, incarnation)
 
     def _transmit(self, agent: str, message: Message) -> None:
+        link = self._links.get(agent)
+        if link is None:
+            return  # it has left since
         try:
-            self._links[agent].socket.send(encode(message), zmq.NOBLOCK)
+            link.socket.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
             log.warning("queue to agent full agent=%s dropped=%s", agent, type(message).__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
@@ -18,6 +18,9 @@ from transfer.mooncake import transfer_batch
 
 log = logging.getLogger(__name__)
 
+AGENTS_MAX = 1024
+"""That are there at a time: what a process has sockets for."""
+
 
 class CreditWriter:
     """Writes one rank's credits one-sidedly into agents' memory, the newest value only.
@@ -29,7 +32,6 @@ class CreditWriter:
         self,
         ring: LayerRing,
         rank: int,
-        agents: Sequence[str],
         at: Mapping[str, CreditsAt],
         transfer_engine: TransferEngine,
         workers: SessionWorkers,
@@ -39,8 +41,9 @@ class CreditWriter:
         self._at = at
         self._engine = transfer_engine
         self._workers = workers
-        self._words = np.zeros(len(agents), np.uint64)
-        self._index = {agent: index for index, agent in enumerate(agents)}
+        self._words = np.zeros(AGENTS_MAX, np.uint64)
+        self._index: dict[str, int] = {}
+        """Of each agent's word; that of one that has left goes to another."""
         self._lock = threading.Lock()
         self._queued: set[str] = set()
         transfer_engine.register(int(self._words.ctypes.data), self._words.nbytes)
@@ -59,7 +62,7 @@ class CreditWriter:
     def _write(self, at: CreditsAt) -> None:
         with self._lock:
             self._queued.discard(at.session_id)
-        index = self._index[at.agent]
+            index = self._index_of(at.agent)
         self._words[index] = credit_word(at.tag, self._ring.free_until)
         source = int(self._words.ctypes.data) + index * WORD_BYTES
         target = at.address + self._rank * WORD_BYTES
@@ -73,3 +76,11 @@ class CreditWriter:
         )
         if code != 0:  # the agent is dead or hangs: its deliveries fail by themselves
             log.warning("credits not written agent=%s code=%d", at.agent, code)
+
+    def _index_of(self, agent: str) -> int:
+        index = self._index.get(agent)
+        if index is None:
+            left = next((name for name in self._index if name not in self._at), None)
+            index = len(self._index) if left is None else self._index.pop(left)
+            self._index[agent] = index
+        return index

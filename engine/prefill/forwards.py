@@ -129,7 +129,6 @@ class PrefillForwards:
             writer = CreditWriter(
                 ring,
                 credits.rank,
-                list(config.agents),
                 credits.at,
                 manager.engine,
                 self.workers,

@@ -46,6 +46,12 @@ class CreditsAt(msgspec.Struct, frozen=True):
     """That makes a word this engine's."""
 
 
+class AgentLeft(msgspec.Struct, frozen=True):
+    """An agent is not one of the cluster any more."""
+
+    agent: str
+
+
 class VariantTaken(msgspec.Struct, frozen=True):
     """From now on the engine's KV goes under this variant of its namespace."""
 
@@ -72,7 +78,8 @@ class CutConnections(msgspec.Struct, frozen=True):
     """By rank: a connection, and its socket's inode."""
 
 
-Event = EnginePlan | EndPlan | JobOver | CreditsAt | VariantTaken | FindConnections | CutConnections
+_OfAgents = CreditsAt | AgentLeft | FindConnections | CutConnections
+Event = EnginePlan | EndPlan | JobOver | VariantTaken | _OfAgents
 
 
 class Events(msgspec.Struct, frozen=True):

@@ -47,6 +47,10 @@ class ControlSocket:
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         """With the port that the kernel chose, if it was asked to."""
 
+    def let_in(self, clients: Iterable[str]) -> None:
+        """These clients, and no others, from now on."""
+        self._doorkeeper.let_in(clients)
+
     async def receive(self) -> tuple[bytes, str, bytes]:
         """The next frame: the identity of its connection, the name of its sender, what it holds."""
         identity, *frames = await self._socket.recv_multipart(copy=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import msgspec
 import numpy as np
@@ -132,6 +132,14 @@ class Engines:
     def landing_jobs(self) -> int:
         """Those that have failed since the last fence."""
         return sum(each.failures - each.fenced_failures for each in self._by_name.values())
+
+    def keep(self, names: Set[str]) -> None:
+        """Forget all others, which have left the cluster, with their jobs."""
+        for gone in [engine for name, engine in self._by_name.items() if name not in names]:
+            gone.is_gone = True
+            gone.cancel_jobs()
+            del self._by_name[gone.name]
+            self._by_identity.pop(gone.identity, None)
 
     def can_take(self, layout: BlockLayout) -> bool:
         """Whether blocks of this layout can be delivered into every engine."""

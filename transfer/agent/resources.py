@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from common.cluster.known import KnownEngines
 from common.ids import Incarnation
 from common.process_settings import incarnation
 from common.tracing.spans import make_tracer
@@ -55,7 +56,11 @@ class Resources:
         self.peer = _start_peer(config)
         admit_only(config.heard)  # not the control port's, whose clients prove who they are
         keys = Keys(config.name, config.control_secret)
-        self.socket = ControlSocket(config.control, keys, [GATEWAY, LAUNCHER, *config.engines])
+        self.engines = frozenset(config.engines)
+        """Names of those that may register."""
+        self.heard = 0
+        """Number of the last ``KnownEngines``."""
+        self.socket = ControlSocket(config.control, keys, [GATEWAY, LAUNCHER, *self.engines])
         self.announcer = Announcer(self.incarnation, self.socket.send)
         self.memory = HostMemory(config.dram_bytes)
         self.peer.register(self.memory.address, self.memory.size_bytes)
@@ -73,6 +78,13 @@ class Resources:
         )
         self.deliver_queue = self._queue("deliver", config.deliver_threads)
         self.pull_queue = self._queue("pull", PULL_THREADS)
+
+    def meet(self, known: KnownEngines) -> None:
+        """Let these engines in."""
+        others = frozenset() if known.complete else self.engines
+        self.engines = others.union(known.names)
+        self.heard = known.number
+        self.socket.let_in([GATEWAY, LAUNCHER, *self.engines])
 
     def post(self, call: Callable[[], object]) -> None:
         """Run a call in the loop's thread; from any thread. RuntimeError: the loop is closed."""

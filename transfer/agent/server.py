@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Iterator
 
+from common.cluster.known import KnownEngines
 from common.loads import AgentLoad
 from common.messages import (
     AgentHello,
@@ -128,6 +129,9 @@ class Agent:
             case Subscribe():
                 self._greet(client)
                 self._resources.announcer.subscribe(client, self._state.holdings())
+            case KnownEngines():
+                self._resources.meet(message)
+                self._state.keep_engines(self._resources.engines)
             case RegisterEngine():
                 self._register(client, message)
             case ReadShare():
@@ -145,6 +149,8 @@ class Agent:
 
     def _register(self, client: bytes, message: RegisterEngine) -> None:
         try:
+            if message.engine not in self._resources.engines:
+                raise BadRegistration(f"engine {message.engine} has left the cluster")
             check_registration(message, time.time() * 1000, self._resources.memory.size_bytes)
             self._state = self._state.opened_for(message)
             self._state.register(client, message)
@@ -188,7 +194,7 @@ class Agent:
             dram_slots=stats.slots,
             dram_slots_free=stats.slots_available,
         )
-        return AgentStatus(load, reported(self._samples(stats)))
+        return AgentStatus(load, reported(self._samples(stats)), resources.heard)
 
     def _samples(self, stats: StoreStats) -> Iterator[Sample]:
         resources, state = self._resources, self._state

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TypeVar
 
 import msgspec
@@ -70,6 +70,9 @@ class Unserved:
 
     def credit_address(self, client: bytes) -> int:
         return 0
+
+    def keep_engines(self, names: Set[str]) -> None:
+        """There is none."""
 
     def holdings(self) -> Sequence[Holding]:
         return ()
@@ -180,6 +183,10 @@ class Serving:
             engine.layout.shards,
             [rank.session_id for rank in engine.ranks],
         )
+
+    def keep_engines(self, names: Set[str]) -> None:
+        """All others have left the cluster."""
+        self._engines.keep(names)
 
     def credit_address(self, client: bytes) -> int:
         """Of a client's first credit word; 0 if it is no engine."""

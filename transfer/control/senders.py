@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.cluster.known import KnownAgents, KnownEngines
 from common.messages import (
     AskFence,
     CancelJob,
@@ -22,8 +23,18 @@ from common.messages import (
 
 GATEWAY, LAUNCHER = "gateway", "launcher"
 """Names of their keys; all others are engines, or agents, which are nobody's clients."""
+NOBODY = "nobody"
+"""Whose key was let in no more by the time it was asked for."""
 
-_GATEWAYS = (Subscribe, ReadShare, ReleasePlan, EnginePlan, EndPlan)
+_GATEWAYS = (
+    Subscribe,
+    ReadShare,
+    ReleasePlan,
+    EnginePlan,
+    EndPlan,
+    KnownAgents,
+    KnownEngines,
+)
 _ENGINES = (
     RegisterEngine,
     ReleasePlan,
@@ -41,7 +52,7 @@ def decode_from(sender: str, frame: bytes) -> Message:
     message = decode(frame)
     if isinstance(message, Ping):
         return message
-    allowed = {GATEWAY: _GATEWAYS, LAUNCHER: ()}.get(sender, _ENGINES)
+    allowed = {GATEWAY: _GATEWAYS, LAUNCHER: (), NOBODY: ()}.get(sender, _ENGINES)
     if not isinstance(message, allowed):
         raise MalformedMessage(f"{type(message).__name__} is not {sender}'s to send here")
     if isinstance(message, RegisterEngine) and message.engine != sender:

@@ -13,6 +13,7 @@ from zmq.utils import z85
 
 from common.process_settings import RUN_FOLDER
 from transfer.control.keys import Keys
+from transfer.control.senders import NOBODY
 
 Sent = TypeVar("Sent")
 """What sending gives: nothing, or a future."""
@@ -24,6 +25,8 @@ Who sends more is disconnected."""
 UNIX = "run://"
 """Begins the endpoint of a unix socket in the cluster's run folder, whose path is not known before
 its supervisor starts: ``run://p0``."""
+HANDSHAKE_MS = 5000
+"""A connection that is not up by then is tried again."""
 _DOMAIN = "dualpath"
 
 
@@ -33,16 +36,31 @@ class Doorkeeper(ThreadAuthenticator):
 
     def __init__(self, context: zmq.Context[Socket], keys: Keys, clients: Iterable[str]) -> None:
         super().__init__(context)
-        self._names = {keys.public(name): name for name in clients}
+        self._keys = keys
+        self._names: dict[bytes, str] = {}
+        self.let_in(clients)
         self.configure_curve_callback(_DOMAIN, self)
         self.start()
+
+    def let_in(self, clients: Iterable[str]) -> None:
+        """These from now on, and nobody else; whoever is connected stays. Any thread."""
+        known = {name: key for key, name in self._names.items()}
+        self._names = {known.get(name) or self._keys.public(name): name for name in clients}
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Whether a key (Z85) is one of theirs."""
         return key in self._names
 
     def curve_user_id(self, client_public_key: bytes) -> str:
-        return self._names[z85.encode(client_public_key)]
+        return self._names.get(z85.encode(client_public_key), NOBODY)
+
+    def _send_zap_reply(
+        self, request_id: bytes, status_code: bytes, status_text: bytes, user_id: str = NOBODY
+    ) -> None:
+        """A refusal for now (300): who is to be let in later tries again after ``HANDSHAKE_MS``,
+        which zmq does not after one for good (400)."""
+        refused = b"300" if status_code == b"400" else status_code
+        super()._send_zap_reply(request_id, refused, status_text, user_id)
 
 
 def bind(socket: zmq.Socket[Sent], endpoint: str, keys: Keys, queue_max: int) -> None:
@@ -61,6 +79,7 @@ def connect(
 ) -> None:
     """Be a client of the process ``server``, and of none that listens in its place."""
     _limit(socket, queue_max)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.CURVE_SERVERKEY, keys.public(server))
     socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public(keys.name))
     socket.setsockopt(zmq.CURVE_SECRETKEY, keys.private)

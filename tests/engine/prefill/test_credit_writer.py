@@ -48,7 +48,7 @@ def test_a_rank_writes_how_far_its_own_ring_is():
     memory: Any = Memory()
     rings = [LayerRing(4, 2), LayerRing(4, 2)]
     writers = [
-        CreditWriter(ring, rank, ["a"], at, memory, SessionWorkers("test"))
+        CreditWriter(ring, rank, at, memory, SessionWorkers("test"))
         for rank, ring in enumerate(rings)
     ]
     for writer in writers:
@@ -70,7 +70,7 @@ def test_a_restarted_agent_is_told_though_a_write_to_its_predecessor_hangs():
     memory: Any = Memory()
     address = int(memory.words.ctypes.data)
     at = {"a": CreditsAt("a", "hangs", address)}
-    writer = CreditWriter(LayerRing(4, 2), 0, ["a"], at, memory, SessionWorkers("test"))
+    writer = CreditWriter(LayerRing(4, 2), 0, at, memory, SessionWorkers("test"))
     writer.push("a")
     assert memory.hangs.wait(20)
     writer.push("a")  # waits behind it
