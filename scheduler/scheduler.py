@@ -42,8 +42,9 @@ class Scheduler:
         self.set_policy(policy)
         self.directory = Directory(self.options.directory_entries_max)
         self.state = ClusterState(self.options)
-        self._next_plan = first_plan
-        self._open = OpenPlans(self.state)
+        self.next_plan = first_plan
+        """Its number; may be raised."""
+        self.open = OpenPlans(self.state)
         self._decisions = Decisions(self.options.decisions_kept)
 
     def set_policy(self, name: str) -> None:
@@ -118,7 +119,7 @@ class Scheduler:
         assigned = assign(self._policy, hit, request, prefill, state)
         plan = self._build(request, prefill, decode, assigned)
         self._decisions.note(plan, state, self.policy, request.prompt_tokens, assigned.load, now)
-        self._open.promise(plan, request, (prefill, decode), assigned.work, now)
+        self.open.promise(plan, request, (prefill, decode), assigned.work, now)
         self.directory.expect_read(request.keys, plan.ranges)
         return plan
 
@@ -128,17 +129,17 @@ class Scheduler:
         What ``in_dram`` does not reach counts as not in DRAM, so ``[]`` gives the share up.
         Returns how many leading blocks of the plan's hit still stand; raises ``UnknownPlan``.
         """
-        hit_blocks, missing = self._open.share_settled(plan, agent, in_dram)
+        hit_blocks, missing = self.open.share_settled(plan, agent, in_dram)
         self.directory.expect(agent, missing, in_dram=False)
         return hit_blocks
 
     def submitted(self, plan: PlanId, now: float) -> None:
         """The request was posted to both engines: reports soon show the work themselves."""
-        self._open.submitted(plan, now)
+        self.open.submitted(plan, now)
 
     def finished(self, plan: PlanId, now: float) -> None:
         """The request is over, failed or cancelled. Again, or of an unknown plan: no effect."""
-        self._open.finished(plan)
+        self.open.finished(plan)
 
     # ---- what can be seen -------------------------------------------------------------
 
@@ -158,7 +159,7 @@ class Scheduler:
         return {
             "policy": self.policy,
             "load_policy": self.options.load_policy,
-            "open_plans": len(self._open),
+            "open_plans": len(self.open),
             "directory_blocks": len(self.directory),
             "directory_dropped_total": self.directory.dropped_total,
             "engines": cluster_view.engines(self.state, now),
@@ -169,8 +170,8 @@ class Scheduler:
 
     def _build(self, request: PlanRequest, prefill: int, decode: int, assigned: Assignment) -> Plan:
         engines, agents, ranges = self.state.engines, self.state.agents, assigned.ranges
-        number = self._next_plan
-        self._next_plan = PlanId(number + 1)
+        number = self.next_plan
+        self.next_plan = PlanId(number + 1)
         blocks = ranges[-1].first + ranges[-1].blocks if ranges else 0
         return Plan(
             id=number,

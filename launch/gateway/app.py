@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -20,10 +19,11 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from common.cluster.membership import TOKEN_PURPOSE
 from common.ids import PlanId
 from common.json import JsonObject
 from launch.gateway.admission import Client
-from launch.gateway.body import read_body
+from launch.gateway.body import decoded, read_body
 from launch.gateway.config import GatewayConfig
 from launch.gateway.dashboard.routes import dashboard_routes
 from launch.gateway.doors.browsers import as_sent
@@ -34,6 +34,8 @@ from launch.gateway.errors import BadRequest, GatewayError, NoSuchRoute, NotFoun
 from launch.gateway.generate_probe import GenerateProbe
 from launch.gateway.orders import Orders
 from launch.gateway.peers.control_plane import ControlPlane
+from launch.gateway.peers.membership import MemberNames
+from launch.gateway.registry.routes import membership_routes, worker_routes
 from launch.gateway.request.checks import check_ids, check_limits
 from launch.gateway.request.parts import CHAT, COMPLETIONS, GENERATE
 from launch.gateway.request.schema import DETOKENIZE, TOKENIZE, decode_body
@@ -42,10 +44,9 @@ from launch.gateway.request.trace import HEADER
 from launch.gateway.services import Services
 from scheduler.policies import UnknownPolicy
 from scheduler.scheduler import Scheduler
+from transfer.control.keys import derived
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 PLANS_PER_MS = 128
 """Plan numbers begin at the start time: a restarted gateway repeats none (48 bits last
@@ -86,7 +87,7 @@ def create_app(config: GatewayConfig, run_folder: Path | None = None) -> FastAPI
         first_plan = PlanId(int(time.time() * 1000) * PLANS_PER_MS)
         scheduler = Scheduler(config.path_policy, config.scheduler, first_plan)
         plane = ControlPlane(config, scheduler)
-        orders = Orders(scheduler, [peer.name for peer in plane.members.peers()], run_folder)
+        orders = Orders(scheduler, MemberNames(plane.members), run_folder)
         services = Services(config, scheduler, plane, orders)
         app.state.services = services
         app.state.generate_probe = GenerateProbe(services)
@@ -106,6 +107,8 @@ def create_app(config: GatewayConfig, run_folder: Path | None = None) -> FastAPI
     _admin_routes(app)
     _engine_routes(app)
     dashboard_routes(app)
+    membership_routes(app)
+    worker_routes(app)
     return app
 
 
@@ -114,7 +117,12 @@ def _add_doors(app: FastAPI, config: GatewayConfig) -> None:
         app.state.services.metrics.refused.labels(reason).inc()
 
     app.add_middleware(
-        Doors, bound=config.host, settings=config.doors, keys=config.keys, refused=refused
+        Doors,
+        bound=config.host,
+        settings=config.doors,
+        keys=config.keys,
+        refused=refused,
+        join_token=derived(config.control_secret, TOKEN_PURPOSE) if config.control_secret else "",
     )
     if config.doors.allowed_origins:  # what is added last comes first: it answers browsers' OPTIONS
         app.add_middleware(
@@ -160,13 +168,6 @@ async def _body(request: Request) -> bytes:
     return await read_body(request, _services(request).config.limits.body_bytes_max)
 
 
-def _decode(body: bytes, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
-        raise BadRequest(str(error)) from error
-
-
 def _generating_routes(app: FastAPI) -> None:
     @app.post(CHAT)
     async def chat(request: Request) -> Response:
@@ -182,7 +183,7 @@ def _generating_routes(app: FastAPI) -> None:
 
     @app.post(ABORT)
     async def abort_request(request: Request) -> Response:
-        asked = _decode(await _body(request), AbortRequest)
+        asked = decoded(await _body(request), AbortRequest)
         services, visitor = _services(request), visitor_of(request)
         if asked.abort_all and not visitor.is_operator:
             raise Forbidden("Only operators may abort all requests.", "operator")
@@ -257,7 +258,7 @@ def _admin_routes(app: FastAPI) -> None:
 
     @app.post("/admin/policy")
     async def policy(request: Request) -> Response:
-        asked = _decode(await _body(request), PolicyChange)
+        asked = decoded(await _body(request), PolicyChange)
         services = _services(request)
         try:
             services.orders.set_policy(asked.path_policy)
@@ -268,7 +269,7 @@ def _admin_routes(app: FastAPI) -> None:
     @app.post("/admin/drain")
     async def drain(request: Request) -> Response:
         """Nothing new for an engine or an agent; what runs there finishes."""
-        asked = _decode(await _body(request), DrainChange)
+        asked = decoded(await _body(request), DrainChange)
         services = _services(request)
         try:
             services.orders.drain(asked.name, asked.on)
@@ -301,7 +302,7 @@ def _engine_routes(app: FastAPI) -> None:
         if name not in services.client.members.engines:
             raise NotFound(f"no engine {name!r}")
         given = await _body(request)
-        body = _decode(given, JsonObject) if given else None
+        body = decoded(given, JsonObject) if given else None
         query: bytes = request.scope["query_string"]
         answer = await services.client.ask_one(
             name,

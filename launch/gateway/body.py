@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TypeVar
 
+import msgspec
 from fastapi import Request
 
-from launch.gateway.errors import BodyTooLarge, BodyTooSlow
+from launch.gateway.errors import BadRequest, BodyTooLarge, BodyTooSlow
+
+T = TypeVar("T")
 
 BODY_TIMEOUT_S = 60.0
 """From the headers to the body's last byte."""
@@ -31,3 +35,11 @@ async def read_body(request: Request, bytes_max: int) -> bytes:
     if size_bytes > bytes_max:
         raise BodyTooLarge(f"The body is larger than {bytes_max} bytes (--body-bytes-max).")
     return b"".join(chunks)
+
+
+def decoded(body: bytes, kind: type[T]) -> T:
+    """Of JSON; raises :class:`BadRequest`."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+        raise BadRequest(str(error)) from error

@@ -63,6 +63,8 @@ class GatewayConfig(ProcessSettings, frozen=True):
     agents: dict[str, str]
     """Every agent's name and control endpoint."""
     engines: list[EngineAddress]
+    settings: dict[str, str] = {}
+    """What nodes that join must have alike, by name, as it is to be shown."""
     control_secret: str = ""
     """Of which the keys of control connections are made (:mod:`transfer.control.keys`)."""
     path_policy: Annotated[

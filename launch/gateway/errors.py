@@ -77,6 +77,18 @@ class NotFound(GatewayError):
     outcome = "client_error"
 
 
+class Conflict(GatewayError):
+    """A node cannot be taken into the cluster as it is, or (with ``retry_after_s``) not yet."""
+
+    status = 409
+    kind = "conflict_error"
+    outcome = "client_error"
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class NoSuchRoute(GatewayError):
     """The path is none of the gateway's, or not with this method."""
 

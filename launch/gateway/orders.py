@@ -30,8 +30,8 @@ class _Kept(msgspec.Struct, forbid_unknown_fields=True):
 class Orders:
     """Gives operators' orders to the scheduler, those before a restart included.
 
-    ``names`` are all engines and agents of the configuration: they can be told before they
-    have reported, as after a restart. Without a ``run_folder`` orders are kept in memory only.
+    ``names`` are all engines and agents there are: they can be told before they have reported, as
+    after a restart. Without a ``run_folder`` orders are kept in memory only.
     """
 
     def __init__(
@@ -39,6 +39,8 @@ class Orders:
     ) -> None:
         self.names = names
         self._scheduler = scheduler
+        self._held: set[str] = set()
+        """Who is to get nothing new for another reason than an order."""
         self._file = run_folder / "orders.json" if run_folder is not None else None
         self._policies = tuple(dict.fromkeys((*POLICY_NAMES, scheduler.policy)))
         """An operator's own class is imported where the flag names it, never by order."""
@@ -60,12 +62,31 @@ class Orders:
         """Nothing new for an engine or an agent, or again; raises ``KeyError``."""
         if name not in self.names:
             raise KeyError(name)
-        self._scheduler.drain(name, on)
         if on:
             self._kept.drained.add(name)
         else:
             self._kept.drained.discard(name)
+        self._obey(name)
         self._write()
+
+    def hold(self, name: str, on: bool) -> None:
+        """Nothing new for it while its node drains, or its lease has gone; orders stay."""
+        if on:
+            self._held.add(name)
+        else:
+            self._held.discard(name)
+        self._obey(name)
+
+    def forget(self, name: str) -> None:
+        """It has left the cluster."""
+        self._held.discard(name)
+        if name in self._kept.drained:
+            self._kept.drained.discard(name)
+            self._write()
+        self._scheduler.drain(name, False)
+
+    def _obey(self, name: str) -> None:
+        self._scheduler.drain(name, name in self._kept.drained or name in self._held)
 
     def _read(self) -> _Kept:
         """What can be obeyed of it: no order is worth a gateway that does not start."""
@@ -80,8 +101,7 @@ class Orders:
             log.warning("order dropped: no path policy %r", kept.path_policy)
             kept.path_policy = None
         for name in kept.drained.difference(self.names):
-            log.warning("order dropped: nobody is called %r", name)
-            kept.drained.discard(name)
+            log.warning("order kept for who may join: nobody is called %r", name)
         return kept
 
     def _write(self) -> None:

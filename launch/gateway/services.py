@@ -19,11 +19,15 @@ from launch.gateway.outage import Outage
 from launch.gateway.peers.control_plane import ControlPlane
 from launch.gateway.peers.engine_client import EngineClient
 from launch.gateway.peers.http_probe import HttpProbe
+from launch.gateway.peers.roster import Roster
 from launch.gateway.recent_requests import EndedView, RecentRequests
+from launch.gateway.registry.registry import Registry
 from launch.gateway.request.parts import Part
 from launch.gateway.request.suspects import Suspects
 from scheduler.cluster_view import ClusterView
 from scheduler.scheduler import Scheduler
+
+SWEEP_S = 0.5
 
 
 class Walk(Protocol):
@@ -71,6 +75,9 @@ class Services:
         connections_max = 4 * config.requests_max + 64
         self.client = EngineClient(plane.members, connections_max, config.keys.engine_key)
         self.probe = HttpProbe(self.client, plane.http_state)
+        self.registry = Registry(
+            plane.members, Roster(plane, self.probe), orders, scheduler, config.settings
+        )
         self.admission = Admission(config.requests_max)
         self.outage = Outage(config.engine_wait_s, plane.wait_change)
         self.suspects = Suspects(plane.pairs)
@@ -90,6 +97,12 @@ class Services:
         self.plane.start()
         self.probe.start()
         self.history.start()
+        self._sweeping = asyncio.create_task(self._sweep())
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self.registry.sweep()
 
     def in_background(self, work: Coroutine[None, None, None]) -> None:
         """Run clean-up that must survive the request; ``work`` bounds its own time."""
@@ -102,6 +115,8 @@ class Services:
             walk.cancel()
         while self._background:
             await asyncio.wait(set(self._background))
+        self._sweeping.cancel()
+        await asyncio.gather(self._sweeping, return_exceptions=True)
         await self.history.close()
         await self.probe.close()
         await self.client.close()

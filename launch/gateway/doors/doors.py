@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from launch.gateway.doors.browsers import READING, BrowserRules, host_of, is_loopback
-from launch.gateway.doors.keys import Keyring
+from launch.gateway.doors.keys import ApiKey, Keyring
 from launch.gateway.doors.refusals import Forbidden, Refusal, Unauthorized
 from launch.gateway.doors.settings import DoorKeys, DoorSettings
 from launch.gateway.doors.visitor import Visitor
@@ -26,8 +26,15 @@ ABORT = "/abort_request"
 _OF_A_PROXY = ("forwarded", "via", "x-forwarded-for", "x-real-ip")
 
 
+MEMBERSHIP = "/membership/"
+"""Begins the routes for the cluster's own nodes."""
+_WORKERS = ("/workers", "/list_workers", "/add_worker", "/remove_worker")
+
+
 def is_operators(path: str) -> bool:
     """Whether a route is for operators alone."""
+    if path in _WORKERS or path.startswith("/workers/"):
+        return True
     return path == "/flush_cache" or path == "/admin" or path.startswith("/admin/")
 
 
@@ -41,11 +48,14 @@ class Doors:
         settings: DoorSettings,
         keys: DoorKeys,
         refused: Callable[[str], None],
+        join_token: str = "",
     ) -> None:
+        """``join_token``: what nodes have to show; empty: none is let in."""
         self._app = app
         self._browsers = BrowserRules(bound, settings.allowed_hosts, settings.allowed_origins)
         self._clients = Keyring(keys.api_keys)
         self._operators = Keyring(keys.admin_api_keys)
+        self._nodes = Keyring((ApiKey("node", join_token),) if join_token else ())
         self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,6 +80,10 @@ class Doors:
         changes_state = request.method not in READING or path == "/flush_cache"
         self._browsers.check(request, changes_state)
         authorization = request.headers.get("authorization")
+        if path.startswith(MEMBERSHIP):
+            if self._nodes.tenant(authorization) is None:
+                raise Unauthorized("This is for nodes that have the cluster's secret.")
+            return Visitor()
         tenant = self._clients.tenant(authorization)
         refusal = self._no_operator(request, tenant)
         if is_operators(path) and refusal is not None:

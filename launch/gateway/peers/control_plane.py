@@ -26,6 +26,7 @@ from common.messages import (
     ShareRead,
 )
 from launch.gateway.config import GatewayConfig
+from launch.gateway.peers.known_members import KnownMembers
 from launch.gateway.peers.membership import Membership
 from launch.gateway.peers.peer import AgentPeer, EnginePeer
 from launch.gateway.peers.plan_handover import PlanHandover
@@ -51,24 +52,34 @@ class ControlPlane:
         those who watch it are."""
         self.changed = asyncio.Event()
         """Set at all that may let a queued request go on."""
-        self._tasks: list[asyncio.Task[None]] = []
+        self.known = KnownMembers(self.members)
+        self.serving: dict[str, asyncio.Task[None]] = {}
+        """By peer: what hears it."""
+        self._watch: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        for agent in self.members.agents.values():
-            self._tasks.append(asyncio.create_task(self._serve_agent(agent)))
-        for engine in self.members.engines.values():
-            self._tasks.append(asyncio.create_task(self._serve_engine(engine)))
-        self._tasks.append(asyncio.create_task(self._keep_watch()))
+        for peer in self.members.peers():
+            self.serve(peer)
+        self._watch = asyncio.create_task(self._keep_watch())
+
+    def serve(self, peer: AgentPeer | EnginePeer) -> None:
+        """Hear a peer from now on."""
+        hears = self._serve_engine if isinstance(peer, EnginePeer) else self._serve_agent
+        self.serving[peer.name] = asyncio.create_task(hears(peer))  # type: ignore[arg-type]
 
     async def close(self) -> None:
-        for task in self._tasks:
+        tasks = [*self.serving.values(), *([self._watch] if self._watch is not None else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self.members.close()
 
     def expected(self) -> bool:
-        """Whether every role has an engine that is not drained, so that it serves once it lives."""
-        drained = self.scheduler.drained
+        """Whether every role has an engine that is not drained, so that it serves once it lives; or
+        may have one: nodes have had no time yet to tell this gateway that they are there."""
+        engines, drained = self.members.engines, self.scheduler.drained
+        if len({engine.address.role for engine in engines.values()}) < 2:
+            return not self.known.is_complete
         roles = {e.address.role for n, e in self.members.engines.items() if n not in drained}
         return len(roles) == 2
 
@@ -105,8 +116,9 @@ class ControlPlane:
     async def _keep_watch(self) -> None:
         pinged_s = -math.inf
         living: set[str] = set()
-        peers = self.members.peers()
         while True:
+            peers = self.members.peers()
+            living.intersection_update(peer.name for peer in peers)
             now = time.monotonic()
             due = now - pinged_s >= PING_S
             pinged_s = now if due else pinged_s
@@ -140,6 +152,7 @@ class ControlPlane:
                 case AgentStatus() if message.load.agent == agent.name:
                     self._agent_renewed(agent, message.load.incarnation, now)
                     agent.status = message
+                    self.known.heard(agent, message.heard)
                     self.scheduler.report(message.load, now)
                     self.changed.set()
                 case Announcement():
@@ -192,6 +205,7 @@ class ControlPlane:
         if engine.renew(incarnation):
             log.info("engine joined engine=%s incarnation=%d", engine.name, incarnation)
         engine.hello = hello
+        self.known.heard(engine, hello.heard)
         if not engine.http_alive:
             return
         engine.lost = False

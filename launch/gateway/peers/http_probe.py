@@ -22,16 +22,25 @@ class HttpProbe:
     def __init__(self, client: EngineClient, tell: Callable[[EnginePeer, bool], None]) -> None:
         self._client = client
         self._tell = tell
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        """By engine."""
 
     def start(self) -> None:
-        engines = self._client.members.engines.values()
-        self._tasks = [asyncio.create_task(self._probe(engine)) for engine in engines]
+        for engine in self._client.members.engines.values():
+            self.watch(engine)
+
+    def watch(self, engine: EnginePeer) -> None:
+        """From now on."""
+        self._tasks[engine.name] = asyncio.create_task(self._probe(engine))
+
+    def forget(self, name: str) -> None:
+        """The engine has left."""
+        self._tasks.pop(name).cancel()
 
     async def close(self) -> None:
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _probe(self, engine: EnginePeer) -> None:
         misses = 0

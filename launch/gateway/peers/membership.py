@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 import zmq.asyncio
 
 from common.block import Namespace
+from common.cluster.membership import EngineAddress
 from common.messages import ModelBounds
 from launch.gateway.config import GatewayConfig
 from launch.gateway.peers.peer import AgentPeer, EnginePeer, Peer
@@ -18,19 +20,35 @@ from transfer.control.senders import GATEWAY
 
 
 class Membership:
-    """Every agent and engine of the configuration, and a connection to each."""
+    """Every agent and engine, at first those of the configuration, and a connection to each."""
 
     def __init__(self, config: GatewayConfig) -> None:
         self._heartbeat_timeout_s = config.scheduler.heartbeat_timeout_s
         self._context = zmq.asyncio.Context()
-        context, keys = self._context, Keys(GATEWAY, config.control_secret)
-        self.agents = {n: AgentPeer(n, e, context, keys) for n, e in config.agents.items()}
-        self.engines = {a.name: EnginePeer(a, context, keys) for a in config.engines}
+        self._keys = Keys(GATEWAY, config.control_secret)
+        self.agents: dict[str, AgentPeer] = {}
+        self.engines: dict[str, EnginePeer] = {}
+        for name, endpoint in config.agents.items():
+            self.add_agent(name, endpoint)
+        for address in config.engines:
+            self.add_engine(address)
 
     def close(self) -> None:
         for peer in self.peers():
             peer.close()
         self._context.destroy(0)
+
+    def add_agent(self, name: str, endpoint: str) -> AgentPeer:
+        self.agents[name] = AgentPeer(name, endpoint, self._context, self._keys)
+        return self.agents[name]
+
+    def add_engine(self, address: EngineAddress) -> EnginePeer:
+        self.engines[address.name] = EnginePeer(address, self._context, self._keys)
+        return self.engines[address.name]
+
+    def pop(self, name: str) -> AgentPeer | EnginePeer | None:
+        """Who had the name until now; its connection is the caller's to close."""
+        return self.engines.pop(name, None) or self.agents.pop(name, None)
 
     def peers(self) -> list[AgentPeer | EnginePeer]:
         return [*self.agents.values(), *self.engines.values()]
@@ -107,6 +125,22 @@ class Membership:
         """Live engines of another namespace than the served one: they cannot exchange KV."""
         served = self.namespace()
         return frozenset(e.name for e in self.live_engines() if e.known().namespace != served)
+
+
+class MemberNames(Collection[str]):
+    """Of the agents and engines that there are whenever it is looked at."""
+
+    def __init__(self, members: Membership) -> None:
+        self._members = members
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._members.engines or name in self._members.agents
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain(self._members.agents, self._members.engines)
+
+    def __len__(self) -> int:
+        return len(self._members.peers())
 
 
 def _flags(namespace: Namespace) -> set[tuple[str, str]]:

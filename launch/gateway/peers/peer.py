@@ -49,6 +49,7 @@ class Peer:
 
     def __init__(self, name: str, endpoint: str, context: zmq.asyncio.Context, keys: Keys) -> None:
         self.name = name
+        self.endpoint = endpoint
         self.incarnation = Incarnation(-1)
         self.last_seen_s = -math.inf
         self.malformed_total = 0
@@ -61,6 +62,8 @@ class Peer:
 
     def send(self, message: Message) -> None:
         """Queue a message; raises :class:`PeerUnreachable`."""
+        if self._socket.closed:
+            raise PeerUnreachable(f"{self.name} has left the cluster")
         # With DONTWAIT, pyzmq settles the future before it returns it.
         sent = cast("asyncio.Future[None]", self._socket.send(encode(message), zmq.DONTWAIT))
         if (error := sent.exception()) is not None:

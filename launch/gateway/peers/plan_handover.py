@@ -21,7 +21,7 @@ from common.messages import (
 )
 from launch.gateway.errors import AttemptFailed, PlanStale
 from launch.gateway.peers.membership import Membership
-from launch.gateway.peers.peer import PeerUnreachable
+from launch.gateway.peers.peer import AgentPeer, PeerUnreachable
 from scheduler.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,11 @@ class PlanHandover:
         self.on_delivered: dict[PlanId, Callable[[Delivered], None]] = {}
         """By plan: who wants to hear of its deliveries."""
         for agent in members.agents.values():
-            agent.watchers.add(partial(self._give_up_shares, agent.name))
+            self.watch(agent)
+
+    def watch(self, agent: AgentPeer) -> None:
+        """When it dies or leaves, nobody waits for its shares."""
+        agent.watchers.add(partial(self._give_up_shares, agent.name))
 
     async def read_shares(self, plan: Plan, traceparent: str = "") -> dict[str, ShareRead | None]:
         """Have the plan's readers bring its blocks to DRAM; None of one that died or is late."""
@@ -59,6 +63,8 @@ class PlanHandover:
             futures[agent] = self._shares[plan.id, agent] = future
             order = ReadShare(plan.id, keys, HOLD_S, plan.experiment, traceparent)
             try:
+                if agent not in self._members.agents:
+                    raise PeerUnreachable(f"{agent} has left the cluster")
                 self._members.agents[agent].send(order)
             except PeerUnreachable as error:
                 log.warning("share not sent plan=%d peer=%s", plan.id, error)
@@ -88,7 +94,8 @@ class PlanHandover:
         for name in (plan.prefill, plan.decode):
             future = asyncio.get_running_loop().create_future()
             futures[name] = self._accepts[plan.id, name] = future
-            self._members.engines[name].try_send(message)
+            if name in self._members.engines:  # else it does not accept the plan
+                self._members.engines[name].try_send(message)
         try:
             await asyncio.wait(futures.values(), timeout=ACCEPT_TIMEOUT_S)
         finally:
@@ -109,12 +116,14 @@ class PlanHandover:
     def release(self, plan: PlanId, agents: Iterable[str]) -> None:
         """The readers need not keep the plan's blocks any longer."""
         for agent in agents:
-            self._members.agents[agent].try_send(ReleasePlan(plan))
+            if agent in self._members.agents:
+                self._members.agents[agent].try_send(ReleasePlan(plan))
 
     def end(self, plan: Plan) -> None:
         """The request is over, whatever became of it."""
         for name in (plan.prefill, plan.decode):
-            self._members.engines[name].try_send(EndPlan(plan.id, plan.engine_rid))
+            if name in self._members.engines:
+                self._members.engines[name].try_send(EndPlan(plan.id, plan.engine_rid))
         self.release(plan.id, plan.agents)
 
     # ---- what is answered -------------------------------------------------------------

@@ -299,7 +299,7 @@ class Attempt:
     async def _find_guilt(self, exchange: Exchange) -> Guilt | None:
         """What this request has to do with it if an engine was lost."""
         peers = self._services.plane.members.engines
-        lost = [name for name in self.engines if await self._lost(peers[name])]
+        lost = [n for n in self.engines if n not in peers or await self._lost(peers[n])]
         if not lost:
             return None
         suspects, fingerprint = self._services.suspects, self._asked.fingerprint

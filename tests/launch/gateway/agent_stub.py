@@ -43,7 +43,7 @@ class StubAgent(ControlStub):
     def status(self) -> m.AgentStatus:
         queued, rates = {TierName.SSD: 0}, {TierName.SSD: 1e9}
         load = AgentLoad(self.name, self.incarnation, queued, rates, 0, 1e9, 100, 100)
-        return m.AgentStatus(load, self.samples)
+        return m.AgentStatus(load, self.samples, self.heard)
 
     def share(self, message: m.ReadShare) -> m.ShareRead:
         in_dram = [key not in self.lost for key in message.keys]

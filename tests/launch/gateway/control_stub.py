@@ -13,6 +13,7 @@ import zmq
 import zmq.asyncio
 
 from common import messages as m
+from common.cluster.known import KnownAgents, KnownEngines
 from common.ids import Incarnation
 from tests.control import stand_in_for
 
@@ -46,6 +47,8 @@ class ControlStub:
         self.endpoint = f"tcp://127.0.0.1:{free_port()}"
         self.silent = False
         self.received: list[Any] = []
+        self.known: list[Any] = []
+        """Lists of members that it was told."""
         self.client: bytes = b""
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -58,10 +61,16 @@ class ControlStub:
             if self.silent:
                 continue
             message = m.decode(frame)
-            if not isinstance(message, m.Ping):
+            if isinstance(message, KnownAgents | KnownEngines):
+                self.known.append(message)
+            elif not isinstance(message, m.Ping):
                 self.received.append(message)
             for answer in self.answers(message):
                 await self.push(answer)
+
+    @property
+    def heard(self) -> int:
+        return self.known[-1].number if self.known else 0
 
     async def push(self, message: Any) -> None:
         await self._socket.send_multipart([self.client, m.encode(message)])

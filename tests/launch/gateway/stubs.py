@@ -90,7 +90,7 @@ class StubEngine(ControlStub):
             free_tokens=100_000,
         )
         load = msgspec.structs.replace(load, **self.load_changes)
-        return m.EngineHello(load, self.namespace, 8998, BOUNDS, self.samples)
+        return m.EngineHello(load, self.namespace, 8998, BOUNDS, self.samples, self.heard)
 
     # ---- HTTP -------------------------------------------------------------------------
 
@@ -249,15 +249,15 @@ class StubCluster:
     def __init__(
         self, prefills: int, decodes: int, heartbeat_timeout_s: float = 5.0, **config: Any
     ) -> None:
-        rooms: dict[int, asyncio.Event] = {}
+        self.rooms: dict[int, asyncio.Event] = {}
         self.agents = {name: StubAgent(name) for name in ("node-p", "node-d")}
-        self.prefills = [StubEngine(f"p{i}", "prefill", rooms) for i in range(prefills)]
-        self.decodes = [StubEngine(f"d{i}", "decode", rooms) for i in range(decodes)]
+        self.prefills = [StubEngine(f"p{i}", "prefill", self.rooms) for i in range(prefills)]
+        self.decodes = [StubEngine(f"d{i}", "decode", self.rooms) for i in range(decodes)]
         self.config = GatewayConfig(
             host="127.0.0.1",
             port=free_port(),
             agents={name: agent.endpoint for name, agent in self.agents.items()},
-            engines=[self._address(engine) for engine in self.engines],
+            engines=[self.address_of(engine) for engine in self.engines],
             control_secret=SECRET,
             scheduler=SchedulerOptions(heartbeat_timeout_s=heartbeat_timeout_s),
             **config,
@@ -288,7 +288,7 @@ class StubCluster:
     def walks_named(self, rid: str) -> list[Any]:
         return [walk for (_, name), walk in self.services.walks.items() if name == rid]
 
-    def _address(self, engine: StubEngine) -> EngineAddress:
+    def address_of(self, engine: StubEngine) -> EngineAddress:
         return EngineAddress(
             name=engine.name,
             role=engine.role,

@@ -9,6 +9,7 @@ import pytest
 import zmq
 
 from common.block import BlockLayout, Namespace
+from common.cluster.known import KnownAgents, KnownEngines
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
 from common.messages import (
     CancelJob,
@@ -37,6 +38,8 @@ OURS = [
     Subscribe(),
     ReadShare(PlanId(1), [], 1.0),
     EnginePlan(PlanId(1), "rid", bytes(32), [], [], [], 1.0),
+    KnownAgents(1, {}, True),
+    KnownEngines(1, [], True),
     EndPlan(PlanId(1), "rid"),
 ]
 """The gateway's."""
@@ -57,16 +60,21 @@ ENGINES = [
 
 
 @pytest.fixture
-def server(tmp_path) -> Iterator[tuple[zmq.Socket[bytes], str]]:
+def doorkeeper() -> Iterator[Doorkeeper]:
     """Lets the gateway and p0 in."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    endpoint = f"ipc://{tmp_path}/server"
-    doorkeeper = Doorkeeper(context, keys("a0"), [GATEWAY, "p0"])
+    made = Doorkeeper(context, keys("a0"), [GATEWAY, "p0"])
+    yield made
+    made.stop()
+    context.destroy(0)
+
+
+@pytest.fixture
+def server(tmp_path, doorkeeper) -> Iterator[tuple[zmq.Socket[bytes], str]]:
+    context, endpoint = doorkeeper.context, f"ipc://{tmp_path}/server"
     socket = context.socket(zmq.ROUTER)
     bind(socket, endpoint, keys("a0"), 10)
     yield socket, endpoint
-    doorkeeper.stop()
-    context.destroy(0)
 
 
 @pytest.fixture
@@ -74,11 +82,13 @@ def say(server) -> Iterator[Callable[..., str | None]]:
     """``say(own, frame)``: by whom the server was told it, None if it was not."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket, endpoint = server
+    clients = []
 
     def said(
         own: Keys | None, frame: bytes = b"word", name: str = "a0", wait_ms: int = 5000
     ) -> str | None:
         client = context.socket(zmq.DEALER)
+        clients.append(client)
         client.setsockopt(zmq.LINGER, 0)
         if own is None:
             client.connect(endpoint)
@@ -106,6 +116,16 @@ def test_nobody_else_gets_in(say):
     assert say(Keys("other", "another secret of as many letters"), wait_ms=200) is None
     assert say(keys(LAUNCHER), name="a1", wait_ms=200) is None  # takes the server for another one
     assert say(keys("p0")) == "p0"
+
+
+def test_who_is_let_in_later_comes_in_by_itself(say, server, doorkeeper, monkeypatch):
+    monkeypatch.setattr(sockets, "HANDSHAKE_MS", 300)
+    assert say(keys("p1"), wait_ms=600) is None  # it goes on trying
+    doorkeeper.let_in([GATEWAY, "p1"])
+    assert server[0].poll(10_000)
+    _, heard = server[0].recv_multipart(copy=False)
+    assert sender_of(heard) == "p1"
+    assert say(keys("p0"), wait_ms=200) is None
 
 
 def test_a_server_without_a_doorkeeper_lets_nobody_in(tmp_path):

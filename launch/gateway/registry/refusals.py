@@ -1,0 +1,50 @@
+"""Why a node is not taken into the cluster, in sentences for whoever started it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+
+from common.cluster.membership import JoinRequest, NodeMembers
+from launch.gateway.errors import Conflict
+from launch.gateway.registry.node import Node
+from transfer.control.sockets import UNIX
+
+
+def refuse_unlike(
+    asked: JoinRequest, nodes: Mapping[str, Node], own_settings: Mapping[str, str]
+) -> None:
+    """Raises :class:`Conflict` for settings that differ from another node's."""
+    others = {name: node.settings for name, node in nodes.items() if name != asked.name}
+    for other, settings in {"the gateway": own_settings, **others}.items():
+        for setting in sorted(settings.keys() & asked.settings.keys()):
+            here, theirs = settings[setting], asked.settings[setting]
+            if here != theirs:
+                who = asked.name or f"This {asked.role.value} node"
+                raise Conflict(
+                    f"{who} has {setting} {theirs}, but {other} has {here}: all nodes of a cluster "
+                    "need the same."
+                )
+
+
+def refuse_unreachable(endpoints: Iterable[str]) -> None:
+    """Raises :class:`Conflict` where newcomers could not reach those that are there."""
+    if any(endpoint.startswith(UNIX) for endpoint in endpoints):
+        raise Conflict(
+            "The first nodes of this cluster are on unix sockets of one host, where nobody else "
+            "reaches them: start the gateway alone, and each node by launch.node."
+        )
+
+
+def refuse_taken(
+    name: str, members: NodeMembers, nodes: Mapping[str, Node], static: Set[str]
+) -> None:
+    """Raises :class:`Conflict` for a name that somebody else has, or one of the gateway's own
+    configuration (``static``)."""
+    agents = [members.agent.name] if members.agent is not None else []
+    wanted = {*agents, *(engine.name for engine in members.engines)}
+    others = {taken for n, node in nodes.items() if n != name for taken in node.names}
+    taken = wanted & (others | static)
+    if not static.isdisjoint((name, f"agent-{name}")):
+        taken.add(name)
+    if taken:
+        raise Conflict(f"Others are called {', '.join(sorted(taken))} in this cluster already.")
