@@ -168,8 +168,8 @@ class Renewed(_Body, frozen=True):
     plan: PlanId
     """The gateway's next plan number, to be told when joining again."""
     incarnation: Incarnation
-    """Of a group: greater than the one that runs here once another host has asked for a restart:
-    end the rank and start it with this one. Else the one of before."""
+    """Of a group: greater than the one that runs here once another host has asked for a restart,
+    or is lost: end the rank and ask for a restart as well. Else the one of before."""
 
 
 class RestartRequest(_Body, frozen=True):

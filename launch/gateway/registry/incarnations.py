@@ -7,7 +7,6 @@ from launch.gateway.registry.clock import ClusterClock
 from launch.gateway.registry.node import HostsOfEngine, Node
 
 _TURNS = 1024
-"""Another gateway may have given other turns: one begins anywhere among so many."""
 
 
 class Incarnations:
@@ -28,21 +27,30 @@ class Incarnations:
         group = self._groups.get(node.group)
         if group is None or node.rank in group.started:
             node.incarnation = self._clock.next()
-            if node.group:
-                self._groups[node.group] = HostsOfEngine(node.incarnation, {node.rank})
-        else:
-            node.incarnation = group.incarnation
-            group.started.add(node.rank)
-        node.turn = node.turn + 1 if node.turn else node.incarnation // 1000 % _TURNS + 1
+            node.turn = self._turn_after(max(node.turn, group.turn if group is not None else 0))
+            if not node.group:
+                return
+            group = self._groups[node.group] = HostsOfEngine(node.incarnation, node.turn)
+        node.incarnation, node.turn = group.incarnation, group.turn
+        group.started.add(node.rank)
 
     def keep(self, node: Node, incarnation: Incarnation) -> None:
         """Its processes go on, which this gateway has not known."""
         node.incarnation = incarnation
         if node.group:
-            group = self._groups.setdefault(node.group, HostsOfEngine(incarnation))
-            if incarnation > group.incarnation:
-                group = self._groups[node.group] = HostsOfEngine(incarnation)
+            group = self._groups.get(node.group)
+            if group is None or incarnation > group.incarnation:
+                self._groups[node.group] = HostsOfEngine(incarnation, node.turn)
             self.renewed(node, incarnation)
+
+    def lost(self, node: Node) -> None:
+        """It is silent. The other hosts of its engine may wait for it for ever: they are to start
+        anew."""
+        group = self._groups.get(node.group)
+        if group is not None:
+            self._groups[node.group] = HostsOfEngine(
+                self._clock.next(), self._turn_after(group.turn)
+            )
 
     def renewed(self, node: Node, incarnation: int) -> None:
         """What its processes run as; :attr:`Node.incarnation` is then what they are to run as."""
@@ -66,3 +74,7 @@ class Incarnations:
     def forget(self, engine: str) -> None:
         """None of its hosts is there any more."""
         self._groups.pop(engine, None)
+
+    def _turn_after(self, turn: int) -> int:
+        """Another gateway may have given other turns than this one knows of: the first is any."""
+        return turn + 1 if turn else self._clock.next() // 1000 % _TURNS + 1

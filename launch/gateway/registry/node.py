@@ -59,5 +59,6 @@ class HostsOfEngine:
     """All ranks of an engine over several hosts run as one incarnation."""
 
     incarnation: Incarnation
+    turn: int
     started: set[int] = field(default_factory=set)
     """Hosts, by rank, that have been given it."""

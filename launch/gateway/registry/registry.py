@@ -158,6 +158,7 @@ class Registry:
             if silent_s > EXPIRY_S and not node.is_gone:
                 log.warning("lease ran out node=%s silent_s=%.1f", node.name, silent_s)
                 node.is_gone = True
+                self.incarnations.lost(node)
                 self._hold(node)
             if silent_s > FORGET_S or (node.is_let_go and self._is_idle(node)[0]):
                 self.forget(node)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.cluster.membership import (
+    EXPIRY_S,
     JOIN,
     AgentAddress,
     HostOfGroup,
@@ -103,12 +104,15 @@ async def test_hosts_of_one_engine_start_and_restart_as_one_incarnation() -> Non
             for rank in range(2)
         ]
         first, second = [(await node.join()).incarnation for node in nodes]
-        assert first == second
+        assert first == second and nodes[0].joined.turn == nodes[1].joined.turn
         # the first host's process dies; the other one is told
         restarted = await nodes[0].restart(first)
         assert restarted.incarnation > first
         assert (await nodes[1].renew(incarnation=first)).incarnation == restarted.incarnation
-        assert (await nodes[1].restart(first)).incarnation == restarted.incarnation
+        assert await nodes[1].restart(first) == restarted
+        assert (await nodes[0].renew(incarnation=restarted.incarnation)).incarnation == (
+            restarted.incarnation
+        )
         # both die together
         both = [(await node.restart(restarted.incarnation)).incarnation for node in nodes]
         assert both[0] == both[1] > restarted.incarnation
@@ -118,6 +122,11 @@ async def test_hosts_of_one_engine_start_and_restart_as_one_incarnation() -> Non
         anew = await told(cluster, JOIN, asked, Joined)
         assert anew.incarnation > both[0]
         assert (await nodes[0].renew(incarnation=both[0])).incarnation == anew.incarnation
+        # a host is lost: the other one waits for it no longer
+        registry = cluster.services.registry
+        now, registry._now = registry._now, lambda: now() + EXPIRY_S + 1
+        registry.sweep()
+        assert (await nodes[0].renew(incarnation=anew.incarnation)).incarnation > anew.incarnation
         for node in nodes:
             await node.close()
 
