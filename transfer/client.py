@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 QUEUE_MAX = 4096
 PING_EVERY_S = 1.0
 SILENT_AFTER_S = 5.0
+REGISTER_AGAIN_S = 5.0
+"""With an agent that does not know this engine: its connection may be another than it was."""
 
 
 class _Link:
@@ -47,6 +49,7 @@ class _Link:
         self.incarnation: Incarnation | None = None
         self.hello: AgentHello | None = None
         self.last_heard = -SILENT_AFTER_S
+        self.registered_s = -REGISTER_AGAIN_S
 
 
 class AgentLinks:
@@ -209,22 +212,29 @@ class AgentLinks:
         match message:
             case AgentHello() if message.agent == agent:
                 is_news, link.hello = message != link.hello, message
-                self._greeted(agent, link, message.incarnation)
+                self._greeted(agent, link, message)
                 if is_news:
                     self._on_hello(message)
             case UnknownEngine():
-                self._transmit(agent, self._hello)
+                self._register(agent, link)
                 self._on_message(agent, message)
             case _:
                 self._on_message(agent, message)
 
-    def _greeted(self, agent: str, link: _Link, incarnation: Incarnation) -> None:
-        if link.incarnation is not None and incarnation <= link.incarnation:
+    def _greeted(self, agent: str, link: _Link, hello: AgentHello) -> None:
+        if link.incarnation is not None and hello.incarnation <= link.incarnation:
+            due_s = link.registered_s + REGISTER_AGAIN_S
+            if not hello.credit_address and time.monotonic() >= due_s:
+                self._register(agent, link)
             return
-        link.incarnation = incarnation
-        log.info("agent met name=%s incarnation=%d", agent, incarnation)
+        link.incarnation = hello.incarnation
+        log.info("agent met name=%s incarnation=%d", agent, hello.incarnation)
+        self._register(agent, link)
+        self._on_incarnation(agent, hello.incarnation)
+
+    def _register(self, agent: str, link: _Link) -> None:
+        link.registered_s = time.monotonic()
         self._transmit(agent, self._hello)
-        self._on_incarnation(agent, incarnation)
 
     def _transmit(self, agent: str, message: Message) -> None:
         link = self._links.get(agent)

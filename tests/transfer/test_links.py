@@ -14,6 +14,7 @@ from common.ids import Incarnation
 from common.messages import AgentHello, Ping, RankMemory, RegisterEngine
 from tests.control import keys
 from tests.launch.gateway.control_stub import ControlStub
+from transfer import client
 from transfer.client import AgentLinks
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
@@ -37,6 +38,21 @@ async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.02)
+
+
+async def test_an_agent_that_knows_a_connection_no_more_is_registered_with_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client, "REGISTER_AGAIN_S", 0.5)
+    agent = Agent("a0")
+    links = AgentLinks({"a0": agent.endpoint}, keys("p0"), REGISTRATION, lambda *_: None)
+    try:
+        await until(links.linked)
+        agent.received.clear()
+        await until(lambda: agent.got(RegisterEngine) and links.linked())
+    finally:
+        links.close()
+        await agent.close()
 
 
 async def test_links_follow_the_gateways_list() -> None:
