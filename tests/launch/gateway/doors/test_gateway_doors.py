@@ -46,7 +46,7 @@ async def test_each_route_is_for_somebody() -> None:
         assert {path for path in known if not is_operators(path)} - {*OPEN} - nodes == CLIENTS
         for route in routes:
             path, method = route.path.split("{")[0], sorted(route.methods)[0]
-            others = {ABORT: ("",)}.get(path, ("", "key-r"))  # which is for both
+            others: tuple[str, ...] = {ABORT: ("",)}.get(path, ("", "key-r"))  # which is for both
             others += ("key-a",) if path in nodes else ()
             for key in ("", "key-a") if is_operators(path) else others:
                 headers = {"authorization": f"Bearer {key}"}

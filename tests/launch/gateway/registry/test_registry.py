@@ -20,7 +20,7 @@ from common.cluster.membership import (
     Role,
 )
 from launch.gateway.registry.clock import ClusterClock
-from tests.launch.gateway.nodes import StubNode, ask, told
+from tests.launch.gateway.registry.nodes import StubNode, ask, told
 from tests.launch.gateway.stubs import StubCluster, running_cluster
 
 HOUR_S = 3600.0

@@ -9,7 +9,7 @@ import pytest
 from common.cluster.membership import Role
 from launch.gateway.doors.doors import is_operators
 from tests.launch.gateway.client import GENERATE, post
-from tests.launch.gateway.nodes import StubNode
+from tests.launch.gateway.registry.nodes import StubNode
 from tests.launch.gateway.stubs import StubCluster, running_cluster
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]

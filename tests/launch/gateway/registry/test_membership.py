@@ -13,7 +13,7 @@ from common.cluster.membership import EXPIRY_S, JOIN, RENEW, Renewal, Role, Stat
 from common.samples import sample
 from launch.gateway.registry import registry as registry_module
 from tests.launch.gateway.client import GENERATE, PROMPT, keys_of, metric, post
-from tests.launch.gateway.nodes import StubNode, ask
+from tests.launch.gateway.registry.nodes import StubNode, ask
 from tests.launch.gateway.stubs import StubCluster, running_cluster
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
