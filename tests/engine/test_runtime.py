@@ -11,6 +11,7 @@ import pytest
 import torch
 import zmq
 
+from common.cluster.known import KnownAgents
 from common.ids import Incarnation, PlanId
 from common.messages import (
     AgentHello,
@@ -32,6 +33,7 @@ from common.messages import (
 from engine import runtime as runtime_module
 from engine.config import EngineConfig
 from engine.kv_memory import KvMemory
+from engine.ranks.group import CreditsAt
 from engine.report import EngineIdentity
 from engine.runtime import EngineRuntime, Host
 from engine.streams import Streams
@@ -47,8 +49,9 @@ AGENT_INCARNATION = Incarnation(9)
 class Peer:
     """A socket's other end; messages are taken by kind, others are put aside."""
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], name: str = "own") -> None:
         self._socket = socket
+        self._name = name
         self._sender: list[bytes] = []
         self._others: list[Message] = []
 
@@ -67,7 +70,7 @@ class Peer:
                 *self._sender, frame = self._socket.recv_multipart()
                 message = decode(frame)
                 if isinstance(message, Ping):
-                    self.send(AgentHello("own", AGENT_INCARNATION, "h:2"))
+                    self.send(AgentHello(self._name, AGENT_INCARNATION, "h:2"))
                 else:
                     self._others.append(message)
         raise AssertionError(f"no {kind.__name__}, but {self._others}")
@@ -192,6 +195,29 @@ def test_a_job_that_an_agent_does_not_know_is_over(engine, peers):
     wait_until(lambda: len(engine.jobs) == 0)
     assert engine.persister.stored_blocks_total == 0
     agent.take(RegisterEngine)
+
+
+def test_agents_that_come_and_go_are_linked_to_and_forgotten(engine, peers, tmp_path):
+    gateway, own = peers
+    engine.credits_at["own"] = CreditsAt("own", "h:2", 4096)
+    with zmq.Context() as context:
+        socket = context.socket(zmq.ROUTER)
+        stand_in_for(socket, f"ipc://{tmp_path}/newcomer", "new")
+        newcomer = Peer(socket, "new")
+        known = {"own": f"ipc://{tmp_path}/agent", "new": f"ipc://{tmp_path}/newcomer"}
+        gateway.send(KnownAgents(5, known, complete=True))
+        assert newcomer.take(RegisterEngine).engine == "d0"
+        own.take(RegisterEngine)
+        newcomer.send(AgentHello("new", AGENT_INCARNATION, "h:3", credit_address=4096))
+        wait_until(lambda: engine.links.linked() == ["new"])
+        gateway.send(Ping())
+        hello = gateway.take(EngineHello)
+        assert (hello.heard, hello.load.linked) == (5, ["new"])
+        del known["own"]
+        gateway.send(KnownAgents(6, known, complete=True))
+        wait_until(lambda: "own" not in engine.credits_at)
+        assert engine.links.heard == 6 and engine.links.incarnation("own") is None
+        socket.close(linger=0)
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
