@@ -14,7 +14,8 @@ def refuse_unlike(
     asked: JoinRequest, nodes: Mapping[str, Node], own_settings: Mapping[str, str]
 ) -> None:
     """Raises :class:`Conflict` for settings that differ from another node's."""
-    others = {name: node.settings for name, node in nodes.items() if name != asked.name}
+    living = {name: node for name, node in nodes.items() if not node.is_gone}
+    others = {name: node.settings for name, node in living.items() if name != asked.name}
     for other, settings in {"the gateway": own_settings, **others}.items():
         for setting in sorted(settings.keys() & asked.settings.keys()):
             here, theirs = settings[setting], asked.settings[setting]

@@ -65,6 +65,8 @@ async def test_unlike_settings_are_refused_with_what_differs() -> None:
         why = await refusal(cluster, session="session-x", settings={"ranks of decode engines": "2"})
         assert "ranks of decode engines 2" in why and "d1 has 1" in why
         await joined(cluster, name="r0", settings={"model": "tiny", "of readers alone": "x"})
+        cluster.services.registry.nodes["d1"].is_gone = True
+        await joined(cluster, Role.DECODE, name="d3", settings={"ranks of decode engines": "2"})
 
 
 @pytest.mark.asyncio
