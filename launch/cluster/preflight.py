@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from common.sizes import format_size
-from common.user_files import PRIVATE_FOLDER
+from common.user_files import PRIVATE_FOLDER, private
 from launch.cluster.ports import ON_EVERY_ADDRESS
 from launch.cluster.process_record import ProcessRecord
 from launch.flags.node import NodeSettings
@@ -161,7 +161,7 @@ def _check_writable(folder: Path, option: str) -> None:
 def _lock_store(folder: Path, agent: str) -> IO[str]:
     """Two agents with the same folder would overwrite each other's blocks. Agents of one host
     share a disk, whichever command started them, but no name."""
-    lock = (folder / f".{agent}.lock").open("w")
+    lock = open(folder / f".{agent}.lock", "w", opener=private)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

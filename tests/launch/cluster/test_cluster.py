@@ -1,6 +1,7 @@
 """The command line: what it refuses, and how it says so."""
 
 import contextlib
+import os
 import socket
 import tempfile
 from pathlib import Path
@@ -120,6 +121,7 @@ def test_what_a_host_has_is_compared_with_its_own_processes_alone(tmp_path):
         locks += preflight.check(config, here)  # one disk holds the stores of several agents
     assert len(locks) == 2
     for lock in locks:
+        assert os.fstat(lock.fileno()).st_mode & 0o077 == 0
         lock.close()
 
 
