@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.cluster.config import ClusterConfig
+from launch.node.config import JoinSettings
 from launch.rollout.config import JobConfig
 from launch.settings import help_markdown
 
@@ -34,6 +35,10 @@ def test_some_page_leads_to_every_page():
     text = "".join(page.read_text() for page in PAGES)
     unnamed = [page.name for page in PAGES if f"{page.name})" not in text and page.parent != ROOT]
     assert unnamed == []
+
+
+def test_the_flags_of_a_node_are_current():
+    assert help_markdown(JoinSettings) in (ROOT / "docs" / "deploy.md").read_text()
 
 
 def test_the_rollout_flags_are_current():
