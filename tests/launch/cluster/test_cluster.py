@@ -40,8 +40,9 @@ def refused(monkeypatch, tmp_path, capsys):
 
 
 def _free_port() -> int:
-    """One below the ephemeral range, with room for a cluster's other ports above it."""
-    for port in range(21000, 30000, 400):
+    """One below the ephemeral range, with room for a cluster's other ports above it; each test
+    process looks from another one on."""
+    for port in range(21000 + os.getpid() % 16 * 400, 30000, 400):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)):
                 return port
