@@ -75,12 +75,13 @@ class ControlPlane:
         self.members.close()
 
     def expected(self) -> bool:
-        """Whether every role has an engine that is not drained, so that it serves once it lives; or
-        may have one: nodes have had no time yet to tell this gateway that they are there."""
-        engines, drained = self.members.engines, self.scheduler.drained
+        """Whether every role has an engine that serves once it lives, or is back: not one that is
+        drained; or may have one: nodes have had no time yet to tell this gateway that they are
+        there."""
+        engines, drained = self.members.engines, self.scheduler.drained - self.members.missed
         if len({engine.address.role for engine in engines.values()}) < 2:
             return not self.known.is_complete
-        roles = {e.address.role for n, e in self.members.engines.items() if n not in drained}
+        roles = {e.address.role for n, e in engines.items() if n not in drained}
         return len(roles) == 2
 
     def pairs(self) -> int:

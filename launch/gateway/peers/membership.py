@@ -28,6 +28,8 @@ class Membership:
         self._keys = Keys(GATEWAY, config.control_secret)
         self.agents: dict[str, AgentPeer] = {}
         self.engines: dict[str, EnginePeer] = {}
+        self.missed: set[str] = set()
+        """Agents and engines of nodes whose leases have run out: they may come back."""
         for name, endpoint in config.agents.items():
             self.add_agent(name, endpoint)
         for address in config.engines:
@@ -48,6 +50,7 @@ class Membership:
 
     def pop(self, name: str) -> AgentPeer | EnginePeer | None:
         """Who had the name until now; its connection is the caller's to close."""
+        self.missed.discard(name)
         return self.engines.pop(name, None) or self.agents.pop(name, None)
 
     def peers(self) -> list[AgentPeer | EnginePeer]:

@@ -50,6 +50,11 @@ class Node:
         return not self.has_lease and self.state is State.DRAINING
 
     @property
+    def is_missed(self) -> bool:
+        """It may come back."""
+        return self.is_gone and self.state is State.SERVING
+
+    @property
     def gets_nothing_new(self) -> bool:
         return self.is_gone or self.state is State.DRAINING
 

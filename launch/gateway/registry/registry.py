@@ -193,8 +193,10 @@ class Registry:
         self._hold(node)
 
     def _hold(self, node: Node) -> None:
+        missed = self._members.missed
         for name in node.names:
             self._orders.hold(name, node.gets_nothing_new)
+            (missed.add if node.is_missed else missed.discard)(name)
 
     def _drop(self, names: list[str]) -> None:
         self._roster.remove(names)

@@ -126,6 +126,24 @@ async def test_a_silent_node_is_drained_taken_back_and_forgotten() -> None:
         assert status == 404 and "join again" in answer["error"]["message"]
 
 
+async def test_requests_wait_for_a_node_whose_lease_has_run_out() -> None:
+    async with cluster_and((Role.DECODE, "d7")) as (cluster, node):
+        registry, ahead_s = cluster.services.registry, 0.0
+        real = registry._now
+        registry._now = lambda: real() + ahead_s
+        await node.join()
+        await node.lives()
+        cluster.services.orders.drain("d0", True)
+        ahead_s = EXPIRY_S + 1
+        await cluster.until(lambda: registry.nodes["d7"].is_gone)
+        asked = asyncio.create_task(traces(cluster, 1))
+        await cluster.until(lambda: cluster.services.outage.waiting == 1)
+        await node.renew()
+        assert [trace["decode"] for trace in await asked] == ["d7"]
+        await node.renew(State.DRAINING)
+        assert not cluster.services.plane.expected()
+
+
 async def test_an_operators_drain_outlasts_a_nodes_own() -> None:
     async with cluster_and((Role.DECODE, "d7")) as (cluster, node):
         await node.join()
