@@ -19,7 +19,7 @@ import yaml
 
 from common.user_files import write_private
 from launch.flags.gateway import lone_gateway
-from launch.node.config import load_config
+from launch.node.config import NodeConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))
@@ -80,11 +80,15 @@ def pods() -> Iterator[tuple[str, dict[str, Any]]]:
 PODS = dict(pods())
 
 
-def arguments(role: str) -> list[str]:
+def arguments(role: str, hosts: dict[str, str] | None = None) -> list[str]:
+    """``hosts``: what LeaderWorkerSet adds to a container's environment."""
     (container,) = PODS[role]["containers"]
     module, *flags = container["args"]
     assert module == ("launch.gateway" if role == "gateway" else "launch.node")
-    return [flag.replace("$(POD_IP)", POD_IP) for flag in flags]
+    known = {"POD_IP": POD_IP, "GROUP_INDEX": "3"}
+    own = {variable["name"]: known[variable["name"]] for variable in container["env"]}
+    values = {**own, **(hosts or {})}  # an unknown name fails: Kubernetes would leave it as it is
+    return [re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], flag) for flag in flags]
 
 
 # ---- what they are ------------------------------------------------------------------------------
@@ -120,14 +124,36 @@ def test_the_gateway_takes_its_arguments(tmp_path: Path):
     assert (config.host, config.port) == (POD_IP, container["ports"][0]["containerPort"])
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode", "reader"])
-def test_a_node_takes_its_arguments_and_its_profile(role: str, tmp_path: Path):
+def node_of(role: str, tmp_path: Path, hosts: dict[str, str] | None = None) -> NodeConfig:
     (profiles,) = [d for d in EVERY if d["kind"] == "ConfigMap"]
     profile = tmp_path / "nodes.yaml"
     profile.write_text(profiles["data"]["nodes.yaml"])
-    flags = [f.replace("/etc/dualpath/profile/nodes.yaml", str(profile)) for f in arguments(role)]
-    config = load_config(flags)
-    assert (config.role, config.host, config.name) == (role, POD_IP, "")
+    mounted = "/etc/dualpath/profile/nodes.yaml"
+    return load_config([f.replace(mounted, str(profile)) for f in arguments(role, hosts)])
+
+
+def of_lws(size: int, worker: int) -> dict[str, str]:
+    leader = "dualpath-decode-3.dualpath-decode.default"
+    return {
+        "LWS_GROUP_SIZE": str(size),
+        "LWS_WORKER_INDEX": str(worker),
+        "LWS_LEADER_ADDRESS": leader,
+    }
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_the_hosts_of_an_engine_have_its_name_and_a_place_each(role: str, tmp_path: Path):
+    first, second = (node_of(role, tmp_path, of_lws(2, worker)) for worker in (0, 1))
+    assert first.name == second.name == f"{role}-3"
+    assert (first.nnodes, first.node_rank, second.node_rank) == (2, 0, 1)
+    assert first.dist_init_addr.startswith(of_lws(2, 0)["LWS_LEADER_ADDRESS"])
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode", "reader"])
+def test_a_node_takes_its_arguments_and_its_profile(role: str, tmp_path: Path):
+    config = node_of(role, tmp_path, of_lws(1, 0))
+    assert (config.role, config.host, config.nnodes) == (role, POD_IP, 1)
+    assert role == "reader" or config.prefill_args and config.decode_args
     pod = PODS[role]
     assert config.drain_timeout_s < pod["terminationGracePeriodSeconds"]
     (service,) = [d for d in EVERY if d["kind"] == "Service"]
