@@ -130,29 +130,34 @@ def test_sampling_gives_the_same_tokens_where_sglang_repeats_them(cluster, plain
 # ---- 1 and 2: from SSD after a restart, from remote after SSD is gone; the trace ---------
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_blocks_survive_kill_9_of_the_agents_and_are_read_from_ssd(cluster, plain, policy):
-    ids = prompt(2000, seed=4)
-    cluster.generate(ids)
-    cluster.wait_stored()
+def stored_prompts(cluster, policies: tuple[str, ...], seed: int) -> dict[str, list[int]]:
+    """A prompt for each policy, all of it durable."""
+    prompts = {policy: prompt(2000, seed + number) for number, policy in enumerate(policies)}
+    for ids in prompts.values():
+        cluster.generate(ids)
+        cluster.wait_stored()
+    return prompts
+
+
+def test_blocks_survive_kill_9_of_the_agents_and_are_read_from_ssd(cluster, plain):
+    prompts = stored_prompts(cluster, POLICIES, seed=40)
     cluster.restart_agents()
     cluster.flush_engines()
-    cluster.set_policy(policy)
-    answer = cluster.generate(ids)
-    assert answer.output_ids == plain(ids)
-    assert answer.cached_tokens == expected_hit(len(ids))
-    read = answer.read_bytes("ssd") + answer.read_bytes("remote")
-    assert read == expected_hit(len(ids)) // PAGE * BLOCK_BYTES
+    for policy, ids in prompts.items():
+        cluster.set_policy(policy)
+        answer = cluster.generate(ids)
+        assert answer.output_ids == plain(ids), policy
+        assert answer.cached_tokens == expected_hit(len(ids)), policy
+        read = answer.read_bytes("ssd") + answer.read_bytes("remote")
+        assert read == expected_hit(len(ids)) // PAGE * BLOCK_BYTES, policy
 
 
 def test_blocks_are_read_from_remote_when_ssd_is_gone(cluster, plain, folder):
-    for policy in ("prefill", "decode", "split", "n-way"):
-        ids = prompt(2000, seed=5)
-        cluster.generate(ids)
-        cluster.wait_stored()
-        shutil.rmtree(folder / "cluster" / "ssd", ignore_errors=True)
-        cluster.restart_agents()
-        cluster.flush_engines()
+    prompts = stored_prompts(cluster, ("prefill", "decode", "split", "n-way"), seed=50)
+    shutil.rmtree(folder / "cluster" / "ssd", ignore_errors=True)
+    cluster.restart_agents()
+    cluster.flush_engines()
+    for policy, ids in prompts.items():
         cluster.set_policy(policy)
         answer = cluster.generate(ids)
         assert answer.output_ids == plain(ids)
