@@ -39,6 +39,7 @@ def test_a_full_cluster_and_failing_requests_are_asked_again(stub, tmp_path):
     assert sum(row["turns"][0]["attempts"] - 1 for row in samples(tmp_path / "out")) == 5
 
 
+@pytest.mark.slow
 def test_a_restart_of_the_endpoint_in_mid_job(tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", text_rows(60))
     with contextlib.ExitStack() as first:
