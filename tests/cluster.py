@@ -117,11 +117,17 @@ class Cluster:
     log_dir: Path
     flags: list[str] = field(default_factory=list)
 
-    def generate(self, input_ids: list[int], timeout_s: float = 120, **fields: Any) -> Answer:
+    def generate(
+        self,
+        input_ids: list[int],
+        timeout_s: float = 120,
+        headers: dict[str, str] | None = None,
+        **fields: Any,
+    ) -> Answer:
         """One ``/generate`` with token ids; greedy unless told otherwise."""
         params = {**GREEDY, **fields.pop("sampling_params", {})}
         body = {"input_ids": input_ids, "sampling_params": params, **fields}
-        return post(f"{self.url}/generate", body, timeout_s)
+        return post(f"{self.url}/generate", body, timeout_s, headers)
 
     def set_policy(self, name: str) -> None:
         post(f"{self.url}/admin/policy", {"path_policy": name})
