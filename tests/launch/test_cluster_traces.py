@@ -12,7 +12,7 @@ BLOCK_BYTES = 8192 * PAGE
 BLOCKS = 5
 IDS = prompt(BLOCKS * PAGE + 10, seed=5)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
