@@ -147,7 +147,7 @@ async def test_a_request_outlives_the_restart_of_the_only_engine() -> None:
         await cluster.until(lambda: cluster.services.outage.waiting == 1)
         await engine.restart()
         status, _, trace = await sent
-        assert (status, trace["attempts"], trace["prefill"]) == (200, 2, "p0")
+        assert (status, trace["prefill"]) == (200, "p0") and trace["attempts"] >= 2
 
 
 async def test_an_engine_that_takes_no_plan_is_waited_for_as_well() -> None:
