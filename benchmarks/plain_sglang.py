@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.own_cluster import HOST, ClusterFailed, tail
+from launch.cluster.child import end_sessions
 from launch.cluster.layout import PAGE_TOKENS
 from launch.cluster.tensor_parallel import cpu_env
 
@@ -57,6 +58,5 @@ def plain_sglang(model: Path, port: int, log: Path, *flags: str) -> Iterator[Cal
     try:
         yield served
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        asyncio.run(end_sessions([process.pid], grace_s=0))  # and what it has in /dev/shm
         process.wait(10)

@@ -1,4 +1,4 @@
-"""Numbers and names that travel between processes, as types that mypy tells apart."""
+"""Numbers and names that travel between processes, as types that mypy tells apart; and a reason."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ Incarnation = NewType("Incarnation", int)
 """Start time of a process in ms: a greater one replaces all that came before it."""
 BoardSlot = NewType("BoardSlot", int)
 """Of a word on an engine's completion board."""
+
+PLAN_OUTDATED = "the weights were updated after this request was planned"
+"""Why an engine has aborted a request: SGLang hands on a text alone, by which the gateway knows."""
 
 TraceParent = Annotated[str, Meta(pattern="^(00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?$")]
 """W3C's: of the span that an order belongs to; empty where there is none."""

@@ -190,4 +190,4 @@ class AttemptFailed(Exception):
 
 
 class PlanStale(AttemptFailed):
-    """An engine has other weights than the plan was made for; it has not been sent the request."""
+    """An engine has other weights than the plan was made for, and has computed nothing of it."""

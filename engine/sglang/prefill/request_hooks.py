@@ -5,6 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
+from common.ids import PLAN_OUTDATED
 from engine.runtime import runtime_if_up
 from engine.sglang.border import Use
 from engine.sglang.prefill.forward_hooks import forwards
@@ -29,8 +30,8 @@ def _refuse_other_weights(req: Any) -> None:
     would take this engine's KV for that of the older weights. The gateway plans it again."""
     engine = runtime_if_up()
     if engine is not None and engine.plans.is_outdated(req.rid):
-        reason = "the weights were updated after this request was planned"
-        req.set_finish_with_abort(reason, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError")
+        unavailable = HTTPStatus.SERVICE_UNAVAILABLE
+        req.set_finish_with_abort(PLAN_OUTDATED, unavailable, "ServiceUnavailableError")
 
 
 def around_inflight(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> list[Any]:

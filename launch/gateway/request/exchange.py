@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 import aiohttp
 import msgspec
 
+from common.ids import PLAN_OUTDATED
 from common.json import JsonObject
 from common.tracing.spans import Span
-from launch.gateway.errors import AttemptFailed, EngineRefused
+from launch.gateway.errors import AttemptFailed, EngineRefused, PlanStale
 from launch.gateway.peers.engine_client import UNPROCESSABLE_STATUS, EngineClient, sse_events
 from launch.gateway.peers.peer import EnginePeer
 from launch.gateway.request.answer import Answer
@@ -116,7 +117,7 @@ class Exchange:
             excerpt = data[:500].decode(errors="replace")
             if cannot_be_met(excerpt):
                 raise EngineRefused(UNPROCESSABLE_STATUS, data)
-            raise AttemptFailed(f"{engine.name} answered {response.status}: {excerpt}")
+            raise _failure(f"{engine.name} answered {response.status}: {excerpt}")
         if not self._part.stream:
             self._check(engine, data)
             return
@@ -136,7 +137,7 @@ class Exchange:
             status = UNPROCESSABLE_STATUS
         if 400 <= status < 500:
             raise EngineRefused(status, msgspec.json.encode({"message": message}))
-        raise AttemptFailed(f"{engine.name} gave up: {message}")
+        raise _failure(f"{engine.name} gave up: {message}")
 
     # ---- D's answer -------------------------------------------------------------------
 
@@ -205,6 +206,11 @@ def _engine_errors(engine: EnginePeer) -> Iterator[None]:
         raise AttemptFailed(f"{engine.name}: {error!r}") from error
     except msgspec.DecodeError as error:
         raise AttemptFailed(f"{engine.name} sent no JSON: {error}") from error
+
+
+def _failure(what: str) -> AttemptFailed:
+    """Of an engine that has said why."""
+    return PlanStale(what) if PLAN_OUTDATED in what else AttemptFailed(what)
 
 
 def _with_input_logprobs(event: bytes, prefill_answer: EngineAnswer) -> bytes:

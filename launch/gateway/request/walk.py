@@ -168,7 +168,8 @@ class RequestWalk:
             known.note(self._fingerprint, refused=False)
         if self.answer.opened or self.answer.aborted:
             raise RequestFailed(f"failed while answering: {failure}") from failure
-        if isinstance(failure, PlanStale) and self._stale_plans < STALE_PLANS_MAX:
+        is_stale = guilt is None and isinstance(failure, PlanStale)
+        if is_stale and self._stale_plans < STALE_PLANS_MAX:
             self._stale_plans += 1
             return
         self._failures += guilt is None

@@ -14,13 +14,14 @@ import zmq.asyncio
 
 from common import messages as m
 from common.cluster.known import KnownAgents, KnownEngines
-from common.ids import Incarnation
+from common.ids import PLAN_OUTDATED, Incarnation
 from tests.control import stand_in_for
 
 REFUSALS = {
     "400": (400, "fault 400"),
     "500": (500, "fault 500"),
     "named": (400, "request {rid} is refused"),
+    "outdated": (503, PLAN_OUTDATED),
     "grammar": (500, "Grammar accept_token failed for req {rid}"),
 }
 """Status and message of an engine's faults that are errors in the shape of SGLang's."""

@@ -354,6 +354,15 @@ async def test_a_request_outlasts_several_updates_of_weights(updates: int, statu
         assert said == status and trace["attempts"] == len(set(refused)) + (status == 200)
 
 
+@pytest.mark.parametrize("body", [GENERATE, {**GENERATE, "stream": True}])
+async def test_an_update_after_the_plan_was_taken_is_no_failure_either(body: dict) -> None:
+    async with cluster_of() as cluster:
+        (engine,) = cluster.prefills
+        engine.faults = ["outdated", "500", "outdated"]
+        status, _, trace = await post(cluster, "/generate", body)
+        assert (status, trace["attempts"]) == (200, 4)
+
+
 async def test_requests_name_the_attention_groups_of_their_engines() -> None:
     async with cluster_of() as cluster:
         for name, group in (("p0", 3), ("d0", None)):
