@@ -93,6 +93,7 @@ def create_app(config: GatewayConfig, run_folder: Path | None = None) -> FastAPI
         app.state.generate_probe = GenerateProbe(services)
         services.start()
         yield
+        await app.state.generate_probe.close()
         await services.close()
 
     app = FastAPI(lifespan=lifespan, title="DualPath", docs_url=None, redoc_url=None)

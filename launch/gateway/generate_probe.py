@@ -31,6 +31,12 @@ class GenerateProbe:
             self._running = asyncio.create_task(self._generate())
         await asyncio.shield(self._running)
 
+    async def close(self) -> None:
+        """End the request that nobody waits for any more."""
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait({self._running})
+
     async def _generate(self) -> None:
         rid = f"health-generate-{time.monotonic_ns()}"
         part = Part(
