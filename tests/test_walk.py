@@ -289,6 +289,10 @@ def test_no_request_ends_an_engine(cluster, plain):
     # It fits the pool, but not beside the room for an answer that a decode engine keeps.
     assert ask("/generate", {"input_ids": [5] * (POOL_TOKENS - 400)}) == 400
 
+    # A grammar that allows no token: nothing is left to draw from.
+    nothing = {"max_new_tokens": 4, "ebnf": "root ::= root", "top_k": 5}
+    assert ask("/generate", {"input_ids": ids, "sampling_params": nothing}) == 422
+
     @settings(max_examples=60, deadline=None, derandomize=True, database=None)
     @given(asked=REQUESTS)
     def fuzz(asked: tuple[str, dict[str, Any]]) -> None:

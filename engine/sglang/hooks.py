@@ -68,6 +68,12 @@ EVERY_ENGINE = (
         "a scheduler that ends itself says what it was at work on",
     ),
     Hook(
+        "sampling.sampling_batch_info.SamplingBatchInfo._apply_post_grammar_logits_transforms",
+        "after",
+        "engine.sglang.sampling_hooks:after_grammar",
+        "where a grammar allows no token, drawing one from the probabilities ends the engine",
+    ),
+    Hook(
         _COMPONENTS + "request_receiver.SchedulerRequestReceiver._broadcast_reqs_across_ranks",
         "around",
         "engine.sglang.rank_hooks:around_broadcast",

@@ -20,6 +20,7 @@ USES = (
     Use("managers.io_struct.TokenizedGenerateReqInput.rid", "the request that was coming in"),
     Use(_SCHEDULER + "process_input_requests", "its `recv_req` is coming in"),
     Use(_SCHEDULER + "run_batch", "its `batch` is being computed"),
+    Use(_SCHEDULER + "launch_batch_sample_if_needed", "its `cur_batch` gets its tokens"),
     Use(_SCHEDULER + "process_batch_result", "the results of its `batch` are being looked at"),
     Use("managers.schedule_batch.ScheduleBatch.prepare_for_extend", "a batch is formed: `self`"),
     Use("managers.schedule_batch.ScheduleBatch.prepare_for_decode", "a batch goes on: `self`"),
@@ -30,6 +31,7 @@ USES = (
 LOCALS = {
     "process_input_requests": "recv_req",
     "run_batch": "batch",
+    "launch_batch_sample_if_needed": "cur_batch",
     "process_batch_result": "batch",
     "prepare_for_extend": "self",
     "prepare_for_decode": "self",
