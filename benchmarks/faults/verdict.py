@@ -21,6 +21,9 @@ AFTERMATH_S = 45.0
 waits 30 s for a sign of life."""
 POISON = "This request ends the engine"
 """What the gateway says of a request that was at two engines when they died."""
+STOPPING = "the gateway is stopping"
+"""What it says of one that was waiting when the gateway was to end: a supervisor that does not come
+up ends what it has started."""
 DURABLE_TIERS = ("ssd", "remote")
 GROWTH_MAX = 1.1
 """Of memory."""
@@ -75,7 +78,7 @@ def unexcused(records: Records) -> list[Answer]:
 def _excused(records: Records, answer: Answer) -> bool:
     if answer.outcome == REFUSED:
         return POISON in answer.says and _engines_ended(records, answer) >= 2
-    if answer.outcome == BROKEN:
+    if answer.outcome == BROKEN or STOPPING in answer.says:
         return _overlaps(records, answer, ("gateway", "supervisor"))
     if answer.stream and answer.says.startswith("200"):  # after the first token
         engines = {answer.trace.get("prefill", ""), answer.trace.get("decode", "")}

@@ -163,7 +163,8 @@ def test_a_role_is_lacking_after_the_engine_wait_only():
 def test_errors_count_unless_an_engine_lacked_or_the_stream_was_cut():
     records = Records(engine_wait_s=2.0, engines=["d0"], looks=looks(*[(2, 1)] * 40))
     cut = answer(ERROR, stream=True, says="200 {}", trace={"prefill": "p0", "decode": "d0"})
-    records.answers = [answer(ERROR, says="502"), cut, answer(BROKEN)]
+    stopping = answer(ERROR, says="503 the gateway is stopping")
+    records.answers = [answer(ERROR, says="502"), cut, answer(BROKEN), stopping]
     assert unexcused(Records(0.0, [], answers=[answer(REFUSED)]))
     assert unexcused(records) == records.answers
     records.faults = [Done("kill", "d0/scheduler", 99, 99, ""), Done("kill", "gateway", 99, 99, "")]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from launch.flags.gateway import lone_gateway
 from launch.settings import BadConfig
+from tests.launch.gateway.control_stub import free_port
 from transfer.control.keys import ENGINE_HTTP, derived
 
 SECRET = "s" * 32
@@ -37,3 +46,42 @@ def test_without_the_secret_it_does_not_start(secret_file):
     secret_file.chmod(0o644)
     with pytest.raises(BadConfig, match="open to others"):
         lone_gateway([f"--cluster-secret-file={secret_file}"])
+
+
+def answer(url: str, body: bytes | None = None) -> tuple[int, bytes]:
+    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def wait_for(url: str, text: bytes) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if text in answer(url)[1]:
+                return
+        except OSError:
+            pass  # it does not listen yet
+        time.sleep(0.1)
+    raise TimeoutError(url)
+
+
+def test_a_request_that_waits_is_told_that_the_gateway_stops(secret_file):
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    argv = [sys.executable, "-m", "launch.gateway", "--port", str(port)]
+    gateway = subprocess.Popen([*argv, f"--cluster-secret-file={secret_file}"])
+    try:
+        wait_for(f"{url}/metrics", b"dualpath:")
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(answer, f"{url}/generate", b'{"text": "hello"}')
+            wait_for(f"{url}/metrics", b"dualpath:requests_without_engine 1.0")
+            gateway.send_signal(signal.SIGTERM)
+            status, body = asked.result(60)
+        assert (status, json.loads(body)["error"]["message"]) == (503, "the gateway is stopping")
+        assert gateway.wait(60) in (0, -signal.SIGTERM)
+    finally:
+        gateway.kill()
+        gateway.wait()

@@ -73,6 +73,8 @@ async def serve(services: Services, path: str, request: Request) -> Response:
         return error_response(error, walks[0].trace)
     except ClientGone:
         return Response(status_code=CLIENT_GONE_STATUS)
+    except asyncio.CancelledError:  # by uvicorn: the gateway ends, and has waited long enough
+        return error_response(Unavailable("the gateway is stopping"), walks[0].trace)
     finally:
         if not streaming:
             _cancel(walks)
