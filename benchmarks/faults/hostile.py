@@ -75,6 +75,7 @@ KNOWN = (
     _sampled(regex="(" * 5000),
     _sampled(regex="(a|aa)*" * 200 + "b"),
     _sampled(ebnf="root ::= root"),
+    _sampled(ebnf="root ::= root", top_k=5),
     _sampled(custom_params={"x": "y"}),
     _sampled(n=100_000),
     ("/abort_request", {"rid": ""}),
