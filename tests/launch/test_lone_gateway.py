@@ -17,7 +17,7 @@ import pytest
 
 from launch.flags.gateway import lone_gateway
 from launch.settings import BadConfig
-from tests.launch.gateway.control_stub import free_port
+from tests.common.ports import free_port
 from transfer.control.keys import ENGINE_HTTP, derived
 
 SECRET = "s" * 32

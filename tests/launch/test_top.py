@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from launch.top import main, render
+from tests.common.ports import free_port
 from tests.launch.gateway.client import GENERATE, post
-from tests.launch.gateway.control_stub import free_port
 from tests.launch.gateway.stubs import running_cluster as cluster_of
 
 VIEWS = json.loads((Path(__file__).parent / "cluster_views.json").read_text())

@@ -18,6 +18,7 @@ from launch.cluster import supervisor as supervisor_module
 from launch.cluster.child import session_members
 from launch.cluster.process_record import HealthCheck, ProcessRecord
 from launch.cluster.supervisor import Numbers, Start, StartFailed, Supervisor
+from tests.common.ports import free_port
 
 STAND_IN = """
 import http.server, os, signal, subprocess, sys, threading, time
@@ -74,12 +75,6 @@ class Recorder:
         self.restarts.append((name, reason, delay_s))
 
     def stopping(self, reason): ...
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def stand_in(

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import random
-import socket
 from typing import Any
 
 import zmq
@@ -15,6 +12,7 @@ import zmq.asyncio
 from common import messages as m
 from common.cluster.known import KnownAgents, KnownEngines
 from common.ids import PLAN_OUTDATED, Incarnation
+from tests.common.ports import free_port
 from tests.control import stand_in_for
 
 REFUSALS = {
@@ -27,16 +25,6 @@ REFUSALS = {
 """Status and message of an engine's faults that are errors in the shape of SGLang's."""
 
 _incarnations = itertools.count(1)
-_PORTS = range(16384, 20000)
-
-
-def free_port() -> int:
-    """Below the ports that the kernel gives to outgoing connections, which could take it again."""
-    for port in random.sample(_PORTS, len(_PORTS)):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError(f"no free port in {_PORTS}")
 
 
 class ControlStub:

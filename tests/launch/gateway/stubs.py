@@ -27,9 +27,10 @@ from launch.gateway.app import create_app
 from launch.gateway.config import GatewayConfig
 from launch.gateway.listening import listen
 from scheduler.options import SchedulerOptions
+from tests.common.ports import free_port
 from tests.control import SECRET
 from tests.launch.gateway.agent_stub import NAMESPACE, StubAgent
-from tests.launch.gateway.control_stub import REFUSALS, ControlStub, free_port
+from tests.launch.gateway.control_stub import REFUSALS, ControlStub
 
 WORDS = ["one ", "two ", "three"]
 BOUNDS = m.ModelBounds(vocabulary_tokens=1 << 21, context_tokens=4096, prompt_tokens_max=4000)

@@ -14,7 +14,7 @@ import pytest
 from launch.access import Access
 from launch.rollout.config import load_config
 from launch.settings import BadConfig
-from tests.launch.gateway.control_stub import free_port
+from tests.common.ports import free_port
 from tests.launch.rollout import stub as rollout_stub
 from tests.launch.rollout.jobs import keys, samples, text_rows, wait_until, write_jsonl
 

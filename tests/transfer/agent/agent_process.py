@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from common.messages import (
 )
 from common.process_settings import INCARNATION, SECRETS
 from common.user_files import write_private
+from tests.common.ports import free_port
 from tests.control import SECRET, join
 from tests.transfer.agent.fake_engine import LAYOUT, ROOT, key_of
 from transfer.agent.config import AgentConfig
@@ -36,12 +36,6 @@ from transfer.control.senders import GATEWAY
 
 SLOT_BYTES = -(-LAYOUT.block_bytes // 4096) * 4096
 M = TypeVar("M", bound=Message)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class AgentProcess:

@@ -24,8 +24,8 @@ from launch.gateway.config import GatewayConfig
 from launch.gateway.doors.keys import read_keys
 from launch.gateway.doors.settings import DoorKeys, DoorSettings
 from launch.rollout.client import Client
+from tests.common.ports import free_port
 from tests.control import SECRET
-from tests.launch.gateway.control_stub import free_port
 
 pytestmark = [
     pytest.mark.slow,
