@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from common.ids import Incarnation, PlanId
+from common.messages.codec import PROTOCOL
 
 JOIN = "/membership/join"
 RENEW = "/membership/renew"
@@ -25,6 +26,8 @@ TOKEN_PURPOSE = "join"
 RENEW_S = 3.0
 EXPIRY_S = 10.0
 """After so long without a renewal a node's members get nothing new."""
+SAME_PROTOCOL = {"protocol": PROTOCOL.decode()}
+"""Of :attr:`JoinRequest.settings`: what the gateway itself has, too."""
 ENGINES_MAX = 64
 """Attention groups of one node's engine."""
 

@@ -18,18 +18,19 @@ from typing import IO
 from common.cluster.membership import TOKEN_PURPOSE, HostOfGroup, Joined, JoinRequest, Role
 from launch.access import Access
 from launch.cluster import preflight
-from launch.cluster.console import ConsoleReporter, make_node_summary
+from launch.cluster.console import make_node_summary
 from launch.cluster.hardware import Hardware, detect
 from launch.cluster.process_record import ProcessRecord
 from launch.cluster.supervise import supervise
 from launch.cluster.supervisor import Start, StartFailed
 from launch.flags.shared import cluster_secret
 from launch.models.resolve import resolve_model
-from launch.node.address import network_of, own_address
+from launch.node.address import first_host, network_of, own_address
 from launch.node.config import NodeConfig, load_config
 from launch.node.lease import Lease, Refused, Unreachable, new_session
 from launch.node.numbers import GrantedNumbers
 from launch.node.records import alike, node_layout, node_members, node_records
+from launch.node.reporter import NodeReporter
 from launch.settings import BadConfig, help_markdown
 from transfer.control.keys import derived
 
@@ -49,11 +50,6 @@ def main(argv: Sequence[str]) -> int:
         return 2 if isinstance(error, BadConfig) else 1
 
 
-class _Reporter(ConsoleReporter):
-    def stopping(self, reason: str) -> None:
-        self.console.print(f"{reason}: draining; a second signal ends everything at once")
-
-
 class _Node:
     """One host's part of a cluster. Raises :class:`BadConfig` where it cannot work."""
 
@@ -68,12 +64,16 @@ class _Node:
             config = replace(config, peers_from=",".join(networks))
         self.config = config
         self.secret = cluster_secret(config)
+        self.first_host = ""
+        """Of the engine's ranks, where they are on several hosts."""
 
     async def run(self) -> int:
         config, waiting = self.config, asyncio.current_task()
         assert waiting is not None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # until the supervisor's are
             asyncio.get_running_loop().add_signal_handler(number, waiting.cancel)
+        if config.nnodes > 1:
+            await self._find_first_host()
         request = JoinRequest(
             role=Role(config.role),
             session=new_session(),
@@ -92,13 +92,22 @@ class _Node:
             await lease.leave()
             await lease.close()
 
+    async def _find_first_host(self) -> None:
+        config = self.config
+        self.first_host = await first_host(config.dist_init_addr, config.start_timeout_s)
+        if not config.node_rank and self.first_host != self.host:
+            raise BadConfig(
+                f"--dist-init-addr {config.dist_init_addr} is not at --host {self.host}: give the "
+                "address of host 0 that the other hosts reach."
+            )
+
     async def _serve(self, lease: Lease, joined: Joined) -> int:
         config = self._named(joined)
-        layout = node_layout(config, self.model, self.hardware, self.host)
+        layout = node_layout(config, self.model, self.hardware, self.host, self.first_host)
         records = node_records(layout, self.secret, joined)
         locks = preflight.check(config, records)
         title = f"DualPath node {joined.name} ({config.role}) on {self.host}"
-        reporter = _Reporter(config, f"{joined.name} serves; SIGTERM drains and ends it")
+        reporter = NodeReporter(config, [record.name for record in records])
         reporter.console.print(make_node_summary(title, config, self.hardware, self.model, records))
         lease.tell(node_members(layout, self.secret))
         try:
@@ -119,7 +128,7 @@ class _Node:
         lease: Lease,
         joined: Joined,
         records: list[ProcessRecord],
-        reporter: ConsoleReporter,
+        reporter: NodeReporter,
     ) -> None:
         """Until a signal, or until the lease is refused."""
         config = self._named(joined)

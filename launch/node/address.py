@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import ipaddress
+import logging
 import os
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from launch.settings import BadConfig
 
+log = logging.getLogger(__name__)
+
+RESOLVE_AGAIN_S = 3.0
 _SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
 _NAME_BYTES_MAX = 15
 HOST_VARIABLE = "SGLANG_HOST_IP"
@@ -31,6 +37,21 @@ def own_address(asked: str, gateways: Sequence[str]) -> str:
             "this host that the other hosts reach."
         ) from error
     return address
+
+
+async def first_host(meeting: str, timeout_s: float) -> str:
+    """Address of the host in ``HOST:PORT``, whose name may lead nowhere yet, as that of a Pod that
+    starts. Raises :class:`BadConfig` after ``timeout_s``."""
+    name, give_up_at = meeting.rpartition(":")[0], time.monotonic() + timeout_s
+    while True:
+        try:
+            return await asyncio.to_thread(_resolved, name)
+        except OSError as error:
+            trouble = f"--dist-init-addr {name}: {error.strerror}."
+            if time.monotonic() > give_up_at:
+                raise BadConfig(trouble) from error
+            log.warning("waiting for a name: %s", trouble)
+        await asyncio.sleep(RESOLVE_AGAIN_S)
 
 
 def network_of(address: str) -> str:

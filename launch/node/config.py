@@ -11,7 +11,7 @@ from pathlib import Path
 from common.cluster.membership import Role
 from common.json import JsonObject
 from launch import settings
-from launch.flags.forms import NAMES
+from launch.flags.forms import URLS
 from launch.flags.node import NodeSettings, check_node
 from launch.flags.shared import check_numbers
 from launch.settings import (
@@ -31,6 +31,8 @@ from launch.settings import (
 EVERYBODY = "all"
 """Section of a profile that is for nodes of every role."""
 ROLES = tuple(role.value for role in Role)
+POOLS = "pools"
+"""How many nodes there are of each kind: for whoever starts them (:mod:`launch.ray.profile`)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class JoinSettings:
         (),
         "URL of the gateway, or URLs of several, comma-separated, of which the first that answers "
         "is joined.",
-        NAMES,
+        URLS,
     )
     role: str = setting("", "What the node is for; a reader is an agent alone.", choice(ROLES))
     name: str = setting(
@@ -81,6 +83,12 @@ class JoinSettings:
         "After SIGTERM, requests and writes to storage have so long to finish.",
         SECONDS,
     )
+    ready_file: str = setting(
+        "",
+        "File that is there while all of the node's processes serve and it does not drain, for "
+        "whoever has started it to look at.",
+        text("FILE"),
+    )
 
 
 @dataclass(frozen=True)
@@ -93,11 +101,6 @@ class NodeConfig(NodeSettings, JoinSettings):
         check_numbers(self)
         check_node(self)
         require(bool(self.join), "--join is needed: give the URL of the gateway.")
-        for url in self.join:
-            require(
-                url.startswith(("http://", "https://")),
-                f"--join {url}: give a URL such as http://10.0.0.1:30000.",
-            )
         require(
             bool(self.cluster_secret_file),
             "--cluster-secret-file is needed: give the file that the gateway was given.",
@@ -147,14 +150,18 @@ def load_config(argv: Sequence[str]) -> NodeConfig:
 
 def read_profile(path: Path, role: str) -> JsonObject:
     """The settings that are for nodes of a role."""
-    sections = load_file(path, "--profile") or {}
-    if not isinstance(sections, dict) or not sections.keys() <= {EVERYBODY, *ROLES}:
+    return profile_settings(load_file(path, "--profile") or {}, role, f"--profile {path}")
+
+
+def profile_settings(sections: object, role: str, where: str) -> JsonObject:
+    """Likewise, in what a profile says."""
+    if not isinstance(sections, dict) or not sections.keys() <= {EVERYBODY, POOLS, *ROLES}:
         raise BadConfig(
-            f"--profile {path}: expected sections of settings, {EVERYBODY} or {', '.join(ROLES)}."
+            f"{where}: expected sections of settings, {EVERYBODY} or {', '.join(ROLES)}."
         )
     found = JsonObject()
     for section in (EVERYBODY, role):
-        found |= parsed(NodeConfig, sections.get(section) or {}, f"--profile {path}: {section}")
+        found |= parsed(NodeConfig, sections.get(section) or {}, f"{where}: {section}")
     return found
 
 

@@ -37,6 +37,7 @@ from common.cluster.membership import (
 )
 from common.ids import Incarnation
 from launch.access import Access
+from launch.gateways import Gateways
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Lease:
     """Of one node. Lives in one asyncio loop; :meth:`close` ends its connections."""
 
     def __init__(self, urls: Sequence[str], access: Access, request: JoinRequest) -> None:
-        self._urls = list(urls)
+        self._gateways = Gateways(urls)
         self._access = access
         self._request = request
         # A Service's name leads elsewhere once its Pod is another: it is asked for each time.
@@ -155,7 +156,7 @@ class Lease:
         try:
             return await self._post(RESTART, RestartRequest(self.joined.lease, ended), Restarted)
         except (Unreachable, Refused, _Unknown) as error:
-            log.warning("numbers of a start are this node's own: %s", error)
+            log.warning("the gateway gives no numbers for a start: %s", error)
             return None
 
     async def leave(self) -> None:
@@ -190,17 +191,16 @@ class Lease:
         self._heard.set()
 
     async def _post(self, path: str, body: msgspec.Struct, answer: type[Answer]) -> Answer:
-        """At the first gateway that answers, which is asked first from then on."""
+        """At the first gateway that answers."""
         trouble = "none was asked"
-        for url in list(self._urls):
+        for url in self._gateways:
             try:
-                status, content, again = await self._post_to(url.rstrip("/") + path, body)
+                status, content, again = await self._post_to(url + path, body)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 trouble = f"{url}: {type(error).__name__} {error}"
                 continue
             if status == 200:
-                self._urls.remove(url)
-                self._urls.insert(0, url)
+                self._gateways.answered(url)
                 self.heard_s = time.monotonic()
                 return msgspec.json.decode(content, type=answer)
             reason = f"{url}: {_message(content)}"

@@ -35,6 +35,9 @@ class GrantedNumbers(Numbers):
             self._lease.started(start.incarnation, start.turn)
         return start
 
+    def may_end_for_others(self, record: ProcessRecord) -> bool:
+        return bool(record.together)
+
     async def overtaken(self, record: ProcessRecord, start: Start) -> str:
         """Of an engine over several hosts: another host's ranks have ended."""
         while not record.together or self._lease.wanted <= start.incarnation:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 
-from common.cluster.membership import AgentAddress, Joined, NodeMembers, Role
-from common.messages import PROTOCOL
+from common.cluster.membership import SAME_PROTOCOL, AgentAddress, Joined, NodeMembers, Role
 from engine.model_digest import NoWeights, model_digest
 from launch.cluster.hardware import Hardware
 from launch.cluster.layout import ENGINE_ROLES, Layout, Place, agent_name
@@ -18,8 +16,11 @@ from launch.node.config import NodeConfig
 from launch.settings import BadConfig
 
 
-def node_layout(config: NodeConfig, model: Path, hardware: Hardware, host: str) -> Layout:
-    """Of a node with the name that it has by now. Raises :class:`BadConfig`."""
+def node_layout(
+    config: NodeConfig, model: Path, hardware: Hardware, host: str, first_host: str = ""
+) -> Layout:
+    """Of a node with the name that it has by now; ``first_host`` is that of the first ranks, where
+    there are several. Raises :class:`BadConfig`."""
     place = Place(Role(config.role), host, config.bind_host)
     if config.nnodes == 1:
         return Layout(config, model, hardware, {config.name: place})
@@ -30,17 +31,9 @@ def node_layout(config: NodeConfig, model: Path, hardware: Hardware, host: str) 
         config = replace(config, decode_args=(*config.decode_args, *spread))
     if not config.node_rank:
         return Layout(config, model, hardware, {config.name: place})
-    first = Place(place.role, _first_host(config), is_elsewhere=True)
+    first = Place(place.role, first_host, is_elsewhere=True)
     place = place._replace(engine=config.name, rank=config.node_rank)
     return Layout(config, model, hardware, {config.name: first, config.node: place})
-
-
-def _first_host(config: NodeConfig) -> str:
-    name = config.dist_init_addr.rpartition(":")[0]
-    try:
-        return socket.gethostbyname(name)
-    except OSError as error:
-        raise BadConfig(f"--dist-init-addr {name}: {error.strerror}.") from error
 
 
 def _own(layout: Layout) -> tuple[str, Place]:
@@ -67,10 +60,12 @@ def node_members(layout: Layout, secret: str) -> NodeMembers:
 
 def alike(config: NodeConfig, model: Path, hardware: Hardware) -> dict[str, str]:
     """What has to be so at all nodes of a cluster."""
-    found = {"protocol": PROTOCOL.decode(), "--transfer": hardware.transfer}
+    found = {**SAME_PROTOCOL, "--transfer": hardware.transfer}
     role = Role(config.role)
     if role is Role.READER:
         return found
+    if config.nnodes > 1:
+        found[f"--nnodes of {config.name}"] = str(config.nnodes)
     window = config.prefill_layer_window
     found["model"] = _digest(model)
     found["--prefill-layer-window"] = "all" if window is None else str(window)

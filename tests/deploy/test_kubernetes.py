@@ -78,6 +78,7 @@ def pods() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 PODS = dict(pods())
+NODES = ("prefill", "decode", "reader")
 
 
 def arguments(role: str, hosts: dict[str, str] | None = None) -> list[str]:
@@ -122,6 +123,22 @@ def test_the_gateway_takes_its_arguments(tmp_path: Path):
     config = lone_gateway(flags)
     (container,) = PODS["gateway"]["containers"]
     assert (config.host, config.port) == (POD_IP, container["ports"][0]["containerPort"])
+    assert config.standby_of == gateway_urls()
+
+
+def gateway_urls() -> tuple[str, ...]:
+    """Of each gateway's pod, by the name that its StatefulSet and its Service give it."""
+    (gateways,) = [d for d in EVERY if d["kind"] == "StatefulSet"]
+    spec = gateways["spec"]
+    (service,) = [d for d in services() if d["metadata"]["name"] == spec["serviceName"]]
+    assert service["spec"]["clusterIP"] == "None" and service["spec"]["publishNotReadyAddresses"]
+    (port,) = service["spec"]["ports"]
+    names = [f"{gateways['metadata']['name']}-{number}" for number in range(spec["replicas"])]
+    return tuple(f"http://{name}.{spec['serviceName']}:{port['port']}" for name in names)
+
+
+def services() -> list[dict[str, Any]]:
+    return [d for d in EVERY if d["kind"] == "Service"]
 
 
 def node_of(role: str, tmp_path: Path, hosts: dict[str, str] | None = None) -> NodeConfig:
@@ -149,16 +166,14 @@ def test_the_hosts_of_an_engine_have_its_name_and_a_place_each(role: str, tmp_pa
     assert first.dist_init_addr.startswith(of_lws(2, 0)["LWS_LEADER_ADDRESS"])
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode", "reader"])
+@pytest.mark.parametrize("role", NODES)
 def test_a_node_takes_its_arguments_and_its_profile(role: str, tmp_path: Path):
     config = node_of(role, tmp_path, of_lws(1, 0))
     assert (config.role, config.host, config.nnodes) == (role, POD_IP, 1)
     assert role == "reader" or config.prefill_args and config.decode_args
     pod = PODS[role]
     assert config.drain_timeout_s < pod["terminationGracePeriodSeconds"]
-    (service,) = [d for d in EVERY if d["kind"] == "Service"]
-    (port,) = service["spec"]["ports"]
-    assert config.join == (f"http://{service['metadata']['name']}:{port['port']}",)
+    assert config.join == gateway_urls()
     mounts = {m["mountPath"] for m in pod["containers"][0]["volumeMounts"]}
     folders = [*map(str, config.ssd_dir), str(Path(config.cluster_secret_file).parent)]
     assert mounts >= set(folders)
@@ -180,11 +195,32 @@ def test_readiness_is_health_and_liveness_is_not():
     assert container["readinessProbe"]["httpGet"]["path"] == "/health"
     assert container["livenessProbe"].keys() & {"httpGet", "exec"} == set()
     assert container["lifecycle"]["preStop"]
+    (clients,) = [d for d in services() if d["metadata"]["name"] == "dualpath"]
+    assert "publishNotReadyAddresses" not in clients["spec"], "clients reach the active one alone"
 
 
-def test_whoever_may_be_evicted_has_a_budget():
+@pytest.mark.parametrize("role", NODES)
+def test_a_node_is_ready_while_it_serves(role: str, tmp_path: Path):
+    config = node_of(role, tmp_path, of_lws(1, 0))
+    (container,) = PODS[role]["containers"]
+    assert container["readinessProbe"]["exec"]["command"] == ["test", "-e", config.ready_file]
+    assert "livenessProbe" not in container, "launch.node itself starts again what hangs"
+
+
+def test_nothing_waits_for_the_standby_to_be_ready():
+    (gateways,) = [d for d in EVERY if d["kind"] == "StatefulSet"]
+    assert gateways["spec"]["podManagementPolicy"] == "Parallel"
+    assert gateways["spec"]["updateStrategy"]["type"] == "OnDelete"
+    affinity = PODS["gateway"]["affinity"]["podAntiAffinity"]
+    (apart,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]
+    labels = gateways["spec"]["template"]["metadata"]["labels"]
+    assert apart["labelSelector"]["matchLabels"] == labels, "a drain of a host ends one of them"
+
+
+def test_nodes_are_evicted_one_at_a_time():
+    """Of gateways the standby is never ready: a budget would keep the active one for ever."""
     budgets = [d["spec"]["selector"] for d in EVERY if d["kind"] == "PodDisruptionBudget"]
-    labels = [{"app": "dualpath", "dualpath-role": role} for role in PODS]
+    labels = [{"app": "dualpath", "dualpath-role": role} for role in NODES]
     assert sorted(map(str, (b["matchLabels"] for b in budgets))) == sorted(map(str, labels))
 
 

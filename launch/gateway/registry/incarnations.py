@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from common.cluster.clock import ClusterClock
 from common.ids import Incarnation
-from launch.gateway.registry.clock import ClusterClock
 from launch.gateway.registry.node import HostsOfEngine, Node
 
 _TURNS = 1024
@@ -44,10 +44,10 @@ class Incarnations:
             self.renewed(node, incarnation)
 
     def lost(self, node: Node) -> None:
-        """It is silent. The other hosts of its engine may wait for it for ever: they are to start
-        anew."""
+        """It is silent, or has left. What began together with it is to start anew, and waits for
+        it then."""
         group = self._groups.get(node.group)
-        if group is not None:
+        if group is not None and node.rank in group.started:
             self._groups[node.group] = HostsOfEngine(
                 self._clock.next(), self._turn_after(group.turn)
             )
@@ -74,6 +74,15 @@ class Incarnations:
     def forget(self, engine: str) -> None:
         """None of its hosts is there any more."""
         self._groups.pop(engine, None)
+
+    def copied(self) -> tuple[int, dict[str, HostsOfEngine]]:
+        """The greatest number that was given, and the engines over several hosts; for a standby."""
+        return self._clock.last, self._groups
+
+    def mirror(self, last: int, groups: dict[str, HostsOfEngine]) -> None:
+        """Have the same as another gateway."""
+        self._clock.note(last)
+        self._groups = groups
 
     def _turn_after(self, turn: int) -> int:
         """Another gateway may have given other turns than this one knows of: the first is any."""

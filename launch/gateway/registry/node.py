@@ -28,6 +28,8 @@ class Node:
     group: str = ""
     """The engine that it is a host of, with others."""
     rank: int = 0
+    size: int = 1
+    """Over how many hosts its engine is spread."""
     is_gone: bool = False
     """Its lease has run out."""
 
@@ -49,10 +51,14 @@ class Node:
         """An operator had added it, and wants it no more."""
         return not self.has_lease and self.state is State.DRAINING
 
+    def silent_s(self, now_s: float) -> float:
+        """Since its last renewal; 0 of one that has no lease."""
+        return now_s - self.renewed_s if self.has_lease else 0.0
+
     @property
-    def is_missed(self) -> bool:
-        """It may come back."""
-        return self.is_gone and self.state is State.SERVING
+    def condition(self) -> str:
+        """In a word: serving, draining or gone."""
+        return "gone" if self.is_gone else self.state.value
 
     @property
     def gets_nothing_new(self) -> bool:

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 
-from common.cluster.membership import JoinRequest, NodeMembers
+from common.cluster.membership import SAME_PROTOCOL, JoinRequest, NodeMembers
 from launch.gateway.errors import Conflict
 from launch.gateway.registry.node import Node
 from transfer.control.sockets import UNIX
 
+TAKEN_RETRY_S = 2
 
-def refuse_unlike(
-    asked: JoinRequest, nodes: Mapping[str, Node], own_settings: Mapping[str, str]
-) -> None:
-    """Raises :class:`Conflict` for settings that differ from another node's."""
+
+def refuse_unlike(asked: JoinRequest, nodes: Mapping[str, Node]) -> None:
+    """Raises :class:`Conflict` for settings that differ from another node's, or the gateway's."""
     living = {name: node for name, node in nodes.items() if not node.is_gone}
     others = {name: node.settings for name, node in living.items() if name != asked.name}
-    for other, settings in {"the gateway": own_settings, **others}.items():
+    for other, settings in {"the gateway": SAME_PROTOCOL, **others}.items():
         for setting in sorted(settings.keys() & asked.settings.keys()):
             here, theirs = settings[setting], asked.settings[setting]
             if here != theirs:
                 who = asked.name or f"This {asked.role.value} node"
                 raise Conflict(
                     f"{who} has {setting} {theirs}, but {other} has {here}: all nodes of a cluster "
-                    "need the same."
+                    "need the same.",
+                    Conflict.Reason.SETTINGS,
                 )
+
+
+def refuse_living(asked: JoinRequest, known: Node | None) -> None:
+    """Raises :class:`Conflict` where the node of that name is another one, and lives."""
+    if known is not None and known.session != asked.session and not known.is_gone:
+        raise Conflict(
+            f"There is a node {known.name} already, and it lives.",
+            Conflict.Reason.NAME,
+            TAKEN_RETRY_S,
+        )
 
 
 def refuse_unreachable(endpoints: Iterable[str]) -> None:
@@ -32,7 +43,8 @@ def refuse_unreachable(endpoints: Iterable[str]) -> None:
     if any(endpoint.startswith(UNIX) for endpoint in endpoints):
         raise Conflict(
             "The first nodes of this cluster are on unix sockets of one host, where nobody else "
-            "reaches them: start the gateway alone, and each node by launch.node."
+            "reaches them: start the gateway alone, and each node by launch.node.",
+            Conflict.Reason.UNREACHABLE,
         )
 
 
@@ -48,4 +60,5 @@ def refuse_taken(
     if not static.isdisjoint((name, f"agent-{name}")):
         taken.add(name)
     if taken:
-        raise Conflict(f"Others are called {', '.join(sorted(taken))} in this cluster already.")
+        names = ", ".join(sorted(taken))
+        raise Conflict(f"Others are called {names} in this cluster already.", Conflict.Reason.NAME)

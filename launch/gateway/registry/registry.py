@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 
 from common.cluster.membership import (
     EXPIRY_S,
@@ -26,19 +26,23 @@ from launch.gateway.errors import Conflict, NotFound
 from launch.gateway.orders import Orders
 from launch.gateway.peers.membership import Membership
 from launch.gateway.peers.roster import Roster
+from launch.gateway.registry.counts import Change, NodeCounts
 from launch.gateway.registry.idle import is_idle
 from launch.gateway.registry.incarnations import Incarnations
 from launch.gateway.registry.node import Node
-from launch.gateway.registry.refusals import refuse_taken, refuse_unlike, refuse_unreachable
+from launch.gateway.registry.refusals import (
+    refuse_living,
+    refuse_taken,
+    refuse_unlike,
+    refuse_unreachable,
+)
+from launch.gateway.standby.leadership import PLANS_AHEAD
 from scheduler.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
 FORGET_S = 300.0
 """A node whose lease ran out so long ago has left."""
-TAKEN_RETRY_S = 2
-PLANS_AHEAD = 1 << 20
-"""More than another gateway can have made between a node's last renewal and its own end."""
 _LETTERS = {Role.PREFILL: "p", Role.DECODE: "d", Role.READER: "r"}
 
 
@@ -51,18 +55,16 @@ class Registry:
         roster: Roster,
         orders: Orders,
         scheduler: Scheduler,
-        settings: Mapping[str, str],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``settings``: of the processes in the gateway's own configuration."""
         self.nodes: dict[str, Node] = {}
         """By name."""
         self.incarnations = Incarnations()
+        self.counts = NodeCounts()
         self._members = members
         self._roster = roster
         self._orders = orders
         self._scheduler = scheduler
-        self._settings = dict(settings)
         self._now = now
         self._static = {peer.name for peer in members.peers()}
 
@@ -70,13 +72,13 @@ class Registry:
 
     def join(self, asked: JoinRequest) -> Joined:
         """Raises :class:`Conflict`."""
-        refuse_unlike(asked, self.nodes, self._settings)
-        refuse_unreachable(agent.endpoint for agent in self._members.agents.values())
-        name = asked.name or self._free_name(asked)
+        name = asked.name or _free_name(asked, self.nodes, self._static)
         known = self.nodes.get(name)
-        if known is not None and known.session != asked.session and not known.is_gone:
-            raise Conflict(f"There is a node {name} already, and it lives.", TAKEN_RETRY_S)
-        refuse_taken(name, asked.members, self.nodes, self._static)
+        with self.counts.refusal():
+            refuse_unlike(asked, self.nodes)
+            refuse_unreachable(agent.endpoint for agent in self._members.agents.values())
+            refuse_living(asked, known)
+            refuse_taken(name, asked.members, self.nodes, self._static)
         self.incarnations.seen(asked.incarnation)
         if asked.plan:
             planned = PlanId(asked.plan + PLANS_AHEAD)
@@ -91,6 +93,7 @@ class Registry:
             settings=asked.settings,
             group=asked.group.engine if asked.group is not None else "",
             rank=asked.group.rank if asked.group is not None else 0,
+            size=asked.group.size if asked.group is not None else 1,
             turn=max(asked.turn, known.turn if known is not None else 0),
         )
         if known is not None:
@@ -101,6 +104,7 @@ class Registry:
         else:
             self.incarnations.begin(node)
         self._update(node, asked.members, asked.state)
+        self.counts.changed(node, Change.JOINED)
         log.info("node joined node=%s role=%s names=%s", name, asked.role.value, node.names)
         agents = {name: agent.endpoint for name, agent in self._members.agents.items()}
         return Joined(
@@ -110,7 +114,8 @@ class Registry:
     def renew(self, asked: Renewal) -> Renewed:
         """Raises :class:`NotFound` for a lease that is unknown."""
         node = self._of_lease(asked.lease)
-        refuse_taken(node.name, asked.members, self.nodes, self._static)
+        with self.counts.refusal():
+            refuse_taken(node.name, asked.members, self.nodes, self._static)
         self.incarnations.renewed(node, asked.incarnation)
         node.renewed_s, node.is_gone = self._now(), False
         self._update(node, asked.members, asked.state)
@@ -126,6 +131,7 @@ class Registry:
     def leave(self, asked: LeaveRequest) -> Left:
         node = next((n for n in self.nodes.values() if n.lease == asked.lease), None)
         if node is not None:
+            self.counts.changed(node, Change.LEFT)
             self.forget(node)
         return Left()
 
@@ -135,7 +141,7 @@ class Registry:
         """A node that an operator vouches for; raises :class:`Conflict`."""
         refuse_taken(name, members, self.nodes, self._static)
         if name in self.nodes:
-            raise Conflict(f"There is a node {name} already.")
+            raise Conflict(f"There is a node {name} already.", Conflict.Reason.NAME)
         node = Node(name, role, session="", lease="", renewed_s=self._now(), has_lease=False)
         self.nodes[name] = node
         self._update(node, members, State.SERVING)
@@ -154,28 +160,47 @@ class Registry:
     def sweep(self) -> None:
         """Drain and forget the silent; call it once a second or so."""
         for node in list(self.nodes.values()):
-            silent_s = self._now() - node.renewed_s if node.has_lease else 0.0
+            silent_s = node.silent_s(self._now())
             if silent_s > EXPIRY_S and not node.is_gone:
                 log.warning("lease ran out node=%s silent_s=%.1f", node.name, silent_s)
                 node.is_gone = True
+                self.counts.changed(node, Change.EXPIRED)
                 self.incarnations.lost(node)
                 self._hold(node)
             if silent_s > FORGET_S or (node.is_let_go and self._is_idle(node)[0]):
+                self.counts.changed(node, Change.FORGOTTEN)
                 self.forget(node)
 
     def forget(self, node: Node) -> None:
         """It has left."""
         log.info("node left node=%s names=%s", node.name, node.names)
         del self.nodes[node.name]
-        if node.group and all(other.group != node.group for other in self.nodes.values()):
-            self.incarnations.forget(node.group)
         self._drop(node.names)
+        others = self._hosts(node) if node.group else []
+        if others:  # their ranks wait for those that come in its place
+            self.incarnations.lost(node)
+            self._hold(others[0])
+        else:
+            self.incarnations.forget(node.group)
+
+    def mirror(self, nodes: list[Node]) -> None:
+        """Know the same as another gateway, with leases that have just been renewed."""
+        names = {node.name for node in nodes}
+        for gone in [node for node in self.nodes.values() if node.name not in names]:
+            self.forget(gone)
+        for node in nodes:
+            before = self.nodes.get(node.name)
+            self.nodes[node.name] = node
+            members, node.members = node.members, before.members if before else NodeMembers()
+            node.renewed_s = self._now()
+            self._update(node, members, node.state)
 
     # ---- inside -----------------------------------------------------------------------
 
     def _is_idle(self, node: Node) -> tuple[bool, int]:
-        """And how many plans are open that name it."""
-        names = set(node.names)
+        """And how many plans are open that name it, or its engine on whatever host."""
+        engines = (engine.name for host in self._hosts(node) for engine in host.engines)
+        names = {*engines, *(agent.name for agent in node.agents)}
         open_plans = self._scheduler.open.naming(names)
         return not open_plans and is_idle(self._members, names), open_plans
 
@@ -192,25 +217,35 @@ class Registry:
         self._roster.add(node.agents, node.engines)
         self._hold(node)
 
+    def _hosts(self, node: Node) -> list[Node]:
+        """Those of its engine that are there; of one host, the node itself."""
+        if not node.group:
+            return [node]
+        return [other for other in self.nodes.values() if other.group == node.group]
+
     def _hold(self, node: Node) -> None:
-        missed = self._members.missed
-        for name in node.names:
-            self._orders.hold(name, node.gets_nothing_new)
-            (missed.add if node.is_missed else missed.discard)(name)
+        """An engine over several hosts serves while all of them do; each host's agent by itself."""
+        hosts, missed = self._hosts(node), self._members.missed
+        is_whole = len(hosts) == node.size and not any(h.gets_nothing_new for h in hosts)
+        may_come_back = not is_whole and all(h.state is State.SERVING for h in hosts)
+        for engine in (engine.name for host in hosts for engine in host.engines):
+            self._orders.hold(engine, not is_whole)
+            (missed.add if may_come_back else missed.discard)(engine)
+        for agent in (agent.name for agent in node.agents):
+            self._orders.hold(agent, node.gets_nothing_new)
 
     def _drop(self, names: list[str]) -> None:
         self._roster.remove(names)
         for name in names:
             self._orders.forget(name)
 
-    def _free_name(self, asked: JoinRequest) -> str:
-        letter = _LETTERS[asked.role]
-        of_session = [n.name for n in self.nodes.values() if n.session == asked.session]
-        if of_session:
-            return of_session[0]
-        number = 0
-        while (name := f"{letter}{number}") in self.nodes or not self._static.isdisjoint(
-            (name, f"agent-{name}")
-        ):
-            number += 1
-        return name
+
+def _free_name(asked: JoinRequest, nodes: Mapping[str, Node], static: Set[str]) -> str:
+    letter = _LETTERS[asked.role]
+    of_session = [node.name for node in nodes.values() if node.session == asked.session]
+    if of_session:
+        return of_session[0]
+    number = 0
+    while (name := f"{letter}{number}") in nodes or not static.isdisjoint((name, f"agent-{name}")):
+        number += 1
+    return name

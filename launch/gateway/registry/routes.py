@@ -19,10 +19,10 @@ from common.cluster.membership import (
     Renewal,
     RestartRequest,
 )
-from launch.gateway.body import decoded, read_body
+from launch.gateway.body import decoded
 from launch.gateway.registry.registry import Registry
 from launch.gateway.registry.workers import WorkerRequest, Workers
-from launch.gateway.services import Services
+from launch.gateway.services import body_of, services_of
 
 T = TypeVar("T")
 
@@ -34,8 +34,8 @@ def membership_routes(app: FastAPI) -> None:
 
     def route(path: str, kind: type[T], answer: Callable[[Registry, T], object]) -> None:
         async def asked(request: Request) -> Response:
-            body = decoded(await _body(request), kind)
-            services = _services(request)
+            body = decoded(await body_of(request), kind)
+            services = services_of(request)
             answered = answer(services.registry, body)
             services.plane.changed.set()
             return _json(answered)
@@ -61,7 +61,7 @@ def worker_routes(app: FastAPI) -> None:
 
     @app.post("/workers")
     async def add(request: Request) -> Response:
-        return _accepted(_workers(request).add(decoded(await _body(request), WorkerRequest)))
+        return _accepted(_workers(request).add(decoded(await body_of(request), WorkerRequest)))
 
     @app.delete("/workers/{name}")
     async def remove(request: Request, name: str) -> Response:
@@ -82,18 +82,9 @@ def worker_routes(app: FastAPI) -> None:
         return _accepted(workers.remove(workers.name_at(request.query_params.get("url", ""))))
 
 
-def _services(request: Request) -> Services:
-    services: Services = request.app.state.services
-    return services
-
-
 def _workers(request: Request) -> Workers:
-    services = _services(request)
+    services = services_of(request)
     return Workers(services.plane, services.registry, services.orders)
-
-
-async def _body(request: Request) -> bytes:
-    return await read_body(request, _services(request).config.limits.body_bytes_max)
 
 
 def _json(value: object, status: int = 200) -> Response:

@@ -140,6 +140,7 @@ class Workers:
 
     def _state(self, name: str, draining: bool) -> str:
         nodes = self._registry.nodes.values()
-        if any(node.is_gone for node in nodes if name in node.names):
-            return "gone"  # its lease has run out
+        lacks_a_host = name in self._plane.members.missed
+        if lacks_a_host or any(node.is_gone for node in nodes if name in node.names):
+            return "gone"  # a lease has run out
         return "draining" if draining else "serving"

@@ -9,6 +9,8 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import pytest
+
 from common.cluster.membership import JoinRequest, LeaveRequest, NodeMembers, Renewal, State
 from common.user_files import write_private
 from launch.cluster.child import session_members
@@ -73,6 +75,7 @@ async def test_a_reader_joins_drains_at_a_signal_and_leaves(tmp_path):
         assert session_members(sessions) == []
 
 
+@pytest.mark.slow
 async def test_a_second_signal_ends_it_at_once(tmp_path):
     async with StubRegistry() as registry, reader(registry, tmp_path) as process:
         await said(process, "r0 serves")
@@ -105,6 +108,7 @@ async def test_a_node_that_is_refused_says_why_and_starts_nothing(tmp_path):
         assert not (tmp_path / "agent-r0.log").exists()
 
 
+@pytest.mark.slow
 async def test_a_lease_that_is_refused_later_ends_the_node(tmp_path):
     async with StubRegistry() as registry, reader(registry, tmp_path) as process:
         await said(process, "r0 serves")

@@ -12,6 +12,7 @@ from common.process_settings import SECRETS
 from engine.config import EngineConfig
 from launch.cluster.hardware import Hardware
 from launch.cluster.process_record import ProcessRecord
+from launch.node import address
 from launch.node.address import network_of, own_address
 from launch.node.config import NodeConfig, load_config
 from launch.node.records import alike, node_layout, node_members, node_records
@@ -109,7 +110,9 @@ def test_each_host_of_an_engine_runs_its_own_part_of_it(tmp_path):
     layouts, engines, told = [], [], []
     for rank, host in enumerate(("10.0.0.7", "10.0.0.8")):
         config = config_of("--role", "prefill", *SPANS, "--node-rank", str(rank))
-        layout = node_layout(config, MODEL, Hardware("cuda", "tcp", "test", gpus=8), host)
+        layout = node_layout(
+            config, MODEL, Hardware("cuda", "tcp", "test", gpus=8), host, "10.0.0.7"
+        )
         agent, engine = node_records(layout, SECRET, JOINED)
         assert (agent.host, engine.host, engine.together) == (host, host, "p7")
         assert layout.gpus(engine.name) == list(range(8))
@@ -149,6 +152,23 @@ def test_more_gpus_than_this_host_has_are_refused():
     node_layout(config, MODEL, Hardware("cuda", "rdma", "test", gpus=8), "10.0.0.7")
     with pytest.raises(BadConfig, match="need 8 GPUs, and this machine shows 4"):
         node_layout(config, MODEL, Hardware("cuda", "rdma", "test", gpus=4), "10.0.0.7")
+
+
+async def test_the_first_hosts_name_may_come_later(monkeypatch):
+    monkeypatch.setattr(address, "RESOLVE_AGAIN_S", 0.01)
+    answers = ["", "", "10.0.0.7"]
+
+    def resolved(name: str) -> str:
+        assert name == "p7-0.pods"
+        if answer := answers.pop(0):
+            return answer
+        raise OSError(0, "not known")
+
+    monkeypatch.setattr(address, "_resolved", resolved)
+    assert await address.first_host("p7-0.pods:29400", 60) == "10.0.0.7"
+    answers = [""]
+    with pytest.raises(BadConfig, match="p7-0.pods: not known"):
+        await address.first_host("p7-0.pods:29400", -1)
 
 
 def test_addresses_are_this_hosts(monkeypatch):

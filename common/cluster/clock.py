@@ -19,17 +19,22 @@ class ClusterClock:
     ) -> None:
         self._monotonic_s = monotonic_s
         self._ahead_ms = int((wall_s() - monotonic_s()) * 1000)
-        self._last = 0
+        self.last = 0
+        """The greatest number that was given or noted."""
 
     def note(self, seen: int) -> None:
         """Somebody has this number: all later ones are greater."""
-        self._last = max(self._last, seen)
+        self.last = max(self.last, seen)
         self._ahead_ms = max(self._ahead_ms, seen - self._own_ms())
 
     def next(self) -> Incarnation:
         """Greater than all that were given, and all that were noted."""
-        self._last = max(self._last + 1, self._own_ms() + self._ahead_ms)
-        return Incarnation(self._last)
+        self.last = max(self.last + 1, self.now())
+        return Incarnation(self.last)
+
+    def now(self) -> int:
+        """What time it is, as far as is known here."""
+        return self._own_ms() + self._ahead_ms
 
     def _own_ms(self) -> int:
         return int(self._monotonic_s() * 1000)

@@ -1,0 +1,1 @@
+"""A second gateway that knows what the first one knows, and takes over when it is silent."""

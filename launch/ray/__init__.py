@@ -1,0 +1,1 @@
+"""Hosts placed, started and watched by Ray, which carries no request, no KV, no health."""
