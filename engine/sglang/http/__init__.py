@@ -1,0 +1,1 @@
+"""An engine's own HTTP port, which is the gateway's alone."""

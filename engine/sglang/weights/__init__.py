@@ -1,0 +1,1 @@
+"""What SGLang does with its weights, and which tokens were made with which."""

@@ -1,0 +1,1 @@
+"""SGLang's routes at the gateway: each is somebody's."""

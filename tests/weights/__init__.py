@@ -1,0 +1,1 @@
+"""Weights that change while a real cluster serves."""
