@@ -4,8 +4,13 @@ A *block* is the KV of one page of tokens (64 by default) in all layers and for 
 KV heads. An engine of several tensor-parallel ranks splits the heads: its blocks
 consist of as many equal *shards*, one after the other, each the KV of one rank.
 Inside a shard the bytes are layer-major: layer 0's components (K page, V page; a
-single latent page for MLA), then layer 1's, and so on, so that a *layer block*, the
-unit of delivery into a rank's device memory, is one contiguous range.
+single latent page for MLA, followed by a page of index keys for sparse attention), then
+layer 1's, and so on, so that a *layer block*, the unit of delivery into a rank's device
+memory, is one contiguous range.
+
+What else of a model's state a hit needs is a *part*: the windows of sliding-window layers, the
+states of recurrent ones. An object of a part is stored as a block is, under a key and with a
+layout of its own (:func:`part_key`).
 """
 
 from __future__ import annotations
@@ -13,6 +18,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from enum import Enum
+from functools import lru_cache
+from itertools import accumulate
 from typing import NewType
 
 import msgspec
@@ -24,6 +31,7 @@ KEY_BYTES = 32
 NO_PARENT = BlockKey(bytes(KEY_BYTES))
 """Of the first block of a prefix, and where the parent is not known."""
 MODEL_DIGEST_CHARS_MAX = 64
+PART_NAME_CHARS_MAX = 16
 WEIGHT_VERSION_BYTES_MAX = 128
 TENANT_CHARS = 16
 
@@ -32,7 +40,8 @@ class BlockLayout(msgspec.Struct, frozen=True, omit_defaults=True):
     """Shape of a block's bytes.
 
     ``component_bytes`` are the sizes of one page in each buffer of a layer, with all KV
-    heads: ``(K, V)`` for MHA/GQA, ``(latent,)`` for MLA. All layers are alike.
+    heads: ``(K, V)`` for MHA/GQA, ``(latent,)`` for MLA, ``(latent, index keys)`` for
+    DeepSeek's sparse attention.
     """
 
     page_tokens: int
@@ -40,25 +49,81 @@ class BlockLayout(msgspec.Struct, frozen=True, omit_defaults=True):
     component_bytes: tuple[int, ...]
     shards: int = 1
     """Equal parts into which the KV heads are split; 1 where each rank holds all of them."""
+    absent: tuple[tuple[int, ...], ...] = ()
+    """For each component the layers that have none of it, ascending; empty where all layers are
+    alike."""
+    draft_layers: int = 0
+    """How many layers, the last ones, are a draft's (EAGLE, MTP), which runs behind the model."""
 
     @property
-    def layer_bytes(self) -> int:
-        return sum(self.component_bytes)
+    def model_layers(self) -> int:
+        """Layers without the draft's."""
+        return self.num_layers - self.draft_layers
+
+    @property
+    def bigrams(self) -> bool:
+        """Whether keys are over pairs of tokens: what a draft keeps of a token is computed with
+        the next one, so a block depends on one token more than it has."""
+        return self.draft_layers > 0
+
+    def sizes(self, layer: int) -> tuple[int, ...]:
+        """Of a layer's components; 0 of those that it does not have."""
+        if not self.absent:
+            return self.component_bytes
+        parts = zip(self.component_bytes, self.absent, strict=True)
+        return tuple(0 if layer in without else size for size, without in parts)
+
+    def layer_start(self, layer: int) -> int:
+        """Where a layer begins in a block; of ``num_layers``: where the block ends."""
+        if not self.absent:
+            return layer * sum(self.component_bytes)
+        return _layer_starts(self)[layer]
 
     @property
     def block_bytes(self) -> int:
-        return self.num_layers * self.layer_bytes
+        return self.layer_start(self.num_layers)
 
     @property
     def shard(self) -> BlockLayout:
         """Shape of one shard: what one rank's pages hold of a block."""
         sizes = tuple(size // self.shards for size in self.component_bytes)
-        return BlockLayout(self.page_tokens, self.num_layers, sizes)
+        return msgspec.structs.replace(self, component_bytes=sizes, shards=1)
 
     def can_serve(self, shards: int) -> bool:
         """Whether an engine of so many shards can be given blocks of this layout: where the
         heads split evenly, they are cut or joined."""
         return self.shards % shards == 0 or shards % self.shards == 0
+
+
+@lru_cache(256)
+def _layer_starts(layout: BlockLayout) -> tuple[int, ...]:
+    layers = (sum(layout.sizes(layer)) for layer in range(layout.num_layers))
+    return tuple(accumulate(layers, initial=0))
+
+
+class Part(msgspec.Struct, frozen=True):
+    """State beside the blocks themselves, without which a hit of them is none.
+
+    A hit that ends after block b (counted from 1) needs the part's objects of its last
+    ``min(span_pages, b)`` blocks: the pages of a window, or 1 for a snapshot.
+    """
+
+    name: str
+    """``window``, ``state``; of a state too large for a slot ``state0``, ``state1``, ..., each
+    with some of the layers."""
+    layout: BlockLayout
+    """Of one object, in one shard, over all layers of the model: those that have nothing of the
+    part are absent."""
+    span_pages: int
+
+    @property
+    def kind(self) -> str:
+        """The name without a number."""
+        return self.name.rstrip("0123456789")
+
+    def needed(self, blocks: int) -> range:
+        """The blocks whose objects a hit of so many blocks needs."""
+        return range(max(0, blocks - self.span_pages), blocks)
 
 
 class Namespace(msgspec.Struct, frozen=True):
@@ -80,10 +145,15 @@ class Namespace(msgspec.Struct, frozen=True):
     variant: int = 0
     """0, but where engines whose KV differs all the same had to be told apart
     (:mod:`engine.witness`)."""
+    parts: tuple[Part, ...] = ()
+    """Of the model's state, beside ``layout``; layers that have no KV are absent there."""
 
     def digest(self) -> bytes:
         """32 bytes, stable across processes and versions of msgspec."""
-        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).digest()
+        fields = msgspec.to_builtins(self)
+        if not self.parts:  # as before there were any
+            del fields["parts"]
+        return hashlib.sha256(msgspec.json.encode(fields, order="sorted")).digest()
 
 
 class BlockOwner(msgspec.Struct, frozen=True):
@@ -105,7 +175,10 @@ class BlockLabel(msgspec.Struct, frozen=True):
     weight_version: str = ""
     tenant: str = ""
     parent: BlockKey = NO_PARENT
-    """The block before it in its prefix, without which it is of no use."""
+    """The block before it in its prefix, without which it is of no use; of an object of a part
+    the block that it belongs to."""
+    part: str = ""
+    """Name of the part; empty of a block."""
 
     @property
     def owner(self) -> BlockOwner:
@@ -143,6 +216,11 @@ def block_keys(namespace_digest: bytes, page_hashes: Iterable[bytes]) -> list[Bl
         digest.update(page_hash)
         keys.append(BlockKey(digest.digest()))
     return keys
+
+
+def part_key(part: str, key: BlockKey) -> BlockKey:
+    """Key of the object of a part that belongs to a block."""
+    return BlockKey(hashlib.sha256(b"dualpath-part-v1\0" + part.encode() + b"\0" + key).digest())
 
 
 class TierName(str, Enum):

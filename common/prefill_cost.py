@@ -14,13 +14,17 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 
 
-class PrefillCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PrefillCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Fitted coefficients of a forward's time, none negative.
 
     Attention is paid for by *pairs* of a new token and a token that it looks at. They have
     three prices, since kernels take other routes with a cached prefix than without: among
     the new tokens of a chunk that has no prefix (``pair_s``), of new tokens with the prefix
     (``pair_s + prefix_pair_s``), among new tokens after a prefix (``pair_s + own_pair_s``).
+
+    These are of the layers that attend to all tokens. Layers with a sliding window have pairs of
+    their own (``window_pair_s``), of which a new token has as many as the window is long. What a
+    recurrent layer does is alike for each new token, and so is in ``token_s``.
     """
 
     base_s: float
@@ -34,37 +38,54 @@ class PrefillCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For each cached token: its KV is read, however few tokens are new."""
     prefix_pair_s: float = 0.0
     own_pair_s: float = 0.0
+    window_pair_s: float = 0.0
+    window_tokens: int = 0
+    """Not a coefficient: how far layers with a window look back; 0 without any."""
+
+    @classmethod
+    def of(cls, coefficients: Floats, window_tokens: int) -> PrefillCost:
+        """The inverse of :meth:`coefficients`."""
+        found = dict(zip(TERMS, coefficients.tolist(), strict=True))
+        return msgspec.convert({**found, "window_tokens": window_tokens}, cls)
 
     def coefficients(self) -> Floats:
-        """In the order of ``TERMS``, shape (7,)."""
-        return np.array(msgspec.structs.astuple(self), np.float64)
+        """In the order of ``TERMS``, shape (8,)."""
+        return np.array(msgspec.structs.astuple(self)[: len(TERMS)], np.float64)
 
     def batch_s(self, context: ArrayLike, new: ArrayLike) -> float:
         """Time of a whole batch; arrays with an entry for each request."""
-        return float(self.coefficients() @ batch_terms(context, new))
+        return float(self.coefficients() @ batch_terms(context, new, self.window_tokens))
 
 
-TERMS = PrefillCost.__struct_fields__
+TERMS = PrefillCost.__struct_fields__[:-1]
 
 
-def request_terms(context: ArrayLike, new: ArrayLike) -> Floats:
-    """What one request adds to its batch, in units of ``TERMS[1:]``: shape (6, *shape).
+def request_terms(context: ArrayLike, new: ArrayLike, window_tokens: ArrayLike = 0) -> Floats:
+    """What one request adds to its batch, in units of ``TERMS[1:]``: shape (7, *shape).
 
-    ``context``, ``new``: cached and new tokens, numbers or arrays of one shape. Each term
-    grows with ``new``.
+    ``context``, ``new``: cached and new tokens, numbers or arrays of one shape; or numbers, where
+    ``window_tokens`` has that shape. Each term grows with ``new``.
     """
     new, context = np.asarray(new, np.float64), np.asarray(context, np.float64)
     with_prefix, own = new * context, new * new / 2
-    terms = np.empty((len(TERMS) - 1, *with_prefix.shape))  # np.stack takes three times as long
+    within = _window_pairs(context + new, window_tokens) - _window_pairs(context, window_tokens)
+    terms = np.empty((len(TERMS) - 1, *within.shape))  # np.stack takes three times as long
     terms[0] = new
     terms[1] = with_prefix + own
     terms[2] = 1.0
     terms[3] = context
     terms[4] = with_prefix
     terms[5] = own * (context > 0)
+    terms[6] = within
     return terms
 
 
-def batch_terms(context: ArrayLike, new: ArrayLike) -> Floats:
-    """A whole batch in units of ``TERMS``, shape (7,); arrays with an entry for each request."""
-    return np.append(1.0, request_terms(context, new).sum(axis=1))
+def _window_pairs(tokens: Floats, window_tokens: ArrayLike) -> Floats:
+    """Of the first so many tokens of a prompt, each of which looks at those of one window."""
+    nearest = np.minimum(tokens, window_tokens)
+    return nearest * (tokens - nearest / 2)
+
+
+def batch_terms(context: ArrayLike, new: ArrayLike, window_tokens: int = 0) -> Floats:
+    """A whole batch in units of ``TERMS``, shape (8,); arrays with an entry for each request."""
+    return np.append(1.0, request_terms(context, new, window_tokens).sum(axis=1))

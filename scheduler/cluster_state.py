@@ -89,6 +89,7 @@ class ClusterState:
         engines.free_tokens[row] = load.free_tokens
         if load.prefill_cost is not None:
             engines.prefill_cost[row] = load.prefill_cost.coefficients()
+            engines.window_tokens[row] = load.prefill_cost.window_tokens
         self._notice(row, self.usable_engines)
 
     def report_agent(self, load: AgentLoad, now: float) -> bool:

@@ -54,9 +54,15 @@ class PlanView(TypedDict):
     decode: ChoiceView
     load: JsonObject | None
     hit_blocks: int
+    held_blocks: int
+    """Leading blocks that the cluster has; the hit is shorter where it was not worth its load,
+    or for want of the objects of the part ..."""
+    lacking: str
+    """... of this name, at the end of those blocks; empty if none was wanting."""
     estimated_read_s: float
     agents: list[ReaderView]
     ranges: list[JsonObject]
+    parts: list[JsonObject]
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -92,9 +98,12 @@ class Decision(msgspec.Struct, frozen=True):
             "decode": {"chosen": plan.decode, "candidates": self._engines(False)},
             "load": msgspec.to_builtins(self.load),
             "hit_blocks": len(plan.keys),
+            "held_blocks": plan.held_blocks,
+            "lacking": plan.lacking,
             "estimated_read_s": plan.estimated_read_s,
             "agents": self._agents(),
             "ranges": msgspec.to_builtins(plan.ranges),
+            "parts": msgspec.to_builtins(plan.parts),
         }
 
     def _engines(self, prefill: bool) -> list[CandidateView]:

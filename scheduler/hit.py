@@ -13,11 +13,20 @@ from scheduler.plan import Range
 from scheduler.rows.processes import DEVICE_OF, READING, Device, Floats, Rows
 
 DELIVERIES = 2
-"""Of each block: into the prefill engine and into the decode engine."""
+"""Of each block: into the prefill engine and into the decode engine. Objects of parts go into the
+prefill engine alone, which sends what comes of them."""
+
+
+class Extra(msgspec.Struct, frozen=True):
+    """Objects of a part, behind the blocks of a hit: from item ``first`` on."""
+
+    first: int
+    item_bytes: int
 
 
 class Hit(msgspec.Struct, frozen=True):
-    """The hit prefix of one request: who has each block, and whom it is for."""
+    """The hit prefix of one request: who has each block, and whom it is for. Behind its blocks
+    come, as so many more, the objects of parts that it needs (:mod:`scheduler.parts`)."""
 
     runs: list[Run]
     prefill_agent: str
@@ -25,6 +34,9 @@ class Hit(msgspec.Struct, frozen=True):
     alive: frozenset[str]
     """Agents that may read: both engines are linked to them."""
     block_bytes: int
+    extras: list[Extra] = []
+    items: int = 0
+    """Blocks and objects of parts; 0 where there are no parts."""
 
     @staticmethod
     def of(
@@ -42,6 +54,9 @@ class Hit(msgspec.Struct, frozen=True):
 
     @property
     def blocks(self) -> int:
+        """Without objects of parts."""
+        if self.extras:
+            return self.extras[0].first
         return self.runs[-1].first + self.runs[-1].blocks if self.runs else 0
 
     @property
@@ -50,6 +65,23 @@ class Hit(msgspec.Struct, frozen=True):
         alive, each once: two, one (same node, or the other is dead) or none."""
         both = dict.fromkeys((self.prefill_agent, self.decode_agent))
         return [agent for agent in both if agent in self.alive]
+
+    def bytes_of(self, part: Range) -> tuple[int, int]:
+        """Of a range: bytes of blocks, and of objects of parts."""
+        if not self.extras:
+            return part.blocks * self.block_bytes, 0
+        block_count = min(part.blocks, max(0, self.blocks - part.first))
+        part_bytes = 0
+        ends = [*(extra.first for extra in self.extras[1:]), self.items]
+        for extra, end in zip(self.extras, ends, strict=True):
+            count = min(part.first + part.blocks, end) - max(part.first, extra.first)
+            part_bytes += max(0, count) * extra.item_bytes
+        return block_count * self.block_bytes, part_bytes
+
+    def item_bytes(self, item: int) -> int:
+        """Size of the block, or of the object of a part, at a place in the hit."""
+        mine = [extra.item_bytes for extra in self.extras if extra.first <= item]
+        return mine[-1] if mine else self.block_bytes
 
     def leading(self, blocks: int) -> Hit:
         """The same for the first ``blocks`` blocks."""
@@ -83,17 +115,19 @@ class Work(msgspec.Struct, frozen=True):
         """Reading and sending at the readers, receiving at the nodes of P and D."""
         by_row: dict[int, list[float]] = {}
         row_of = state.agents.row_of
-        total_bytes = 0.0
+        total_bytes = prefill_bytes = 0.0
         for part in ranges:
             mine = by_row.setdefault(row_of[part.agent], [0.0] * len(Device))
-            part_bytes = part.blocks * hit.block_bytes
-            total_bytes += part_bytes
-            mine[Device.COMPUTE_OUT] += DELIVERIES * part_bytes
+            block_bytes, part_bytes = hit.bytes_of(part)
+            total_bytes += block_bytes
+            prefill_bytes += part_bytes
+            mine[Device.COMPUTE_OUT] += DELIVERIES * block_bytes + part_bytes
             if part.tier is not TierName.DRAM:
-                mine[DEVICE_OF[part.tier]] += part_bytes
+                mine[DEVICE_OF[part.tier]] += block_bytes + part_bytes
         for agent in hit.sides if ranges else ():
             mine = by_row.setdefault(row_of[agent], [0.0] * len(Device))
-            mine[Device.COMPUTE_IN] += total_bytes
+            is_prefill = agent == hit.prefill_agent
+            mine[Device.COMPUTE_IN] += total_bytes + (prefill_bytes if is_prefill else 0.0)
         rows = np.array(list(by_row), np.intp)
         added = np.array(list(by_row.values())).reshape(-1, len(Device))
         queued = state.agents.queue_bytes[rows] + state.agents.promised[rows]

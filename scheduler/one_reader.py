@@ -45,13 +45,16 @@ class RoundRobin:
 
 
 class ShorterQueue:
-    """The paper's rule (section 6.1): the side with the shorter read queue reads all.
+    """The paper's rule (section 6.1): the side with the shorter read queue reads all. Where neither
+    side's agent may read, the paper's nodes have no reader; here it is the agent, of all that may,
+    with the shortest queue.
 
     What some agent has in DRAM already is delivered from there, without a read.
     """
 
     def assign(self, hit: Hit, state: ClusterState) -> list[Range]:
-        return from_side(hit, state, min(hit.sides, key=state.read_backlog_s, default=None))
+        may_read = hit.sides or sorted(hit.alive)
+        return from_side(hit, state, min(may_read, key=state.read_backlog_s, default=None))
 
 
 def from_side(

@@ -12,7 +12,8 @@ from common.block import BlockKey
 from common.ids import PlanId
 from scheduler.cluster_state import ClusterState
 from scheduler.hit import Work
-from scheduler.plan import Plan, PlanRequest
+from scheduler.parts import Blocks, Flags, longest_hit
+from scheduler.plan import Item, Plan, PlanRequest
 from scheduler.rows.processes import Device, Engines
 
 
@@ -28,6 +29,8 @@ class _Open(msgspec.Struct):
     hit_blocks: int
     engine_rows: tuple[int, int]
     agent_rows: list[int]
+    missing: set[Item] = msgspec.field(default_factory=set)
+    """What its readers turned out not to have in DRAM."""
 
 
 def _reading(plan: PlanId) -> int:
@@ -82,15 +85,16 @@ class OpenPlans:
         """How many leading blocks of the hit still stand, and what of the agent's share
         ``in_dram`` does not reach or denies; raises ``UnknownPlan``."""
         entry = self._entry(plan)
-        blocks = sum(part.blocks for part in entry.plan.ranges if part.agent == agent)
-        complete = all(in_dram) and len(in_dram) >= blocks
-        missing = [] if complete else _missing(entry.plan, agent, in_dram)
+        complete = all(in_dram) and len(in_dram) >= entry.plan.share_items(agent)
+        items = [] if complete else entry.plan.items(agent)
+        missing = [i for n, i in enumerate(items) if n >= len(in_dram) or not in_dram[n]]
         if missing:
-            self._cut(entry, missing[0])
+            entry.missing.update(missing)
+            self._cut(entry, _whole_blocks(entry))
         row = self._state.agents.row_of.get(agent)
         if row is not None:  # else it has left the cluster
             self._state.agents.settle(row, _reading(plan))
-        return entry.hit_blocks, [entry.plan.keys[block] for block in missing]
+        return entry.hit_blocks, [entry.plan.key_of(item) for item in missing]
 
     def submitted(self, plan: PlanId, now: float) -> None:
         """Reports soon show the work themselves; raises ``UnknownPlan``."""
@@ -130,12 +134,16 @@ class OpenPlans:
             engines.promise(np.array([row]), plan, promised[None], math.inf)
 
 
-def _missing(plan: Plan, agent: str, in_dram: list[bool]) -> list[int]:
-    """Blocks of the agent's share that it does not have in DRAM, in prompt order."""
-    mine = [
-        block
-        for part in plan.ranges
-        if part.agent == agent
-        for block in range(part.first, part.first + part.blocks)
-    ]
-    return [b for i, b in enumerate(mine) if i >= len(in_dram) or not in_dram[i]]
+def _whole_blocks(entry: _Open) -> int:
+    """The longest hit that is whole without what is missing: of a part, other objects than those
+    of the planned hit were not read."""
+    plan, missing = entry.plan, entry.missing
+    blocks = min((item.block for item in missing if not item.part), default=len(plan.keys))
+    blocks = min(blocks, entry.hit_blocks)
+
+    def held(number: int, of: Blocks) -> Flags:
+        part = plan.parts[number]
+        read = {block for block in part.blocks if Item(part.name, block) not in missing}
+        return np.array([block in read for block in of.tolist()], bool)
+
+    return longest_hit(blocks, [part.span_pages for part in plan.parts], held)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import msgspec
 
-from common.block import BlockKey, TierName
+from common.block import BlockKey, Part, TierName, part_key
 from common.experiment import NO_EXPERIMENT, Experiment
 from common.ids import PlanId
 
@@ -42,6 +45,8 @@ class PlanRequest(msgspec.Struct, frozen=True):
     use_cache: bool = True
     engine_rid: str = ""
     """As its engines are to know it."""
+    parts: tuple[Part, ...] = ()
+    """Of the model's state: a hit has them, or it is shorter."""
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -52,6 +57,37 @@ class Range(msgspec.Struct, frozen=True):
     agent: str
     tier: TierName
     """Where the agent is expected to have them."""
+
+
+def clipped(ranges: Sequence[Range], first: int, end: int) -> list[Range]:
+    """What of the ranges is from block ``first`` to block ``end``; one may be left with none."""
+    return [
+        msgspec.structs.replace(part, first=start, blocks=max(0, stop - start))
+        for part in ranges
+        for start, stop in [(max(part.first, first), min(part.first + part.blocks, end))]
+    ]
+
+
+class PartReads(msgspec.Struct, frozen=True):
+    """Who reads the objects of one part, by the blocks that they belong to."""
+
+    name: str
+    span_pages: int
+    item_bytes: int
+    ranges: list[Range]
+
+    @property
+    def blocks(self) -> list[int]:
+        """In prompt order."""
+        return [b for each in self.ranges for b in range(each.first, each.first + each.blocks)]
+
+
+class Item(NamedTuple):
+    """A block of a hit, or a block's object of a part."""
+
+    part: str
+    """Empty: the block itself."""
+    block: int
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -71,42 +107,100 @@ class Plan(msgspec.Struct, frozen=True):
     estimated_read_s: float = 0.0
     """Until the last block is in DRAM, as the scheduler sees it."""
     experiment: Experiment = NO_EXPERIMENT
+    parts: list[PartReads] = []
+    """Of each part of the model's state, in the order of the namespace, what the hit needs."""
+    held_blocks: int = 0
+    """Leading blocks that the cluster has; the hit may be shorter for want of ..."""
+    lacking: str = ""
+    """... this part."""
 
     @property
     def agents(self) -> list[str]:
         """Readers, each once."""
-        return list(dict.fromkeys(part.agent for part in self.ranges))
+        every = (self.ranges, *(part.ranges for part in self.parts))
+        return list(dict.fromkeys(each.agent for ranges in every for each in ranges))
 
     @property
     def reader(self) -> list[int]:
         """Of each block, the index of its reader in ``agents``."""
+        return self._readers(self.ranges)
+
+    @property
+    def part_readers(self) -> list[list[int]]:
+        """Likewise of the objects of each part that the hit needs."""
+        return [self._readers(part.ranges) for part in self.parts]
+
+    def _readers(self, ranges: Sequence[Range]) -> list[int]:
         index = {agent: i for i, agent in enumerate(self.agents)}
         readers: list[int] = []
-        for part in self.ranges:
+        for part in ranges:
             readers += [index[part.agent]] * part.blocks
         return readers
 
     def shares(self) -> dict[str, list[BlockKey]]:
-        """Each reader's blocks, in prompt order."""
+        """What each reader reads: blocks, in prompt order, and then objects of each part."""
         shares: dict[str, list[BlockKey]] = {}
         for part in self.ranges:
             keys = self.keys[part.first : part.first + part.blocks]
             shares.setdefault(part.agent, []).extend(keys)
+        for reads in self.parts:
+            for part in reads.ranges:
+                keys = self.keys[part.first : part.first + part.blocks]
+                share = shares.setdefault(part.agent, [])
+                share.extend(part_key(reads.name, key) for key in keys)
         return shares
+
+    def share_sizes(self, agent: str) -> list[int]:
+        """Bytes of each object of a share, in its order; empty where there are only blocks."""
+        if not self.parts:
+            return []
+        bytes_of = {part.name: part.item_bytes for part in self.parts}
+        return [bytes_of.get(item.part, self.block_bytes) for item in self.items(agent)]
+
+    def share_items(self, agent: str) -> int:
+        """How many objects a reader's share has."""
+        every = (self.ranges, *(part.ranges for part in self.parts))
+        return sum(each.blocks for ranges in every for each in ranges if each.agent == agent)
+
+    def items(self, agent: str) -> list[Item]:
+        """What a reader's share consists of, in its order."""
+        every = [("", self.ranges), *((part.name, part.ranges) for part in self.parts)]
+        return [
+            Item(name, block)
+            for name, ranges in every
+            for each in ranges
+            if each.agent == agent
+            for block in range(each.first, each.first + each.blocks)
+        ]
+
+    def key_of(self, item: Item) -> BlockKey:
+        """Of a block, or of its object of a part."""
+        key = self.keys[item.block]
+        return part_key(item.part, key) if item.part else key
 
     def read_bytes(self) -> dict[str, dict[TierName, int]]:
         """Bytes that each reader is expected to read from storage, by tier; none for DRAM."""
         read: dict[str, dict[TierName, int]] = {agent: {} for agent in self.agents}
-        for part in self.ranges:
-            if part.tier is not TierName.DRAM and not self.experiment.zero_io:
-                by_tier = read[part.agent]
-                by_tier[part.tier] = by_tier.get(part.tier, 0) + part.blocks * self.block_bytes
+        every = [(self.block_bytes, self.ranges)]
+        every += [(part.item_bytes, part.ranges) for part in self.parts]
+        for item_bytes, ranges in every:
+            for each in ranges:
+                if each.tier is not TierName.DRAM and not self.experiment.zero_io:
+                    by_tier = read[each.agent]
+                    by_tier[each.tier] = by_tier.get(each.tier, 0) + each.blocks * item_bytes
         return read
 
     def cut(self, hit_blocks: int) -> Plan:
-        """The same plan for the first ``hit_blocks`` blocks. A reader may be left with none."""
-        ranges = [
-            msgspec.structs.replace(part, blocks=min(part.blocks, max(0, hit_blocks - part.first)))
-            for part in self.ranges
+        """The same plan for the first ``hit_blocks`` blocks, which have all of their parts. A
+        reader may be left with none."""
+        parts = [
+            msgspec.structs.replace(
+                part,
+                ranges=clipped(part.ranges, max(0, hit_blocks - part.span_pages), hit_blocks),
+            )
+            for part in self.parts
         ]
-        return msgspec.structs.replace(self, keys=self.keys[:hit_blocks], ranges=ranges)
+        ranges = clipped(self.ranges, 0, hit_blocks)
+        return msgspec.structs.replace(
+            self, keys=self.keys[:hit_blocks], ranges=ranges, parts=parts
+        )

@@ -34,6 +34,7 @@ class QuotaBatch:
 
     def __init__(self, cost: PrefillCost, quota_s: float, page_tokens: int) -> None:
         self._coefficients = cost.coefficients()
+        self._window_tokens = cost.window_tokens
         self._quota_s = quota_s
         self.page_tokens = page_tokens
         self.spent_s = float(self._coefficients[0])
@@ -71,7 +72,8 @@ class QuotaBatch:
         self.closed = is_cut or self.spent_s >= self._quota_s
 
     def _chunk_s(self, context_tokens: int, new_tokens: int) -> float:
-        return float(self._coefficients[1:] @ request_terms(context_tokens, new_tokens))
+        terms = request_terms(context_tokens, new_tokens, self._window_tokens)
+        return float(self._coefficients[1:] @ terms)
 
 
 def pack(waiting: Iterable[Chunk], batch: QuotaBatch, tokens_max: int) -> None:

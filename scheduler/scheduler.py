@@ -7,11 +7,13 @@ the ``now`` (seconds, monotonic) of each call. One thread.
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Set
 
+from common.block import BlockKey
 from common.ids import FIRST_PLAN, Incarnation, PlanId
 from common.loads import AgentLoad, EngineLoad
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from scheduler import cluster_view
 from scheduler.assignment import Assignment, assign
 from scheduler.cluster_state import DECODE, PREFILL, ClusterState
@@ -21,8 +23,9 @@ from scheduler.directory.directory import Directory
 from scheduler.hit import Hit
 from scheduler.open_plans import OpenPlans
 from scheduler.options import SchedulerOptions
+from scheduler.parts import Hits
 from scheduler.placement import choose_decode, choose_prefill, in_turn
-from scheduler.plan import Plan, PlanRequest
+from scheduler.plan import Item, Plan, PlanRequest
 from scheduler.policies import experiment_of, read_policy, rotates_engines
 
 log = logging.getLogger(__name__)
@@ -115,12 +118,20 @@ class Scheduler:
         state.engines.note_chosen(prefill, decode)
         keys = request.keys if request.use_cache else []
         runs = self.directory.lookup(keys, state.reachable(prefill, decode))
-        hit = Hit.of(runs, prefill, decode, request.block_bytes, state)
-        assigned = assign(self._policy, hit, request, prefill, state)
-        plan = self._build(request, prefill, decode, assigned)
+        whole = Hit.of(runs, prefill, decode, request.block_bytes, state)
+        hits = Hits(self.directory, request, whole)
+        assigned = assign(self._policy, hits, request, prefill, state)
+        plan = self._build(request, (prefill, decode), hits, assigned)
         self._decisions.note(plan, state, self.policy, request.prompt_tokens, assigned.load, now)
         self.open.promise(plan, request, (prefill, decode), assigned.work, now)
         self.directory.expect_read(request.keys, plan.ranges)
+        objects: defaultdict[str, list[BlockKey]] = defaultdict(list)
+        for reads in plan.parts:
+            for each in reads.ranges:
+                blocks = range(each.first, each.first + each.blocks)
+                objects[each.agent] += [plan.key_of(Item(reads.name, block)) for block in blocks]
+        for agent, keys in objects.items():
+            self.directory.expect(agent, keys, in_dram=True)
         return plan
 
     def share_settled(self, plan: PlanId, agent: str, in_dram: list[bool], now: float) -> int:
@@ -168,8 +179,11 @@ class Scheduler:
 
     # ---- inside -----------------------------------------------------------------------
 
-    def _build(self, request: PlanRequest, prefill: int, decode: int, assigned: Assignment) -> Plan:
-        engines, agents, ranges = self.state.engines, self.state.agents, assigned.ranges
+    def _build(
+        self, request: PlanRequest, rows: tuple[int, int], hits: Hits, assigned: Assignment
+    ) -> Plan:
+        (prefill, decode), engines, agents = rows, self.state.engines, self.state.agents
+        ranges, parts = hits.split(assigned.hit, assigned.ranges)
         number = self.next_plan
         self.next_plan = PlanId(number + 1)
         blocks = ranges[-1].first + ranges[-1].blocks if ranges else 0
@@ -186,4 +200,7 @@ class Scheduler:
             engine_rid=request.engine_rid,
             estimated_read_s=assigned.work.read_s,
             experiment=experiment_of(self._policy),
+            parts=parts,
+            held_blocks=hits.whole.blocks,
+            lacking=hits.lacking,
         )

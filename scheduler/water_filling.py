@@ -83,15 +83,15 @@ class WaterFilling:
 
     def assign(self, hit: Hit, state: ClusterState) -> list[Range]:
         pouring = _Pouring(hit, state, self._anyone)
-        alike: dict[Holders, list[Run]] = {}
+        alike: dict[tuple[Holders, int], list[Run]] = {}
         ranges: list[Range] = []
         for run in hit.runs:
             if run.holders.dram:
                 ranges.append(pouring.from_dram(run))
             else:
-                alike.setdefault(run.holders, []).append(run)
-        for holders in sorted(alike, key=lambda h: (h.remote, len(h.ssd))):
-            ranges += pouring.pour_over(holders, alike[holders])
+                alike.setdefault((run.holders, hit.item_bytes(run.first)), []).append(run)
+        for holders, item_bytes in sorted(alike, key=lambda h: (h[0].remote, len(h[0].ssd))):
+            ranges += pouring.pour_over(holders, item_bytes, alike[holders, item_bytes])
         ranges.sort(key=lambda part: part.first)
         return self._no_later_than_one_side(ranges, hit, state)
 
@@ -132,8 +132,8 @@ class _Pouring:
         self._hit = hit
         self._state = state
         self._busy_s = state.backlog_s()
-        self._block_s = hit.block_bytes / state.bytes_per_s
-        self._block_s[:, Device.COMPUTE_OUT] *= DELIVERIES
+        self._bytes_per_s = state.bytes_per_s.copy()
+        self._bytes_per_s[:, Device.COMPUTE_OUT] /= DELIVERIES
         rows = state.agents.row_of
         sides = np.array([rows[agent] for agent in hit.sides], np.intp)
         self._candidates = _rows_of(hit.alive, state) if anyone or not len(sides) else sides
@@ -143,23 +143,25 @@ class _Pouring:
         agent = in_dram(self._hit, run.holders, self._state)
         row = self._state.agents.row_of[agent]
         nic = Device.COMPUTE_OUT
-        self._busy_s[row, nic] += run.blocks * self._block_s[row, nic]
+        run_bytes = run.blocks * self._hit.item_bytes(run.first)
+        self._busy_s[row, nic] += run_bytes / self._bytes_per_s[row, nic]
         return Range(run.first, run.blocks, agent, expected_tier(run.holders, agent))
 
-    def pour_over(self, holders: Holders, runs: list[Run]) -> list[Range]:
-        """Divide blocks that are held alike."""
+    def pour_over(self, holders: Holders, item_bytes: int, runs: list[Run]) -> list[Range]:
+        """Divide blocks, of this size, that are held alike."""
+        item_s = item_bytes / self._bytes_per_s
         row_of = self._state.agents.row_of
         on_ssd = np.array([row_of[agent] for agent in holders.ssd], np.intp)
         rows = self._candidates if holders.remote else np.intersect1d(on_ssd, self._candidates)
         rows = rows if len(rows) else on_ssd
-        start_s, block_s = (_pace(v, on_ssd)[rows] for v in (self._busy_s, self._block_s))
+        start_s, block_s = (_pace(v, on_ssd)[rows] for v in (self._busy_s, item_s))
         blocks = sum(run.blocks for run in runs)
         options = self._state.options
         readers = max(1, min(options.readers_max, blocks // options.range_min_blocks))
         order = self._first(rows, start_s + blocks / readers * block_s, start_s, readers)
         shares = pour(blocks, start_s[order], block_s[order], options.range_min_blocks)
         rows = rows[order]
-        by_device = shares[:, None] * self._block_s[rows]
+        by_device = shares[:, None] * item_s[rows]
         by_device[:, Device.COMPUTE_IN] = 0
         reads_ssd = np.isin(rows, on_ssd) if len(on_ssd) else np.zeros(len(rows), bool)
         by_device[reads_ssd, Device.STORAGE_NIC] = 0

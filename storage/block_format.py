@@ -12,6 +12,7 @@ import xxhash
 from common.block import (
     KEY_BYTES,
     MODEL_DIGEST_CHARS_MAX,
+    PART_NAME_CHARS_MAX,
     TENANT_CHARS,
     UNLABELLED,
     WEIGHT_VERSION_BYTES_MAX,
@@ -26,6 +27,8 @@ HEADER_BYTES = 4096
 MAGIC = b"DUALPATH"
 VERSION = 3
 COMPONENTS_MAX = 16
+ABSENT_LAYERS_MAX = 256
+"""Of a layout in which some layers lack a component."""
 OWNER_BYTES = KEY_BYTES + MODEL_DIGEST_CHARS_MAX + WEIGHT_VERSION_BYTES_MAX + TENANT_CHARS
 
 _START = struct.Struct("<8sIHH")  # magic, version, number of components, shards beyond the first
@@ -34,13 +37,20 @@ _BODY = struct.Struct("<QQ32s32sQQ")
 _OWNER = struct.Struct(
     f"<{KEY_BYTES}s{MODEL_DIGEST_CHARS_MAX}s{WEIGHT_VERSION_BYTES_MAX}s{TENANT_CHARS}s"
 )
-_LAYOUT = struct.Struct(f"<II{COMPONENTS_MAX}Q")
+_LAYOUT = struct.Struct(f"<IHH{COMPONENTS_MAX}Q")
+"""Tokens of a page, layers, those of a draft, sizes."""
+_WORDS = ABSENT_LAYERS_MAX // 64
+_WORD_MAX = (1 << 64) - 1
 _CHECKSUM = struct.Struct("<Q")
 _BODY_AT = _START.size
 _OWNER_AT = _BODY_AT + _BODY.size
 _LAYOUT_AT = _OWNER_AT + _OWNER.size
 _CHECKSUM_AT = _LAYOUT_AT + _LAYOUT.size
-_PAD = bytes(HEADER_BYTES - _CHECKSUM_AT - _CHECKSUM.size)
+_PART_AT = _CHECKSUM_AT + _CHECKSUM.size
+_PART_END = _PART_AT + PART_NAME_CHARS_MAX
+_NO_PART = bytes(PART_NAME_CHARS_MAX)
+_PAD = bytes(HEADER_BYTES - _PART_END)
+_PLAIN_PAD = _NO_PART + _PAD
 
 _FIELDS = (
     ("magic", "S8", 0),
@@ -51,6 +61,7 @@ _FIELDS = (
     ("sequence", "<u8", _BODY_AT + 80),
     ("written_ms", "<u8", _BODY_AT + 88),
     ("owner", f"V{OWNER_BYTES}", _OWNER_AT),
+    ("part", f"S{PART_NAME_CHARS_MAX}", _PART_AT),
 )
 HEADER_FIELDS = np.dtype(
     {
@@ -90,9 +101,12 @@ def encode_header(
     """The ``HEADER_BYTES`` that precede ``payload``.
 
     ``sequence`` orders the writes of one SSD tier; objects have 0. ``written_ms`` counts from
-    1970; 0 where another place tells it. Raises ValueError if the layout has more than
-    ``COMPONENTS_MAX`` components, or a name of the owner is too long.
+    1970; 0 where another place tells it. Raises ValueError if the layout does not fit
+    (:func:`fits_header`), or a name of the owner, or of the part, is too long.
     """
+    part = label.part.encode()
+    if len(part) > PART_NAME_CHARS_MAX:
+        raise ValueError(f"{label.part!r} is too long for the name of a part")
     checksum, layout = xxhash.xxh3_64_intdigest(payload), label.layout
     fields = b"".join(
         (
@@ -102,7 +116,10 @@ def encode_header(
             _encode_layout(layout),
         )
     )
-    return fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields)) + _PAD
+    # A block has no name of a part, so its header is what it was before there were parts.
+    digest = xxhash.xxh3_64_intdigest(fields + part if part else fields)
+    pad = part.ljust(PART_NAME_CHARS_MAX, b"\0") + _PAD if part else _PLAIN_PAD
+    return fields + _CHECKSUM.pack(digest) + pad
 
 
 def decode_header(header: Buffer) -> BlockHeader:
@@ -128,6 +145,7 @@ def decode_header(header: Buffer) -> BlockHeader:
         weight_version=owner.weight_version,
         tenant=owner.tenant,
         parent=parent,
+        part=_decode_part(bytes(view[_PART_AT:_PART_END])),
     )
     return BlockHeader(key, label, sequence, written_ms, payload_bytes, payload_checksum)
 
@@ -135,7 +153,10 @@ def decode_header(header: Buffer) -> BlockHeader:
 def has_right_checksum(header: memoryview) -> bool:
     """Is the header, of this version, as it was written?"""
     (checksum,) = _CHECKSUM.unpack_from(header, _CHECKSUM_AT)
-    return bool(checksum == xxhash.xxh3_64_intdigest(header[:_CHECKSUM_AT]))
+    fields, part = header[:_CHECKSUM_AT], header[_PART_AT:_PART_END]
+    if part != _NO_PART:
+        fields = memoryview(bytes(fields) + bytes(part).rstrip(b"\0"))
+    return bool(checksum == xxhash.xxh3_64_intdigest(fields))
 
 
 def verify(header: Buffer, payload: Buffer, key: BlockKey) -> BlockHeader:
@@ -153,6 +174,14 @@ def verify(header: Buffer, payload: Buffer, key: BlockKey) -> BlockHeader:
     if decoded.payload_checksum != xxhash.xxh3_64_intdigest(payload):
         raise BlockCorrupt("payload checksum does not match")
     return decoded
+
+
+def fits_header(layout: BlockLayout) -> bool:
+    """Whether a header can tell the layout of its block."""
+    count = len(layout.component_bytes)
+    if not layout.absent:
+        return count <= COMPONENTS_MAX
+    return count * (1 + _WORDS) <= COMPONENTS_MAX and layout.num_layers <= ABSENT_LAYERS_MAX
 
 
 # An agent sees few owners and layouts, and each of them with every block.
@@ -175,15 +204,31 @@ def decode_owner(raw: bytes) -> BlockOwner:
 
 
 @lru_cache(256)
+def _decode_part(raw: bytes) -> str:
+    return raw.rstrip(b"\0").decode(errors="replace")
+
+
+@lru_cache(256)
 def _encode_layout(layout: BlockLayout) -> bytes:
-    count = len(layout.component_bytes)
-    if count > COMPONENTS_MAX:
-        raise ValueError(f"layout of {count} components a layer, at most {COMPONENTS_MAX}")
-    sizes = layout.component_bytes + (0,) * (COMPONENTS_MAX - count)
-    return _LAYOUT.pack(layout.page_tokens, layout.num_layers, *sizes)
+    if not fits_header(layout):
+        raise ValueError(f"too many components or layers for a block's header: {layout}")
+    # Which layers lack a component is a bitmap of each, in the fields that no size needs.
+    bitmaps = (sum(1 << layer for layer in layers) for layers in layout.absent)
+    words = [bitmap >> 64 * i & _WORD_MAX for bitmap in bitmaps for i in range(_WORDS)]
+    fields = [*layout.component_bytes, *words]
+    fields += [0] * (COMPONENTS_MAX - len(fields))
+    return _LAYOUT.pack(layout.page_tokens, layout.num_layers, layout.draft_layers, *fields)
 
 
 @lru_cache(256)
 def _decode_layout(raw: bytes, components: int, shards: int) -> BlockLayout:
-    page_tokens, num_layers, *sizes = _LAYOUT.unpack(raw)
-    return BlockLayout(page_tokens, num_layers, tuple(sizes[:components]), shards)
+    page_tokens, num_layers, draft_layers, *fields = _LAYOUT.unpack(raw)
+    sizes, words = tuple(fields[:components]), fields[components:]
+    absent: tuple[tuple[int, ...], ...] = ()
+    if any(words):
+        absent = tuple(_layers_of(words[c * _WORDS : (c + 1) * _WORDS]) for c in range(components))
+    return BlockLayout(page_tokens, num_layers, sizes, shards, absent, draft_layers)
+
+
+def _layers_of(words: list[int]) -> tuple[int, ...]:
+    return tuple(i for i in range(len(words) * 64) if words[i // 64] >> i % 64 & 1)

@@ -6,7 +6,7 @@ from collections import Counter
 
 from common.block import BlockKey, BlockLabel, TierName
 from common.ids import PlanId
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from storage.index.holdings import Holdings
 from storage.slot_pool import SlotPool
 
@@ -41,9 +41,9 @@ class Fills:
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._fills
 
-    def begin(self, key: BlockKey, tier: TierName | None) -> None:
-        """Give a block a slot; the caller fills it. Without a tier it is pulled."""
-        if (evicted := self._pool.begin_fill(key)) is not None:
+    def begin(self, key: BlockKey, tier: TierName | None, nbytes: int = 0) -> None:
+        """Give a block of this size a slot; the caller fills it. Without a tier it is pulled."""
+        if (evicted := self._pool.begin_fill(key, nbytes)) is not None:
             self.evicted_blocks_total += 1
             self._holdings.change(Holding(evicted, TierName.DRAM, False))
         self._fills[key] = _Fill(tier)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 from common.block import BlockKey, TierName
 from common.ids import PlanId
@@ -17,6 +17,8 @@ class ShareState:
         self.plan = plan
         self.keys = keys
         self.deadline_s = deadline_s
+        self.sizes: Mapping[BlockKey, int] = {}
+        """Of those that do not fill a slot."""
         self.admitted_s = now
         self.granted_s: float | None = None
         self.settled_s: float | None = None
@@ -30,11 +32,14 @@ class ShareState:
 
 
 class ShareQueue:
-    """Every plan that wants or pins blocks; first come, first served."""
+    """Every plan that wants or pins blocks; of those that wait for slots the oldest is next, in
+    whatever order they came."""
 
     def __init__(self) -> None:
         self._shares: dict[PlanId, ShareState] = {}
-        self._queue: OrderedDict[int, ShareState] = OrderedDict()
+        self._queue: dict[PlanId, ShareState] = {}
+        self._order: list[PlanId] = []
+        """Heap of those in the queue, and of some that have left it."""
         self._timers: list[tuple[float, PlanId]] = []
         self._settled = 0
         self.promised_blocks: Counter[TierName] = Counter()
@@ -60,11 +65,14 @@ class ShareQueue:
 
     def head(self) -> ShareState | None:
         """The share that gets slots next."""
-        return next(iter(self._queue.values()), None)
+        while self._order and self._order[0] not in self._queue:
+            heapq.heappop(self._order)
+        return self._queue[self._order[0]] if self._order else None
 
     def enqueue(self, share: ShareState) -> None:
         self._shares[share.plan] = share
         self._queue[share.plan] = share
+        heapq.heappush(self._order, share.plan)
         self.promised_blocks.update(share.promised_blocks)
         heapq.heappush(self._timers, (share.deadline_s, share.plan))
 

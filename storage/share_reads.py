@@ -1,9 +1,10 @@
-"""Reads plans' shares into DRAM: slots first, in the order of arrival, and then the blocks."""
+"""Reads plans' shares into DRAM: slots first, in the order of the plans, and then the blocks."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from common.block import BlockKey, BlockLabel, TierName
@@ -15,6 +16,9 @@ from storage.slot_pool import SlotPool
 from storage.store_events import ShareSettled, StoreStats
 from storage.store_options import StoreOptions
 from storage.tiers.contract import BlockIO, Completion, Tier
+
+NO_SIZES: Mapping[BlockKey, int] = MappingProxyType({})
+"""Of blocks that fill their slots."""
 
 
 class _Classified(NamedTuple):
@@ -29,7 +33,7 @@ class _Classified(NamedTuple):
 
 
 class ShareReads:
-    """Shares get their slots first come, first served, each all at once, and only then are
+    """Shares get their slots in the order of their plans, each all at once, and only then are
     read: SSD before remote, a failed SSD read again from remote.
 
     ``use(key, tier)`` is called with each block of a plan, and where it was found.
@@ -56,7 +60,14 @@ class ShareReads:
         """Shares that wait for nothing more."""
         self._settled: list[ShareSettled] = []
 
-    def admit(self, plan: PlanId, keys: Sequence[BlockKey], deadline: float, now: float) -> None:
+    def admit(
+        self,
+        plan: PlanId,
+        keys: Sequence[BlockKey],
+        deadline: float,
+        now: float,
+        sizes: Mapping[BlockKey, int] = NO_SIZES,
+    ) -> None:
         """See :meth:`storage.tiered_store.TieredStore.admit`."""
         if plan in self.queue:
             self._stats.refused_plans_total += 1
@@ -66,6 +77,7 @@ class ShareReads:
             self._settled.append(ShareSettled(plan, [False] * len(keys), {}, 0.0, 0.0))
             return
         share = ShareState(plan, list(keys), deadline, now)
+        share.sizes = sizes
         share.promised_blocks.update(
             TierName.SSD if self._holdings.has(key, TierName.SSD) else TierName.REMOTE
             for key in keys
@@ -135,7 +147,7 @@ class ShareReads:
             self._pool.pin(key, share.plan)
         by_tier: defaultdict[TierName, list[BlockIO]] = defaultdict(list)
         for key, tier in reads.items():
-            self.fills.begin(key, tier)
+            self.fills.begin(key, tier, share.sizes.get(key, 0))
             self._pool.pin(key, share.plan)
             by_tier[tier].append(BlockIO(key, self._pool.buffer(key)))
         share.waiting.update(joined, reads)
@@ -161,7 +173,7 @@ class ShareReads:
         """Returns the bytes that came in."""
         key = completion.key
         if completion.error is None:
-            nbytes = self._pool.block_bytes
+            nbytes = self._pool.buffer(key).nbytes
             first = self.fills.first_waiting(key)
             share = self.queue.get(first) if first is not None else None
             if share is not None:

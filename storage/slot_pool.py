@@ -24,17 +24,19 @@ class NoSlot(Exception):
 
 
 class _Slot:
-    __slots__ = ("index", "filling", "owners", "label")
+    __slots__ = ("index", "nbytes", "filling", "owners", "label")
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, nbytes: int) -> None:
         self.index = index
+        self.nbytes = nbytes
         self.filling = True
         self.owners: set[int] = set()
         self.label = UNLABELLED
 
 
 class SlotPool:
-    """``memory`` cut into slots of ``block_bytes``, rounded up to 4096 bytes.
+    """``memory`` cut into slots of ``block_bytes``, rounded up to 4096 bytes. What lies in one may
+    be smaller: an object of a part.
 
     Owners of pins are numbers: plans, or negative ones for uses inside the store. An
     owner pins a block at most once. Methods on a block that is not here raise KeyError.
@@ -89,16 +91,17 @@ class SlotPool:
         return indices * self.slot_bytes
 
     def buffer(self, key: BlockKey) -> memoryview:
-        """The ``block_bytes`` of the block's slot."""
-        offset = self.offset(key)
-        return self.memory[offset : offset + self.block_bytes]
+        """The block's bytes."""
+        slot = self._slots[key]
+        offset = slot.index * self.slot_bytes
+        return self.memory[offset : offset + slot.nbytes]
 
     # ---- filling --------------------------------------------------------------------
 
-    def begin_fill(self, key: BlockKey) -> BlockKey | None:
+    def begin_fill(self, key: BlockKey, nbytes: int = 0) -> BlockKey | None:
         """Give a block that is not here a slot; returns the block evicted for it, if any.
 
-        Raises :class:`NoSlot`.
+        ``nbytes``: its size; 0: a slot's. Raises :class:`NoSlot`.
         """
         if key in self._slots:
             raise ValueError(f"block {key.hex()} has a slot already")
@@ -108,7 +111,7 @@ class SlotPool:
             if evicted is None:
                 raise NoSlot(f"all {self.num_slots} slots are being filled or pinned")
             self.evict([evicted])
-        self._slots[key] = _Slot(self._free.pop())
+        self._slots[key] = _Slot(self._free.pop(), nbytes or self.block_bytes)
         return evicted
 
     def commit(self, key: BlockKey, label: BlockLabel = UNLABELLED) -> None:

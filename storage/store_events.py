@@ -6,7 +6,7 @@ import msgspec
 
 from common.block import TierName
 from common.ids import PlanId
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from storage.index.holdings import Holdings
 from storage.share_queue import ShareQueue
 from storage.slot_pool import SlotPool

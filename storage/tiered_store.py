@@ -6,15 +6,15 @@ caller passes the time (seconds of any one clock), so that tests and simulations
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from common.block import UNLABELLED, BlockKey, BlockLabel, TierName
 from common.ids import PlanId
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from common.rate import RateMeter
 from storage.index.holdings import Holdings
 from storage.index.owners import Selector
-from storage.share_reads import ShareReads
+from storage.share_reads import NO_SIZES, ShareReads
 from storage.slot_pool import SlotPool
 from storage.store_events import StoreEvent, StoreStats
 from storage.store_options import StoreOptions
@@ -25,7 +25,7 @@ from storage.write_behind import WriteBehind
 class TieredStore:
     """Has plans' blocks in DRAM when they are needed, and persists new ones behind.
 
-    *Reading.* Shares get their slots in the order of their arrival, each all at once, and
+    *Reading.* Shares get their slots in the order of their plans, each all at once, and
     only then are read: SSD before remote, a failed SSD read again from remote. A block is
     read once while it stays in DRAM, however many plans want it. What is settled stays
     pinned until the plan is released, at most ``hold_s``.
@@ -63,13 +63,21 @@ class TieredStore:
 
     # ---- plans ----------------------------------------------------------------------
 
-    def admit(self, plan: PlanId, keys: Sequence[BlockKey], deadline: float, now: float) -> None:
+    def admit(
+        self,
+        plan: PlanId,
+        keys: Sequence[BlockKey],
+        deadline: float,
+        now: float,
+        sizes: Mapping[BlockKey, int] = NO_SIZES,
+    ) -> None:
         """Queue a plan's share; ShareSettled follows, by ``deadline`` at the latest.
 
+        ``sizes``: bytes of those that do not fill a slot, at most so many.
         A plan that is here already is ignored; one that does not fit the queue settles
         at once with nothing.
         """
-        self._reads.admit(plan, keys, deadline, now)
+        self._reads.admit(plan, keys, deadline, now, sizes)
 
     def release(self, plan: PlanId) -> None:
         """The plan needs its blocks no more, settled or not. Unknown plans are ignored."""
@@ -77,8 +85,9 @@ class TieredStore:
 
     # ---- blocks from engines ----------------------------------------------------------
 
-    def reserve(self, keys: Iterable[BlockKey]) -> dict[BlockKey, int]:
-        """Slots (byte offsets) for those of the blocks that are new to this store.
+    def reserve(self, keys: Iterable[BlockKey], nbytes: int = 0) -> dict[BlockKey, int]:
+        """Slots (byte offsets) for those of the blocks, each of ``nbytes`` (0: a slot's), that are
+        new to this store.
 
         Each must be ended by :meth:`commit` or :meth:`abandon`. Blocks that are held,
         or on their way, are left out; so are, counted, those without a slot.
@@ -90,7 +99,7 @@ class TieredStore:
             if not self.pool.available or not self._may_persist():
                 self._skipped += 1
                 continue
-            fills.begin(key, None)
+            fills.begin(key, None, nbytes)
             offsets[key] = self.pool.offset(key)
         return offsets
 

@@ -11,8 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -20,7 +19,8 @@ import msgspec
 
 from common.board_word import FAILED
 from common.ids import NO_INCARNATION, NO_JOB, BoardSlot, JobId
-from common.messages import CancelJob, Deliver, EnginePlan
+from common.messages.from_engines import CancelJob, Deliver, PartPlaces
+from common.messages.from_gateway import EnginePlan
 from common.samples import Sample, sample
 from engine.config import EngineConfig
 from engine.prefill.forward_clock import Waits
@@ -40,6 +40,8 @@ class _Writer(msgspec.Struct):
     slot: BoardSlot
     blocks: list[int]
     """Which of the delivery's blocks it writes."""
+    of_parts: list[list[int]]
+    """Of each part, which of the delivery's objects."""
     job: JobId = NO_JOB
     has_ended: bool = False
     """Ended well: every layer is delivered, and the slot may serve another job."""
@@ -134,29 +136,33 @@ class Deliveries:
         pages: HostPages,
         behind: Mark = PASSED,
         first_position: int = -1,
+        of_parts: Sequence[HostPages] = (),
     ) -> Delivery:
         """Have blocks ``first_block ...`` of the plan written into ``pages``; into a layer
         window from ``first_position`` on, as its credits allow (-1: at once). Agents begin when
-        the device has passed ``behind``: no forward writes to the pages any more.
+        the device has passed ``behind``: no forward writes to the pages any more. ``of_parts``:
+        of each part of the namespace, places for the plan's last blocks.
 
         Never raises for a transfer's sake: what cannot start is a failed delivery.
         """
         deadline = time.monotonic() + self._timeout_s
         delivery = Delivery(plan.rid, self.num_layers, deadline, first_position)
         self.started_total += 1
-        share: dict[str, list[int]] = defaultdict(list)
-        for offset in range(len(pages)):
-            share[plan.reader_of(first_block + offset)].append(offset)
-        for agent, offsets in share.items():
+        shares = [
+            [plan.reader_of(first_block + offset) for offset in range(len(pages))],
+            *(_readers_of(plan, n, len(places)) for n, places in enumerate(of_parts)),
+        ]
+        for agent in dict.fromkeys(reader for share in shares for reader in share):
+            blocks, *objects = (_places_of(agent, share) for share in shares)
             try:
-                self._open(delivery, _Writer(agent, self.board.take(), offsets))
+                self._open(delivery, _Writer(agent, self.board.take(), blocks, objects))
             except BoardFull as error:
                 delivery.fail(str(error))
-        send = partial(self._send, delivery, plan, first_block, pages, behind)
+        send = partial(self._send, delivery, plan, first_block, [pages, *of_parts], behind)
         delivery.send_by(send)
         if delivery.error:
             self.abandon(delivery)
-        elif pages.here.query() and behind.query():
+        elif all(each.here.query() for each in (pages, *of_parts)) and behind.query():
             delivery.send()
         else:
             self.workers.submit("", delivery.send)
@@ -177,7 +183,7 @@ class Deliveries:
 
         incarnation = self._links.incarnation(writer.agent) or NO_INCARNATION
         writer.job = self._jobs.open(writer.agent, incarnation, (), self._timeout_s, ended, failed)
-        self._jobs.expect(writer.job, len(writer.blocks))
+        self._jobs.expect(writer.job, len(writer.blocks), [len(part) for part in writer.of_parts])
         delivery.writers.append(writer)
 
     def _send(
@@ -185,15 +191,23 @@ class Deliveries:
         delivery: Delivery,
         plan: EnginePlan,
         first_block: int,
-        pages: HostPages,
+        places: Sequence[HostPages],
         behind: Mark,
     ) -> None:
         """Hold the pages and have them written; waits for the device, as a rule in a worker."""
         behind.synchronize()
-        here = pages.get().tolist()
+        pages, *of_parts = (each.get().tolist() for each in places)
         for writer in delivery.writers:
-            into = [here[block] for block in writer.blocks]
-            if not self._jobs.hold(writer.job, into) or self._jobs.has_stopped(writer.job):
+            into = [pages[block] for block in writer.blocks]
+            parts = [
+                PartPlaces(
+                    keys=[plan.keys[len(plan.keys) - len(here) + n] for n in own],
+                    places=[here[n] for n in own],
+                )
+                for own, here in zip(writer.of_parts, of_parts, strict=True)
+            ]
+            is_open = self._jobs.hold(writer.job, into, [part.places for part in parts])
+            if not is_open or self._jobs.has_stopped(writer.job):
                 continue
             message = Deliver(
                 job=writer.job,
@@ -204,6 +218,7 @@ class Deliveries:
                 urgent=self._urgent,
                 deadline_s=self._timeout_s,
                 first_position=delivery.first_position,
+                parts=parts,
             )
             if not self._links.send(writer.agent, message):
                 self._jobs.over(writer.job, f"agent {writer.agent} is not reachable")
@@ -247,3 +262,13 @@ class Deliveries:
     def waits(self) -> Waits:
         """Of all forwards so far."""
         return Waits(sum(self.waited_s), self._waited_cpu_s)
+
+
+def _readers_of(plan: EnginePlan, part: int, objects: int) -> list[str]:
+    """Of the last so many objects of a part."""
+    readers = plan.part_readers[part]
+    return [plan.agents[reader] for reader in readers[len(readers) - objects :]]
+
+
+def _places_of(agent: str, readers: list[str]) -> list[int]:
+    return [place for place, reader in enumerate(readers) if reader == agent]

@@ -4,9 +4,9 @@ Time is none. A sender that has given a write up, or was killed, leaves its kern
 left, for minutes if the network lets it; a partition or a suspended process only makes it later.
 The evidence is that there is no socket left over which such bytes could come:
 
-1. the agent, or the incarnation that has replaced it, says that nothing more of what has failed
-   is under way from its process, and which connections from its host are some process's
-   (:mod:`transfer.agent.fences`);
+1. the agent, or the incarnation that has replaced it on its host, says that nothing more of what
+   has failed is under way from its process, and which connections from its host are some
+   process's (:mod:`transfer.agent.fences`);
 2. every other connection from that host, of those that there were before it was asked again, is
    cut at this end, by every rank on its own host, whose kernel's table of connections shows it to
    be done. What still comes for it is answered with a reset.
@@ -26,7 +26,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import msgspec
 
 from common.ids import JobId
-from common.messages import FENCE_JOBS_MAX, AskFence, Fenced
+from common.messages.fields import FENCE_JOBS_MAX
+from common.messages.from_agents import Fenced
+from common.messages.from_engines import AskFence
 from common.samples import Sample, sample
 from engine.ranks.group import CutConnections, FindConnections, Links
 from engine.transfers.jobs import Jobs
@@ -40,6 +42,8 @@ ASK_AGAIN_S = 1.0
 class _Fence(msgspec.Struct):
     """Of jobs that one agent had begun and that had stopped before it was asked."""
 
+    host: str
+    """Of that agent."""
     number: int
     jobs: list[JobId]
     began_s: float
@@ -109,12 +113,15 @@ class Fences:
         with self._lock:
             for agent, stopped in self._jobs.stopped().items():
                 if agent not in self._open:
-                    number, jobs = next(self._numbers), stopped[:FENCE_JOBS_MAX]
-                    self._open[agent] = _Fence(number, jobs, time.monotonic(), 0.0)
+                    host, number = self._links.host(agent), next(self._numbers)
+                    jobs = stopped[:FENCE_JOBS_MAX]
+                    self._open[agent] = _Fence(host, number, jobs, time.monotonic(), 0.0)
             for agent, fence in list(self._open.items()):
                 if fence.is_with_ranks:
                     continue
-                if fence.late is None:
+                if fence.late is None and fence.host != self._links.host(agent):
+                    del self._open[agent]  # who could answer now knows nothing of it
+                elif fence.late is None:
                     self._ask(agent, fence)
                 elif any(fence.late):
                     self._ask_ranks(fence, CutConnections(agent, fence.number, fence.late))
@@ -165,7 +172,8 @@ class Fences:
         yield sample("engine_cut_connections_total", self.cut_total)
 
     def _ask(self, agent: str, fence: _Fence) -> None:
-        if time.monotonic() - fence.asked_s >= ASK_AGAIN_S:
+        is_there = fence.host == self._links.host(agent)
+        if is_there and time.monotonic() - fence.asked_s >= ASK_AGAIN_S:
             fence.asked_s = time.monotonic()
             self._links.send(agent, AskFence(fence.number, fence.jobs))
 

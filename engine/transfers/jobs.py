@@ -14,7 +14,7 @@ import itertools
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -29,6 +29,8 @@ class OpenJob(msgspec.Struct):
 
     job: JobId
     agent: str
+    host: str
+    """Where that is, as the engine is linked to it."""
     incarnation: Incarnation
     deadline: float
     ended: Callable[[str], None]
@@ -61,6 +63,8 @@ class Jobs:
         self._lock = threading.Lock()
         self._open: dict[JobId, OpenJob] = {}
         self._newest: dict[str, Incarnation] = {}
+        self.host_of: Callable[[str], str] = lambda agent: ""
+        """Where an agent of that name is now."""
 
     def open(
         self,
@@ -76,25 +80,28 @@ class Jobs:
         with self._lock:
             job = JobId(next(self._numbers))
             now = self._clock()
-            opened = OpenJob(job, agent, incarnation, now + timeout_s, ended, failed)
+            host = self.host_of(agent)
+            opened = OpenJob(job, agent, host, incarnation, now + timeout_s, ended, failed)
             if incarnation < self._newest.get(agent, incarnation):
                 opened.stopped = _restarted(agent)  # since the caller looked
             self._open[job] = opened
         self._holds.hold(job, pages)
         return job
 
-    def expect(self, job: JobId, pages: int) -> None:
+    def expect(self, job: JobId, pages: int, of_parts: Sequence[int] = ()) -> None:
         """Count so many pages as held until :meth:`hold` names them."""
         with self._lock:
             if job in self._open:
-                self._holds.expect(job, pages)
+                self._holds.expect(job, pages, of_parts)
 
-    def hold(self, job: JobId, pages: Iterable[int]) -> bool:
+    def hold(
+        self, job: JobId, pages: Iterable[int], of_parts: Sequence[Iterable[int]] = ()
+    ) -> bool:
         """Hold the pages of a job that was opened without any; False if it has ended since."""
         with self._lock:
             if job not in self._open:
                 return False
-            self._holds.hold(job, pages)
+            self._holds.hold(job, pages, of_parts)
             return True
 
     def has_stopped(self, job: JobId) -> bool:
@@ -146,11 +153,13 @@ class Jobs:
             self.stopped_writing(job, _restarted(agent))
 
     def stopped(self) -> dict[str, list[JobId]]:
-        """Jobs that have stopped and are not over, by agent."""
+        """Jobs that have stopped and are not over, by agent: of those that are where they were.
+        One of the same name on another host knows nothing of the process that began a job."""
         found: dict[str, list[JobId]] = defaultdict(list)
         with self._lock:
             for opened in self._open.values():
-                if opened.stopped and not opened.is_over:
+                is_there = opened.host == self.host_of(opened.agent)
+                if opened.stopped and not opened.is_over and is_there:
                     found[opened.agent].append(opened.job)
         return found
 

@@ -6,6 +6,9 @@ every page is *held* from the moment a job names it until the job is known to ha
 SGLang may free a held page at any time (abort, eviction, flush); the free is deferred.
 Holds of jobs whose end is overdue are the quarantine of the design.
 
+A part of the model's state that has a pool of its own (windows, states) has holds of its own: a
+job names pages of each pool, and lets go of all at once. Parts may share a pool, and its holds.
+
 SGLang's accounting stays exact: deferred pages are reported as held by sessions, which its
 leak check adds up, and pages that are held but not yet freed are taken off the decode
 engine's allocation budget, since evicting them yields nothing.
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -27,8 +30,10 @@ class PageHolds:
     """Holds by job. ``hold`` and ``release`` may come from any thread; everything that
     touches the allocator runs in the scheduler's thread."""
 
-    def __init__(self, allocator: Allocator) -> None:
+    def __init__(self, allocator: Allocator, parts: Sequence[PageHolds] = ()) -> None:
+        """``parts``: of the pools of the namespace's parts, in their order."""
         self.allocator = allocator
+        self.parts = parts
         self._lock = threading.Lock()
         self._pages_of: dict[int, list[int]] = {}
         self._holders: Counter[int] = Counter()
@@ -36,22 +41,34 @@ class PageHolds:
         self._deferred: set[int] = set()
         self._returned: deque[list[int]] = deque()
 
-    def expect(self, job: JobId, pages: int) -> None:
+    def of(self, allocator: object) -> PageHolds | None:
+        """Those of one allocator, if it is one of ours."""
+        return next((each for each in (self, *self.parts) if each.allocator is allocator), None)
+
+    def expect(self, job: JobId, pages: int, of_parts: Sequence[int] = ()) -> None:
         """So many, of which ``job`` is to be told later: they count from now on, since ranks learn
         which they are at times of their own and are to admit the same requests."""
         with self._lock:
             self._coming[job] = pages
+        for part, count in zip(self.parts, of_parts, strict=False):
+            part.expect(job, count)
 
-    def hold(self, job: JobId, pages: Iterable[int]) -> None:
-        """``job`` may touch these pages from now on."""
+    def hold(
+        self, job: JobId, pages: Iterable[int], of_parts: Sequence[Iterable[int]] = ()
+    ) -> None:
+        """``job`` may touch these pages too from now on."""
         with self._lock:
             self._coming.pop(job, None)
             held = list(pages)
-            self._pages_of[job] = held
+            self._pages_of.setdefault(job, []).extend(held)
             self._holders.update(held)
+        for part, places in zip(self.parts, of_parts, strict=False):
+            part.hold(job, places)
 
     def release(self, job: JobId) -> None:
         """No transfer of ``job`` is in flight any more. Unknown jobs are ignored."""
+        for part in self.parts:
+            part.release(job)
         with self._lock:
             self._coming.pop(job, None)
             free_now = []
@@ -65,7 +82,7 @@ class PageHolds:
                 self._returned.append(free_now)
 
     def pages_of(self, jobs: Iterable[int]) -> int:
-        """How many distinct pages these jobs hold."""
+        """How many distinct pages these jobs hold; of parts, of which they hold no more, none."""
         with self._lock:
             return len({page for job in jobs for page in self._pages_of.get(job, ())})
 

@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
         return 2
     folder = model_folder(argv[0])
     if not is_model(folder):
-        recipe = import_module(RECIPES[argv[0]][0])
+        recipe = import_module(RECIPES[argv[0]][0][0])
         try:
             build_into(folder, recipe.build)
         except BadConfig as error:

@@ -17,20 +17,37 @@ from pathlib import Path
 
 from common.user_files import cache_folder
 
+_TINY = "launch.models.tiny_model"
+_RANDOM = ("launch.models.random_model", _TINY)
+_OF_RANDOM = ("tokenizers", "safetensors", "transformers")
 RECIPES = {
-    "tiny": ("launch.models.tiny_model", ("tokenizers", "safetensors")),
-    "default": ("launch.models.default_model", ("transformers", "gguf")),
+    "tiny": ((_TINY,), ("tokenizers", "safetensors")),
+    "tiny-mla": (("launch.models.tiny_mla", _TINY), _OF_RANDOM),
+    "tiny-dsa": (("launch.models.tiny_dsa", _TINY), ("tokenizers", "safetensors")),
+    "tiny-swa": (("launch.models.tiny_swa", *_RANDOM), _OF_RANDOM),
+    "tiny-mtp": (
+        ("launch.models.tiny_mtp", "launch.models.tiny_dsa", _TINY),
+        ("tokenizers", "safetensors"),
+    ),
+    "tiny-v4": (("launch.models.tiny_v4", _TINY), ("tokenizers", "safetensors")),
+    "tiny-gemma3": (("launch.models.tiny_gemma3", *_RANDOM), _OF_RANDOM),
+    "tiny-hybrid": (("launch.models.tiny_hybrid", *_RANDOM), _OF_RANDOM),
+    "tiny-gdn": (("launch.models.tiny_gdn", *_RANDOM), _OF_RANDOM),
+    "default": (("launch.models.default_model",), ("transformers", "gguf")),
 }
-"""Name -> module with ``build(folder)``, and the packages that shape its output."""
+"""Name -> module with ``build(folder)``, others that it uses, and the packages that shape its
+output."""
 
 
 def model_folder(name: str) -> Path:
     """Where the built model ``name`` belongs, whether or not it is there."""
-    module, packages = RECIPES[name]
-    spec = util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(module)
-    digest = hashlib.sha256(Path(spec.origin).read_bytes())
+    modules, packages = RECIPES[name]
+    digest = hashlib.sha256()
+    for module in modules:
+        spec = util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(module)
+        digest.update(Path(spec.origin).read_bytes())
     for package in packages:
         digest.update(f"{package}=={version(package)}\n".encode())
     return cache_folder() / "models" / f"{name}-{digest.hexdigest()[:16]}"

@@ -35,7 +35,7 @@ _OUTPUT_GAIN = 12.0
 _CONTEXT_TOKENS = 32768
 
 _SPECIAL = _PAD, _START, _END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-_STOP_TOKENS = {"eos_token_id": _SPECIAL.index(_END), "pad_token_id": _SPECIAL.index(_PAD)}
+STOP_TOKENS = {"eos_token_id": _SPECIAL.index(_END), "pad_token_id": _SPECIAL.index(_PAD)}
 """The trainer numbers special tokens first, in their order."""
 _CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -57,20 +57,26 @@ _SYLLABLES = (
 
 def build(folder: Path) -> None:
     """Write config, weights, tokenizer and chat template into ``folder``."""
-    tokenizer = _train_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config())
-    _write_json(folder / "config.json", _model_config())
-    _write_json(folder / "generation_config.json", dict(_STOP_TOKENS))
-    silent = [*range(len(_SPECIAL)), *range(tokenizer.get_vocab_size(), _VOCAB)]
+    silent = write_tokenizer(folder)
+    write_json(folder / "config.json", _model_config())
+    write_json(folder / "generation_config.json", dict(STOP_TOKENS))
     save_file(_weights(silent), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_json(path: Path, value: dict[str, object]) -> None:
+def write_tokenizer(folder: Path) -> list[int]:
+    """For a vocabulary of 2048 tokens; returns those that stand for no text."""
+    tokenizer = _train_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", _tokenizer_config())
+    return [*range(len(_SPECIAL)), *range(tokenizer.get_vocab_size(), _VOCAB)]
+
+
+def write_json(path: Path, value: dict[str, object]) -> None:
+    """The same bytes for equal values."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-class _Normals:
+class Normals:
     """Nearly normal numbers: each is the sum of the four 16-bit parts of one random word."""
 
     def __init__(self, seed: int) -> None:
@@ -85,7 +91,7 @@ class _Normals:
 
 
 def _weights(silent_tokens: list[int]) -> dict[str, NDArray[np.float32]]:
-    normals = _Normals(_SEED)
+    normals = Normals(_SEED)
     lm_head = normals.array((_VOCAB, _HIDDEN), 1 / math.sqrt(_HIDDEN))
     lm_head[silent_tokens] = 0  # a logit of 0 never wins over 2000 normal ones
     weights = {
@@ -99,7 +105,7 @@ def _weights(silent_tokens: list[int]) -> dict[str, NDArray[np.float32]]:
     return weights
 
 
-def _layer_weights(normals: _Normals) -> Iterator[tuple[str, NDArray[np.float32]]]:
+def _layer_weights(normals: Normals) -> Iterator[tuple[str, NDArray[np.float32]]]:
     query, key_value = _HEADS * _HEAD_DIM, _KV_HEADS * _HEAD_DIM
     spread, even = math.sqrt(_LOGIT_SPREAD / _HIDDEN), 1 / math.sqrt(_HIDDEN)
     for name, rows, deviation in (
@@ -135,7 +141,7 @@ def _model_config() -> dict[str, object]:
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
         "use_sliding_window": False,
-    } | _STOP_TOKENS
+    } | STOP_TOKENS
 
 
 def _tokenizer_config() -> dict[str, object]:

@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from common.block import BlockKey, TierName
 from common.ids import NO_INCARNATION, Incarnation
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from scheduler.directory.holder_sets import Holders, run_starts
 from scheduler.directory.holder_table import HolderTable
 from scheduler.plan import Range
@@ -147,6 +149,13 @@ class Directory:
                 first = runs.pop().first
             runs.append(Run(first, end - first, holders))
         return runs
+
+    def held(self, keys: Sequence[BlockKey], agents: frozenset[str]) -> NDArray[np.bool_]:
+        """Which of the blocks ``agents`` can have; shape (len(keys),)."""
+        ids = self._table.set_ids(self._table.find(keys))
+        some, index = np.unique(ids, return_inverse=True)
+        seen = [self._table.sets.seen_by(number, agents) is not None for number in some.tolist()]
+        return np.array(seen, bool)[index]
 
     # ---- inside -----------------------------------------------------------------------
 

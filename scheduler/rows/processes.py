@@ -184,9 +184,11 @@ class Engines(Processes):
         """Number of the decision that last chose it: ties go to the one that waited longest."""
         self.prefill_cost: Floats = np.empty((0, len(TERMS)))
         """Fitted coefficients of a prefill forward (common/prefill_cost.py); 0: unknown."""
+        self.window_tokens: Floats = np.empty(0)
+        """Of the model's layers with a sliding window, which that formula needs."""
         self._columns += ["is_prefill", "agent_row", "group", "sequences", "pending_tokens"]
         self._columns += ["context_tokens", "free_tokens", "last_chosen"]
-        self._columns += ["prefill_cost"]
+        self._columns += ["prefill_cost", "window_tokens"]
 
     def remove(self, name: str) -> None:
         self.linked.pop(name, None)
@@ -208,8 +210,12 @@ class Engines(Processes):
 
     def compute_s(self, row: int | Rows, tokens: float | Floats, context: float | Floats) -> Floats:
         """Time of prefilling ``tokens`` after ``context`` tokens; 0 while not measured."""
-        costs = self.prefill_cost[row]
-        return np.asarray(costs[..., 0] + costs[..., 1:] @ request_terms(context, tokens))
+        costs, terms = (
+            self.prefill_cost[row],
+            request_terms(context, tokens, self.window_tokens[row]),
+        )
+        of_terms = np.einsum("...i,i...->...", costs[..., 1:], terms)
+        return np.asarray(costs[..., 0] + of_terms)
 
     @property
     def token_s(self) -> Floats:

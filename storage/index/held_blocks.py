@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.block import UNLABELLED, BlockKey, BlockLabel, BlockOwner, TierName
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from storage.index.eviction import IsIdle
 from storage.index.index import BlockIndex
 from storage.index.owners import OwnerGroups, Quota, Selector

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common.block import BlockKey, TierName
-from common.messages import Holding
+from common.messages.from_agents import Holding
 
 _BITS = {TierName.DRAM: 1, TierName.SSD: 2, TierName.REMOTE: 4}
 _DRAM_ONLY = _BITS[TierName.DRAM]

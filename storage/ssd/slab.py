@@ -220,7 +220,7 @@ def _records_of(headers: NDArray[np.uint8]) -> tuple[NDArray[np.void], set[bytes
         is_block[i] = has_right_checksum(memoryview(headers[i]))
     blocks = fields[is_block]
     found = np.zeros(len(blocks), RECORD)
-    for name in ("key", "parent", "sequence", "payload_bytes", "written_ms"):
+    for name in ("key", "parent", "sequence", "payload_bytes", "written_ms", "part"):
         found[name] = blocks[name]
     raw = [each.tobytes() for each in blocks["owner"]]
     numbers = {each: owner_number(each) for each in set(raw)}

@@ -13,19 +13,28 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from common.block import KEY_BYTES
+from common.block import KEY_BYTES, PART_NAME_CHARS_MAX
 from storage.ssd.direct_io import PAGE_BYTES, padded, read_or_fill, transfer_fully
 from storage.tiers.operation import Operation
 
+_FIXED_BYTES = 2 * KEY_BYTES + 4 * 8
+"""Of an entry, before its checksum; the name of a part follows that, where there is one."""
+_PART_AT = _FIXED_BYTES + 8
+_FIELDS = (
+    ("key", f"V{KEY_BYTES}", 0),
+    ("parent", f"V{KEY_BYTES}", KEY_BYTES),
+    ("sequence", "<u8", 64),
+    ("payload_bytes", "<u8", 72),
+    ("owner", "<u8", 80),
+    ("written_ms", "<u8", 88),
+    ("part", f"S{PART_NAME_CHARS_MAX}", _PART_AT),
+)
 RECORD = np.dtype(
-    [
-        ("key", f"V{KEY_BYTES}"),
-        ("parent", f"V{KEY_BYTES}"),
-        ("sequence", "<u8"),
-        ("payload_bytes", "<u8"),
-        ("owner", "<u8"),
-        ("written_ms", "<u8"),
-    ]
+    {
+        "names": [name for name, _, _ in _FIELDS],
+        "formats": [kind for _, kind, _ in _FIELDS],
+        "offsets": [offset for _, _, offset in _FIELDS],
+    }
 )
 """What an entry says of its slot. Sequence 0: the slot is free. ``owner`` is
 :func:`owner_number`."""
@@ -37,12 +46,12 @@ _ENTRY = np.dtype(
     {
         "names": ["record", "checksum"],
         "formats": [RECORD, "<u8"],
-        "offsets": [0, RECORD.itemsize],
+        "offsets": [0, _FIXED_BYTES],
         "itemsize": ENTRY_BYTES,
     }
 )
 _RECORD = struct.Struct(f"<{KEY_BYTES}s{KEY_BYTES}sQQQQ")
-_CHECKSUM = struct.Struct(f"<Q{ENTRY_BYTES - RECORD.itemsize - 8}x")
+_END = struct.Struct(f"<Q{PART_NAME_CHARS_MAX}s{ENTRY_BYTES - RECORD.itemsize}x")
 SECTOR_BYTES = 512
 """The least that most disks write; an entry never lies in two."""
 _UNREADABLE = 0xFF
@@ -70,7 +79,8 @@ def encode_entry(slot: int, operation: Operation, owner: int) -> bytes:
         owner,
         operation.written_ms,
     )
-    return record + _CHECKSUM.pack(_digest(record, slot))
+    part = operation.label.part.encode()
+    return record + _END.pack(_digest(record + part, slot), part)
 
 
 def encode_table(records: NDArray[np.void]) -> bytes:
@@ -98,9 +108,15 @@ def decode_table(raw: bytes | memoryview) -> tuple[NDArray[np.void], NDArray[np.
 
 def _checksums(entries: NDArray[np.void], slots: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Each is seeded with its slot, so that an entry is right in its own place only."""
-    raw, size = entries.view(np.uint8).data, RECORD.itemsize
+    raw, size = entries.view(np.uint8).data, _FIXED_BYTES
     starts = (slots * ENTRY_BYTES).tolist()
     found = [_digest(raw[at : at + size], at // ENTRY_BYTES) for at in starts]
+    words = entries.view("<u8").reshape(len(entries), -1)
+    names = words[:, _PART_AT // 8] | words[:, _PART_AT // 8 + 1]
+    for i in np.flatnonzero(names[slots]).tolist():
+        at = starts[i]
+        part = bytes(raw[at + _PART_AT : at + RECORD.itemsize]).rstrip(b"\0")
+        found[i] = _digest(bytes(raw[at : at + size]) + part, at // ENTRY_BYTES)
     return np.array(found, np.uint64)
 
 

@@ -35,6 +35,9 @@ class SsdSlots:
     def __init__(self, devices: Sequence[SsdDevice]) -> None:
         self.devices = devices
         self.used_bytes = 0
+        self.payload_bytes_min = 0
+        """Of a slot: what is smaller has one of this size, so that objects of parts and their
+        blocks give way to each other one by one, and not by slabs."""
         self._slabs: dict[int, tuple[SsdDevice, Slab]] = {}
         """By the upper bits of a place."""
         self._turn = 0
@@ -67,13 +70,13 @@ class SsdSlots:
     # ---- the placement ----------------------------------------------------------------
 
     def stored_bytes(self, nbytes: int) -> int:
-        return slot_bytes_for(nbytes)
+        return slot_bytes_for(max(nbytes, self.payload_bytes_min))
 
     def bytes_at(self, place: int) -> int:
         return self._slabs[place >> _SLOT_BITS][1].slot_bytes
 
     def reserve(self, nbytes: int, room: Room) -> int | None:
-        slot_bytes = slot_bytes_for(nbytes)
+        slot_bytes = self.stored_bytes(nbytes)
         place = self._take(slot_bytes)
         while place is None and self._make_way(slot_bytes, room):
             place = self._take(slot_bytes)

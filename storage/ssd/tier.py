@@ -66,7 +66,13 @@ class SsdTier(BlockTier):
             _close(opened)
             raise
         super().__init__(TierName.SSD, queue, room, backend)
+        self._slots = slots
         self.keepers: list[Keeper] = [FolderKeeper(each.device.path) for each in opened]
+
+    def share_slots(self, payload_bytes: int) -> None:
+        """Give whatever is smaller a slot for so many bytes: all that one agent stores has slots of
+        one size."""
+        self._slots.payload_bytes_min = payload_bytes
 
 
 class _Opened(NamedTuple):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from common.block import BlockKey, TierName
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from storage.index.owners import OwnerGroups, Selector
 from storage.tiers.contract import (
     BlockCorrupt,

@@ -19,7 +19,7 @@ from typing import Protocol
 import msgspec
 
 from common.block import UNLABELLED, BlockKey, BlockLabel, TierName
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from common.samples import Latencies
 from storage.index.owners import Selector
 

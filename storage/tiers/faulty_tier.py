@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from common.block import BlockKey
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from storage.index.owners import Selector
 from storage.tiers.contract import (
     BlockCorrupt,

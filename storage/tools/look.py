@@ -27,12 +27,26 @@ class OwnerTotal(msgspec.Struct, frozen=True):
     payload_bytes: int
 
 
+class PartTotal(msgspec.Struct):
+    """What a store holds of a part of models' state."""
+
+    objects: int = 0
+    payload_bytes: int = 0
+
+    def note(self, block: StoredBlock) -> None:
+        """One more."""
+        self.objects += 1
+        self.payload_bytes += block.payload_bytes
+
+
 class StoreContent(StoreSummary, kw_only=True):
     """Summary, owners, ages, and what the live tier has counted where it says so."""
 
     blocks: int
     payload_bytes: int
     parent_elsewhere_blocks: int
+    parts: dict[str, PartTotal]
+    """By name; of blocks themselves none."""
     owners: list[OwnerTotal]
     """Those with the most bytes first."""
     ages: dict[str, int]
@@ -44,6 +58,8 @@ class BlockLine(msgspec.Struct, frozen=True):
     """A block, for a listing."""
 
     key: str
+    part: str
+    """Empty of a block itself."""
     payload_bytes: int
     written_ms: int
     where: str
@@ -61,7 +77,10 @@ def stats(view: StoreView) -> StoreContent:
     now_ms = time.time() * 1000
     blocks = nbytes = 0
     keys, parents = set(), []
+    parts: dict[str, PartTotal] = {}
     for block in view.blocks():
+        if block.label.part:
+            parts.setdefault(block.label.part, PartTotal()).note(block)
         total = totals.setdefault(block.label.owner, [0, 0])
         total[0] += 1
         total[1] += block.payload_bytes
@@ -75,6 +94,7 @@ def stats(view: StoreView) -> StoreContent:
         blocks=blocks,
         payload_bytes=nbytes,
         parent_elsewhere_blocks=sum(parent not in keys for parent in parents),
+        parts=parts,
         owners=[
             OwnerTotal(**_names(owner), blocks=count, payload_bytes=size)
             for owner, (count, size) in sorted(totals.items(), key=lambda item: -item[1][1])
@@ -112,6 +132,7 @@ def ls(view: StoreView, selector: Selector | None, limit: int) -> Iterator[Block
     for number, block in enumerate(chosen(view, selector), 1):
         yield BlockLine(
             key=block.key.hex(),
+            part=block.label.part,
             payload_bytes=block.payload_bytes,
             written_ms=block.written_ms,
             where=block.where,

@@ -29,6 +29,9 @@ def stats(console: Console, result: StoreContent) -> None:
         highlight=False,
     )
     console.print(*(f"{name}: {text}\n" for name, text in result.notes.items()), sep="", end="")
+    for name, total in result.parts.items():
+        size = format_size(total.payload_bytes)
+        console.print(f"of them part {name}: {total.objects}, {size}", highlight=False)
     table = Table("namespace", "model", "version", "tenant", "blocks", "size", title="Owners")
     for owner in result.owners:
         table.add_row(
@@ -65,6 +68,7 @@ def blocks(console: Console, result: Sequence[BlockLine]) -> None:
     for row in result:
         console.print(
             row.key,
+            row.part or "block",
             row.payload_bytes,
             row.version or "-",
             row.tenant_digest or "-",

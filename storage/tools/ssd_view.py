@@ -116,6 +116,7 @@ class SsdView:
         rows = zip(
             keys_of(found["key"]),
             keys_of(found["parent"]),
+            found["part"].tolist(),
             found["owner"].tolist(),
             found["payload_bytes"].tolist(),
             found["written_ms"].tolist(),
@@ -123,8 +124,9 @@ class SsdView:
             slot_of[order].tolist(),
             strict=True,
         )
-        for key, parent, owner, nbytes, written_ms, number, slot in rows:
-            label = msgspec.structs.replace(labels[owner], parent=parent)
+        for key, parent, part, owner, nbytes, written_ms, number, slot in rows:
+            name = part.decode(errors="replace")
+            label = msgspec.structs.replace(labels[owner], parent=parent, part=name)
             where = f"slab {number} slot {slot}"
             yield StoredBlock(key, label, nbytes, written_ms, where, (number, slot))
 

@@ -14,10 +14,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks.faults import hostile, own_clock, reference
-from benchmarks.faults.acts import ACTS
-from benchmarks.faults.damage import damage_file
-from benchmarks.faults.load import (
+from benchmarks import own_clock
+from benchmarks.clients import reference
+from benchmarks.clients.load import (
     BROKEN,
     ERROR,
     REFUSED,
@@ -29,7 +28,10 @@ from benchmarks.faults.load import (
     Weights,
     last_event,
 )
-from benchmarks.faults.reference import FIRST, SECOND, Turn
+from benchmarks.clients.reference import FIRST, SECOND, Turn
+from benchmarks.faults import hostile
+from benchmarks.faults.acts import ACTS
+from benchmarks.faults.damage import damage_file
 from benchmarks.faults.resources import Holdings
 from benchmarks.faults.schedule import BYTE_KINDS, BYTES_UNTIL, CALM_S, make_schedule, menus
 from benchmarks.faults.stage import NODES
@@ -79,15 +81,18 @@ def test_damage_changes_bytes_but_no_size(tmp_path: Path, flips: bool):
 
 def test_a_clock_of_its_own_is_stepped_while_the_process_runs(tmp_path: Path):
     (tmp_path / "watched.py").write_text(
-        "import time\n"
-        "def say(): print(round(time.time() - time.monotonic()), flush=True); input()\n"
+        "import multiprocessing, threading, time\n"
+        "def say():\n"
+        "    multiprocessing.Semaphore(0).acquire(timeout=0.05)\n"  # until a time of day
+        "    threading.Event().wait(0.05); time.sleep(0.05)\n"
+        "    print(round(time.time() - time.monotonic()), flush=True); input()\n"
         "say(); say()\n"
     )
+    own_clock.build(tmp_path)
     own_clock.write_offset(tmp_path / "clock", -7200)
-    command = [sys.executable, "-m", "benchmarks.faults.own_clock", str(tmp_path / "clock")]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    environment = os.environ | own_clock.environment(tmp_path, tmp_path / "clock")
     with subprocess.Popen(
-        [*command, "watched"],
+        [sys.executable, str(tmp_path / "watched.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
@@ -122,7 +127,7 @@ def test_a_tie_is_as_close_as_its_closest_token():
 
 def judged(version: str, tokens: list[int], weights: Weights) -> str:
     turn = Turn([1], {FIRST: [5], SECOND: [6]})
-    load = Load("http://127.0.0.1:1", [[turn]], weights, lambda answer: None)
+    load = Load(["http://127.0.0.1:1"], [[turn]], weights, lambda answer: None)
     answer = Answer(0, 0, "salt", False, sent_s=10.0, done_s=11.0)
     body = {"output_ids": tokens, "meta_info": {"weight_version": version}}
     load._judge(answer, 200, json.dumps(body).encode())
@@ -194,7 +199,14 @@ def test_goals_count_what_went_wrong():
     records = Records(
         engine_wait_s=1.0,
         engines=["p0"],
-        answers=[answer(WRONG), answer(SILENT), answer(RIGHT), hit(9, 9, 50), hit(5, 5, 150)],
+        answers=[
+            answer(WRONG),
+            answer(SILENT),
+            answer(RIGHT),
+            hit(9, 9, 50),
+            hit(5, 5, 150),
+            hit(8, 8, 210),
+        ],
         last_answers=[hit(3, 0, 300)],
         counted_from_s=100.0,
         missing=1,
@@ -202,6 +214,7 @@ def test_goals_count_what_went_wrong():
         faults=[
             Done("kill", "p0", 9.0, 9.0, ""),
             Done("loss", "p0", 9.0, 9.0, "failed: no nft"),
+            Done("full-disk", "agent-d0", 200.0, 220.0, ""),
         ],
         first=held(),
         left=held(pages_taken=2, slots_taken=3),
@@ -209,7 +222,7 @@ def test_goals_count_what_went_wrong():
     )
     values = goal_values(records)
     assert (values["answers"], values["requests"], values["errors"]) == (1, 1, 0)
-    assert values["durable"] == 1 + (5 - 3)  # what was read before the last damage is not counted
+    assert values["durable"] == 1 + (5 - 3)  # nothing from before the last damage, or a full disk
     assert values["engines"] == values["faults"] == 1
     assert (values["pages"], values["DRAM"], values["more"]) == (2, 3, 1)
     assert (values["sockets,"], values["memory,"]) == (pytest.approx(1.2), 1.0)
@@ -233,7 +246,7 @@ def test_what_was_not_looked_at_does_not_hold():
 )
 def test_a_short_campaign_reaches_its_goals(tmp_path: Path):
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "benchmarks.faults", "--minutes", "3", "--seed", "1"]
+    command = [sys.executable, "-m", "benchmarks.faults", "--minutes", "2", "--seed", "5797"]
     command += ["--conversations", "3", "--json", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=880)
     report = json.loads(out.read_text())

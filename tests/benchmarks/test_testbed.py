@@ -223,6 +223,7 @@ def test_steps_count_every_job():
 # ---- report ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_and_picture_are_written(tmp_path: Path):
     import pyarrow.parquet
 
@@ -334,11 +335,14 @@ def test_what_a_killed_run_has_left_is_removed_with_its_processes(tmp_path: Path
     )
     root = Path(__file__).parents[2]
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=root) as dead:
-        sleeper = int(dead.stdout.readline())
-        folder = tmp_path / f"dptb{dead.pid}-scratch"
-        folder.mkdir()
-        assert remove_leftovers(tmp_path) == []  # it is alive
-        dead.kill()
+        try:
+            sleeper = int(dead.stdout.readline())
+            folder = tmp_path / f"dptb{dead.pid}-scratch"
+            folder.mkdir()
+            # It is alive. What others have left on this machine may go.
+            assert not [name for name in remove_leftovers(tmp_path) if str(dead.pid) in name]
+        finally:
+            dead.kill()
     removed = remove_leftovers(tmp_path)
     assert str(folder) in removed and any(name.endswith("-p0") for name in removed)
     assert not folder.exists()

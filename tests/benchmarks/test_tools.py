@@ -11,8 +11,10 @@ import pytest
 from benchmarks import tools
 
 FLAGS = {
+    "elastic": ["--json", "out.json"],
     "faults": ["--json", "out.json"],
     "layer_window": ["--json", "out.json"],
+    "models": ["--json", "out.json"],
     "quota": ["--json", "out.json"],
     "replay": [],
     "rollout": [],

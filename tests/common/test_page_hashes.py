@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from common.page_hashes import BadToken, continue_chain, namespace_seed, page_ha
 from tests.examples import examples
 
 sglang_utils = pytest.importorskip("sglang.srt.mem_cache.utils")
+radix_cache = pytest.importorskip("sglang.srt.mem_cache.radix_cache")
 
 KEYS = st.one_of(st.none(), st.text(max_size=20))
 
@@ -60,6 +62,25 @@ def test_equals_sglang(
     ours = page_hashes(token_ids + tail, page_tokens, extra_key, cache_salt)
     theirs = sglang_hashes(token_ids, page_tokens, extra_key, cache_salt)
     assert ours == theirs
+
+
+@given(pages=st.integers(0, 6), rest=st.integers(1, 16), salt=KEYS, seed=st.integers(0, 2**32))
+@examples(60)
+def test_bigrams_equal_those_of_sglangs_trees_under_a_draft(pages, rest, salt, seed) -> None:
+    tokens = [random.Random(seed).randrange(2**32) for _ in range(pages * 16 + rest)]
+    view, _ = radix_cache.RadixKey(array("q", tokens), cache_salt=salt).maybe_to_bigram_view(True)
+    theirs = sglang_utils.get_storage_hash_str(view.page_aligned(16), None, 16)
+    ours = page_hashes(tokens, 16, cache_salt=salt or None, bigrams=True)
+    assert ours == [bytes.fromhex(page) for page in theirs] and len(ours) == pages
+
+
+def test_a_page_of_bigrams_depends_on_the_token_behind_it() -> None:
+    tokens = list(range(17))
+    assert page_hashes(tokens[:16], 16, bigrams=True) == []
+    other = page_hashes([*tokens[:16], 99], 16, bigrams=True)
+    assert page_hashes(tokens, 16, bigrams=True) != other
+    first = page_hashes(range(33), 16, bigrams=True)
+    assert first[1:] == continue_chain(first[0], range(16, 33), 16, bigrams=True)
 
 
 @given(split=st.integers(0, 8), salt=KEYS)

@@ -7,7 +7,7 @@ import msgspec
 from common.block import BlockKey, TierName
 from common.ids import Incarnation
 from common.loads import AgentLoad, EngineLoad
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from scheduler.cluster_state import ClusterState
 from scheduler.options import SchedulerOptions
 from scheduler.plan import PlanRequest

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common.block import TierName
 from common.ids import Incarnation, PlanId
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from scheduler.scheduler import Scheduler
 from tests.scheduler.clusters import cluster, hold, keys_of, report_agent, report_engine, request
 

@@ -178,6 +178,16 @@ def test_a_dead_side_does_not_read():
         assert readers_of(name, hit_of([REMOTE] * 4, alive), state_of({"d": (0, 1e6)})) == expected
 
 
+def test_where_neither_side_may_read_another_agent_does():
+    others = frozenset({"x", "y"})
+    state = state_of({"x": (5, 1e6), "y": (0, 1e6)})
+    blocks = [Holders(ssd=("x",), remote=True), REMOTE, REMOTE]
+    assert readers_of("shorter-queue", hit_of(blocks, others), state) == ["y"] * 3
+    assert set(readers_of("split", hit_of(blocks, others), state)) <= others
+    assert readers_of("prefill", hit_of(blocks, others), state) == ["x"], "it has its side alone"
+    assert readers_of("shorter-queue", hit_of([REMOTE], frozenset()), state_of({})) == []
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common.block import BlockKey, TierName
 from common.ids import Incarnation
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from common.prefill_cost import PrefillCost
 from scheduler.plan import NoEngine, Plan
 from scheduler.policies import POLICY_NAMES

@@ -24,6 +24,8 @@ prices = st.builds(
     pair_s=st.floats(1e-10, 1e-7),
     prefix_pair_s=st.floats(0, 1e-7),
     own_pair_s=st.floats(0, 1e-7),
+    window_pair_s=st.floats(0, 1e-7),
+    window_tokens=st.sampled_from([0, 128, 4096]),
 )
 quotas_s = st.floats(0.001, 1.0)
 requests = st.builds(

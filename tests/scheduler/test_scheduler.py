@@ -10,7 +10,7 @@ import pytest
 from benchmarks.testbed.oracle import ORACLE_CLASS
 from common.block import BlockKey, TierName
 from common.ids import Incarnation, PlanId
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from common.prefill_cost import PrefillCost
 from scheduler.open_plans import UnknownPlan
 from scheduler.options import SchedulerOptions
@@ -178,6 +178,19 @@ def test_a_hit_that_would_be_slower_than_a_miss_is_recomputed():
     slow = PrefillCost(0.0, 1.0, 0.0)
     report_engine(scheduler, "p0", prefill_cost=slow)
     assert len(scheduler.plan(request(), now=0.0).keys) == 10
+
+
+@pytest.mark.parametrize("window_tokens, hit", [(0, 10), (32, 0)])
+def test_layers_with_a_window_make_less_of_a_hit_worth_loading(window_tokens, hit):
+    """A second of waiting, against the pairs of ten blocks: 2 s of all, 0.2 s of windows."""
+    scheduler = cluster("prefill", prefill=1, decode=1)
+    hold(scheduler, "agent-p0", 10, TierName.REMOTE)
+    cost = PrefillCost(0.0, 0.0, 0.0, window_pair_s=1e-5, window_tokens=window_tokens)
+    if not window_tokens:
+        cost = PrefillCost(0.0, 0.0, 1e-5)
+    report_engine(scheduler, "p0", prefill_cost=cost)
+    report_agent(scheduler, "agent-p0", read_queue_bytes={TierName.REMOTE: 1_000_000})
+    assert len(scheduler.plan(request(), now=0.0).keys) == hit
 
 
 def test_part_of_a_hit_may_be_worth_loading():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import xxhash
@@ -29,7 +30,7 @@ LABEL = BlockLabel(
     *(bytes(range(32, 64)), BlockLayout(64, 24, (2048, 1024)), "ab" * 32, "step-7", "c0" * 8),
     parent=BlockKey(bytes(range(64, 96))),
 )
-FIELD_BYTES = 496
+FIELD_BYTES = 512
 
 
 @given(st.binary(min_size=32, max_size=32), st.binary(max_size=5000))
@@ -62,9 +63,21 @@ def test_the_documented_bytes() -> None:
     assert "`DUALPATH`" in document.read_text()
 
 
-@given(st.integers(0, FIELD_BYTES * 8 - 1))
-def test_any_flipped_bit_of_the_header_is_found(bit: int) -> None:
-    header = bytearray(encode_header(KEY, PAYLOAD, LABEL, 3))
+def test_an_object_of_a_part_names_it() -> None:
+    window = msgspec.structs.replace(LABEL, part="window")
+    header = encode_header(KEY, PAYLOAD, window, 77, 99)
+    assert verify(header, PAYLOAD, KEY).label == window
+    block = encode_header(KEY, PAYLOAD, LABEL, 77, 99)
+    assert (header[:488], header[512:]) == (block[:488], block[512:])
+    assert np.frombuffer(header, HEADER_FIELDS)[0]["part"] == b"window"
+    with pytest.raises(ValueError, match="too long"):
+        encode_header(KEY, PAYLOAD, msgspec.structs.replace(LABEL, part="w" * 17))
+
+
+@given(st.integers(0, FIELD_BYTES * 8 - 1), st.sampled_from(["", "window", "w" * 16]))
+def test_any_flipped_bit_of_the_header_is_found(bit: int, part: str) -> None:
+    label = msgspec.structs.replace(LABEL, part=part)
+    header = bytearray(encode_header(KEY, PAYLOAD, label, 3))
     header[bit // 8] ^= 1 << bit % 8
     with pytest.raises((BlockCorrupt, UnknownVersion)):
         verify(header, PAYLOAD, KEY)
@@ -98,5 +111,23 @@ def test_another_key_length_or_short_header_is_corrupt() -> None:
 
 def test_a_layout_that_does_not_fit_is_refused() -> None:
     layout = BlockLayout(64, 1, (1,) * (COMPONENTS_MAX + 1))
-    with pytest.raises(ValueError, match="17 components"):
+    with pytest.raises(ValueError, match="too many components"):
         encode_header(KEY, PAYLOAD, BlockLabel(bytes(32), layout))
+
+
+def test_the_layers_of_a_draft_are_told() -> None:
+    label = BlockLabel(bytes(32), BlockLayout(64, 62, (73728, 8448), draft_layers=1))
+    assert verify(encode_header(KEY, PAYLOAD, label), PAYLOAD, KEY).label == label
+
+
+def test_the_layers_that_lack_a_component_are_told() -> None:
+    layout = BlockLayout(64, 256, (73728, 8448), absent=((), (1, 3, 63, 64, 255)))
+    label = BlockLabel(bytes(32), layout)
+    assert verify(encode_header(KEY, PAYLOAD, label), PAYLOAD, KEY).label == label
+    assert layout.block_bytes == 256 * 73728 + 251 * 8448
+    for layout in (
+        BlockLayout(64, 257, (8, 8), absent=((), (1,))),
+        BlockLayout(64, 4, (8,) * 4, absent=((), (1,), (), ())),
+    ):
+        with pytest.raises(ValueError, match="too many components or layers"):
+            encode_header(KEY, PAYLOAD, BlockLabel(bytes(32), layout))

@@ -12,7 +12,7 @@ import pytest
 
 from common.block import BlockKey, TierName
 from common.ids import PlanId
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from storage.block_format import HEADER_BYTES
 from storage.remote.tier import RemoteTier
 from storage.slot_pool import SlotPool

@@ -1,11 +1,11 @@
-"""What plans and operators rely on: read once, pinned, first come first served."""
+"""What plans and operators rely on: read once, pinned, the oldest plan first."""
 
 from __future__ import annotations
 
 import pytest
 
 from common.ids import PlanId
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from storage.slot_pool import SlotPool
 from storage.store_events import ShareSettled
 from storage.tiered_store import TieredStore
@@ -63,20 +63,22 @@ def test_plans_share_a_read_in_flight() -> None:
     assert bench.store.stats().slots_available == 2, "the released plan's block is evictable"
 
 
-def test_slots_are_given_first_come_first_served_and_all_at_once() -> None:
+@pytest.mark.parametrize("order", [(2, 3), (3, 2)])
+def test_slots_are_given_to_the_oldest_plan_first_and_all_at_once(order: tuple[int, int]) -> None:
     bench = Bench(slots=4)
     bench.on_ssd(*KEYS)
     bench.admit(1, [A, B, C])
-    bench.admit(2, [D, E])
-    bench.admit(3, [F])
+    wanted = {2: [D, E], 3: [E, F]}
+    for plan in order:
+        bench.admit(plan, wanted[plan])
     assert bench.settled.keys() == {1}, "one slot is free, but plan 2 comes first"
     assert bench.store.stats().waiting_plans == 2
-    assert sum(bench.store.stats().read_queue_bytes.values()) == 3 * NBYTES
     bench.poll(2.0)
     bench.store.release(PlanId(1))
     bench.poll()
     assert bench.settled[2].in_dram == [True, True] and bench.settled[2].queue_s == 2.0
-    assert bench.settled[3].in_dram == [True]
+    assert bench.settled[3].in_dram == [True, True]
+    assert bench.settled[2].read_bytes == {SSD: 2 * NBYTES}, "it was granted first"
     assert not any(bench.store.stats().read_queue_bytes.values())
 
 

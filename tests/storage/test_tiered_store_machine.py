@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from common.block import BlockKey, TierName
 from common.ids import PlanId
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from storage.block_format import HEADER_BYTES, encode_header
 from storage.slot_pool import SlotPool
 from storage.store_events import ShareSettled

@@ -97,10 +97,7 @@ def after_on_idle(result: Any, scheduler: Any) -> None:
 
 def fork_from_now_on(result: Any, *_: Any, **__: Any) -> None:
     """AFTER ``_set_envs_and_config``."""
-    # A thread does not survive a fork, but what it has locked stays so. Schedulers of attention
-    # groups are started by a process that has threads.
-    if has_groups():
-        return
+    # A thread does not survive a fork, but what it has locked stays so.
     if len(os.listdir("/proc/self/task")) == 1:
         multiprocessing.set_start_method("fork", force=True)
     else:

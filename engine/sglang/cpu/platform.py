@@ -16,6 +16,12 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+from engine.config import (
+    CPU_COMPRESSED_VARIABLE,
+    CPU_DRAFT_VARIABLE,
+    CPU_RECURRENT_VARIABLE,
+    CPU_SPARSE_VARIABLE,
+)
 from engine.cpu import malloc as cpu_malloc
 from engine.sglang.border import Use, install
 from engine.sglang.cpu import hooks
@@ -26,6 +32,11 @@ USES = (
     Use("platforms.interface.SRTPlatform", "a platform"),
     Use("platforms.interface.SRTPlatform.get_default_attention_backend", "torch's own attention"),
     Use("platforms.interface.SRTPlatform.is_pin_memory_available", "there is none"),
+    Use("platforms.interface.SRTPlatform.supports_speculative_algorithm", "EAGLE, and so MTP"),
+    Use(
+        "platforms.interface.SRTPlatform.support_mamba_cache_extra_buffer",
+        "without: recurrent layers are refused with pages of 64 tokens",
+    ),
     Use("platforms.interface.SRTPlatform.capabilities", "none of a GPU's"),
     Use("platforms.interface.PlatformCapabilities", "their type"),
     Use("platforms.cpu.CpuDeviceMixin", "the rest of SGLang's own CPU platform"),
@@ -64,6 +75,12 @@ class DualPathCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def is_pin_memory_available(self, device: Any = None) -> bool:
         return False
 
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm == "EAGLE"
+
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        return True
+
 
 def activate() -> str | None:
     """Entry point of group ``sglang.srt.platforms``: None leaves SGLang its own choice."""
@@ -73,6 +90,11 @@ def activate() -> str | None:
 def is_active() -> bool:
     """True in processes that were started on this platform."""
     return os.environ.get("SGLANG_PLATFORM") == NAME
+
+
+def _has(variable: str) -> bool:
+    """Whether the launcher says so of this engine's model."""
+    return os.environ.get(variable) == "1"
 
 
 def register_fixes() -> None:
@@ -91,6 +113,26 @@ def register_fixes() -> None:
         install(hooks.UNLIKE_SIZES)
     if fixes.has_groups():
         install(hooks.ATTENTION_GROUPS)
+    if _has(CPU_RECURRENT_VARIABLE):
+        from engine.sglang.cpu.recurrent import conv
+
+        conv.offer()
+        install(hooks.RECURRENT_LAYERS)
+    if _has(CPU_SPARSE_VARIABLE):
+        from engine.sglang.cpu.sparse import attention
+
+        attention.offer()
+        install(hooks.SPARSE_ATTENTION)
+    if _has(CPU_COMPRESSED_VARIABLE):
+        from engine.sglang.cpu.compressed import attention as compressed_attention
+
+        compressed_attention.offer()
+        install(hooks.COMPRESSED_ATTENTION)
+    if _has(CPU_DRAFT_VARIABLE):
+        from engine.sglang.cpu import speculative
+
+        speculative.offer()
+        install(hooks.DRAFT)
 
 
 def _kv_sender_without_pinned_indices() -> None:

@@ -69,6 +69,12 @@ def test_the_type_of_computation_counts_as_it_is_not_as_it_was_given():
     assert of_bfloat16 != kv_settings(given("--dtype", "float32"), "float32")
 
 
+def test_how_index_keys_are_written_and_what_scales_kv_has_count():
+    formats = [{}, {"index_keys": "rotated"}, {"index_keys": "plain"}, {"kv_scales": "plain"}]
+    of_formats = [kv_settings(given(), "float32", kv_format) for kv_format in formats]
+    assert len(set(of_formats)) == 4 and of_formats[0] == kv_settings(given(), "float32")
+
+
 def test_order_and_blanks_of_json_do_not_count():
     first = settings("--json-model-override-args", '{"a": 1, "rope": {"x": 2, "y": 3}}')
     assert first == settings("--json-model-override-args", '{"rope":{"y":3,"x":2},"a":1}')

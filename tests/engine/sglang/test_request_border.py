@@ -11,26 +11,32 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from pydantic import ValidationError
-from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
+from sglang.srt.entrypoints.openai.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    ResponsesRequest,
+)
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from common.messages import ModelBounds
+from common.loads import ModelBounds
 from engine.sglang import startup
 from launch.gateway.config import LOGPROBS_MAX, RequestLimits
 from launch.gateway.errors import BadRequest
 from launch.gateway.request.checks import check_limits, check_part
-from launch.gateway.request.parts import Part, split_request
+from launch.gateway.request.parts import GENERATING, MESSAGES, RESPONSES, Part, split_request
 from launch.gateway.request.schema import IGNORED, REFUSED, TABLES, decode_body
-from tests.launch.gateway.hostile import CHAT, COMPLETIONS, GENERATE
+from tests.launch.gateway.hostile import CHAT, GENERATE
 from tests.launch.gateway.stubs import running_cluster
 from tests.request_strategies import REQUESTS, encoded, fields_of
 
 BOUNDS = ModelBounds(vocabulary_tokens=2000, context_tokens=32768, prompt_tokens_max=20000)
 
 
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, GENERATE])
+@pytest.mark.parametrize("path", GENERATING)
 def test_every_field_of_sglang_is_known(path: str) -> None:
     known = TABLES[path].keys() | REFUSED.keys() | IGNORED
     assert fields_of(path).keys() - known == set()
@@ -66,6 +72,17 @@ def sampling_of(path: str, body: dict[str, Any]) -> tuple[GenerateReqInput, dict
     body = json.loads(encoded(body))
     if path == GENERATE:
         request = GenerateReqInput(**body)
+    elif path == MESSAGES:
+        said = AnthropicMessagesRequest.model_validate(body)
+        serving: Any = SimpleNamespace(_merge_inline_system=True)
+        chat = AnthropicServing._convert_to_chat_completion_request(serving, said)
+        params = chat.to_sampling_params([], {}, None)
+        request = GenerateReqInput(input_ids=[7, 8, 9], sampling_params=params)
+    elif path == RESPONSES:
+        wanted = ResponsesRequest.model_validate(body)
+        params = wanted.to_sampling_params(100, {})
+        request = GenerateReqInput(input_ids=[7, 8, 9], sampling_params=params)
+        request.top_logprobs_num = wanted.top_logprobs
     elif path == CHAT:
         chat = ChatCompletionRequest.model_validate(body)
         params = chat.to_sampling_params([], {}, None)

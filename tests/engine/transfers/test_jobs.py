@@ -9,7 +9,7 @@ import pytest
 from common.block import BlockKey, BlockLayout, Namespace
 from common.board_word import FAILED, board_word
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
-from common.messages import EnginePlan
+from common.messages.from_gateway import EnginePlan
 from engine.plans import PLANS_MAX, Plans
 from engine.transfers.completion_board import BoardFull, CompletionBoard
 from engine.transfers.jobs import Jobs
@@ -28,7 +28,7 @@ class _Holds(PageHolds):
     def __init__(self):
         self.held = {}
 
-    def hold(self, job, pages):
+    def hold(self, job, pages, of_parts=()):
         self.held[job] = list(pages)
 
     def release(self, job):

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import runtime
-from engine.sglang import pool_hooks
 from engine.transfers.page_holds import PageHolds
+from tests.engine.parts import hooked_allocator
 from tests.examples import examples
 
 PAGE = 4
@@ -19,24 +19,10 @@ class _Engine:
         self.holds = holds
 
 
-def _hooked_allocator(monkeypatch):
-    from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
-
-    class Hooked(PagedTokenToKVPoolAllocator):
-        def _release_page_ids(self, *page_ids):
-            pool_hooks.around_release(super()._release_page_ids.__func__, self, *page_ids)
-
-        def available_size(self):
-            pool_hooks.before_available_size(self)
-            return super().available_size()
-
-        def clear(self):
-            super().clear()
-            pool_hooks.after_clear(None, self)
-
+def _allocator(monkeypatch):
     monkeypatch.setattr(runtime, "_runtime", None)
     # need_sort, as in P/D engines: freed pages are staged apart from the free ones.
-    allocator = Hooked(PAGE * PAGES, PAGE, torch.float32, "cpu", None, True)
+    allocator = hooked_allocator()(PAGE * PAGES, PAGE, torch.float32, "cpu", None, True)
     holds = PageHolds(allocator)
     monkeypatch.setattr(runtime, "_runtime", _Engine(holds))
     return allocator, holds
@@ -47,7 +33,7 @@ def _pages(rows):
 
 
 def test_a_freed_page_under_transfer_comes_back_only_when_the_job_ends(monkeypatch):
-    allocator, holds = _hooked_allocator(monkeypatch)
+    allocator, holds = _allocator(monkeypatch)
     rows = allocator.alloc(2 * PAGE)
     holds.hold(1, _pages(rows))
     allocator.free(rows)
@@ -59,7 +45,7 @@ def test_a_freed_page_under_transfer_comes_back_only_when_the_job_ends(monkeypat
 
 
 def test_a_flush_keeps_held_pages_out_of_the_pool(monkeypatch):
-    allocator, holds = _hooked_allocator(monkeypatch)
+    allocator, holds = _allocator(monkeypatch)
     rows = allocator.alloc(3 * PAGE)
     holds.hold(7, _pages(rows))
     allocator.clear()
@@ -72,7 +58,7 @@ def test_a_flush_keeps_held_pages_out_of_the_pool(monkeypatch):
 
 
 def test_two_jobs_on_one_page(monkeypatch):
-    allocator, holds = _hooked_allocator(monkeypatch)
+    allocator, holds = _allocator(monkeypatch)
     rows = allocator.alloc(PAGE)
     holds.hold(1, _pages(rows))
     holds.hold(2, _pages(rows))
@@ -93,7 +79,7 @@ _STEPS = st.lists(
 @given(steps=_STEPS)
 def test_no_page_is_lost_or_given_out_twice(steps):
     with pytest.MonkeyPatch.context() as patch:
-        allocator, holds = _hooked_allocator(patch)
+        allocator, holds = _allocator(patch)
         _run(steps, allocator, holds)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.block import BlockKey, TierName
 from common.ids import Incarnation
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from scheduler.directory.directory import Directory, Run
 from scheduler.directory.holder_sets import Holders
 from scheduler.plan import Range
@@ -222,6 +222,7 @@ def test_a_plan_is_expected_range_by_range():
     assert directory.lookup(keys[4:], frozenset("ab")) == [Run(0, 5, Holders(remote=True))]
 
 
+@pytest.mark.slow
 def test_many_blocks_survive_growth_restarts_and_churn_in_little_memory():
     """Blocks move from agent to agent, so that sets of holders come and go as well."""
     directory = Directory(entries_max=200_000)

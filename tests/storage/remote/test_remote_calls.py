@@ -96,7 +96,7 @@ def test_attempts_are_bounded_in_number_and_in_time(monkeypatch: pytest.MonkeyPa
     start = time.monotonic()
     with pytest.raises(OSError, match="down"):
         RemoteCalls(store, timeout_s=0.1).delete("x")
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 10
 
 
 def hedged(store: ScriptedStore, after_s: float) -> RemoteCalls:
@@ -108,7 +108,7 @@ def test_a_late_read_is_asked_for_again_and_the_first_answer_counts() -> None:
     calls = hedged(store, 0.05)
     start = time.monotonic()
     assert calls.read("x", 0, 1) == bytes([2])
-    assert time.monotonic() - start < 0.5 and calls.hedged_reads_total == 1
+    assert time.monotonic() - start < 1 and calls.hedged_reads_total == 1
 
 
 def test_a_read_in_time_is_asked_for_once() -> None:

@@ -114,7 +114,7 @@ def test_hedged_reads_pass_slow_answers(
     proxy.judge = judge
     start = time.monotonic()
     assert read(tier, key_of(1))[1] == payload_of(key_of(1))
-    assert time.monotonic() - start < 1.5 and pack_stats(tier).hedged_reads_total == 1
+    assert time.monotonic() - start < 3 and pack_stats(tier).hedged_reads_total == 1
     tier.close()
 
 

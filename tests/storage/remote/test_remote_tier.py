@@ -17,7 +17,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from common.block import BlockLabel, BlockLayout, TierName
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from storage.block_format import HEADER_BYTES
 from storage.index.owners import Selector
 from storage.remote.tier import RemoteTier, RemoteUnusable

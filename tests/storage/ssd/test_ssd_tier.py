@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from common.block import BlockKey, BlockLabel, BlockLayout, TierName
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from storage.block_format import HEADER_BYTES, decode_header
 from storage.ssd.direct_io import PAGE_BYTES
 from storage.ssd.folder import FORMAT

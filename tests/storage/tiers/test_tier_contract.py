@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from storage.tiers.contract import BlockIO, BlockMissing, Tier
 from storage.tiers.memory_tier import MemoryTier
 from tests.storage.conftest import BLOCK_BYTES, finish, key_of, payload_of, read, settle, write

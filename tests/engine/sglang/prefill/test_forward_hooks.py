@@ -54,9 +54,8 @@ class Tree:
 @pytest.fixture
 def forwards(monkeypatch):
     forwards = Forwards()
-    engine = SimpleNamespace(
-        prefill_forwards=forwards, plans=SimpleNamespace(is_outdated=lambda rid: False)
-    )
+    plans = SimpleNamespace(arrives=lambda rid: False, is_outdated=lambda rid: False)
+    engine = SimpleNamespace(prefill_forwards=forwards, plans=plans)
     monkeypatch.setattr(forward_hooks, "runtime_if_up", lambda: engine)
     monkeypatch.setattr(request_hooks, "runtime_if_up", lambda: engine)
     return forwards

@@ -8,6 +8,10 @@ import torch
 from engine.sglang.prefill import window_pool
 from engine.sglang.prefill.window_pool import after_cell_size, after_kv_size
 
+PLAIN = SimpleNamespace(
+    model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=["Qwen2ForCausalLM"]))
+)
+
 
 @pytest.fixture
 def window(monkeypatch):
@@ -32,7 +36,15 @@ def test_a_pool_has_w_buffers_under_the_names_of_all_layers(window):
     assert all(pool.k_buffer[layer] is pool.k_buffer[layer % 3] for layer in range(8))
     assert after_kv_size((800, 800), pool) == (300, 300)
     assert after_kv_size(800, pool) == 300
-    assert after_cell_size(800, None, None, 8) == 300
+    assert after_cell_size(800, None, PLAIN, 8) == 300
+    assert after_cell_size(801, None, PLAIN, 8) == 301
+
+
+def test_index_keys_are_kept_of_all_layers(window):
+    sparse = SimpleNamespace(architectures=["DeepseekV32ForCausalLM"], index_topk=64)
+    kvc = SimpleNamespace(model_config=SimpleNamespace(hf_config=sparse))
+    configurator = SimpleNamespace(_compute_dsa_indexer_cell_size=lambda kvc, num_layers: 132 * 8)
+    assert after_cell_size(132 * 8 + 800, configurator, kvc, 8) == 132 * 8 + 300
 
 
 def test_a_model_with_no_more_layers_keeps_them_all(window):

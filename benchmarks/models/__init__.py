@@ -1,0 +1,1 @@
+"""Every family of models over every path, against plain SGLang."""

@@ -1,0 +1,1 @@
+"""Pools of SGLang's whose layers are not alike."""

@@ -1,0 +1,1 @@
+"""States of recurrent layers: their pool, and the moments at which snapshots are taken."""
