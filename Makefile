@@ -1,4 +1,4 @@
-# make setup                 everything that serving needs, into .venv (DEVICE=cuda: untested)
+# make setup                 everything that serving needs, into .venv (DEVICE=cuda: untested; RAY=1: Ray, too)
 # make serve [ARGS=...]      a cluster on this machine; ARGS="--help" lists the flags
 # make test [ARGS=...]       lint and all tests, or those that ARGS tell pytest
 # make check                 lint, types and the tests that are not slow, at once: under a minute
@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 DEVICE ?= cpu
 
 setup:
-	@DEVICE=$(DEVICE) scripts/setup.sh
+	@DEVICE=$(DEVICE) RAY=$(RAY) scripts/setup.sh
 
 setup-test:
 	@DEVICE=$(DEVICE) scripts/setup.sh test
@@ -29,19 +29,20 @@ check-types: setup
 	.venv/bin/mypy
 
 # Tests that import SGLang (13 s of CPU time) run in one process. Those of the gateway wait nearly all
-# the time, those of agents and stores for processes and disks: four go on beside it.
+# the time, those of agents and stores for processes and disks: three go on beside it.
 # -W: SWIG's complaint at interpreter exit would follow pytest's last line.
 PYTEST = .venv/bin/python -W "ignore:builtin type :DeprecationWarning" -m pytest
 TOGETHER = $(PYTEST) -m "not $(LATER)" --durations=9 --durations-min=4
 LATER ?= alone
-WITHOUT_SGLANG = $(addprefix tests/,transfer launch/gateway launch/rollout launch/cluster launch/node storage \
+WITHOUT_SGLANG = $(addprefix tests/,transfer launch/gateway launch/rollout launch/cluster launch/node launch/ray storage \
     scheduler benchmarks deploy)
 
+# Nothing of SGLang's is compiled there: the compiler takes 3 s.
 check-engines: setup
-	@$(TOGETHER) $(WITHOUT_SGLANG:%=--ignore=%) tests
+	@TORCHDYNAMO_DISABLE=1 $(TOGETHER) $(WITHOUT_SGLANG:%=--ignore=%) tests
 
 check-stores: setup
-	@$(TOGETHER) --numprocesses=4 --dist=$(DIST) $(WITHOUT_SGLANG)
+	@$(TOGETHER) --numprocesses=3 --dist=$(DIST) $(WITHOUT_SGLANG)
 
 DIST ?= loadfile
 AT_ONCE = $(MAKE) --no-print-directory --jobs --keep-going --output-sync=target \

@@ -1,4 +1,7 @@
-"""The one form in which every benchmark says what it aimed at and what it got."""
+"""The one form in which every benchmark says what it aimed at and what it got.
+
+``python -m benchmarks.goals OUT`` prints what one has written as the table of its page.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +59,19 @@ def write_report(path: Path, goals: list[Goal], figures: dict[str, Any]) -> None
     path.write_text(json.dumps({"goals": [g.row() for g in goals], **figures}, indent=2) + "\n")
 
 
+def markdown_table(report: dict[str, Any]) -> str:
+    """Of what :func:`write_report` wrote: its goals, then its ``reported`` by name, if any."""
+    lines = ["| goal | measured | threshold | holds |", "| --- | --- | --- | --- |"]
+    for goal in report["goals"]:
+        unit = " s" if goal["unit"] == "s" else ""  # others' are in the name
+        value = "-" if goal["value"] is None else f"{goal['value']:,.3g}{unit}"
+        holds = "yes" if goal["holds"] else "**no**"
+        lines.append(f"| {goal['name']} | {value} | {goal['goal']}{unit} | {holds} |")
+    for name, value in report.get("reported", {}).items():
+        lines.append(f"| {name} | {value} | reported | |")
+    return "\n".join(lines)
+
+
 def draw_report(draw: Callable[[dict[str, Any], Path], None], usage: str | None) -> int:
     """``main`` of a module that draws: with REPORT and FOLDER on the command line, ``draw`` gets
     what :func:`write_report` wrote, and the folder; else the usage is shown. Exit status."""
@@ -74,3 +90,7 @@ def goals_table(goals: Sequence[Goal]) -> Table:
         mark = "yes" if goal.holds else "[red]no"
         table.add_row(goal.name, value, goal.unit, goal.threshold, mark)
     return table
+
+
+if __name__ == "__main__":
+    print(markdown_table(json.loads(Path(sys.argv[1]).read_text())))

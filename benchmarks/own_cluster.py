@@ -12,8 +12,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from launch.rollout.own_cluster import stop
 
@@ -24,6 +25,7 @@ ports of the other processes from --port + 100 on."""
 PROBED_OFFSETS = (0, *range(100, PORT_STEP))
 STOP_TIMEOUT_S = 20.0
 TAIL_LINES = 40
+NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
 
 
 class ClusterFailed(Exception):
@@ -31,11 +33,18 @@ class ClusterFailed(Exception):
 
 
 @contextlib.contextmanager
-def own_cluster(policy: str, flags: Sequence[str], start_timeout_s: float) -> Iterator[str]:
+def own_cluster(
+    policy: str,
+    flags: Sequence[str],
+    start_timeout_s: float,
+    variables: Mapping[str, str] = NO_VARIABLES,
+    tree: Path | None = None,
+) -> Iterator[str]:
     """URL of a running cluster with this path policy; it and its stores go away at the end.
 
-    ``flags`` come after the defaults, so they win. The DRAM tier is small beside what a
-    replay stores, and the remote folder is shared, so that both sides do read storage.
+    ``flags`` come after the defaults, so they win; ``variables`` are in its environment; ``tree``
+    is another source tree than this one. The DRAM tier is small beside what a replay stores, and
+    the remote folder is shared, so that both sides do read storage.
     """
     with tempfile.TemporaryDirectory(prefix="dualpath-benchmark-") as folder:
         store, port = Path(folder), free_port()
@@ -45,6 +54,8 @@ def own_cluster(policy: str, flags: Sequence[str], start_timeout_s: float) -> It
                 [*launcher(policy, port, store), *flags],
                 stdout=sink,
                 stderr=subprocess.STDOUT,
+                env={**os.environ, **variables},
+                cwd=tree,
                 start_new_session=True,
             )
         try:

@@ -36,7 +36,7 @@ def plain_sglang(model: Path, port: int, log: Path, *flags: str) -> Iterator[Cal
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        **cpu_env(list(flags)),
+        **cpu_env(list(flags), model),
     }
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:

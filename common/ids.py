@@ -18,6 +18,13 @@ BoardSlot = NewType("BoardSlot", int)
 PLAN_OUTDATED = "the weights were updated after this request was planned"
 """Why an engine has aborted a request: SGLang hands on a text alone, by which the gateway knows."""
 
+PROMPT_IDS_HEADER = "x-dualpath-prompt-ids"
+"""On a request to an engine: answer with the prompt's token ids alone."""
+FIELDS_HEADER = "x-dualpath-fields"
+"""On a request to an engine: JSON of fields for which the route's body has no place."""
+GAVE_UP_STATUS = 424
+"""An engine's answer to a request with such fields that it gave up, for whatever reason."""
+
 TraceParent = Annotated[str, Meta(pattern="^(00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?$")]
 """W3C's: of the span that an order belongs to; empty where there is none."""
 

@@ -87,7 +87,13 @@ _TABLE = (
     _counter("retries_total", "attempts", "Attempts after a failed one."),
     _counter("hit_tokens_total", "tokens", "Prompt tokens whose KV was in DRAM."),
     _counter("recomputed_tokens_total", "tokens", "Prompt tokens without such KV."),
+    _counter("lacking_tokens_total", "tokens", "Held, but without this part of the state.", "part"),
     _counter("planned_read_bytes_total", "bytes", "Read for plans.", "agent", "tier"),
+    _gauge("gateway_active", "bool", "1 of the gateway that plans, 0 of a standby."),
+    _gauge("gateway_term", "plan number", "First number of the active gateway's plans."),
+    _counter(
+        "gateway_takeovers_total", "takeovers", "From a gateway that was silent, by this one."
+    ),
     _gauge("requests_in_flight", "requests", "Admitted parts of requests, now."),
     _gauge("requests_queued", "requests", "Those that wait for an engine."),
     _gauge("requests_without_engine", "requests", "Those that wait for one to come back."),
@@ -120,6 +126,10 @@ _TABLE = (
     # ---- gateway: processes
     _gauge("peer_up", "0 or 1", "Whether the process gives signs of life.", "agent", "engine"),
     _gauge("peer_draining", "0 or 1", "Whether it gets nothing new.", "agent", "engine"),
+    _gauge("nodes", "nodes", "That serve, drain, or are gone (no lease).", "role", "state"),
+    _gauge("node_lease_age_seconds", "s", "Since its last renewal.", "node"),
+    _counter("node_changes_total", "changes", "Of who is there, seen from here.", "role", "change"),
+    _counter("node_refusals_total", "nodes", "Not taken: settings, unreachable, name.", "reason"),
     _counter(
         "malformed_messages_total",
         "messages",
@@ -293,6 +303,7 @@ _TABLE = (
         "nic",
     ),
     # ---- engine: transfers
+    _gauge("engine_linked_agents", "agents", "That it is registered with: they may deliver to it."),
     _counter("engine_deliveries_total", "deliveries", "Asked for."),
     _counter("engine_deliveries_failed_total", "deliveries", "That failed."),
     _gauge("engine_open_jobs", "jobs", "Of agents, whose end is not known yet."),
@@ -303,6 +314,7 @@ _TABLE = (
     _counter("engine_blocks_offered_total", "blocks", "Whole blocks offered to the agent."),
     _counter("engine_blocks_stored_total", "blocks", "Those that the agent then held."),
     _counter("engine_offers_deferred_total", "offers", "Put off because too many pulls were open."),
+    _counter("engine_snapshots_total", "snapshots", "Of recurrent layers, to store.", "outcome"),
     _counter("engine_witnesses_differing_total", "witnesses", "Kept ones unlike the engine's KV."),
     _gauge("engine_namespace_variant", "number", "Of the namespace its KV goes under; usually 0."),
     # ---- prefill engine: forwards

@@ -34,11 +34,14 @@ def namespace_seed(extra_key: str | None, cache_salt: str | None) -> bytes | Non
     return digest.digest()
 
 
-def continue_chain(prior: bytes | None, token_ids: Iterable[int], page_tokens: int) -> list[bytes]:
+def continue_chain(
+    prior: bytes | None, token_ids: Iterable[int], page_tokens: int, bigrams: bool = False
+) -> list[bytes]:
     """32-byte hashes of the full pages in ``token_ids``, which follow a page hashed ``prior``.
 
-    ``prior`` is the seed (or None) at the start of a prompt. A partial last page is
-    left out. Raises :class:`BadToken`.
+    ``prior`` is the seed (or None) at the start of a prompt. A partial last page is left out.
+    ``bigrams``: each token counts with the next one, so that the last page is full with one
+    token more. Raises :class:`BadToken`.
     """
     try:
         words = array("I", token_ids)
@@ -47,6 +50,10 @@ def continue_chain(prior: bytes | None, token_ids: Iterable[int], page_tokens: i
     if sys.byteorder != "little":
         words.byteswap()
     page_bytes = page_tokens * _TOKEN_BYTES
+    if bigrams:
+        pairs = words[:-1] * 2
+        pairs[::2], pairs[1::2] = words[:-1], words[1:]
+        words, page_bytes = pairs, 2 * page_bytes
     tokens = memoryview(words).cast("B")
     hashes = []
     for start in range(0, len(tokens) - page_bytes + 1, page_bytes):
@@ -62,6 +69,7 @@ def page_hashes(
     page_tokens: int,
     extra_key: str | None = None,
     cache_salt: str | None = None,
+    bigrams: bool = False,
 ) -> list[bytes]:
-    """32-byte hashes of the full pages of a prompt, in order. Raises :class:`BadToken`."""
-    return continue_chain(namespace_seed(extra_key, cache_salt), token_ids, page_tokens)
+    """32-byte hashes of the full pages of a prompt, in order, as of :func:`continue_chain`."""
+    return continue_chain(namespace_seed(extra_key, cache_salt), token_ids, page_tokens, bigrams)

@@ -21,6 +21,8 @@ INCARNATION = "DUALPATH_INCARNATION"
 RUN_FOLDER = "DUALPATH_RUN_FOLDER"
 """A folder that lasts as long as the cluster, set by the supervisor."""
 
+SHARED_MEMORY = "shared-memory"
+"""How names of files there begin that list what of ``/dev/shm`` goes with it: a name a line."""
 
 SECRETS = "DUALPATH_SECRETS"
 """A private file with the settings of the process that are secret, set by the supervisor: whoever
@@ -72,3 +74,8 @@ def _raw(fields: bytes) -> dict[str, msgspec.Raw]:
 def incarnation() -> Incarnation:
     """This process's incarnation number (ms); 0 when started by hand."""
     return Incarnation(int(os.environ.get(INCARNATION, "0")))
+
+
+def shared_memory_of(session: int, run_folder: str) -> Path:
+    """The list of what this session of processes makes in ``/dev/shm``, noted before it is made."""
+    return Path(run_folder) / f"{SHARED_MEMORY}-{session}"

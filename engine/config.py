@@ -15,6 +15,14 @@ from common.process_settings import ProcessSettings
 CPU_GROUPS_VARIABLE = "DUALPATH_CPU_GROUPS"
 """Set ("1"): an engine on a CPU has attention groups
 (:mod:`engine.sglang.cpu.attention_groups`)."""
+CPU_SPARSE_VARIABLE = "DUALPATH_CPU_SPARSE"
+"""The same: its model has sparse attention (:mod:`engine.sglang.cpu.sparse`)."""
+CPU_COMPRESSED_VARIABLE = "DUALPATH_CPU_COMPRESSED"
+"""The same: it has compressed attention (:mod:`engine.sglang.cpu.compressed`)."""
+CPU_DRAFT_VARIABLE = "DUALPATH_CPU_DRAFT"
+"""The same: it has a draft (:mod:`engine.sglang.cpu.speculative`)."""
+CPU_RECURRENT_VARIABLE = "DUALPATH_CPU_RECURRENT"
+"""The same: it has recurrent layers (:mod:`engine.sglang.cpu.recurrent`)."""
 
 
 class EngineConfig(ProcessSettings, frozen=True):

@@ -7,20 +7,13 @@ import threading
 from collections.abc import Callable
 
 import zmq
+from msgspec import structs
 
-from common.cluster.known import KnownAgents
-from common.messages import (
-    EndPlan,
-    EngineEnds,
-    EngineHello,
-    EnginePlan,
-    MalformedMessage,
-    Message,
-    Ping,
-    PlanAccepted,
-    PlanRefused,
-    encode,
-)
+from common.cluster.leader import Leader
+from common.messages.codec import MalformedMessage, Message, encode
+from common.messages.fields import Ping, Superseded
+from common.messages.from_engines import EngineEnds, EngineHello, PlanAccepted, PlanRefused
+from common.messages.from_gateway import CommitWeights, EndPlan, EnginePlan, KnownAgents
 from transfer.control.keys import Keys
 from transfer.control.senders import GATEWAY, LAUNCHER, decode_from
 from transfer.control.sockets import Doorkeeper, bind, sender_of
@@ -34,12 +27,13 @@ _QUEUE_MAX = 1000
 
 class ControlServer:
     """A ROUTER socket served by one thread of its own. ``on_plan`` is called there, with plans
-    that the engine ``accepts``, which those for other weights are not."""
+    that the engine ``accepts``, which those for other weights are not, and the
+    weights' name."""
 
     def __init__(
         self,
         endpoint: str,
-        on_plan: Callable[[EnginePlan | EndPlan], None],
+        on_plan: Callable[[EnginePlan | EndPlan | CommitWeights], None],
         hello: Callable[[], EngineHello],
         accepts: Callable[[EnginePlan], bool],
         keys: Keys,
@@ -50,6 +44,7 @@ class ControlServer:
         self._hello = hello
         self._accepts = accepts
         self._meet = meet
+        self._leader = Leader()
         self._last_words: EngineEnds | None = None
         self._said = threading.Event()
         self.malformed_total = 0
@@ -71,9 +66,10 @@ class ControlServer:
             last = frames[-1] if frames else client
             try:
                 sender = sender_of(last)
-                for answer in self._answers(decode_from(sender, last.bytes)):
+                message = decode_from(sender, last.bytes)
+                for answer in self._answers(message):
                     self._socket.send_multipart([client.bytes, encode(answer)])
-                    if answer is self._last_words and sender == GATEWAY:
+                    if answer is self._last_words and self._is_leaders(message, sender):
                         self._said.set()
             except MalformedMessage as error:
                 self.malformed_total += 1
@@ -82,12 +78,22 @@ class ControlServer:
                 # Without this thread the engine would count as dead, whatever it serves.
                 log.exception("control message not answered")
 
+    def _is_leaders(self, message: Message, sender: str) -> bool:
+        """Whether it is the active gateway's ping: its standbys send some, too."""
+        is_ping = isinstance(message, Ping) and message.term == self._leader.term
+        return is_ping and sender == GATEWAY
+
     def _answers(self, message: Message) -> list[Message]:
         match message:
             case Ping() if self._last_words is not None:
                 return [self._last_words]
-            case Ping():
-                return [self._hello()]
+            case Ping(term=term):
+                is_old = term > 0 and not self._leader.heard(term)
+                hello = structs.replace(self._hello(), led_in=self._leader.present_term)
+                return [hello, Superseded(self._leader.term)] if is_old else [hello]
+            case EnginePlan() if not self._leader.has_given(message.id):
+                refusal = PlanRefused(message.id, "another gateway has taken over")
+                return [Superseded(self._leader.term), refusal]
             case EnginePlan():
                 if message.fault:
                     log.warning("plan refused plan=%d: %s", message.id, message.fault)
@@ -101,6 +107,12 @@ class ControlServer:
                 return [PlanAccepted(message.id)]
             case EndPlan():
                 self._on_plan(message)
-            case KnownAgents():
+            case CommitWeights(term=term):
+                if not self._leader.heard(term):
+                    return [Superseded(self._leader.term)]
+                self._on_plan(message)
+            case KnownAgents(term=term):
+                if not self._leader.heard(term):
+                    return [Superseded(self._leader.term)]
                 self._meet(message)
         return []

@@ -11,12 +11,13 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import msgspec
 
-from common.block import block_keys
-from common.messages import EnginePlan
-from common.page_hashes import page_hashes
+from common.block import BlockKey, Part, block_keys
+from common.messages.from_gateway import EnginePlan
+from common.page_hashes import continue_chain, namespace_seed, page_hashes
 from engine.sglang.views import Request
 from engine.weights import Weights
 
@@ -37,6 +38,13 @@ class Fit(msgspec.Struct, frozen=True):
     def blocks(self) -> int:
         return len(self.hashes)
 
+    def ends_whole(self, parts: Sequence[Part]) -> bool:
+        """Whether the plan's last block is among them, and each part's objects come with it."""
+        blocks = len(self.plan.keys)
+        needed = [len(part.needed(blocks)) for part in parts]
+        readers = [len(each) for each in self.plan.part_readers]
+        return self.first_block + self.blocks == blocks and readers == needed
+
 
 class _Held(msgspec.Struct):
     plan: EnginePlan
@@ -54,6 +62,7 @@ class Plans:
         self.page_tokens = page_tokens
         self._lock = threading.Lock()
         self._by_rid: OrderedDict[str, _Held] = OrderedDict()
+        self._arrived: set[str] = set()
 
     def put(self, plan: EnginePlan) -> None:
         """Hold a plan; at the bound the oldest is forgotten (its request recomputes)."""
@@ -61,7 +70,8 @@ class Plans:
         with self._lock:
             self._by_rid[plan.rid] = held
             while len(self._by_rid) > PLANS_MAX:
-                self._by_rid.popitem(last=False)
+                oldest, _ = self._by_rid.popitem(last=False)
+                self._arrived.discard(oldest)
 
     def get(self, rid: str) -> EnginePlan | None:
         """The plan of a request, if there is one."""
@@ -78,6 +88,15 @@ class Plans:
         """The request is over."""
         with self._lock:
             self._by_rid.pop(rid, None)
+            self._arrived.discard(rid)
+
+    def arrives(self, rid: str) -> bool:
+        """A request is here; whether one with a plan is not for the first time."""
+        if rid not in self._by_rid:
+            return False
+        again = rid in self._arrived
+        self._arrived.add(rid)
+        return again
 
     # ---- does it fit? ----
 
@@ -95,6 +114,11 @@ class Plans:
         held = self._by_rid.get(rid)
         return held is not None and held.plan.experiment.zero_io and bool(held.plan.keys)
 
+    def keeps_nothing(self, rid: str) -> bool:
+        """Whether a request asks that nothing of it is stored."""
+        held = self._by_rid.get(rid)
+        return held is not None and held.plan.no_store
+
     def fit(self, request: Request) -> Fit | None:
         """What a request's plan holds of its prompt, from block 0 on. None where there is no
         plan, or one of other weights, or of another prompt."""
@@ -107,13 +131,22 @@ class Plans:
         return held.fit
 
     def _compare(self, plan: EnginePlan, request: Request) -> Fit | None:
-        page = self.page_tokens
-        tokens = request.origin_input_ids[: len(plan.keys) * page]
-        hashes = page_hashes(tokens, page, request.extra_key, request.cache_salt)
+        page, bigrams = self.page_tokens, self.weights.namespace.layout.bigrams
+        tokens = request.origin_input_ids[: len(plan.keys) * page + bigrams]
+        hashes = page_hashes(tokens, page, request.extra_key, request.cache_salt, bigrams)
         if block_keys(self.weights.digest, hashes) != plan.keys[: len(hashes)]:
             log.warning("plan of another prompt ignored rid=%s plan=%d", plan.rid, plan.id)
             return None
         return Fit(plan, 0, hashes)
+
+    def key_at(self, request: Request, tokens: int) -> BlockKey:
+        """Of the block with which the first ``tokens`` tokens (whole pages) of a prompt end."""
+        fit, page = self.fit(request), self.page_tokens
+        known = fit.hashes[: tokens // page] if fit is not None else []
+        seed = namespace_seed(request.extra_key, request.cache_salt)
+        prior, rest = known[-1] if known else seed, request.origin_input_ids
+        hashes = continue_chain(prior, rest[len(known) * page : tokens], page)
+        return block_keys(self.weights.digest, [*known, *hashes][-1:])[0]
 
     def fit_tail(self, rid: str, hashes: list[bytes]) -> Fit | None:
         """The same where SGLang has hashed the part of the prompt that its own cache lacks:

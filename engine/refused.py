@@ -16,15 +16,20 @@ class Refused(msgspec.Struct, frozen=True):
     """Of SGLang's resolved settings, dotted."""
     values: tuple[str, ...] = ()
     """Only these; none: whatever switches it on."""
+    served: tuple[str, ...] = ()
+    """But for these."""
 
     def __str__(self) -> str:
         value = " " + " or ".join(self.values) if self.values else ""
-        return f"{self.flag}{value} is not supported: {self.reason}"
+        others = f" (but {' or '.join(self.served)})" if self.served else ""
+        return f"{self.flag}{value}{others} is not supported: {self.reason}"
 
     def meets(self, value: object) -> bool:
         """Whether a value is refused."""
         if self.values:
             return str(value) in self.values
+        if self.served and str(value).upper() in self.served:
+            return False
         return value not in (None, False, 0, "0", "")
 
 
@@ -48,9 +53,15 @@ REFUSED = (
     ),
     Refused(
         "--speculative-algorithm",
-        "a draft model's KV is in no block, so that it would go on from KV of nobody (EAGLE, MTP "
-        "and the like)",
+        "the KV of other drafts is in no block: they would lack the prefix, and hardly any of "
+        "their tokens would be accepted",
         "speculative_algorithm",
+        served=("EAGLE", "NEXTN"),
+    ),
+    Refused(
+        "--enable-multi-layer-eagle",
+        "a block has the KV of one draft",
+        "enable_multi_layer_eagle",
     ),
     Refused(
         "--optimistic-prefill-attempts",

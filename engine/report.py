@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from common.ids import Incarnation
-from common.loads import EngineLoad
-from common.messages import EngineHello, ModelBounds
+from common.loads import EngineLoad, ModelBounds
+from common.messages.from_engines import EngineHello
 from common.prefill_cost import PrefillCost
-from common.samples import Sample, reported
+from common.samples import Sample, reported, sample
 from engine.plans import Plans
 from engine.sglang.requests import EngineRequests
 from engine.sglang.views import Request
@@ -62,6 +62,7 @@ class EngineReport:
             bootstrap_port=self._identity.bootstrap_port,
             bounds=self._identity.bounds,
             samples=reported(sample for part in self._samples for sample in part()),
+            weights=self._plans.weights.state,
         )
 
     def _load(self) -> EngineLoad:
@@ -93,5 +94,7 @@ class EngineReport:
 
 def with_links(hello: EngineHello, links: AgentLinks) -> EngineHello:
     """The same, with the agents that can deliver."""
-    load = msgspec.structs.replace(hello.load, linked=links.linked())
-    return msgspec.structs.replace(hello, load=load, heard=links.heard)
+    linked = links.linked()
+    load = msgspec.structs.replace(hello.load, linked=linked)
+    samples = [*hello.samples, sample("engine_linked_agents", len(linked))]
+    return msgspec.structs.replace(hello, load=load, samples=samples, heard=links.heard)

@@ -16,27 +16,24 @@ import msgspec
 
 from common.block import Namespace
 from common.ids import BoardSlot, Incarnation, JobId
-from common.messages import (
-    REQUESTS_MAX,
+from common.messages.codec import Message
+from common.messages.fields import REQUESTS_MAX
+from common.messages.from_agents import (
     AgentHello,
-    EndPlan,
-    EngineEnds,
-    EnginePlan,
     Fenced,
     JobEnded,
     KeptWitness,
-    Message,
     PullEnded,
-    RankMemory,
-    RegisterEngine,
     UnknownEngine,
 )
+from common.messages.from_engines import EngineEnds, RankMemory, RegisterEngine
+from common.messages.from_gateway import EndPlan, EnginePlan, KnownAgents
 from common.samples import Sample
 from engine.config import EngineConfig
 from engine.control import LAST_WORDS_S, ControlServer
 from engine.decode.persist import Persister
 from engine.decode.restore import Restores
-from engine.kv_memory import KvMemory
+from engine.host import Host
 from engine.model_digest import model_digest
 from engine.page_table import PageTable
 from engine.plans import Plans
@@ -49,27 +46,27 @@ from engine.ranks.group import (
     CutConnections,
     Event,
     FindConnections,
+    HostsKnown,
     JobOver,
     Links,
     RankGroup,
     SilentLinks,
-    VariantTaken,
 )
-from engine.report import EngineIdentity, EngineReport, with_links
+from engine.report import EngineReport, with_links
 from engine.sglang.requests import EngineRequests
-from engine.sglang.views import Scheduler, TransferEngine
-from engine.streams import Streams
 from engine.transfers.completion_board import CompletionBoard, OtherBoards
 from engine.transfers.deliveries import Deliveries
 from engine.transfers.fence import Fences, RankConnections
 from engine.transfers.jobs import Jobs
 from engine.transfers.page_holds import PageHolds
+from engine.transfers.snapshots import Snapshots
 from engine.watchdog import Watchdog
-from engine.weights import Weights
+from engine.weights import CommitWeights, FolderDigested, VariantTaken, Weights
 from engine.witness import Values, WitnessCheck, merged
 from transfer.client import AgentLinks
 from transfer.control.keys import Keys
 from transfer.credits import credit_tag
+from transfer.ports.member_hosts import MemberHosts
 
 log = logging.getLogger(__name__)
 
@@ -102,24 +99,6 @@ def set_runtime(engine: EngineRuntime) -> None:
     _runtime = engine
 
 
-class Host(msgspec.Struct, frozen=True):
-    """The SGLang process in which a runtime is built."""
-
-    identity: EngineIdentity
-    control: str
-    """zmq endpoint to bind; empty: none."""
-    scheduler: Scheduler
-    transfer_engine: TransferEngine
-    data_port: int
-    """Where that takes TCP connections; 0: none."""
-    memory: KvMemory
-    streams: Streams
-    model_path: str
-    weight_version: str
-    settings: str
-    """Of :func:`engine.sglang.kv_settings.kv_settings`."""
-
-
 class EngineRuntime:
     """Built once a process."""
 
@@ -137,7 +116,9 @@ class EngineRuntime:
             self._first_namespace(), unnamed=f"{self._me.name}-{self._me.incarnation}"
         )
         self.plans = Plans(self.weights, self.memory.layout.page_tokens)
-        self.holds = PageHolds(host.scheduler.token_to_kv_pool_allocator)
+        kv_pages, *of_parts = host.allocators
+        holds = {id(places): PageHolds(places) for places in of_parts}
+        self.holds = PageHolds(kv_pages, [holds[id(places)] for places in of_parts])
         self.jobs = Jobs(self._me.incarnation, self.holds, tell=self._tell_job_over)
         register = host.transfer_engine.register
         board = CompletionBoard(BOARD_WORDS, register)
@@ -146,6 +127,7 @@ class EngineRuntime:
             self.memory.addresses,
             board.address(BoardSlot(0)),
             host.data_port,
+            [part.addresses for part in self.memory.parts],
         )
         self._rank_memories = self.ranks.gather(own)
         others = OtherBoards(
@@ -154,9 +136,11 @@ class EngineRuntime:
             host.transfer_engine.transfer_sync,
         )
         self._witness: WitnessCheck | None = None
+        self._hosts = MemberHosts(config.heard)
         self.credits_at: dict[str, CreditsAt] = {}
         """By agent; of an engine with a layer window."""
         self.links = self._open_links()
+        self.jobs.host_of = self.links.host
         self.fences = Fences(self.jobs, self.links, self.ranks.post)
         self._connections = RankConnections(host.data_port)
         self.weights.on_change = lambda: self.links.set_hello(self._registration())
@@ -164,6 +148,11 @@ class EngineRuntime:
             config, board, self.jobs, self.links, self.memory.layout.num_layers, others.fail
         )
         self._control: ControlServer | None = None
+        self.snapshots: Snapshots | None = None
+        if host.states is not None:
+            self.snapshots = Snapshots(
+                config, self.plans, self.jobs, self.links, self.streams, host.states
+            )
         self._open_prefill()
         self._open_decode()
         if host.control:
@@ -178,6 +167,7 @@ class EngineRuntime:
             self.memory.kv_dtype,
             msgspec.structs.replace(self.memory.layout, shards=1),
             self._host.settings,
+            parts=tuple(part.part for part in self.memory.parts),
         )
 
     def _open_links(self) -> Links:
@@ -217,8 +207,10 @@ class EngineRuntime:
     def _open_decode(self) -> None:
         """Parts that only a decode engine uses."""
         rows = self._host.scheduler.req_to_token_pool.req_to_token
-        table = PageTable(rows, self.memory.layout.page_tokens, self.streams)
-        self.persister = Persister(self.config, table, self.jobs, self.links, self.plans)
+        page_tokens = self.memory.layout.page_tokens
+        table = PageTable(rows, page_tokens, self.streams, self._host.window)
+        stores = not self.memory.unstored
+        self.persister = Persister(self.config, table, self.jobs, self.links, self.plans, stores)
         self.restores = Restores(
             self.config, self.plans, self.deliveries, self.persister, self.links, table
         )
@@ -230,6 +222,8 @@ class EngineRuntime:
         samples += [self.persister.samples, self.restores.samples, self._witness_samples]
         if self.prefill_forwards is not None:
             samples += [self.prefill_forwards.samples, self.prefill_timing.samples]
+        if self.snapshots is not None:
+            samples.append(self.snapshots.samples)
         report = EngineReport(
             self._me,
             EngineRequests(self._host.scheduler),
@@ -249,16 +243,20 @@ class EngineRuntime:
             return
         links = self.links
         assert isinstance(links, AgentLinks)  # of a leader
+
+        def meet(known: KnownAgents) -> None:
+            self.ranks.post(HostsKnown(known.hosts, known.complete))
+            links.meet(known)
+
         self._control = ControlServer(
             self._host.control,
             self.ranks.post,
             lambda: with_links(report.hello(), links),
             self.plans.accepts,
             self._keys,
-            links.meet,
+            meet,
         )
-        pages = self._host.scheduler.token_to_kv_pool_allocator.num_pages
-        quarantined_max = pages * self.config.quarantine_fraction_max
+        quarantined_max = self._host.allocators[0].num_pages * self.config.quarantine_fraction_max
         Watchdog(self.jobs, self.fences, self.plans, self.ranks.post, quarantined_max).start()
 
     def _say_up(self) -> None:
@@ -308,14 +306,16 @@ class EngineRuntime:
         time.sleep(FLUSH_S)
 
     def _registration(self) -> RegisterEngine:
+        pages, *of_parts = (each.num_pages + 1 for each in self._host.allocators)  # 0 is a dummy
         return RegisterEngine(
             self._me.name,
             self._me.incarnation,
             self.weights.namespace,
             self.memory.layout.shards,
             self._rank_memories,
-            self._host.scheduler.token_to_kv_pool_allocator.num_pages + 1,  # page 0 is a dummy
+            pages,
             BOARD_WORDS,
+            of_parts,
         )
 
     # ---- what it hears ----
@@ -345,6 +345,8 @@ class EngineRuntime:
             case PullEnded():
                 if self.jobs.of_incarnation(message.job, agent, message.incarnation):
                     self.persister.pull_ended(message)
+                    if self.snapshots is not None:
+                        self.snapshots.pull_ended(message)
                     self.jobs.over(message.job)
             case UnknownEngine():
                 # A restarted agent got a job meant for its predecessor: it started nothing.
@@ -366,8 +368,10 @@ class EngineRuntime:
                 self.credits_at[event.agent] = event
             case AgentLeft():
                 self.credits_at.pop(event.agent, None)
-            case VariantTaken():
-                self.weights.take_variant(event.variant)
+            case HostsKnown():
+                self._hosts.meet(event.hosts, event.are_all)
+            case CommitWeights() | FolderDigested() | VariantTaken():
+                self.weights.heard(event)
             case FindConnections():
                 found = self.ranks.gather(self._connections.find(event.hosts, event.live))
                 if self.ranks.is_leader:

@@ -8,6 +8,7 @@ it depends on. Nothing else in the engine names a stream.
 from __future__ import annotations
 
 import ctypes
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Protocol
 
@@ -48,6 +49,9 @@ class Device(Protocol):
     def to_host(self, values: torch.Tensor) -> torch.Tensor:
         """A copy that is made when the caller's current stream comes to it."""
 
+    def within(self, stream: Stream | None) -> AbstractContextManager[object]:
+        """What is launched meanwhile goes there."""
+
     def is_capturing(self) -> bool:
         """Whether calls go into a graph instead of a stream."""
 
@@ -64,6 +68,9 @@ class Cuda:
         # From pageable memory the copy would wait for the stream.
         copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         return copy.copy_(values, non_blocking=True)
+
+    def within(self, stream: Stream | None) -> AbstractContextManager[object]:
+        return torch.cuda.stream(stream or torch.cuda.current_stream())
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
@@ -141,6 +148,11 @@ class Streams:
         layer's KV is written before the layer's own.
         """
         return PASSED if self.device is None else self.device.mark(self._forward)
+
+    def behind_forwards(self) -> AbstractContextManager[object]:
+        """What the scheduler's thread launches meanwhile comes after every forward launched so
+        far, and before the next one."""
+        return nullcontext() if self.device is None else self.device.within(self._forward)
 
     def pages(self, rows: torch.Tensor, page_tokens: int) -> HostPages:
         """Of rows of the KV pool, page after page. Does not wait for the scheduler's stream,

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from common.messages import EndPlan
+from common.messages.from_gateway import EndPlan
 from engine.plans import Plans
 from engine.transfers.fence import Fences
 from engine.transfers.jobs import Jobs

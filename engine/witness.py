@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.block import Namespace
-from common.messages import KeepWitness, KeptWitness, Message
+from common.messages.codec import Message
+from common.messages.from_agents import KeptWitness
+from common.messages.from_engines import KeepWitness
 from common.samples import Sample, sample
 
 log = logging.getLogger(__name__)

@@ -11,12 +11,12 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from common.process_settings import SHARED_MEMORY
 from common.user_files import private
 
 _PREFIX = "dualpath-"
 _OWNER = "owner"
 """Locked for as long as the process that made the folder lives: the kernel unlocks it."""
-_SHARED = "shared-memory"
 _SHARED_FOLDER = Path("/dev/shm")
 
 
@@ -33,7 +33,7 @@ class Scratch:
 
     def note_shared_memory(self, names: Iterable[Path]) -> None:
         """Files in ``/dev/shm`` that go with the folder if this process is killed."""
-        with open(self.folder / _SHARED, "ab", opener=private) as file:
+        with open(self.folder / SHARED_MEMORY, "ab", opener=private) as file:
             file.write(b"".join(os.fsencode(path.name) + b"\n" for path in names))
 
     def remove(self) -> None:
@@ -45,10 +45,13 @@ def _remove_leftovers() -> None:
     for owner in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_OWNER}"):
         with contextlib.suppress(OSError), owner.open("rb") as file:  # another user's, or in use
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for name in _noted(owner.with_name(_SHARED)):
-                (_SHARED_FOLDER / Path(name).name).unlink(missing_ok=True)
+            for noted in owner.parent.glob(f"{SHARED_MEMORY}*"):
+                for path in shared_memory_in(noted):
+                    path.unlink(missing_ok=True)
             shutil.rmtree(owner.parent, ignore_errors=True)
 
 
-def _noted(path: Path) -> list[str]:
-    return os.fsdecode(path.read_bytes()).splitlines() if path.exists() else []
+def shared_memory_in(noted: Path) -> set[Path]:
+    """What a list names, of ``/dev/shm`` alone; nothing, if there is no such list."""
+    names = os.fsdecode(noted.read_bytes()).splitlines() if noted.exists() else []
+    return {_SHARED_FOLDER / Path(name).name for name in names}

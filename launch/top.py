@@ -22,6 +22,7 @@ from common.json import JsonObject
 from common.sizes import format_size
 from launch.access import NO_KEY, Access
 from launch.gateway.doors.keys import read_keys
+from launch.gateways import Gateways
 from launch.settings import Form, secret, variable
 
 if TYPE_CHECKING:  # which would bring all that the gateway needs
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # which would bring all that the gateway needs
 FETCH_TIMEOUT_S = 5.0
 ADMIN_KEY, API_KEY = variable("admin_api_key"), variable("api_key")
 BAR_CELLS = 10
+ACTIVE = "active"
 RECENT_ROWS = 8
 RID_CHARS = 16
 EXIT_UNREACHABLE = 1
@@ -55,12 +57,37 @@ def fetch(url: str, access: Access = NO_KEY) -> GatewayView:
         raise Unreachable(f"{address}: {error}") from error
 
 
+def fetch_active(gateways: Gateways, access: Access = NO_KEY) -> GatewayView:
+    """Likewise, of the active one of them; of a standby, while no active one answers."""
+    views, troubles = [], []
+    for url in gateways:
+        try:
+            view = fetch(url, access)
+        except Unreachable as error:
+            troubles.append(str(error))
+            continue
+        if view["standing"] == ACTIVE:
+            gateways.answered(url)
+            return view
+        views.append(view)
+    if not views:
+        raise Unreachable("; ".join(troubles))
+    return views[0]
+
+
+class _Error(msgspec.Struct):
+    message: str
+
+
+class _Answer(msgspec.Struct):
+    error: _Error
+
+
 def _told(error: urllib.error.HTTPError) -> str:
     """The gateway's own words, if it has any."""
     try:
-        answer = msgspec.json.decode(error.read(), type=dict[str, dict[str, object]])
-        return str(answer["error"]["message"])
-    except (OSError, msgspec.DecodeError, KeyError):
+        return msgspec.json.decode(error.read(), type=_Answer).error.message
+    except (OSError, msgspec.DecodeError):
         return str(error)
 
 
@@ -90,6 +117,7 @@ def _headline(view: GatewayView) -> Text:
     requests = view["requests"]
     return Text.assemble(
         ("DualPath ", "bold"),
+        "" if view["standing"] == ACTIVE else f"{view['standing']} | ",
         f"reads {view['policy']}, loads {view['load_policy']}",
         f" | requests {requests['admitted']}/{requests['admitted_max']}",
         f", {requests['queued']} queued of {requests['tenants_queued']} tenants",
@@ -177,7 +205,12 @@ def _bar(share: float) -> Text:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.top", description=__doc__)
-    parser.add_argument("--url", default="http://127.0.0.1:30000", help="the gateway")
+    parser.add_argument(
+        "--url",
+        metavar="URLS",
+        default="http://127.0.0.1:30000",
+        help="the gateway, or several, comma-separated",
+    )
     parser.add_argument("--interval-s", type=float, default=1.0, help="between two looks")
     parser.add_argument("--once", action="store_true", help="print one state and end")
     parser.add_argument(
@@ -193,7 +226,7 @@ def main(argv: Sequence[str]) -> int:
     console = Console()
     try:
         access = Access(_key(arguments.api_key), arguments.ssl_ca_certs)
-        look = partial(fetch, arguments.url, access)
+        look = partial(fetch_active, Gateways(arguments.url.split(",")), access)
         if arguments.once:
             console.print(render(look()))
         else:

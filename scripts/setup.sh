@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv from nothing, or finds that there is nothing to do.
-#   scripts/setup.sh        what serving needs (DEVICE=cpu or DEVICE=cuda)
+#   scripts/setup.sh        what serving needs (DEVICE=cpu or DEVICE=cuda; RAY=1: Ray, too)
 #   scripts/setup.sh test   also what tests and benchmarks talk to: S3 server, iperf3, browser
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,6 +10,7 @@ DEVICE=${DEVICE:-cpu}
 LOG=.venv/setup.log
 STAMP=.venv/setup.stamp
 STUB=engine/cpu/torchvision_stub.py
+RAY_PACKAGES='ray\|msgpack' # 244 MB that only launch.cluster --ray needs
 
 say() { echo "set-up: $*"; }
 
@@ -66,7 +67,8 @@ install_packages() {
         say "torch ..."
         logged "${pip[@]}" "$(grep '^torch==' requirements.lock)"
         say "SGLang, Mooncake and the other packages of requirements.lock ..."
-        logged "${pip[@]}" --no-deps -r requirements.lock
+        grep -v "^\($RAY_PACKAGES\)==" requirements.lock >.venv/requirements
+        logged "${pip[@]}" --no-deps -r .venv/requirements
         logged "${pip[@]}" --no-deps --no-build-isolation -e .
     else
         say "SGLang and Mooncake for CUDA, with their own pins ..."
@@ -102,6 +104,11 @@ if [ "$wanted" != "$(cat "$STAMP" 2>/dev/null)" ]; then
     echo "$wanted" >"$STAMP"
     say "done in $((SECONDS - began)) s"
 fi
+if { [ "${RAY:-}" = 1 ] || [ "${1:-}" = test ]; } && ! .venv/bin/python -c 'import ray' 2>/dev/null; then
+    say "Ray ..."
+    grep "^\($RAY_PACKAGES\)==" requirements.lock >.venv/requirements
+    logged .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r .venv/requirements
+fi
 [ "${1:-}" = test ] || exit 0
 if ! { command -v radosgw && command -v ceph-mon && command -v ceph-osd; } >/dev/null; then
     apt_install "the test of the remote tier (a real S3 server)" \
@@ -115,4 +122,8 @@ if ! command -v mkfs.ext4 >/dev/null; then
 fi
 if ! { command -v chromium && command -v chromedriver; } >/dev/null; then
     apt_install "the tests of the dashboard (a browser)" chromium chromium-driver || true
+fi
+if ! { command -v slurmctld && command -v slurmd && command -v sbatch && command -v munged; } >/dev/null; then
+    apt_install "the test of deploy/slurm (a Slurm of its own)" \
+        slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins || true
 fi

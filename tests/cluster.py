@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import random
@@ -10,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -85,10 +88,14 @@ def get(url: str, timeout_s: float = 10) -> tuple[int, str]:
         return error.code, error.read().decode(errors="replace")
 
 
+_PORTS_END = 32000
+
+
 def free_port_block(size: int, lowest: int = 17500) -> int:
     """First of ``size`` consecutive ports that are free now."""
     # Below the ports of outgoing connections, where Mooncake refuses a fixed range.
-    for first in range(lowest + os.getpid() % 20 * size, 32000, size):
+    own = os.getpid() % min(20, (_PORTS_END - lowest) // size) * size
+    for first in range(lowest + own, _PORTS_END, size):
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(first, first + size):
@@ -211,6 +218,8 @@ class Cluster:
         200 when it knows one prefill and one decode engine."""
 
         def complete() -> bool:
+            if get(f"{self.url}/health")[0] != 200:  # quickly said, and for most of the start
+                return False
             up = [value for name, value in self.metrics().items() if "peer_up{" in name]
             known = self.incarnations("agents").keys() | self.incarnations("engines").keys()
             return 0 < len(up) == sum(up) == len(known)
@@ -314,20 +323,52 @@ def plain_sglang(
     return benchmarks.plain_sglang.plain_sglang(model, port, folder / "plain.log", *flags)
 
 
+class PlainTokens:
+    """Tokens of ordinary SGLang with the model ``tiny``, greedy unless told otherwise, and
+    remembered. It may still be starting: a cluster can be started meanwhile."""
+
+    def __init__(self, served: Callable[[], str]) -> None:
+        self._served = served
+        self._known: dict[str, list[int]] = {}
+
+    def __call__(self, input_ids: list[int], **params: Any) -> list[int]:
+        sampling = {**GREEDY, **params}
+        name = repr((input_ids, sorted(sampling.items())))
+        if name not in self._known:
+            body = {"input_ids": input_ids, "sampling_params": sampling}
+            self._known[name] = self._post("generate", body).body["output_ids"]
+        return self._known[name]
+
+    def of_weights(self, model: Path, input_ids: list[int]) -> list[int]:
+        """Greedy tokens with the weights of this folder, which are those of this request alone."""
+        try:
+            self._take_weights(model)
+            body = {"input_ids": input_ids, "sampling_params": GREEDY}
+            return self._post("generate", body).body["output_ids"]
+        finally:
+            self._take_weights(resolve_model("tiny"))
+
+    def _take_weights(self, model: Path) -> None:
+        # What it has cached goes with the weights.
+        assert self._post("update_weights_from_disk", {"model_path": str(model)}).body["success"]
+
+    def _post(self, route: str, body: dict[str, Any]) -> Answer:
+        return post(f"{self._served()}/{route}", body)
+
+
 @contextlib.contextmanager
-def plain_tokens(folder: Path, *flags: str) -> Iterator[Callable[..., list[int]]]:
-    """``generate(input_ids, **sampling)``: tokens of ordinary SGLang with the model ``tiny``,
-    greedy unless told otherwise, and remembered. It may still be starting: a cluster can be
-    started meanwhile."""
-    known: dict[str, list[int]] = {}
+def plain_tokens(folder: Path, *flags: str) -> Iterator[PlainTokens]:
+    """Of a process of its own."""
     with plain_sglang(resolve_model("tiny"), folder, *flags) as served:
+        yield PlainTokens(served)
 
-        def generate(input_ids: list[int], **params: Any) -> list[int]:
-            sampling = {**GREEDY, **params}
-            name = repr((input_ids, sorted(sampling.items())))
-            if name not in known:
-                body = {"input_ids": input_ids, "sampling_params": sampling}
-                known[name] = post(f"{served()}/generate", body).body["output_ids"]
-            return known[name]
 
-        yield generate
+_of_this_run = contextlib.ExitStack()
+atexit.register(_of_this_run.close)
+
+
+@functools.cache
+def shared_plain(*flags: str) -> PlainTokens:
+    """Of one process for all tests that ask with the same flags: it ends with the run."""
+    folder = _of_this_run.enter_context(tempfile.TemporaryDirectory(prefix="plain-sglang-"))
+    return _of_this_run.enter_context(plain_tokens(Path(folder), *flags))

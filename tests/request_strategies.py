@@ -11,10 +11,17 @@ from typing import Any
 import msgspec
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from sglang.srt.entrypoints.openai.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    ResponsesRequest,
+)
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from launch.gateway.request.parts import MESSAGES as ANTHROPICS
+from launch.gateway.request.parts import RESPONSES
 from tests.launch.gateway.hostile import CHAT, COMPLETIONS, GENERATE, MESSAGES
 
 ANSWER_LENGTHS = ("max_tokens", "max_completion_tokens", "max_new_tokens")
@@ -33,6 +40,16 @@ PROMPTS: dict[str, dict[str, Any]] = {
     GENERATE: {"text": "Hello there"},
     COMPLETIONS: {"prompt": "Hello there"},
     CHAT: {"messages": MESSAGES},
+    ANTHROPICS: {"model": "stub", "messages": MESSAGES},
+    RESPONSES: {"input": MESSAGES},
+}
+
+
+MODELS: dict[str, type[BaseModel]] = {
+    CHAT: ChatCompletionRequest,
+    COMPLETIONS: CompletionRequest,
+    ANTHROPICS: AnthropicMessagesRequest,
+    RESPONSES: ResponsesRequest,
 }
 
 
@@ -41,7 +58,7 @@ def fields_of(path: str) -> dict[str, Any]:
     if path == GENERATE:
         hints = typing.get_type_hints(GenerateReqInput)
         return {field.name: hints[field.name] for field in dataclasses.fields(GenerateReqInput)}
-    model: type[BaseModel] = ChatCompletionRequest if path == CHAT else CompletionRequest
+    model = MODELS[path]
     return {name: field.annotation for name, field in model.model_fields.items()}
 
 
@@ -116,6 +133,8 @@ REQUESTS: st.SearchStrategy[tuple[str, dict[str, Any]]] = st.one_of(
     st.tuples(st.just(GENERATE), _generate()),
     st.tuples(st.just(COMPLETIONS), _openai(COMPLETIONS)),
     st.tuples(st.just(CHAT), _openai(CHAT)),
+    st.tuples(st.just(ANTHROPICS), _openai(ANTHROPICS)),
+    st.tuples(st.just(RESPONSES), _openai(RESPONSES)),
 )
 
 

@@ -15,7 +15,15 @@ from safetensors.numpy import load_file, save_file
 from common.user_files import cache_folder
 from engine.model_digest import model_digest
 from launch.models.resolve import resolve_model
-from tests.cluster import GREEDY, Cluster, plain_sglang, post, prompt, running_cluster
+from tests.cluster import (
+    GREEDY,
+    Cluster,
+    plain_sglang,
+    post,
+    prompt,
+    running_cluster,
+    shared_plain,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 
@@ -58,18 +66,13 @@ def variants(cluster: Cluster) -> set[float]:
     return {v for name, v in cluster.metrics().items() if "engine_namespace_variant" in name}
 
 
-def answers_as_plain_sglang_without_old_kv(folder: Path, model: Path, *flags: str) -> set[float]:
-    with plain_sglang(model, folder / "plain", *SMALL_POOL, *flags) as served:
-        with cluster_on(folder, model, *flags) as cluster:
-            body = {"input_ids": IDS, "sampling_params": GREEDY}
-            expected = post(f"{served()}/generate", body).body["output_ids"]
-            first = cluster.generate(IDS)
-            assert (first.cached_tokens, first.output_ids) == (0, expected)
-            cluster.wait_stored()
-            cluster.flush_engines()
-            second = cluster.generate(IDS)
-            assert (second.cached_tokens, second.output_ids) == (HIT, expected)
-            return variants(cluster)
+def check_without_old_kv(cluster: Cluster, expected: list[int]) -> None:
+    first = cluster.generate(IDS)
+    assert (first.cached_tokens, first.output_ids) == (0, expected)
+    cluster.wait_stored()
+    cluster.flush_engines()
+    second = cluster.generate(IDS)
+    assert (second.cached_tokens, second.output_ids) == (HIT, expected)
 
 
 OTHER_FLAGS = {
@@ -83,7 +86,11 @@ OTHER_FLAGS = {
 
 @pytest.mark.parametrize("flags", OTHER_FLAGS.values(), ids=OTHER_FLAGS)
 def test_other_flags_meet_no_old_kv(folder: Path, model: Path, flags: list[str]) -> None:
-    assert answers_as_plain_sglang_without_old_kv(folder, model, *flags) == {0}
+    with plain_sglang(model, folder / "plain", *SMALL_POOL, *flags) as served:
+        with cluster_on(folder, model, *flags) as cluster:
+            body = {"input_ids": IDS, "sampling_params": GREEDY}
+            check_without_old_kv(cluster, post(f"{served()}/generate", body).body["output_ids"])
+            assert variants(cluster) == {0}
 
 
 def test_weights_that_no_digest_tells_apart_meet_no_old_kv(folder: Path, model: Path) -> None:
@@ -100,4 +107,7 @@ def test_weights_that_no_digest_tells_apart_meet_no_old_kv(folder: Path, model: 
         if remembered.read_text() == after:
             remembered.write_text(before)
     assert model_digest(model) == before
-    assert answers_as_plain_sglang_without_old_kv(folder, model) == {1}
+    expected = shared_plain().of_weights(model, IDS)
+    with cluster_on(folder, model) as cluster:
+        check_without_old_kv(cluster, expected)
+        assert variants(cluster) == {1}

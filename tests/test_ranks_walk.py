@@ -3,10 +3,8 @@ block took and by whichever number of ranks it was computed. Pools are poisoned.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import functools
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,14 +13,14 @@ from typing import Any
 import pytest
 
 from launch.models.resolve import resolve_model
-from tests import mla_model
-from tests.cluster import Cluster, plain_tokens, prompt, running_cluster
-from tests.prefill_checks import PAGE, check_sampled_prompts
+from launch.models.tiny_mla import BLOCK_BYTES as MLA_BLOCK_BYTES
+from tests.cluster import Cluster, PlainTokens, prompt, running_cluster, shared_plain
+from tests.models.by_transformers import greedy
+from tests.prefill_checks import PAGE, check_agents_that_die, check_sampled_prompts
 
 BLOCK_BYTES = 8192 * PAGE
 CHUNK = 1024
 LENGTHS = (64, 65, 3000)
-DECODED = 48
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 
@@ -37,10 +35,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain(folder) -> Iterator[Callable[..., list[int]]]:
-    """Tokens of plain SGLang with two ranks."""
-    with plain_tokens(folder, "--tp", "2") as generate:
-        yield generate
+def plain() -> PlainTokens:
+    """Of plain SGLang with two ranks."""
+    return shared_plain("--tp", "2")
 
 
 @contextlib.contextmanager
@@ -94,34 +91,18 @@ def test_two_ranks_on_both_sides_with_a_layer_window(folder, plain):
             assert cold.cached_tokens == 0
         cluster.wait_stored()
         check_hits(cluster, plain, "prefill", "decode")
-        check_sampled_prompts(cluster, plain, [prompt(3000, 3000)], examples=8)
+        check_sampled_prompts(cluster, plain, [prompt(3000, 3000)], examples=4)
         assert cluster.metric_sum("engine_read_back_pages_total") > 0, "chunks of one prompt"
         check_turns(cluster, plain, seed=10)
-        check_agents_that_die(cluster, plain)
+        turns = [prompt(3000, 3000) + prompt(20, 50 + i) for i in range(4)]
+        check_agents_that_die(cluster, plain, turns, after_s=0.4)
 
 
-def check_agents_that_die(cluster, plain) -> None:
-    """kill -9 of both agents while they deliver: each answer is right, and no page leaks
-    (SGLang's own check is on and would end the engine)."""
-    engines, agents = cluster.incarnations("engines"), cluster.incarnations("agents")
-    turns = [prompt(3000, 3000) + prompt(20, 50 + i) for i in range(6)]
-    cluster.flush_engines()
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(cluster.generate, turn) for turn in turns]
-        time.sleep(0.4)
-        for agent in ("agent-p0", "agent-d0"):
-            cluster.signal(agent, signal.SIGKILL)
-        assert [a.result().output_ids for a in answers] == [plain(turn) for turn in turns]
-    cluster.wait_restarted(agents)
-    cluster.flush_engines()
-    assert cluster.generate(turns[0]).output_ids == plain(turns[0])
-    cluster.wait_unharmed(engines)
-
-
-@pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(2, 2), (2, 1), (1, 2)])
-def test_any_sizes_and_the_blocks_of_others(folder, plain, prefill_tp, decode_tp):
+@pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(2, 1), (1, 2)])
+def test_unlike_sizes_and_the_blocks_of_others(folder, plain, prefill_tp, decode_tp):
     """P has the KV of all layers. Blocks come from the test before: from a P with a window, and
-    from two ranks at D."""
+    from two ranks at D. (Two ranks on both sides, without a window, are in
+    tests/launch/node/test_engines_over_hosts.py.)"""
     with cluster_of(folder, prefill_tp, decode_tp) as cluster:
         check_hits(cluster, plain, "split")
         seed = 100 * prefill_tp + 10 * decode_tp
@@ -141,32 +122,30 @@ def timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 
 
 @pytest.fixture(scope="module")
-def mla(folder) -> Path:
+def mla() -> Path:
     """A model with latent KV, and with experts in the last layers."""
-    mla_model.build(folder / "mla", tokenizer_of=resolve_model("tiny"))
-    return folder / "mla"
+    return resolve_model("tiny-mla")
 
 
 @contextlib.contextmanager
 def mla_cluster(folder: Path, model: Path, *more: str) -> Iterator[Cluster]:
     flags = ["--model", str(model), "--poison-kv", "--load-policy", "always"]
-    flags += ["--dram-bytes", str(200 * mla_model.BLOCK_BYTES), *more]
+    flags += ["--dram-bytes", str(200 * MLA_BLOCK_BYTES), *more]
     with running_cluster(folder, *flags) as cluster:
         yield cluster
 
 
-@pytest.mark.parametrize("window", ["all", "2"])
-def test_latent_kv_is_stored_once_and_delivered_whole_to_each_rank(folder, mla, window):
-    """From one rank, which has the KV of all six layers or of two, to two ranks."""
+def test_latent_kv_is_stored_once_and_delivered_whole_to_each_rank(folder, mla):
+    """From one rank, which has the KV of all layers, to two ranks. (Of two layers:
+    tests/models/test_sparse_attention.py. Groups: tests/launch/node/test_engines_over_hosts.py.)"""
     prompts = [prompt(length, length) for length in (65, 1500)]
-    reference = functools.partial(mla_model.reference, mla)
+    reference = functools.partial(greedy, mla)
     flags = ["--decode-args", "--tp 2", "--prefill-args", f"--chunked-prefill-size {CHUNK}"]
-    flags += ["--prefill-layer-window", window]
-    with mla_cluster(folder / f"mla-window-{window}", mla, *flags) as cluster:
+    with mla_cluster(folder / "mla-cluster", mla, *flags) as cluster:
         for ids in prompts:
             assert cluster.generate(ids).output_ids == reference(ids)
         cluster.wait_stored()
-        stored = sum((len(ids) + 15) // PAGE for ids in prompts) * mla_model.BLOCK_BYTES
+        stored = sum((len(ids) + 15) // PAGE for ids in prompts) * MLA_BLOCK_BYTES
         assert cluster.metric_sum("dualpath:agent_pulled_bytes_total") == stored
         for policy in ("prefill", "split"):
             cluster.set_policy(policy)
@@ -175,39 +154,7 @@ def test_latent_kv_is_stored_once_and_delivered_whole_to_each_rank(folder, mla, 
                 answer = cluster.generate(ids)
                 assert answer.output_ids == reference(ids)
                 assert answer.cached_tokens == expected_hit(len(ids))
-                hit_bytes = expected_hit(len(ids)) // PAGE * mla_model.BLOCK_BYTES
+                hit_bytes = expected_hit(len(ids)) // PAGE * MLA_BLOCK_BYTES
                 assert answer.trace["delivered_bytes"] == {"p0": hit_bytes, "d0": 2 * hit_bytes}
         check_sampled_prompts(cluster, reference, prompts[1:], examples=4)
-        read_back = cluster.metric_sum("engine_read_back_pages_total")
-        assert (read_back > 0) == (window != "all"), "chunks of one prompt"
-
-
-def test_attention_groups_at_work_together(folder, mla):
-    """Each group of an engine is an engine: both of P compute in one forward, with a window of
-    four of six layers and a quota, and both of D decode in one."""
-    lengths = (65, 700, 1500, 1100)
-    prompts = [prompt(length, length) for length in lengths]
-    expected = [mla_model.reference(mla, ids, new_tokens=DECODED) for ids in prompts]
-    flags = ["--prefill-args", f"--tp 2 --attn-dp-size 2 --chunked-prefill-size {CHUNK}"]
-    flags += ["--decode-args", "--enable-dp-attention --tp 2 --dp 2"]  # the older name
-    flags += ["--prefill-layer-window", "4", "--prefill-quota-ms", "60"]
-    with mla_cluster(folder / "mla-groups", mla, *flags) as cluster:
-        engines = {"p0.0", "p0.1", "d0.0", "d0.1"}
-        incarnations = cluster.incarnations("engines")
-        assert incarnations.keys() == engines
-        for cached in ([0] * 4, [expected_hit(length) for length in lengths]):
-            with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                ask = functools.partial(
-                    cluster.generate, sampling_params={"max_new_tokens": DECODED}
-                )
-                answers = list(pool.map(ask, prompts))
-            assert [answer.output_ids for answer in answers] == expected
-            assert [answer.cached_tokens for answer in answers] == cached
-            chosen = [answer.trace[role] for answer in answers for role in ("prefill", "decode")]
-            assert set(chosen) == engines
-            cluster.wait_stored()
-            cluster.flush_engines()
-        for group in ("p0.0", "p0.1"):
-            for count in ("engine_quota_batches_total", "engine_read_back_pages_total"):
-                assert cluster.metric_sum(f'{count}{{engine="{group}"') > 0
-        cluster.wait_unharmed(incarnations)
+        assert cluster.metric_sum("engine_read_back_pages_total") == 0, "P has all layers"

@@ -8,6 +8,7 @@ import pytest
 from launch.cluster.config import ClusterConfig
 from launch.node.config import JoinSettings
 from launch.rollout.config import JobConfig
+from launch.scale import ScaleSettings
 from launch.settings import help_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +40,10 @@ def test_some_page_leads_to_every_page():
 
 def test_the_flags_of_a_node_are_current():
     assert help_markdown(JoinSettings) in (ROOT / "docs" / "deploy.md").read_text()
+
+
+def test_the_flags_of_scaling_are_current():
+    assert help_markdown(ScaleSettings) in (ROOT / "docs" / "deploy.md").read_text()
 
 
 def test_the_rollout_flags_are_current():

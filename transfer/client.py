@@ -15,21 +15,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import zmq
 
-from common.cluster.known import KnownAgents
 from common.ids import Incarnation
-from common.messages import (
-    AgentHello,
-    MalformedMessage,
-    Message,
-    Ping,
-    RegisterEngine,
-    UnknownEngine,
-    decode,
-    encode,
-)
+from common.messages.codec import MalformedMessage, Message, decode, encode
+from common.messages.fields import Ping
+from common.messages.from_agents import AgentHello, UnknownEngine
+from common.messages.from_engines import RegisterEngine
+from common.messages.from_gateway import KnownAgents
 from transfer.control.keys import Keys
 from transfer.control.sockets import connect
 
@@ -43,13 +38,21 @@ REGISTER_AGAIN_S = 5.0
 
 
 class _Link:
-    def __init__(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
+    def __init__(self, agent: str, socket: zmq.Socket[bytes], endpoint: str) -> None:
+        self.agent = agent
         self.socket = socket
         self.endpoint = endpoint
         self.incarnation: Incarnation | None = None
         self.hello: AgentHello | None = None
         self.last_heard = -SILENT_AFTER_S
         self.registered_s = -REGISTER_AGAIN_S
+
+    def transmit(self, message: Message) -> None:
+        try:
+            self.socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            kind = type(message).__name__
+            log.warning("queue to agent full agent=%s dropped=%s", self.agent, kind)
 
 
 class AgentLinks:
@@ -124,6 +127,11 @@ class AgentLinks:
         link = self._links.get(agent)
         return link.incarnation if link is not None else None
 
+    def host(self, agent: str) -> str:
+        """Where it is; empty for a stranger, or where sockets are files."""
+        link = self._links.get(agent)
+        return urlsplit(link.endpoint).hostname or "" if link is not None else ""
+
     def alive(self, agent: str) -> bool:
         """Whether the agent has said anything in the last seconds."""
         link = self._links.get(agent)
@@ -154,13 +162,15 @@ class AgentLinks:
                 self._heed(heeded, poller, names)
             if time.monotonic() >= next_ping:
                 next_ping = time.monotonic() + PING_EVERY_S
-                for name in self._links:
-                    self._transmit(name, Ping())
+                for link in self._links.values():
+                    link.transmit(Ping())
             wait_s = max(0.0, next_ping - time.monotonic())
             for socket, _ in poller.poll(int(wait_s * 1000) + 1):
                 self._drain(socket, names.get(socket))
             while self._outbox:
-                self._transmit(*self._outbox.popleft())
+                agent, message = self._outbox.popleft()
+                if agent in self._links:  # it may have left since
+                    self._links[agent].transmit(message)
         for link in self._links.values():
             link.socket.close()
 
@@ -178,13 +188,14 @@ class AgentLinks:
             link.socket.close()
             self.on_left(name)
         for name in known.endpoints.keys() - links.keys():
-            link = links[name] = _Link(self._context.socket(zmq.DEALER), known.endpoints[name])
+            socket = self._context.socket(zmq.DEALER)
+            link = links[name] = _Link(name, socket, known.endpoints[name])
             connect(link.socket, link.endpoint, self._keys, name, QUEUE_MAX)
             poller.register(link.socket, zmq.POLLIN)
             names[link.socket] = name
         self._links = links
-        for name in names.values():
-            self._transmit(name, Ping())
+        for link in links.values():
+            link.transmit(Ping())
         self.heard = known.number
 
     def _drain(self, socket: zmq.Socket, agent: str | None) -> None:
@@ -216,7 +227,7 @@ class AgentLinks:
                 if is_news:
                     self._on_hello(message)
             case UnknownEngine():
-                self._register(agent, link)
+                self._register(link)
                 self._on_message(agent, message)
             case _:
                 self._on_message(agent, message)
@@ -225,22 +236,13 @@ class AgentLinks:
         if link.incarnation is not None and hello.incarnation <= link.incarnation:
             due_s = link.registered_s + REGISTER_AGAIN_S
             if not hello.credit_address and time.monotonic() >= due_s:
-                self._register(agent, link)
+                self._register(link)
             return
         link.incarnation = hello.incarnation
         log.info("agent met name=%s incarnation=%d", agent, hello.incarnation)
-        self._register(agent, link)
+        self._register(link)
         self._on_incarnation(agent, hello.incarnation)
 
-    def _register(self, agent: str, link: _Link) -> None:
+    def _register(self, link: _Link) -> None:
         link.registered_s = time.monotonic()
-        self._transmit(agent, self._hello)
-
-    def _transmit(self, agent: str, message: Message) -> None:
-        link = self._links.get(agent)
-        if link is None:
-            return  # it has left since
-        try:
-            link.socket.send(encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            log.warning("queue to agent full agent=%s dropped=%s", agent, type(message).__name__)
+        link.transmit(self._hello)

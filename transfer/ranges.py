@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -22,23 +23,34 @@ class Ranges(NamedTuple):
 
 def layer_ranges(
     layout: BlockLayout,
-    kv_addresses: Addresses,
+    addresses: Addresses,
     layer: int,
     slots: Addresses,
     pages: Addresses,
 ) -> Ranges:
     """One layer of n blocks, in their slots and in the engine.
 
-    ``kv_addresses``: shape (layers, components), base of each buffer; ``slots``: shape
+    ``addresses``: shape (layers, components), base of each buffer; ``slots``: shape
     (n,), address of each block's slot; ``pages``: shape (n,). At most n x components ranges:
-    adjacent ones are merged.
+    adjacent ones are merged, and of a component that the layer does not have there are none.
     """
-    sizes = np.array(layout.component_bytes, np.int64)
-    starts = np.cumsum(sizes) - sizes
-    local = slots[:, None] + (layer * layout.layer_bytes + starts)
-    remote = kv_addresses[layer] + pages[:, None] * sizes
+    sizes = np.array(layout.sizes(layer), np.int64)
+    bases, starts = addresses[layer], np.cumsum(sizes) - sizes
+    if layout.absent:
+        is_there = sizes > 0
+        sizes, bases, starts = sizes[is_there], bases[is_there], starts[is_there]
+    local = slots[:, None] + (layout.layer_start(layer) + starts)
+    remote = bases + pages[:, None] * sizes
     lengths = np.broadcast_to(sizes, local.shape)
     return merge_adjacent(local.ravel(), remote.ravel(), lengths.ravel())
+
+
+def joined(each: Iterable[Ranges]) -> list[Ranges]:
+    """All of them as one, so that they go in one batch; none where there are no bytes."""
+    some = [ranges for ranges in each if len(ranges.lengths)]
+    if len(some) < 2:
+        return some
+    return [Ranges(*(np.concatenate(arrays) for arrays in zip(*some, strict=True)))]
 
 
 def merge_adjacent(local: Addresses, remote: Addresses, lengths: Addresses) -> Ranges:

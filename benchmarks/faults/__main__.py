@@ -25,15 +25,15 @@ from rich.console import Console
 from tqdm import tqdm
 
 from benchmarks import tools
+from benchmarks.clients.reference import FIRST, SECOND, make_conversations, make_other_weights
 from benchmarks.faults.campaign import Campaign, as_line
-from benchmarks.faults.reference import FIRST, SECOND, make_conversations, make_other_weights
 from benchmarks.faults.schedule import Fault, make_schedule, menus
-from benchmarks.faults.stage import NODES, Stage, built_network, own_mounts
+from benchmarks.faults.stage import NODES, Stage, built_network
 from benchmarks.faults.verdict import figures, make_goals
 from benchmarks.goals import goals_table, write_report
 from benchmarks.own_cluster import ClusterFailed
 from benchmarks.testbed import machine
-from benchmarks.testbed.network import NetworkFailed, remove_leftovers
+from benchmarks.testbed.network import NetworkFailed, own_mounts, remove_leftovers
 from launch.models.resolve import resolve_model
 
 CONVERSATIONS = 8

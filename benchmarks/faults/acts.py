@@ -10,10 +10,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.faults import damage, hostile, own_clock
+from benchmarks import own_clock
+from benchmarks.clients.load import Weights
+from benchmarks.clients.reference import FIRST, SECOND
+from benchmarks.faults import damage, hostile
 from benchmarks.faults.cluster import SUPERVISOR, Cluster
-from benchmarks.faults.load import Weights
-from benchmarks.faults.reference import FIRST, SECOND
 from benchmarks.faults.schedule import Fault
 from benchmarks.faults.stage import Disk, Stage
 from benchmarks.own_cluster import ClusterFailed

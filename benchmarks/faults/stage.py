@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 import random
@@ -12,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults import own_clock
+from benchmarks import own_clock
 from benchmarks.own_cluster import ClusterFailed
 from benchmarks.radosgw import RadosGateway
 from benchmarks.s3_proxy import Fault, FaultyProxy, Verdict
 from benchmarks.testbed.cluster import BLOCK_BYTES, EngineChange, records_on
-from benchmarks.testbed.network import Network, Rates, within
+from benchmarks.testbed.network import STORAGE, Network, Rates, within
 from launch.cluster.config import ClusterConfig
 from launch.cluster.layout import agent_name
 from launch.cluster.process_record import ProcessRecord
@@ -42,8 +41,6 @@ COMMAND_TIMEOUT_S = 20.0
 S3_SHARE = 0.5
 """Of the answers that are bad while S3's are."""
 S3_SLOW_S = 3.0
-
-_CLONE_NEWNS = 0x20000
 
 S3_FAULTS = {
     "500": Fault.ERROR_500,
@@ -120,7 +117,7 @@ class Stage:
     def __init__(self, scratch: Path, network: Network) -> None:
         self.network = network
         self.scratch = scratch
-        self.store_address = network.control_storage_address
+        self.store_address = network.control_address(STORAGE)
         self.s3 = RadosGateway(_made(scratch / "s3"), self.store_address, (), STORE_BYTES)
         self.disks = {
             agent_name(node): Disk(scratch / f"{node}.img", scratch / "ssd" / agent_name(node))
@@ -138,6 +135,7 @@ class Stage:
             for disk in self.disks.values():
                 disk.make()
             own_clock.write_offset(self.clock, 0)
+            own_clock.build(self.scratch)
             self.s3.start()
             self._proxy = FaultyProxy(self.store_address, self.s3.port)
             yield self
@@ -181,9 +179,8 @@ class Stage:
         return [self._with_own_clock(r) if r.name == CLOCK_AGENT else r for r in records]
 
     def _with_own_clock(self, record: ProcessRecord) -> ProcessRecord:
-        *python, module = record.argv
-        argv = (*python, own_clock.__name__, str(self.clock), module)
-        return dataclasses.replace(record, argv=argv)
+        clock = own_clock.environment(self.scratch, self.clock)
+        return dataclasses.replace(record, env={**record.env, **clock})
 
     def _options(self) -> dict[str, Any]:
         assert self._proxy is not None
@@ -229,17 +226,6 @@ class Stage:
             skip_instance_cache=True, use_listings_cache=False, **self.s3.options
         )
         return files, f"{self.s3.bucket}/{REMOTE_FOLDER}"
-
-
-def own_mounts() -> None:
-    """What this process mounts from now on nobody else sees, and it ends with the process; files
-    in ``/dev/shm`` are ours alone."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWNS) != 0:
-        raise ClusterFailed(f"no mounts of our own: {os.strerror(ctypes.get_errno())}")
-    run("mount", "--make-rprivate", "/")
-    run("mount", "--make-rshared", "/")  # with the nodes, whose processes have mounts of their own
-    run("mount", "-t", "tmpfs", "tmpfs", "/dev/shm")
 
 
 def _made(folder: Path) -> Path:

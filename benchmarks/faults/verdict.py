@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from benchmarks.faults.load import BROKEN, ERROR, REFUSED, RIGHT, SILENT, TIE, WRONG, Answer
+from benchmarks.clients.load import BROKEN, ERROR, REFUSED, RIGHT, SILENT, TIE, WRONG, Answer
 from benchmarks.faults.resources import Holdings
 from benchmarks.faults.supervise import Event
 from benchmarks.faults.watch import Look, lacked_role
@@ -158,9 +158,13 @@ def durable_blocks(answer: Answer) -> int:
 
 
 def lost_blocks(records: Records) -> int:
-    """Blocks that were durable after the last damaged byte, and are not hit at the end."""
+    """Blocks that were durable after the last damaged byte, and are not hit at the end. Not those
+    that were read while a disk was full: it gives space back, so they may have gone with it."""
+    full = [(f.begun_s, f.ended_s) for f in records.faults if f.kind == "full-disk"]
     durable: Counter[tuple[int, str]] = Counter()
     for answer in records.answers:
+        if any(begun_s <= answer.sent_s <= ended_s for begun_s, ended_s in full):
+            continue
         if answer.sent_s >= records.counted_from_s and answer.version in ("", "default"):
             key = answer.conversation, answer.salt
             durable[key] = max(durable[key], durable_blocks(answer))

@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.scheduler.cluster import Cluster, RemoteStore, some_keys
 from common.block import KEY_BYTES, BlockKey, TierName
 from common.ids import Incarnation
-from common.messages import Holding
+from common.messages.from_agents import Holding
 from scheduler.directory.directory import Directory
 from scheduler.plan import Plan
 

@@ -14,7 +14,7 @@ import msgspec
 
 from benchmarks.own_cluster import ClusterFailed
 from benchmarks.supervised import Supervised, while_running
-from benchmarks.testbed.network import Network, own_shared_memory, within
+from benchmarks.testbed.network import Network, within
 from common.experiment import Experiment
 from common.process_settings import ProcessSettings
 from engine.config import EngineConfig
@@ -174,10 +174,8 @@ def _moved(
         experiment = AgentConfig.from_env(env).experiment
         experiment = msgspec.structs.replace(experiment, dram_keep=dram_keep)
         _change(env, AgentConfig, experiment=experiment)
-    # Ranks that find each other's shared memory take themselves for neighbours.
-    apart = own_shared_memory() if record.together else ()
-    argv = (*within(network.namespace(node)), *apart, *record.argv)
-    return dataclasses.replace(record, argv=argv, env=env)
+    argv = (*within(network.namespace(node)), *record.argv)
+    return dataclasses.replace(record, argv=argv, env=env, is_forked=False)
 
 
 def _changed(record: ProcessRecord, change: EngineChange) -> ProcessRecord:
@@ -213,9 +211,7 @@ async def in_cluster(
         url = f"http://{config.host}:{config.port}"
         async with aiohttp.ClientSession(url, timeout=timeout, read_bufsize=1 << 22) as http:
             gateway = Gateway(http, supervised)
-            engines = [r for r in records if r.kind == "engine"]
-            firsts = {r.name for r in engines if r.together in ("", r.name)}
-            await gateway.wait_joined(firsts)
+            await gateway.wait_joined({r.name for r in records if r.kind == "engine"})
             return await work(gateway)
 
     return await while_running(

@@ -29,10 +29,10 @@ OPEN_MBIT = 10_000
 QUEUE_MS = 100
 """A packet that would wait longer for the link is dropped, and TCP slows down."""
 
-_STORAGE, _COMPUTE = "storage", "compute"
-_SUBNET = {_STORAGE: "10.77.1", _COMPUTE: "10.77.2"}
+STORAGE, COMPUTE = "storage", "compute"
+_SUBNET = {STORAGE: "10.77.1", COMPUTE: "10.77.2"}
 _CONTROL_HOST, _STORE_HOST, _FIRST_NODE = 254, 253, 1
-_CLONE_NEWNET = 0x40000000
+_CLONE_NEWNET, _CLONE_NEWNS = 0x40000000, 0x00020000
 _OWNER = re.compile(rf"{PREFIX}(\d+)-\S*")
 
 
@@ -71,20 +71,19 @@ class Network:
         return _name(node)
 
     def compute_address(self, node: str) -> str:
-        return f"{_SUBNET[_COMPUTE]}.{_FIRST_NODE + self.nodes.index(node)}"
+        return f"{_SUBNET[COMPUTE]}.{_FIRST_NODE + self.nodes.index(node)}"
 
     def storage_address(self, node: str) -> str:
-        return f"{_SUBNET[_STORAGE]}.{_FIRST_NODE + self.nodes.index(node)}"
+        return f"{_SUBNET[STORAGE]}.{_FIRST_NODE + self.nodes.index(node)}"
 
     @property
     def store_address(self) -> str:
         """Of the S3 server, on the storage network."""
-        return f"{_SUBNET[_STORAGE]}.{_STORE_HOST}"
+        return f"{_SUBNET[STORAGE]}.{_STORE_HOST}"
 
-    @property
-    def control_storage_address(self) -> str:
-        """Of the control namespace, on the storage network."""
-        return f"{_SUBNET[_STORAGE]}.{_CONTROL_HOST}"
+    def control_address(self, kind: str) -> str:
+        """Of the control namespace, on the network of this kind."""
+        return f"{_SUBNET[kind]}.{_CONTROL_HOST}"
 
     # ---- life ---------------------------------------------------------------------------
 
@@ -104,11 +103,11 @@ class Network:
             switch = f"{kind}-switch"
             _run("ip", "-n", self.control, "link", "add", "name", switch, "type", "bridge")
             _give_address(self.control, switch, f"{subnet}.{_CONTROL_HOST}")
-        self._plug(self.store, _STORAGE, "store", _STORE_HOST, None)
+        self._plug(self.store, STORAGE, "store", _STORE_HOST, None)
         for number, node in enumerate(self.nodes, _FIRST_NODE):
             space = self.namespace(node)
-            self._plug(space, _STORAGE, node, number, self.rates.storage_mbit)
-            self._plug(space, _COMPUTE, node, number, self.rates.compute_mbit)
+            self._plug(space, STORAGE, node, number, self.rates.storage_mbit)
+            self._plug(space, COMPUTE, node, number, self.rates.compute_mbit)
 
     def _plug(
         self, namespace: str, kind: str, host: str, number: int, rate_mbit: float | None
@@ -132,18 +131,18 @@ class Network:
     def open_storage(self) -> Iterator[None]:
         """The storage links have no limit that matters; afterwards they have theirs again."""
         try:
-            self._set_rate(_STORAGE, OPEN_MBIT)
+            self._set_rate(STORAGE, OPEN_MBIT)
             yield
         finally:
-            self._set_rate(_STORAGE, self.rates.storage_mbit)
+            self._set_rate(STORAGE, self.rates.storage_mbit)
 
     def set_compute_rate(self, rate_mbit: float) -> None:
         """Of all nodes' compute links, from now on."""
-        self._set_rate(_COMPUTE, rate_mbit)
+        self._set_rate(COMPUTE, rate_mbit)
 
     def limit_compute(self, node: str) -> None:
         """What a node sends, after someone has taken the limit away."""
-        _limit("add", self.namespace(node), _COMPUTE, self.rates.compute_mbit)
+        _limit("add", self.namespace(node), COMPUTE, self.rates.compute_mbit)
 
     def _set_rate(self, kind: str, rate_mbit: float) -> None:
         for node in self.nodes:
@@ -161,7 +160,7 @@ class Network:
         """Of every node's storage NIC. To be called inside :meth:`entered`."""
         # Counted at the switch's ports, all in one file: what a port sends, the node receives.
         ports = parse_counters(Path("/proc/thread-self/net/dev").read_text())
-        found = {node: ports[_port(_STORAGE, node)] for node in self.nodes}
+        found = {node: ports[_port(STORAGE, node)] for node in self.nodes}
         return {node: Counter(c.sent_bytes, c.received_bytes) for node, c in found.items()}
 
 
@@ -174,6 +173,17 @@ def own_shared_memory() -> tuple[str, ...]:
     """What goes between, for one that is not to see other hosts' shared memory: in a namespace its
     mounts are its own already."""
     return ("sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh")
+
+
+def own_mounts() -> None:
+    """What this process mounts from now on nobody else sees, and it ends with the process; files
+    in ``/dev/shm`` are ours alone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS) != 0:
+        raise NetworkFailed(f"no mounts of our own: {os.strerror(ctypes.get_errno())}")
+    _run("mount", "--make-rprivate", "/")
+    _run("mount", "--make-rshared", "/")  # with the nodes, whose processes have mounts of their own
+    _run("mount", "-t", "tmpfs", "tmpfs", "/dev/shm")
 
 
 def parse_counters(text: str) -> dict[str, Counter]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from common.block import BlockLayout
 from common.ids import JobId, PlanId
-from transfer.agent.jobs.transfer import Transfer
+from transfer.agent.jobs.transfer import Group, Transfer
 from transfer.agent.jobs.transfer_queue import TransferQueue
 from transfer.mooncake import TransferPeer
 from transfer.pacing.agent_pacing import AgentPacing, PaceSettings, pacer_samples
@@ -158,10 +158,9 @@ class KvMovement(Source):
         transfer = Transfer(
             job=JobId(number),
             session_id=self._target.session_id,
-            layout=self._layout,
-            kv_addresses=buffers,
-            slots=self.address[0] + pages * PAGE_BYTES * LAYERS,
-            pages=pages,
+            groups=[
+                Group(self._layout, buffers, self.address[0] + pages * PAGE_BYTES * LAYERS, pages)
+            ],
             deadline=time.monotonic() + JOB_DEADLINE_S,
             ended=lambda error: self._ended(number, error),
             plan=PlanId(number),

@@ -5,6 +5,9 @@ for the duration of the pull (:mod:`engine.transfers.page_holds`), so decoding, 
 go on as if nothing happened. With no free DRAM slot the agent skips a block; with too many
 pulls open the engine offers it later. The prefill engine persists nothing.
 
+Where a model has windows in a pool of their own, a block's window goes with it, as far as the
+next token attends there: what is before that may be gone, or not sent by the prefill engine.
+
 A request keeps the namespace (weights) that it began with; blocks that fill after a weight
 update mix two versions and are stored under neither. Nor are those of a request that was
 planned under other weights than this engine's.
@@ -20,7 +23,8 @@ import msgspec
 
 from common.block import NO_PARENT, BlockKey, block_keys, tenant_digest
 from common.ids import NO_INCARNATION, JobId
-from common.messages import PullBlocks, PullEnded
+from common.messages.from_agents import PullEnded
+from common.messages.from_engines import PartPlaces, PullBlocks
 from common.page_hashes import continue_chain, namespace_seed
 from common.samples import Sample, sample
 from engine.config import EngineConfig
@@ -37,16 +41,29 @@ REQUESTS_MAX = 8192
 
 class _Progress(msgspec.Struct):
     namespace_digest: bytes
-    blocks_done: int
-    last_hash: bytes | None
+    hashes: list[bytes]
+    """Of the blocks done."""
+    seed: bytes | None
     tenant: str
+
+    @property
+    def blocks_done(self) -> int:
+        return len(self.hashes)
+
+    @property
+    def last_hash(self) -> bytes | None:
+        return self.hashes[-1] if self.hashes else self.seed
 
     @property
     def last_key(self) -> BlockKey:
         """Of the last block done, the parent of what is offered next."""
-        if not self.blocks_done or self.last_hash is None:
-            return NO_PARENT
-        return block_keys(self.namespace_digest, [self.last_hash])[0]
+        return self.key_of(self.blocks_done) or NO_PARENT
+
+    def key_of(self, blocks: int) -> BlockKey | None:
+        """Of the last of so many blocks, if it is done."""
+        if not 0 < blocks <= self.blocks_done:
+            return None
+        return block_keys(self.namespace_digest, [self.hashes[blocks - 1]])[0]
 
 
 class Persister:
@@ -60,15 +77,20 @@ class Persister:
         jobs: Jobs,
         links: Links,
         plans: Plans,
+        is_on: bool = True,
     ) -> None:
+        """While it is not ``is_on``, nothing is offered."""
+        self._is_on = is_on
         self._config = config
         self._table = table
         self._jobs = jobs
         self._links = links
         self._plans = plans
         self._page_tokens = plans.page_tokens
+        self._bigrams = plans.weights.namespace.layout.bigrams
         self._progress: OrderedDict[str, _Progress] = OrderedDict()
-        self._open_pulls: set[JobId] = set()
+        self._open_pulls: dict[JobId, int] = {}
+        """How many blocks each names."""
         self.offered_blocks_total = 0
         self.stored_blocks_total = 0
         self.deferred_offers_total = 0
@@ -77,18 +99,20 @@ class Persister:
         """The prompt's KV is in this engine, under the weights of this moment. The blocks that
         its plan names are in the store; the others are offered when the request joins a batch,
         so behind SGLang's look at what P has sent."""
-        if self._plans.is_outdated(request.rid):
+        if not self._is_on or self._plans.is_outdated(request.rid):
             return  # the prefill engine has computed with other weights
         if self._config.experiment.zero_io or self._plans.is_made_up(request.rid):
             return  # its KV would be found under right keys for ever
+        if self._plans.keeps_nothing(request.rid):
+            return
         fit = self._plans.fit(request)
-        stored = fit.hashes if fit is not None else []
+        stored = list(fit.hashes) if fit is not None else []
         seed = namespace_seed(request.extra_key, request.cache_salt)
         salt = request.cache_salt or request.extra_key
         self._progress[request.rid] = _Progress(
             namespace_digest=self._plans.weights.digest,
-            blocks_done=len(stored),
-            last_hash=stored[-1] if stored else seed,
+            hashes=stored,
+            seed=seed,
             tenant=tenant_digest(salt) if salt else "",
         )
         while len(self._progress) > REQUESTS_MAX:
@@ -102,47 +126,81 @@ class Persister:
         if progress.namespace_digest != self._plans.weights.digest:
             self.end(request)
             return
+        if self._bigrams:  # the next token is part of a key
+            tokens = min(tokens, len(request.origin_input_ids) + len(request.output_ids) - 1)
         full = tokens // self._page_tokens
         while full > progress.blocks_done:
             if len(self._open_pulls) >= PULLS_OPEN_MAX:
                 self.deferred_offers_total += 1
                 return
-            self._offer(request, progress, min(full, progress.blocks_done + PULL_BLOCKS_MAX))
+            end = min(full, progress.blocks_done + PULL_BLOCKS_MAX)
+            self._offer(request, progress, end, tokens)
+
+    def key_at(self, request: Request, tokens: int) -> BlockKey | None:
+        """Of the block with which the request's first ``tokens`` tokens end, if it was offered."""
+        progress = self._progress.get(request.rid)
+        if progress is None or tokens % self._page_tokens:
+            return None
+        return progress.key_of(tokens // self._page_tokens)
 
     def end(self, request: Request) -> None:
         """The request leaves this engine."""
         self._progress.pop(request.rid, None)
 
-    def _offer(self, request: Request, progress: _Progress, end: int) -> None:
+    def _offer(self, request: Request, progress: _Progress, end: int, tokens: int) -> None:
         start, page = progress.blocks_done, self._page_tokens
-        tokens = _tokens(request, start * page, end * page)
-        hashes = continue_chain(progress.last_hash, tokens, page)
+        of_blocks = _tokens(request, start * page, end * page + self._bigrams)
+        hashes = continue_chain(progress.last_hash, of_blocks, page, self._bigrams)
         pages = self._table.pages(request, start * page, end * page)
         keys = block_keys(progress.namespace_digest, hashes)
         parent = progress.last_key
-        progress.blocks_done, progress.last_hash = end, hashes[-1]
+        progress.hashes += hashes
+        parts = self._windows(request, keys, start, tokens)
         # Here and now: a request that ends may free its pages next, and they have to be held.
-        self._pull(keys, pages.get().tolist(), parent, progress.tenant)
+        self._pull(keys, pages.get().tolist(), parts, parent, progress.tenant)
 
-    def _pull(self, keys: list[BlockKey], pages: list[int], parent: BlockKey, tenant: str) -> None:
+    def _windows(
+        self, request: Request, keys: list[BlockKey], start: int, tokens: int
+    ) -> list[PartPlaces]:
+        """Those that there are of blocks ``start ...``, of which these are the keys."""
+        window, page = self._table.window, self._page_tokens
+        if window is None:
+            return []
+        first = max(start, max(0, tokens - window.tokens) // page)
+        end = start + len(keys)
+        places = self._table.window_pages(request, first * page, end * page).get().tolist()
+        there = [(keys[first - start + n], place) for n, place in enumerate(places) if place]
+        return [PartPlaces([key for key, _ in there], [place for _, place in there])]
+
+    def _pull(
+        self,
+        keys: list[BlockKey],
+        pages: list[int],
+        parts: list[PartPlaces],
+        parent: BlockKey,
+        tenant: str,
+    ) -> None:
         agent, timeout_s = self._config.agent, self._config.pull_timeout_s
 
         def ended(reason: str) -> None:
-            self._open_pulls.discard(job)
+            self._open_pulls.pop(job, None)
 
         incarnation = self._links.incarnation(agent) or NO_INCARNATION
-        job = self._jobs.open(agent, incarnation, pages, timeout_s, ended)
-        self._open_pulls.add(job)
+        job = self._jobs.open(agent, incarnation, (), timeout_s, ended)
+        self._jobs.hold(job, pages, [part.places for part in parts])
+        self._open_pulls[job] = len(keys)
         if self._jobs.has_stopped(job):
             return  # the agent restarts just now
-        if self._links.send(agent, PullBlocks(job, keys, pages, timeout_s, parent, tenant)):
+        message = PullBlocks(job, keys, pages, timeout_s, parent, tenant, parts)
+        if self._links.send(agent, message):
             self.offered_blocks_total += len(keys)
         else:
             self._jobs.over(job, f"agent {agent} is not reachable")
 
     def pull_ended(self, message: PullEnded) -> None:
-        """Count what the agent now holds (link thread)."""
-        self.stored_blocks_total += sum(message.held)
+        """Count the blocks that the agent now holds (link thread)."""
+        blocks = self._open_pulls.get(message.job, 0)
+        self.stored_blocks_total += sum(message.held[:blocks])
 
     def samples(self) -> Iterator[Sample]:
         """For the metrics."""

@@ -15,7 +15,7 @@ from enum import Enum
 
 import msgspec
 
-from common.messages import ReleasePlan
+from common.messages.from_gateway import ReleasePlan
 from common.samples import Sample, sample
 from engine.config import EngineConfig
 from engine.decode.persist import Persister
@@ -75,14 +75,19 @@ class Restores:
         fit = self._plans.fit(request)
         return (fit.blocks if fit is not None else 0) * self._plans.page_tokens + 1
 
-    def promise(self, request: Request, cached_tokens: int) -> Restore | None:
-        """The plan's blocks beyond the ``cached_tokens`` of the engine's own cache. At least one
-        prompt token is left to P, whose forward yields the first output token."""
+    def promise(
+        self, request: Request, cached_tokens: int, tokens_max: int | None = None
+    ) -> Restore | None:
+        """The plan's blocks beyond the ``cached_tokens`` of the engine's own cache, up to
+        ``tokens_max``. At least one prompt token is left to P, whose forward yields the first
+        output token; and windows are P's to send, whole, with the KV of their tokens."""
         page = self._plans.page_tokens
         fit = self._plans.fit(request)
         if fit is None or cached_tokens % page:
             return None
         first, end = cached_tokens // page, (len(request.origin_input_ids) - 1) // page
+        if tokens_max is not None:
+            end = min(end, tokens_max // page)
         restore = Restore(fit, first, min(fit.blocks, end))
         return restore if restore.end_block > first else None
 

@@ -20,7 +20,7 @@ JITTER_S = 0.01
 SURPRISE_MAX = 2.0
 """With a profile, a forward counts as so many times its estimate at most: one that was held up
 spoils little, and an engine that has become slower is still followed."""
-_RIDGE = np.array([1e-6, 1e-6, 1e-6, 1e-5, 1e-5, 1e-4, 1e-4])
+_RIDGE = np.array([1e-6, 1e-6, 1e-6, 1e-5, 1e-5, 1e-4, 1e-4, 1e-5])
 """Without a profile: of terms that the traffic does not tell apart, the first ones pay."""
 _PROFILE_WEIGHT = 0.02
 """With one: terms that the traffic tells apart by less than this keep the profile's ratio."""
@@ -39,7 +39,9 @@ class CostFit:
     shape only as far as it shows another one.
     """
 
-    def __init__(self, profile: PrefillCost | None = None) -> None:
+    def __init__(self, profile: PrefillCost | None = None, window_tokens: int = 0) -> None:
+        """``window_tokens``: of layers with a sliding window, 0 without any."""
+        self._window_tokens = window_tokens
         self._squares = np.zeros((len(TERMS), len(TERMS)))
         self._products = np.zeros(len(TERMS))
         self._profile = None if profile is None else profile.coefficients()
@@ -59,7 +61,7 @@ class CostFit:
         ``weight`` is that of its error; by default one over what the profile expects.
         """
         new = np.fromiter(new_tokens, float)
-        row = batch_terms(np.fromiter(context_tokens, float), new)
+        row = batch_terms(np.fromiter(context_tokens, float), new, self._window_tokens)
         if self._profile is not None and (cost := self.cost()) is not None:
             expected_s = float(cost.coefficients() @ row)
             seconds = min(seconds, SURPRISE_MAX * expected_s + JITTER_S)
@@ -76,7 +78,7 @@ class CostFit:
     def cost(self) -> PrefillCost | None:
         """The present fit; None while there is no profile and too little was measured."""
         if self._cost is None and self._is_known():
-            self._cost = PrefillCost(*self._solve().tolist())
+            self._cost = PrefillCost.of(self._solve(), self._window_tokens)
         return self._cost
 
     def _is_known(self) -> bool:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from functools import partial
 
 import msgspec
-import numpy as np
 
 from common.samples import Sample, sample
 from engine.config import EngineConfig
@@ -28,6 +27,7 @@ from engine.prefill.layer_window import LayerWindow, WindowForward
 from engine.prefill.leaving import LeavingRequests
 from engine.prefill.suffix_send import LayerSend, SuffixSender
 from engine.ranks.group import CreditsAt
+from engine.sglang.kv_pool import bytes_of
 from engine.sglang.prefill.send_manager import SendManager
 from engine.sglang.views import Batch, Scheduler
 from engine.streams import Mark, Streams
@@ -71,9 +71,9 @@ class PrefillForward:
             self._done_until(layer + 1)
 
     def finish(self) -> None:
-        """The forward has been launched: whatever was not seen is done."""
+        """The forward has been launched, a draft's behind it: whatever was not seen is done."""
         seen = self._next_layer + (not self._forwards.one_call_a_layer)
-        self._forwards.unseen_layers_total += max(0, self._forwards.num_layers - seen)
+        self._forwards.unseen_layers_total += max(0, self._forwards.model_layers - seen)
         self._done_until(self._forwards.num_layers)
 
     def _done_until(self, layer: int) -> None:
@@ -115,10 +115,11 @@ class PrefillForwards:
         credits: Credits,
     ) -> None:
         self.num_layers = memory.layout.num_layers
-        self.one_call_a_layer = len(memory.layout.component_bytes) == 2
+        self.model_layers = memory.layout.model_layers
+        self.one_call_a_layer = not memory.has_latents
         self.workers = SessionWorkers("dualpath-suffix")
         manager = SendManager(scheduler.disagg_prefill_bootstrap_queue.kv_manager)
-        self.copies = LayerCopies(manager, self.num_layers)
+        self.copies = LayerCopies(manager, self.num_layers, memory.kv_layers)
         rows = scheduler.req_to_token_pool.req_to_token
         table = PageTable(rows, memory.layout.page_tokens, streams)
         sends_by_layer = config.experiment.send_by_layer or config.layer_window is not None
@@ -162,7 +163,7 @@ class PrefillForwards:
         for layer, seconds in enumerate(self._deliveries.waited_s):
             yield sample("engine_kv_wait_seconds_total", seconds, layer=str(layer))
         yield from self._moved.samples(moved_bytes)
-        yield sample("engine_kv_bytes", int(np.sum(self._pool.get_kv_size_bytes())))
+        yield sample("engine_kv_bytes", bytes_of(self._pool))
         yield sample("engine_suffix_sent_bytes_total", sent_bytes)
         yield sample("engine_layers_unseen_total", self.unseen_layers_total)
         yield sample("engine_suffix_late_seconds_total", self.suffix.late_s_total)

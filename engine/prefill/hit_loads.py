@@ -30,20 +30,22 @@ log = logging.getLogger(__name__)
 class _Load(msgspec.Struct, frozen=True):
     fit: Fit
     pages: HostPages
+    of_parts: Sequence[HostPages]
 
 
 class BatchLoad:
     """What one batch waits for."""
 
-    def __init__(self, deliveries: Deliveries, parts: Sequence[Delivery], by_layer: bool) -> None:
+    def __init__(self, deliveries: Deliveries, parts: Sequence[Delivery], alone: int) -> None:
+        """``alone``: layers that are waited for one by one, the first ones."""
         self.parts = parts
         self._deliveries = deliveries
-        self._by_layer = by_layer
+        self._alone = alone
 
     def wait_layer(self, layer: int) -> None:
         """Block the forward until the layer is ready for every request of the batch, or its
         delivery has failed; each delivery has its own timeout."""
-        if not self._by_layer:
+        if layer >= self._alone:
             layer = self._deliveries.num_layers - 1
         for delivery in self.parts:
             self._deliveries.wait_layer(delivery, layer)
@@ -60,7 +62,8 @@ class LayerGate:
     def __init__(self) -> None:
         self._of_index: dict[int, BatchLoad] = {}
         self._next_index = 0
-        self._consumer = -1
+        self.consumer_index = -1
+        """Of the batch whose forward runs, or runs next; SGLang looks at it."""
 
     def add(self, batch: BatchLoad) -> int:
         """Index for a batch about to run."""
@@ -70,11 +73,11 @@ class LayerGate:
 
     def set_consumer(self, index: int) -> None:
         """The batch whose forward runs next."""
-        self._consumer = index
+        self.consumer_index = index
 
     def wait_until(self, layer: int) -> None:
         """Block the forward until a layer is there."""
-        batch = self._of_index.get(self._consumer)
+        batch = self._of_index.get(self.consumer_index)
         if batch is not None:
             batch.wait_layer(layer)
 
@@ -85,7 +88,7 @@ class LayerGate:
     def reset(self) -> None:
         """After a flush nothing may wait for earlier deliveries."""
         self._of_index.clear()
-        self._consumer = -1
+        self.consumer_index = -1
 
 
 class HitLoads:
@@ -101,7 +104,9 @@ class HitLoads:
         deliveries: Deliveries,
         window: LayerWindow | None,
     ) -> None:
-        self._by_layer = config.experiment.load_by_layer
+        # A draft runs right behind the model, and asks nobody.
+        layers = plans.weights.namespace.layout.model_layers
+        self._alone = layers - 1 if config.experiment.load_by_layer else 0
         self._plans = plans
         self._deliveries = deliveries
         self._window = window
@@ -110,25 +115,28 @@ class HitLoads:
         self._queued: dict[str, _Load] = {}
         self._failed: set[str] = set()
 
-    def look_up(self, rid: str, hashes: list[bytes]) -> int:
-        """How many pages can be restored from where the engine's own cache ends; ``hashes`` are
-        of all the pages of the prompt from there on."""
+    def look_up(self, rid: str, hashes: list[bytes]) -> Sequence[int]:
+        """How many pages can be restored from where the engine's own cache ends, each number
+        that is possible; ``hashes`` are of all the pages of the prompt from there on. Where the
+        model's state has parts, it is there at the plan's end alone."""
         fit = self._plans.fit_tail(rid, hashes)
-        if fit is None:
-            return 0
+        parts = self._plans.weights.namespace.parts
+        if fit is None or (parts and not fit.ends_whole(parts)):
+            return ()
         self._found.pop(rid, None)
         self._found[rid] = fit
         while len(self._found) > PLANS_MAX:
             self._found.popitem(last=False)
         if self._window is not None:
             self._window.note_hit(fit.plan, fit.blocks)
-        return fit.blocks
+        return (fit.blocks,) if parts else range(1, fit.blocks + 1)
 
-    def queue(self, rid: str, pages: HostPages) -> None:
-        """The pages into which what was found is to be delivered, with the next batch."""
+    def queue(self, rid: str, pages: HostPages, of_parts: Sequence[HostPages] = ()) -> None:
+        """The pages into which what was found is to be delivered, with the next batch; of each
+        part the places for what belongs to the last ones."""
         fit = self._found.pop(rid)
         if self._window is None:
-            self._queued[rid] = _Load(fit, pages)
+            self._queued[rid] = _Load(fit, pages, of_parts)
 
     def cancel(self, rid: str) -> bool:
         """Drop a load that has not started; whether one was queued."""
@@ -141,10 +149,12 @@ class HitLoads:
             return None
         queued, self._queued = self._queued, {}
         parts = [
-            self._deliveries.start(load.fit.plan, load.fit.first_block, load.pages)
+            self._deliveries.start(
+                load.fit.plan, load.fit.first_block, load.pages, of_parts=load.of_parts
+            )
             for load in queued.values()
         ]
-        return BatchLoad(self._deliveries, parts, self._by_layer)
+        return BatchLoad(self._deliveries, parts, self._alone)
 
     def finish(self, batch: BatchLoad) -> bool:
         """Wait for the last layers; True when every delivery has landed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Sequence
 
 from engine.kv_memory import page_runs
 from engine.sglang.prefill.send_manager import SendManager
@@ -13,8 +14,10 @@ from transfer.mooncake import Addresses, Operation, batches, host_of, transfer_b
 class LayerCopies:
     """One-sided, by Mooncake. Thread-safe."""
 
-    def __init__(self, manager: SendManager, num_layers: int) -> None:
+    def __init__(self, manager: SendManager, num_layers: int, kv_layers: Sequence[int]) -> None:
+        """``kv_layers``: of the model's layers those that have KV, in the order of the pool."""
         self.num_layers = num_layers
+        self._kv_layers = kv_layers
         self._manager = manager
         self._lock = threading.Lock()
         self._moved_bytes: Counter[tuple[str, str]] = Counter()
@@ -23,10 +26,16 @@ class LayerCopies:
         self, operation: Operation, session_id: str, here: Addresses, there: Addresses, layer: int
     ) -> None:
         """Write pages ``here`` to the decode engine's ``there``, or read them from there; both
-        have shape (pages,). Raises ``ConnectionError``."""
+        have shape (pages,). Index keys are written alone: a layer window, for which pages are
+        read again, keeps those of every layer. A layer without KV has nothing to copy. Raises
+        ``ConnectionError``."""
+        if layer not in self._kv_layers:
+            return
         if self._manager.is_refused(session_id):
             raise ConnectionError(f"session {session_id} failed before")
-        buffers = self._manager.buffers(session_id, slice(layer, None, self.num_layers))
+        buffers = self._manager.buffers(
+            session_id, layer, self._kv_layers, with_index=operation == "write"
+        )
         local, remote, lengths = page_runs(
             here, there, buffers.here, buffers.there, buffers.page_bytes
         )

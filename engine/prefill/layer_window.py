@@ -19,7 +19,7 @@ from functools import partial
 
 import msgspec
 
-from common.messages import EnginePlan
+from common.messages.from_gateway import EnginePlan
 from engine.page_table import PageTable
 from engine.plans import PLANS_MAX
 from engine.prefill.credit_writer import CreditWriter

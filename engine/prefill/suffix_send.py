@@ -89,6 +89,11 @@ class SuffixSender:
         self.late_s_total = 0.0
         """Time between the end of forwards and the end of their sends."""
 
+    @property
+    def sends_index_keys(self) -> bool:
+        """Whether what is kept beside the KV goes with it."""
+        return self._manager.has_index_keys
+
     # ---- before a forward ----
 
     def plan(self, requests: Iterable[Request]) -> dict[str, list[LayerSend]]:

@@ -49,7 +49,8 @@ class PrefillTiming:
         ranks_pack = quota_s is not None and scheduler.server_args.tp_size > 1
         self._group = scheduler.attn_tp_cpu_group if ranks_pack else None
         self._all_groups = scheduler.tp_cpu_group if ranks_pack else None
-        self.forward, self.attention = CostFit(), CostFit()
+        self._window_tokens = scheduler.sliding_window_size or 0
+        self.forward, self.attention = self._fit(), self._fit()
         self.quota: QuotaChunking | None = None
         self._forwards = 0
         self._requests_max = 0
@@ -71,13 +72,14 @@ class PrefillTiming:
         packing, self._group = self._group, self._all_groups
         samples = self._profile(model_digest)
         self._group = packing
-        attention = _fitted(samples, "attention_s")
+        attention = self._fitted(samples, "attention_s")
         if attention is None:
             raise QuotaUnusable(
                 "--prefill-quota-ms: attention inside captured graphs cannot be timed; add "
                 "--cuda-graph-backend-prefill disabled to --prefill-args"
             )
-        self.forward, self.attention = CostFit(_fitted(samples, "forward_s")), CostFit(attention)
+        self.forward = self._fit(self._fitted(samples, "forward_s"))
+        self.attention = self._fit(attention)
         self.quota = QuotaChunking(self.attention, self._quota_s, page_tokens)
         log.info("prefill batches get quota_s=%g, reckoned by %s", self._quota_s, attention)
 
@@ -107,6 +109,16 @@ class PrefillTiming:
             keep(path, msgspec.json.encode(samples))
         return samples
 
+    def _fit(self, profile: PrefillCost | None = None) -> CostFit:
+        return CostFit(profile, self._window_tokens)
+
+    def _fitted(self, samples: Iterable[ForwardSample], measured: str) -> PrefillCost | None:
+        fit = self._fit()
+        for forward in samples:
+            if seconds := getattr(forward, measured):
+                fit.note(forward.new_tokens, forward.context_tokens, seconds, relative(seconds))
+        return fit.cost()
+
     def _note(self, sample: ForwardSample) -> None:
         self._forwards += 1
         self._requests_max = max(self._requests_max, len(sample.new_tokens))
@@ -130,11 +142,3 @@ class PrefillTiming:
         values = [value]
         torch.distributed.broadcast_object_list(values, group=self._group, group_src=0)
         return values[0]
-
-
-def _fitted(samples: Iterable[ForwardSample], measured: str) -> PrefillCost | None:
-    fit = CostFit()
-    for forward in samples:
-        if seconds := getattr(forward, measured):
-            fit.note(forward.new_tokens, forward.context_tokens, seconds, relative(seconds))
-    return fit.cost()

@@ -21,7 +21,10 @@ import torch.distributed
 from torch.distributed import ProcessGroup
 
 from common.ids import Incarnation, JobId
-from common.messages import EndPlan, EnginePlan, Message, RegisterEngine
+from common.messages.codec import Message
+from common.messages.from_engines import RegisterEngine
+from common.messages.from_gateway import EndPlan, EnginePlan
+from engine.weights import NamespaceEvent
 from transfer.connections import Connection, Endpoint
 
 T = TypeVar("T")
@@ -52,10 +55,11 @@ class AgentLeft(msgspec.Struct, frozen=True):
     agent: str
 
 
-class VariantTaken(msgspec.Struct, frozen=True):
-    """From now on the engine's KV goes under this variant of its namespace."""
+class HostsKnown(msgspec.Struct, frozen=True):
+    """Every rank's ports are to hear these hosts, if they ``are_all`` no others any more."""
 
-    variant: int
+    hosts: list[str]
+    are_all: bool
 
 
 class FindConnections(msgspec.Struct, frozen=True):
@@ -79,7 +83,7 @@ class CutConnections(msgspec.Struct, frozen=True):
 
 
 _OfAgents = CreditsAt | AgentLeft | FindConnections | CutConnections
-Event = EnginePlan | EndPlan | JobOver | VariantTaken | _OfAgents
+Event = EnginePlan | EndPlan | JobOver | HostsKnown | NamespaceEvent | _OfAgents
 
 
 class Events(msgspec.Struct, frozen=True):
@@ -92,7 +96,7 @@ class RankGroup:
     """This rank's place, and what the ranks agree on. ``cpu_group``: theirs; None of one rank.
 
     ``apply`` is called with each event, in the scheduler's thread; in an engine of one rank
-    by whoever posts it, at once, but for a variant, which must not change within a step.
+    by whoever posts it, at once, but for what changes the namespace, which must not within a step.
     """
 
     def __init__(
@@ -113,7 +117,7 @@ class RankGroup:
 
     def post(self, event: Event) -> None:
         """Have an event take effect at every rank; the leader, any thread."""
-        if self.size == 1 and not isinstance(event, VariantTaken):
+        if self.size == 1 and not isinstance(event, NamespaceEvent):
             self._apply(event)
             return
         with self._lock:
@@ -167,6 +171,9 @@ class Links(Protocol):
     def incarnation(self, agent: str) -> Incarnation | None:
         """The newest one seen."""
 
+    def host(self, agent: str) -> str:
+        """Where it is; empty: it is no member, or on the engine's own host."""
+
     def set_hello(self, hello: RegisterEngine) -> None:
         """Register anew with every agent."""
 
@@ -180,6 +187,9 @@ class SilentLinks:
 
     def incarnation(self, agent: str) -> Incarnation | None:
         return None
+
+    def host(self, agent: str) -> str:
+        return ""
 
     def set_hello(self, hello: RegisterEngine) -> None:
         return

@@ -4,31 +4,23 @@ a DualPath engine."""
 from __future__ import annotations
 
 from engine.sglang.border import Hook
+from engine.sglang.http.hooks import HTTP
+from engine.sglang.states import hooks as states
+from engine.sglang.weights.hooks import WEIGHTS
 
 _SCHEDULER = "managers.scheduler.Scheduler."
 _COMPONENTS = "managers.scheduler_components."
 _ALLOCATOR = "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator."
 _TREE = "mem_cache.unified_radix_cache.UnifiedRadixCache."
-_WEIGHTS = _COMPONENTS + "weight_updater.SchedulerWeightUpdaterManager."
 _MHA = "mem_cache.memory_pool.MHATokenToKVPool."
 _MLA = "mem_cache.memory_pool.MLATokenToKVPool."
+_HYBRID = "layers.attention.hybrid_linear_attn_backend."
 _SENDS = "disaggregation.mooncake.conn.MooncakeKVManager."
 _PREALLOC = "disaggregation.decode.DecodePreallocQueue."
 _TRANSFER = "disaggregation.decode.DecodeTransferQueue."
 
 EVERY_ENGINE = (
-    Hook(
-        "server_args.ServerArgs.from_cli_args",
-        "after",
-        "engine.sglang.http_door:after_from_cli_args",
-        "the engine's HTTP port takes calls with the gateway's key alone",
-    ),
-    Hook(
-        "server_args.ServerArgs.resolved_dict",
-        "after",
-        "engine.sglang.http_door:after_resolved_dict",
-        "no log shows the key",
-    ),
+    *HTTP,
     Hook(
         "distributed.device_communicators.mooncake_transfer_engine.init_mooncake_transfer_engine",
         "before",
@@ -54,6 +46,12 @@ EVERY_ENGINE = (
         "after",
         "engine.sglang.rank_ports:after_ports_open",
         "so does torch's rendezvous",
+    ),
+    Hook(
+        "managers.load_snapshot.shm_path_for",
+        "after",
+        "engine.sglang.startup:after_shm_path_for",
+        "a file in `/dev/shm` of a name drawn at random: when the engine is killed, it stays",
     ),
     Hook(
         _SCHEDULER + "init_disaggregation",
@@ -105,10 +103,16 @@ EVERY_ENGINE = (
         "pages kept back stay accounted for in SGLang's leak check, which stays on",
     ),
     Hook(
+        _COMPONENTS + "pool_stats_observer.SchedulerPoolStatsObserver.session_held_swa_tokens",
+        "after",
+        "engine.sglang.pool_hooks:after_session_held_windows",
+        "the same of the windows' pool",
+    ),
+    Hook(
         _SCHEDULER + "flush_cache",
         "after",
         "engine.sglang.pool_hooks:after_flush",
-        "tests only: fill freed pages with noise",
+        "what comes of older weights has gone; tests: fill freed pages with noise",
     ),
     Hook(
         _TREE + "on_release",
@@ -116,18 +120,7 @@ EVERY_ENGINE = (
         "engine.sglang.pool_hooks:after_request_release",
         "benchmarks only: forget prefixes that no request needs, so that every hit is delivered",
     ),
-    Hook(
-        _WEIGHTS + "update_weights_from_disk",
-        "after",
-        "engine.sglang.pool_hooks:after_update_from_disk",
-        "new weights make a new namespace",
-    ),
-    Hook(
-        _WEIGHTS + "record_weight_version_after_update",
-        "after",
-        "engine.sglang.pool_hooks:after_weight_version",
-        "the same for updates from tensors, collectives and IPC",
-    ),
+    *WEIGHTS,
 )
 
 PREFILL = (
@@ -144,6 +137,18 @@ PREFILL = (
         "engine.sglang.prefill.forward_hooks:around_backend_attention",
         "a layer's attention has run, also where CUDA graphs are replayed: its new KV can leave; "
         "and it is timed, which the quota is about",
+    ),
+    Hook(
+        _HYBRID + "HybridLinearAttnBackend.forward",
+        "around",
+        "engine.sglang.prefill.forward_hooks:around_hybrid_attention",
+        "the same of a model with recurrent layers, which are timed too",
+    ),
+    Hook(
+        _HYBRID + "Mamba2AttnBackend.forward",
+        "around",
+        "engine.sglang.prefill.forward_hooks:around_recurrence",
+        "the same of Mamba-2, which is called by itself",
     ),
     Hook(
         _SCHEDULER + "get_prefill_adder_class",
@@ -194,6 +199,13 @@ PREFILL = (
         "engine.sglang.prefill.forward_hooks:before_latent_write",
         "layer window: a latent is written only when its buffer is free, also where that "
         "precedes the attention (CUDA: untested)",
+    ),
+    Hook(
+        "mem_cache.index_key_cache.IndexKeyCache.get_local_buffer",
+        "before",
+        "engine.sglang.prefill.forward_hooks:before_index_read",
+        "layer window, sparse attention: the indexer reads a layer's prefix before its attention "
+        "is called",
     ),
     Hook(
         "disaggregation.prefill.PrefillBootstrapQueue.add",
@@ -255,6 +267,12 @@ PREFILL = (
 
 DECODE = (
     Hook(
+        "mem_cache.kv_cache_builder.validate_decode_radix_cache",
+        "around",
+        "engine.sglang.decode.restore_hooks:around_validation",
+        "DeepSeek-V4; without: SGLang refuses its windows by page beside a decode engine's cache",
+    ),
+    Hook(
         _PREALLOC + "_match_prefix_and_lock",
         "around",
         "engine.sglang.decode.restore_hooks:around_match",
@@ -277,6 +295,12 @@ DECODE = (
         "after",
         "engine.sglang.decode.restore_hooks:less_unevictable",
         "pages under a transfer cannot be evicted for a new request",
+    ),
+    Hook(
+        _PREALLOC + "_swa_tail_allocatable_token_budget",
+        "after",
+        "engine.sglang.decode.restore_hooks:less_unevictable_windows",
+        "the same of the windows' pool",
     ),
     Hook(
         _TRANSFER + "extend",
@@ -342,6 +366,6 @@ DECODE = (
 )
 
 OF_ROLE: dict[str, tuple[Hook, ...]] = {
-    "prefill": EVERY_ENGINE + PREFILL,
-    "decode": EVERY_ENGINE + DECODE,
+    "prefill": EVERY_ENGINE + states.EVERY_ENGINE + PREFILL + states.PREFILL,
+    "decode": EVERY_ENGINE + states.EVERY_ENGINE + DECODE,
 }

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -89,7 +91,8 @@ NEUTRAL = {
         hicache_storage_prefetch_policy hicache_storage_prefetch_retry_poll_interval
         hicache_storage_prefetch_retry_max_attempts hicache_host_memory_fraction
         enable_unified_cache_external_linker unified_cache_external_linker_backend
-        unified_cache_external_linker_config enable_linker_mla_dedup""",
+        unified_cache_external_linker_config enable_linker_mla_dedup max_mamba_cache_size
+        mamba_full_memory_ratio mamba_track_interval mamba_max_states_per_path""",
     "which processes and ranks share the work; P and D often differ": """
         nccl_port dist_timeout dist_init_addr gated_launch_port nnodes node_rank tp_size pp_size
         pp_max_micro_batch_size pp_async_batch_depth dp_size attn_dp_size load_balance_method
@@ -173,6 +176,8 @@ BY_CONTENTS = frozenset(
 BY_JSON = frozenset(("json_model_override_args", "model_loader_extra_config"))
 """Flags with JSON, in which neither order nor blanks count."""
 
+NO_FORMAT: Mapping[str, str] = MappingProxyType({})
+
 _neutral = frozenset(name for names in NEUTRAL.values() for name in names.split())
 
 USES = (
@@ -182,10 +187,11 @@ USES = (
 )
 
 
-def kv_settings(args: Any, dtype: str) -> str:
+def kv_settings(args: Any, dtype: str, kv_format: Mapping[str, str] = NO_FORMAT) -> str:
     """JSON of the flags that count, with sorted names: those that are not as SGLang has them by
-    default, and always the type in which the model computes. ``args``: as they were given."""
-    counted: dict[str, object] = {"dtype": dtype}
+    default, and always the type in which the model computes. ``args``: as they were given.
+    ``kv_format``: what no flag says (:func:`engine.sglang.kv_pool.kv_format`)."""
+    counted: dict[str, object] = {"dtype": dtype, **kv_format}
     defaults = type(args)(model_path="")
     for name in type(args).__struct_fields__:
         value = getattr(args, name)

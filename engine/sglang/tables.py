@@ -15,15 +15,21 @@ from engine import sglang as border_folder
 from engine.sglang import hooks
 from engine.sglang.border import VIEWS, Hook, Use
 from engine.sglang.cpu import hooks as cpu_hooks
+from engine.sglang.states import hooks as state_hooks
 
 PAGE = Path(__file__).parents[2] / "docs" / "sglang.md"
 BEGIN = "<!-- border: python -m engine.sglang.tables -->"
 END = "<!-- /border -->"
 HOOKS: dict[str, tuple[Hook, ...]] = {
-    "both": hooks.EVERY_ENGINE,
-    "P": hooks.PREFILL,
+    "both": hooks.EVERY_ENGINE + state_hooks.EVERY_ENGINE,
+    "P": hooks.PREFILL + state_hooks.PREFILL,
     "D": hooks.DECODE,
-    "CPU": cpu_hooks.EVERY_ENGINE + cpu_hooks.UNLIKE_SIZES + cpu_hooks.ATTENTION_GROUPS,
+    "CPU": cpu_hooks.EVERY_ENGINE
+    + cpu_hooks.UNLIKE_SIZES
+    + cpu_hooks.ATTENTION_GROUPS
+    + cpu_hooks.SPARSE_ATTENTION
+    + cpu_hooks.COMPRESSED_ATTENTION
+    + cpu_hooks.RECURRENT_LAYERS,
 }
 """By the engines that have them; the last on the platform ``dualpath_cpu`` only."""
 

@@ -82,7 +82,12 @@ class ForwardBatch(Protocol):
     """The cached ones before them."""
 
 
-@view("mem_cache.memory_pool.MHATokenToKVPool", "mem_cache.memory_pool.MLATokenToKVPool")
+@view(
+    "mem_cache.memory_pool.MHATokenToKVPool",
+    "mem_cache.memory_pool.MLATokenToKVPool",
+    "mem_cache.memory_pool.DSATokenToKVPool",
+    "mem_cache.swa_memory_pool.SWAKVPool",
+)
 class KvPool(Protocol):
     """The KV pool of a rank: some buffers for each layer, of rows for tokens."""
 
@@ -107,6 +112,9 @@ class Allocator(Protocol):
 
     def available_size(self) -> int:
         """Tokens that it can give out. For the scheduler's thread only: it is hooked."""
+
+    def alloc(self, need_size: int) -> torch.Tensor | None:
+        """Rows of so many tokens, page after page; None if there are no more."""
 
     def get_kvcache(self) -> KvPool:
         """The pool."""
@@ -175,6 +183,8 @@ class Scheduler(Protocol):
     device: str
     chunked_prefill_size: int | None
     """New tokens of a batch at most; None: prompts are not cut."""
+    sliding_window_size: int | None
+    """How far back a token looks beside itself in layers with a window, if there are any."""
     waiting_queue: list[Request]
     disagg_prefill_bootstrap_queue: BootstrapQueue
     disagg_prefill_inflight_queue: list[Request]

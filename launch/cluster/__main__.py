@@ -17,6 +17,7 @@ from launch.cluster.hardware import detect
 from launch.cluster.processes import process_records
 from launch.cluster.supervise import supervise
 from launch.cluster.supervisor import StartFailed
+from launch.flags.ray import check_installed
 from launch.models.resolve import resolve_model
 from launch.settings import BadConfig, help_markdown
 
@@ -28,6 +29,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         config = load_config(argv)
+        if config.ray:
+            return _drive(config)
         hardware = detect(config)
         model = resolve_model(config.model)
         records = process_records(config, model, hardware)
@@ -47,6 +50,13 @@ def main(argv: Sequence[str]) -> int:
         for lock in locks:
             lock.close()
     return 0
+
+
+def _drive(config: ClusterConfig) -> int:
+    check_installed()
+    from launch.ray.driver import drive
+
+    return drive(config)
 
 
 if __name__ == "__main__":

@@ -10,56 +10,65 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Self
 
 from common.ids import Incarnation
-from common.process_settings import INCARNATION
+from common.process_settings import INCARNATION, RUN_FOLDER, shared_memory_of
 from common.user_files import PRIVATE_UMASK, private
+from engine.cpu.fork_server import Forked, ForkServer, Order
 from launch.cluster.process_record import ProcessRecord
+from launch.scratch import shared_memory_in
 from transfer.traffic import cgroup
 
 _PR_SET_PDEATHSIG = 1
 _TRACKERS_S = 1.0
 _libc = ctypes.CDLL(None)
-_LOADED_AT = time.time()
-"""Before any child was started."""
+_SHARED_FOLDER = Path("/dev/shm")
+_THERE_BEFORE = frozenset(os.listdir(_SHARED_FOLDER)) if _SHARED_FOLDER.exists() else frozenset()
+"""Names of files from before any child was started; a clock may be stepped."""
 
 
 class Child:
     """Started when built. Output goes straight to ``log``: nothing stalls if we do."""
 
     def __init__(
-        self, record: ProcessRecord, log: Path, env: dict[str, str], incarnation: Incarnation
-    ):
+        self,
+        record: ProcessRecord,
+        log: Path,
+        env: dict[str, str],
+        incarnation: Incarnation,
+        forked: Forked | None = None,
+    ) -> None:
         self.record = record
         self.log = log
         self.started_at = time.monotonic()
-        launcher = os.getpid()
-
-        def prepare() -> None:
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != launcher:  # it died before the call above
-                os._exit(1)
-            if group is not None:
-                cgroup.join(group)
-
-        with open(log, "ab", opener=private) as output, cgroup.entry(record.cgroup) as group:
-            self._process = subprocess.Popen(
-                record.argv,
-                env={**os.environ, **env, **record.env, INCARNATION: str(incarnation)},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                umask=PRIVATE_UMASK,
-                preexec_fn=prepare,
-            )
+        environment = _environment(record, env, incarnation)
+        self._process = forked or _process(record, log, environment)
         self.session = self._process.pid
         self._shared: set[Path] = set()
+        self._noted = shared_memory_of(self.session, env.get(RUN_FOLDER, ""))
         self._exited = asyncio.Event()
         self._pidfd = os.pidfd_open(self.session)
         asyncio.get_running_loop().add_reader(self._pidfd, self._on_exit)
+
+    @classmethod
+    async def forked(
+        cls,
+        record: ProcessRecord,
+        log: Path,
+        env: dict[str, str],
+        incarnation: Incarnation,
+        forks: ForkServer,
+    ) -> Self:
+        """One that has imported all that it needs, if that can be."""
+        started_at = time.monotonic()
+        order = Order(record.argv, _environment(record, env, incarnation))
+        with open(log, "ab", opener=private) as output:
+            child = cls(record, log, env, incarnation, await forks.fork(order, output))
+        child.started_at = started_at
+        return child
 
     @property
     def uptime_s(self) -> float:
@@ -87,7 +96,7 @@ class Child:
     def remove_shared_memory(self) -> None:
         """What the killed have left of it, once nobody of the session is left."""
         if not session_members([self.session]):
-            for path in self._shared:
+            for path in (*self._shared, *shared_memory_in(self._noted), self._noted):
                 path.unlink(missing_ok=True)
 
     def how_it_ended(self) -> str:
@@ -98,6 +107,37 @@ class Child:
         if code < 0:
             return f"was ended by {signal.Signals(-code).name}"
         return f"exited with code {code}"
+
+
+def _environment(
+    record: ProcessRecord, env: Mapping[str, str], incarnation: Incarnation
+) -> dict[str, str]:
+    return {**os.environ, **env, **record.env, INCARNATION: str(incarnation)}
+
+
+def _process(
+    record: ProcessRecord, log: Path, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    launcher = os.getpid()
+
+    def prepare() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it died before the call above
+            os._exit(1)
+        if group is not None:
+            cgroup.join(group)
+
+    with open(log, "ab", opener=private) as output, cgroup.entry(record.cgroup) as group:
+        return subprocess.Popen(
+            record.argv,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            umask=PRIVATE_UMASK,
+            preexec_fn=prepare,
+        )
 
 
 def signal_sessions(sessions: Iterable[int], number: signal.Signals) -> bool:
@@ -182,14 +222,7 @@ def _named_shared_memory(pids: Iterable[int]) -> set[Path]:
         with contextlib.suppress(OSError):  # it ended meanwhile
             maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
             paths |= set(re.findall(r" (/dev/shm/[^/\s]+)$", maps, re.M))
-    return {Path(path) for path in paths if _is_newer(Path(path), _LOADED_AT)}
-
-
-def _is_newer(path: Path, than: float) -> bool:
-    try:
-        return path.stat().st_ctime > than
-    except OSError:  # it is gone
-        return False
+    return {path for path in map(Path, paths) if path.name not in _THERE_BEFORE}
 
 
 async def _gone_within(sessions: list[int], seconds: float) -> bool:

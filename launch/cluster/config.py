@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from launch import settings
 from launch.flags.gateway import GatewaySettings, check_gateway
 from launch.flags.node import NodeSettings, check_node
+from launch.flags.ray import RaySettings, check_ray
 from launch.flags.shared import ModelSettings, check_numbers
 from launch.settings import check_choices, flag, integer, load_settings, require, setting
 from scheduler.policies import experiment_of, read_policy
@@ -23,7 +24,7 @@ class EngineCounts(ModelSettings):
 
 
 @dataclass(frozen=True)
-class ClusterConfig(NodeSettings, GatewaySettings, EngineCounts):
+class ClusterConfig(RaySettings, NodeSettings, GatewaySettings, EngineCounts):
     """What the user asked for. Build with :func:`load_config`, which also checks it."""
 
     def __post_init__(self) -> None:
@@ -33,6 +34,7 @@ class ClusterConfig(NodeSettings, GatewaySettings, EngineCounts):
             require(getattr(self, name) >= 1, f"{flag(name)}: at least 1 engine is needed.")
         check_gateway(self)
         check_node(self)
+        check_ray(self)
 
     @property
     def is_zero_io(self) -> bool:

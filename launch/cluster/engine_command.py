@@ -8,12 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.cluster.membership import Role
-from launch.cluster.layout import ENGINE_ROLES, PAGE_TOKENS, Layout
+from launch.cluster.layout import ENGINE_ROLES, Layout, page_tokens
 from launch.cluster.ports import BOOTSTRAP, BOOTSTRAP_FLAG, meeting
-from launch.cluster.tensor_parallel import cpu_env, staging_env
+from launch.cluster.tensor_parallel import (
+    cpu_env,
+    has_compressed_attention,
+    has_recurrent_layers,
+    has_sparse_attention,
+    staging_env,
+)
 from launch.flags.node import NodeSettings
 
 CPU_POOL_TOKENS = 65536
+CPU_STATE_SLOTS = 64
 ROLE_FLAG = "--disaggregation-mode"
 
 _LINKER = {
@@ -64,7 +71,7 @@ def engine_env(layout: Layout, node: str) -> dict[str, str]:
             "CUDA_VISIBLE_DEVICES": "",
             # Several engines share a CPU; with more threads each they fight for it.
             "OMP_NUM_THREADS": "1",
-            **cpu_env(layout.passed_flags(node)),
+            **cpu_env(layout.passed_flags(node), layout.model),
         }
     return env
 
@@ -78,11 +85,14 @@ def engine_flags(layout: Layout, node: str, ports: Mapping[str, int]) -> list[st
         "--host": layout.places[node].bind,
         "--port": str(ports["http"]),
         "--nccl-port": str(ports["rendezvous"]),
-        "--page-size": str(PAGE_TOKENS),
+        "--page-size": str(page_tokens(layout.model)),
         ROLE_FLAG: layout.places[node].role.value,
         "--disaggregation-transfer-backend": "mooncake",
         **_device_flags(layout, node),
     }
+    if has_recurrent_layers(layout.model):
+        # A decode engine takes a snapshot at the end of each block, of which it stores the last.
+        flags["--mamba-track-interval"] = str(page_tokens(layout.model))
     if layout.config.otlp_traces_endpoint:
         flags["--otlp-traces-endpoint"] = layout.config.otlp_traces_endpoint
     if layout.config.rdma_devices:
@@ -120,6 +130,13 @@ def _device_flags(layout: Layout, node: str) -> dict[str, str]:
     tokens = layout.config.max_total_tokens
     if layout.hardware.device == "cpu":
         flags = {"--device": "cpu", "--dtype": "float32"}
+        if has_sparse_attention(layout.model):
+            flags["--attention-backend"] = "dsa"  # by itself SGLang takes torch's dense one
+        if has_compressed_attention(layout.model):
+            flags["--attention-backend"] = "dsv4"
+        if has_recurrent_layers(layout.model):
+            # By itself SGLang gives their states a share of all memory.
+            flags["--max-mamba-cache-size"] = str(CPU_STATE_SLOTS)
         tokens = tokens or CPU_POOL_TOKENS
     else:  # untested: no such machine was at hand (docs/gpu.md)
         flags = {"--base-gpu-id": str(layout.gpus(node)[0])}

@@ -6,7 +6,8 @@ import aiohttp
 import zmq
 import zmq.asyncio
 
-from common.messages import Ping, encode
+from common.messages.codec import encode
+from common.messages.fields import Ping
 from launch.cluster.process_record import HealthCheck
 from transfer.control.sockets import connect, located
 

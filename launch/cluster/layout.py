@@ -16,7 +16,14 @@ from engine.refused import refused_flags
 from launch.cluster.config import ClusterConfig
 from launch.cluster.hardware import Hardware
 from launch.cluster.ports import CONTROL, HTTP, block_ports, control
-from launch.cluster.tensor_parallel import EngineRanks, check_window, group_names, ranks_of
+from launch.cluster.tensor_parallel import (
+    EngineRanks,
+    check_kv_types,
+    check_window,
+    group_names,
+    has_compressed_attention,
+    ranks_of,
+)
 from launch.flags.node import NodeSettings
 from launch.settings import BadConfig
 from transfer.control.sockets import UNIX
@@ -26,7 +33,13 @@ from transfer.ports.source_filter import parse
 LOOPBACK = "127.0.0.1"
 EVERY_ADDRESS = "0.0.0.0"
 PAGE_TOKENS = 64
+_COMPRESSED_PAGE_TOKENS = 256
 ENGINE_ROLES = (Role.PREFILL, Role.DECODE)
+
+
+def page_tokens(model: Path) -> int:
+    """Tokens of a page, and so of a block: DeepSeek-V4's kernels take no other."""
+    return _COMPRESSED_PAGE_TOKENS if has_compressed_attention(model) else PAGE_TOKENS
 
 
 def node_names(config: ClusterConfig) -> list[str]:
@@ -96,6 +109,7 @@ class Layout:
         self.nodes = list(places)
         self.hosts = {node: place.host for node, place in places.items()}
         self._ranks_of_role = {role: _ranks_of(config, role) for role in ENGINE_ROLES}
+        check_kv_types(*(_flags_of(config, role) for role in ENGINE_ROLES))
         if config.prefill_layer_window is not None:
             sizes = (self.group_size(role) for role in ENGINE_ROLES)
             check_window(model, *sizes)

@@ -48,6 +48,8 @@ class ProcessRecord:
     environment (``common.process_settings.SECRETS``)."""
     cgroup: str = ""
     """Control group (v2) to start in, where it exists."""
+    is_forked: bool = False
+    """Is forked by :mod:`engine.cpu.fork_server`, if it can be."""
     together: str = ""
     """Processes with the same word here are started together, and all end when one does; empty:
     it is alone."""

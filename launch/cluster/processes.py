@@ -11,6 +11,7 @@ from types import MappingProxyType
 from common.cluster.membership import EngineAddress, Role
 from common.experiment import Experiment
 from engine.config import EngineConfig
+from engine.cpu.fork_server import COMMAND
 from launch.cluster.config import ClusterConfig
 from launch.cluster.engine_command import engine_env, engine_flags
 from launch.cluster.hardware import Hardware
@@ -134,12 +135,7 @@ class Records:
         return ProcessRecord(
             name=node,
             kind="engine",
-            argv=(
-                sys.executable,
-                "-m",
-                "sglang.launch_server",
-                *engine_flags(layout, node, ports),
-            ),
+            argv=(*COMMAND, *engine_flags(layout, node, ports)),
             env={
                 **self._mooncake_env("engine", layout.port(node, "engine", 0), ranks.total),
                 **engine_env(layout, node),
@@ -152,6 +148,7 @@ class Records:
             # Of any status: it has no key to this port, which opens with the model loaded.
             ready=(HealthCheck("http", http, any_status=True), alive, *others_alive),
             alive=alive,
+            is_forked=layout.hardware.device == "cpu",
             together=layout.engine_of(node) if ranks.hosts > 1 else "",
         )
 

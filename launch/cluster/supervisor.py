@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from common.ids import Incarnation
 from common.process_settings import RUN_FOLDER, SECRETS
 from common.user_files import write_private
+from engine.cpu.fork_server import ForkServer
 from launch.cluster.child import Child, end_sessions
 from launch.cluster.health import Prober
 from launch.cluster.ports import respawn
@@ -61,6 +62,10 @@ class Numbers:
         self._last = max(self._last + 1, int(time.time() * 1000))
         return Start(Incarnation(self._last), restarts)
 
+    def may_end_for_others(self, record: ProcessRecord) -> bool:
+        """Whether it may end because one did that another launcher runs."""
+        return False
+
     async def overtaken(self, record: ProcessRecord, start: Start) -> str:
         """Returns, with the reason, when a process that has begun so has to begin anew."""
         await asyncio.Event().wait()
@@ -108,6 +113,7 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._hurry = False
         self._numbers = numbers or Numbers()
+        self._forks = ForkServer()
         self.drain: Callable[[], Awaitable[None]] | None = None
         """Called at the first signal, while all still serve; a second one cuts it short."""
 
@@ -132,6 +138,7 @@ class Supervisor:
                 await self._unless_hurried(self.drain())
         finally:
             await _cancel([*watchers, progress, stopped])
+            self._forks.close()
             await self._end_all()
             await self._prober.close()
             self._scratch.remove()
@@ -159,16 +166,21 @@ class Supervisor:
     async def _keep_running(self, records: Sequence[ProcessRecord]) -> None:
         """The life of processes, that all end when one does, over all their restarts."""
         restarts, delay_s = 0, BACKOFF_FIRST_S
+        give_up_at = time.monotonic()
+        if self._numbers.may_end_for_others(records[0]):
+            give_up_at += self._start_timeout_s
         while True:
             start = await self._numbers.next_start(records[0], restarts)
             children = [
-                self._spawn(respawn(record, start.turn), start.incarnation) for record in records
+                await self._spawn(respawn(record, start.turn), start.incarnation)
+                for record in records
             ]
             ended, reason = await self._first_to_end(children, start)
             await end_sessions([each.session for each in children], grace_s=0)
             for each in children:
                 each.remove_shared_memory()
-            if ended is not None and not all(self._ready[r.name].is_set() for r in records):
+            was_ready = all(self._ready[record.name].is_set() for record in records)
+            if ended is not None and not was_ready and time.monotonic() >= give_up_at:
                 raise StartFailed(ended.record.name, reason, ended.log)
             if children[0].uptime_s >= BACKOFF_RESET_S:
                 delay_s = BACKOFF_FIRST_S
@@ -196,12 +208,16 @@ class Supervisor:
         finally:
             await _cancel(list(watching))
 
-    def _spawn(self, record: ProcessRecord, incarnation: Incarnation) -> Child:
+    async def _spawn(self, record: ProcessRecord, incarnation: Incarnation) -> Child:
         # SGLang leaves its sockets in the folder for temporary files.
         env = dict.fromkeys(("TMPDIR", RUN_FOLDER), str(self._scratch.folder))
         if record.secrets:
             env[SECRETS] = str(self._secrets_file(record))
-        child = Child(record, self._logs[record.name], env, incarnation)
+        log = self._logs[record.name]
+        if record.is_forked:
+            child = await Child.forked(record, log, env, incarnation, self._forks)
+        else:
+            child = Child(record, log, env, incarnation)
         self._children[record.name] = child
         return child
 

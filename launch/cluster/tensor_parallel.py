@@ -7,16 +7,39 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import CPU_GROUPS_VARIABLE
+from engine.config import (
+    CPU_COMPRESSED_VARIABLE,
+    CPU_DRAFT_VARIABLE,
+    CPU_GROUPS_VARIABLE,
+    CPU_RECURRENT_VARIABLE,
+    CPU_SPARSE_VARIABLE,
+)
 from launch.settings import BadConfig
 
 CPU_STAGING_MB = 256
 """Of each rank of D: more than one prefill chunk."""
 
+_WITHOUT_KERNELS = {
+    "SGLANG_OPT_USE_FUSED_HASH_TOPK": "0",
+    "SGLANG_OPT_USE_TILELANG_MHC_PRE": "0",
+    "SGLANG_OPT_USE_TILELANG_MHC_POST": "0",
+    "SGLANG_DSV4_FP4_EXPERTS": "0",
+    "SGLANG_OPT_FP8_WO_A_GEMM": "0",
+}
+"""Of DeepSeek-V4: what SGLang itself can do with torch."""
+
 _UNSUPPORTED = (
     ("--pp-size", "--pp", "--pipeline-parallel-size"),
     ("--attn-cp-size", "--attention-context-parallel-size"),
 )
+
+_OF_RECURRENT_LAYERS = (
+    "mamba_d_state",  # Falcon-H1, Granite-4
+    "ssm_state_size",  # Nemotron-H
+    "linear_key_head_dim",  # Qwen3-Next
+    "linear_attn_config",  # Kimi-Linear
+)
+"""In a model's config."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +106,28 @@ def group_names(engine: str, ranks: EngineRanks) -> list[str]:
 
 def _size(flags: list[str], *names: str) -> int:
     """What the last of these flags says; 1 without one."""
-    size = 1
+    return int(_value(flags, *names) or 1)
+
+
+def _value(flags: list[str], *names: str) -> str:
+    """What the last of these flags says; empty without one."""
+    said = ""
     for name, value in zip(flags, [*flags, ""][1:], strict=True):
         head, _, tail = name.partition("=")
         if head in names:
-            size = int(tail or value)
-    return size
+            said = tail or value
+    return said
+
+
+def check_kv_types(prefill: list[str], decode: list[str]) -> None:
+    """Of the engines' flags: raises :class:`BadConfig` for KV of two types, which no prefill and
+    decode engine could exchange. What the flags leave to SGLang the gateway compares."""
+    kinds = [_value(flags, "--kv-cache-dtype") or "auto" for flags in (prefill, decode)]
+    if kinds[0] != kinds[1]:
+        raise BadConfig(
+            f"prefill engines have --kv-cache-dtype {kinds[0]}, decode engines {kinds[1]}: KV goes "
+            "from one to the other as it lies. Give all the same, in --engine-args."
+        )
 
 
 def check_window(model: Path, prefill_ranks: int, decode_ranks: int) -> None:
@@ -104,13 +143,14 @@ def check_window(model: Path, prefill_ranks: int, decode_ranks: int) -> None:
         )
 
 
-def cpu_env(flags: list[str]) -> dict[str, str]:
+def cpu_env(flags: list[str], model: Path) -> dict[str, str]:
     """Of an engine with these flags, on a CPU."""
-    ranks, env = ranks_of(flags), {}
+    ranks, env = ranks_of(flags), dict[str, str]()
     if "--enable-torch-compile" not in flags:
         # SGLang has a few small operators compiled when they are first used: a quarter of a minute
         # in C++ for masks and penalties, at each start (an embedding of ranks), or in mid-request.
-        env["TORCH_COMPILE_DISABLE"] = "1"
+        # With the second variable the compiler is not even imported: half a second of CPU time.
+        env |= {"TORCH_COMPILE_DISABLE": "1", "TORCHDYNAMO_DISABLE": "1"}
     if ranks.total > 1:
         # The cores of each rank, which are all of them. Left to itself SGLang refuses more ranks
         # than the machine has NUMA nodes.
@@ -118,6 +158,16 @@ def cpu_env(flags: list[str]) -> dict[str, str]:
         env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([every_core] * ranks.total)
     if ranks.groups > 1:
         env[CPU_GROUPS_VARIABLE] = "1"
+    if has_sparse_attention(model):
+        env[CPU_SPARSE_VARIABLE] = "1"
+    if has_compressed_attention(model):
+        env |= {CPU_COMPRESSED_VARIABLE: "1", **_WITHOUT_KERNELS}
+    if any(flag.startswith("--speculative-algorithm") for flag in flags):
+        env |= {CPU_DRAFT_VARIABLE: "1", "TRITON_INTERPRET": "1"}
+    if has_recurrent_layers(model):
+        env[CPU_RECURRENT_VARIABLE] = "1"
+        # By itself SGLang keeps inputs of convolutions in bfloat16, whatever they are computed in.
+        env["SGLANG_MAMBA_CONV_DTYPE"] = "float32"
     return env
 
 
@@ -134,5 +184,24 @@ def staging_env(model: Path, ranks: set[int], device: str) -> dict[str, str]:
 
 
 def _has_latent_kv(model: Path) -> bool:
+    return _says(model, "kv_lora_rank")
+
+
+def has_sparse_attention(model: Path) -> bool:
+    """DeepSeek-V3.2's."""
+    return _says(model, "index_topk") and not has_compressed_attention(model)
+
+
+def has_compressed_attention(model: Path) -> bool:
+    """DeepSeek-V4's."""
+    return _says(model, "compress_ratios")
+
+
+def has_recurrent_layers(model: Path) -> bool:
+    """Mamba-2's, gated delta rules or Kimi's."""
+    return any(_says(model, name) for name in _OF_RECURRENT_LAYERS)
+
+
+def _says(model: Path, name: str) -> bool:
     config = model / "config.json"
-    return config.is_file() and "kv_lora_rank" in json.loads(config.read_text())
+    return config.is_file() and name in json.loads(config.read_text())

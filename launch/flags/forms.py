@@ -74,8 +74,17 @@ def _names(value: object) -> tuple[str, ...]:
     return tuple(str(name).strip() for name in written if str(name).strip())
 
 
+def _urls(value: object) -> tuple[str, ...]:
+    urls = _names(value)
+    if not all(url.startswith(("http://", "https://")) for url in urls):
+        raise ValueError("give a URL such as http://10.0.0.1:30000, or several, comma-separated")
+    return urls
+
+
 KEYS = secret(Form(read_keys, "KEY", keys_text))
 NAMES = Form(_names, "LIST", _comma_separated)
+URLS = Form(_urls, "URLS", _comma_separated)
+"""Of gateways: see :mod:`launch.gateways`."""
 QUOTA_MS = Form(_quota_ms, "MS|off", lambda value: "off" if value is None else str(value))
 POLICY = Form(_policy, "NAME")
 WINDOW = Form(_window, "W|all", lambda value: "all" if value is None else str(value))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cluster.membership import EngineAddress
-from launch.flags.forms import KEYS, NAMES, POLICY
+from launch.flags.forms import KEYS, NAMES, POLICY, URLS
 from launch.flags.shared import SharedSettings, check_numbers, check_tracing, cluster_secret
 from launch.gateway.config import LOGPROBS_MAX, GatewayConfig, RequestLimits
 from launch.gateway.doors.keys import ApiKey
@@ -112,6 +112,9 @@ def gateway_settings(
 @dataclass(frozen=True)
 class GatewayCommand(GatewaySettings):
     """Of ``python -m launch.gateway``, which others join."""
+
+    standby_of: tuple[str, ...] = owned(GatewayConfig, "standby_of", URLS)
+    state_dir: str = owned(GatewayConfig, "state_dir", text("DIR"))
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -19,8 +19,9 @@ class ModelSettings:
 
     model: str = setting(
         "default",
-        "Folder of a model, name on a hub (org/name), `tiny` (random, for tests) or `default` "
-        "(SmolLM2-135M-Instruct, built at set-up).",
+        "Folder of a model, name on a hub (org/name), `default` "
+        "(SmolLM2-135M-Instruct, built at set-up), or `tiny`, `tiny-dsa` and other random ones of "
+        "the tests (docs/models.md).",
         text("PATH|NAME"),
     )
 

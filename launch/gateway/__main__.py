@@ -1,7 +1,7 @@
 """``python -m launch.gateway``: the process of the front door.
 
 A supervisor gives it its settings in the environment. Started by hand, with flags, it knows no
-agent and no engine: nodes join it (``python -m launch.node``).
+agent and no engine: nodes join it (``python -m launch.node``). Exit code 2: a setting cannot work.
 """
 
 from __future__ import annotations
@@ -31,10 +31,16 @@ def main() -> None:
     try:
         config = GatewayConfig.from_env() if GatewayConfig.VARIABLE in os.environ else _by_flags()
     except BadConfig as error:
-        sys.exit(f"error: {error}")
-    run_folder = os.environ.get(RUN_FOLDER)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    folder = os.environ.get(RUN_FOLDER) or config.state_dir
+
+    def stop() -> None:
+        server.should_exit = True
+
+    app = create_app(config, Path(folder) if folder else None, stop)
     serving = uvicorn.Config(
-        create_app(config, Path(run_folder) if run_folder else None),
+        app,
         host=config.host,
         port=config.port,
         log_level="warning",
@@ -44,7 +50,17 @@ def main() -> None:
         ssl_keyfile_password=config.keys.ssl_keyfile_password or None,
         ssl_ca_certs=config.doors.ssl_ca_certs or None,
     )
-    uvicorn.Server(serving).run([listen(serving, config.client_stall_s)])
+    server = uvicorn.Server(serving)
+    server.run([listen(serving, config.client_stall_s)])
+    if app.state.standby.leadership.ended.is_set():
+        _begin_anew(config)
+
+
+def _begin_anew(config: GatewayConfig) -> None:
+    """Another gateway has taken over: be its standby, with nothing of before."""
+    if not config.standby_of:
+        sys.exit("error: another gateway has taken over (docs/deploy.md)")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _by_flags() -> GatewayConfig:

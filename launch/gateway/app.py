@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -23,34 +23,35 @@ from common.cluster.membership import TOKEN_PURPOSE
 from common.ids import PlanId
 from common.json import JsonObject
 from launch.gateway.admission import Client
-from launch.gateway.body import decoded, read_body
+from launch.gateway.body import decoded
 from launch.gateway.config import GatewayConfig
 from launch.gateway.dashboard.routes import dashboard_routes
 from launch.gateway.doors.browsers import as_sent
 from launch.gateway.doors.doors import ABORT, Doors
 from launch.gateway.doors.refusals import Forbidden, Refusal
-from launch.gateway.doors.visitor import visitor_of
+from launch.gateway.doors.visitor import authorization_of, visitor_of
 from launch.gateway.errors import BadRequest, GatewayError, NoSuchRoute, NotFound, Unavailable
 from launch.gateway.generate_probe import GenerateProbe
 from launch.gateway.orders import Orders
 from launch.gateway.peers.control_plane import ControlPlane
+from launch.gateway.peers.engine_client import Call
 from launch.gateway.peers.membership import MemberNames
 from launch.gateway.registry.routes import membership_routes, worker_routes
-from launch.gateway.request.checks import check_ids, check_limits
-from launch.gateway.request.parts import CHAT, COMPLETIONS, GENERATE
-from launch.gateway.request.schema import DETOKENIZE, TOKENIZE, decode_body
+from launch.gateway.request.parts import GENERATE, GENERATING
 from launch.gateway.request.serve import CLIENT_GONE_STATUS, error_response, serve
 from launch.gateway.request.trace import HEADER
-from launch.gateway.services import Services
+from launch.gateway.routes.of_engines import routes_of_engines
+from launch.gateway.services import Services, body_of, services_of
+from launch.gateway.standby.door import StandbyDoor, copy_route
+from launch.gateway.standby.leadership import Leadership
+from launch.gateway.standby.standby import Standby
+from launch.gateway.weights.routes import weight_routes
 from scheduler.policies import UnknownPolicy
 from scheduler.scheduler import Scheduler
 from transfer.control.keys import derived
 
 log = logging.getLogger(__name__)
 
-PLANS_PER_MS = 128
-"""Plan numbers begin at the start time: a restarted gateway repeats none (48 bits last
-until the year 2039)."""
 PLAN_DIGITS_MAX = 15
 """Of 48 bits."""
 
@@ -76,40 +77,51 @@ class AbortRequest(msgspec.Struct, frozen=True):
     abort_all: bool = False
 
 
-def create_app(config: GatewayConfig, run_folder: Path | None = None) -> FastAPI:
+def create_app(
+    config: GatewayConfig,
+    run_folder: Path | None = None,
+    on_superseded: Callable[[], None] = lambda: None,
+) -> FastAPI:
     """The whole gateway; it connects to its peers when the app starts.
 
-    ``run_folder``: where operators' orders outlast this process.
+    ``run_folder``: where operators' orders outlast this process. ``on_superseded``: called when
+    another gateway has taken over, and this one has ended its requests.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        first_plan = PlanId(int(time.time() * 1000) * PLANS_PER_MS)
-        scheduler = Scheduler(config.path_policy, config.scheduler, first_plan)
-        plane = ControlPlane(config, scheduler)
+        scheduler = Scheduler(config.path_policy, config.scheduler)
+        plane = ControlPlane(config, scheduler, Leadership(scheduler, not config.standby_of))
         orders = Orders(scheduler, MemberNames(plane.members), run_folder)
         services = Services(config, scheduler, plane, orders)
         app.state.services = services
         app.state.generate_probe = GenerateProbe(services)
         services.start()
+        standby = Standby(services, on_superseded)
+        app.state.standby = standby
+        standby.start()
         yield
+        await standby.close()
         await app.state.generate_probe.close()
         await services.close()
 
-    app = FastAPI(lifespan=lifespan, title="DualPath", docs_url=None, redoc_url=None)
+    app = FastAPI(lifespan=lifespan, title="DualPath", openapi_url=None)
     app.add_exception_handler(GatewayError, _gateway_error)
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_exception_handler(ClientDisconnect, _client_gone)
     app.add_exception_handler(Exception, _internal_error)
+    app.add_middleware(StandbyDoor, config=config)
     _add_doors(app, config)
     _generating_routes(app)
-    _model_routes(app)
+    routes_of_engines(app)
     _health_routes(app)
     _admin_routes(app)
     _engine_routes(app)
     dashboard_routes(app)
+    weight_routes(app)
     membership_routes(app)
     worker_routes(app)
+    copy_route(app)
     return app
 
 
@@ -138,7 +150,7 @@ def _add_doors(app: FastAPI, config: GatewayConfig) -> None:
 async def _gateway_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
     if isinstance(error, Refusal):
-        _services(request).metrics.refused.labels(error.reason).inc()
+        services_of(request).metrics.refused.labels(error.reason).inc()
     return error_response(error)
 
 
@@ -156,39 +168,25 @@ async def _internal_error(request: Request, error: Exception) -> Response:
     return error_response(GatewayError("internal error of the gateway"))  # Starlette logs it
 
 
-def _services(request: Request) -> Services:
-    services: Services = request.app.state.services
-    return services
-
-
 def _json(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
-async def _body(request: Request) -> bytes:
-    return await read_body(request, _services(request).config.limits.body_bytes_max)
-
-
 def _generating_routes(app: FastAPI) -> None:
-    @app.post(CHAT)
-    async def chat(request: Request) -> Response:
-        return await serve(_services(request), CHAT, request)
-
-    @app.post(COMPLETIONS)
-    async def completions(request: Request) -> Response:
-        return await serve(_services(request), COMPLETIONS, request)
-
-    @app.api_route(GENERATE, methods=["POST", "PUT"])
     async def generate(request: Request) -> Response:
-        return await serve(_services(request), GENERATE, request)
+        return await serve(services_of(request), request.scope["path"], request)
+
+    for path in GENERATING:
+        methods = ["POST", "PUT"] if path == GENERATE else ["POST"]
+        app.add_api_route(path, generate, methods=methods)
 
     @app.post(ABORT)
     async def abort_request(request: Request) -> Response:
-        asked = decoded(await _body(request), AbortRequest)
-        services, visitor = _services(request), visitor_of(request)
+        asked = decoded(await body_of(request), AbortRequest)
+        services, visitor = services_of(request), visitor_of(request)
         if asked.abort_all and not visitor.is_operator:
             raise Forbidden("Only operators may abort all requests.", "operator")
-        owner = Client.of({}, visitor.tenant, request.headers.get("authorization")).owner
+        owner = Client.of({}, visitor.tenant, authorization_of(request)).owner
         # Without a key of their own, operators are clients of this host too, with their own ids.
         anyones = visitor.is_operator and bool(services.config.keys.admin_api_keys)
         chosen = [
@@ -204,34 +202,29 @@ def _generating_routes(app: FastAPI) -> None:
         return Response(status_code=200)
 
 
-def _model_routes(app: FastAPI) -> None:
-    async def forward(request: Request) -> Response:
-        # SGLang's old name for it still works, with a warning in the engine's log.
-        path: str = request.scope["path"].replace("/get_model_info", "/model_info")
-        answer = await _services(request).client.ask_any("GET", path)
-        return Response(answer.body, media_type=answer.content_type)
-
-    async def forward_body(request: Request) -> Response:
-        services, path = _services(request), request.scope["path"]
-        body = decode_body(path, await _body(request))
-        check_limits(body, services.config.limits)
-        check_ids(body, services.plane.members.bounds())
-        answer = await services.client.ask_any("POST", path, body)
-        return Response(answer.body, media_type=answer.content_type)
-
-    for path in (TOKENIZE, DETOKENIZE):
-        app.add_api_route(path, forward_body, methods=["POST"])
-    for path in ("/v1/models", "/v1/models/{model:path}", "/model_info", "/get_model_info"):
-        app.add_api_route(path, forward, methods=["GET"])
-
-
 def _health_routes(app: FastAPI) -> None:
     @app.get("/health")
     async def health(request: Request) -> Response:
-        troubles = _services(request).plane.members.troubles()
+        troubles = services_of(request).plane.members.troubles()
         if troubles:
             return _json({"status": "unavailable", "reasons": troubles}, 503)
-        return _json({"status": "ok"})
+        version = services_of(request).weights.view()["version"]
+        return _json({"status": "ok", "weight_version": version})
+
+    app.add_api_route("/ready", health, methods=["GET"])
+
+    @app.get("/ping")
+    async def ping() -> Response:
+        """This process lives, as SageMaker asks."""
+        return Response(status_code=200)
+
+    @app.get("/v1/loads")
+    async def loads(request: Request) -> Response:
+        """The requests that are here, in SGLang's words: what waits for nobody has ended."""
+        admission = services_of(request).admission
+        running = admission.admitted - admission.queued
+        counts = {"dp_rank": 0, "num_running_reqs": running, "num_waiting_reqs": admission.queued}
+        return _json({"loads": [counts]})
 
     @app.get("/health_generate")
     async def health_generate(request: Request) -> Response:
@@ -240,14 +233,14 @@ def _health_routes(app: FastAPI) -> None:
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        return Response(_services(request).metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(services_of(request).metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 def _admin_routes(app: FastAPI) -> None:
     @app.api_route("/flush_cache", methods=["GET", "POST"])
     async def flush_cache(request: Request) -> Response:
         """Of the engines only: the store keeps its blocks."""
-        failures = await _services(request).client.flush()
+        failures = await services_of(request).client.flush()
         if failures:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
             raise Unavailable(f"not flushed: {reasons}")
@@ -255,12 +248,12 @@ def _admin_routes(app: FastAPI) -> None:
 
     @app.get("/admin/cluster")
     async def cluster(request: Request) -> Response:
-        return _json(_services(request).view())
+        return _json(services_of(request).view())
 
     @app.post("/admin/policy")
     async def policy(request: Request) -> Response:
-        asked = decoded(await _body(request), PolicyChange)
-        services = _services(request)
+        asked = decoded(await body_of(request), PolicyChange)
+        services = services_of(request)
         try:
             services.orders.set_policy(asked.path_policy)
         except UnknownPolicy as error:
@@ -270,8 +263,8 @@ def _admin_routes(app: FastAPI) -> None:
     @app.post("/admin/drain")
     async def drain(request: Request) -> Response:
         """Nothing new for an engine or an agent; what runs there finishes."""
-        asked = decoded(await _body(request), DrainChange)
-        services = _services(request)
+        asked = decoded(await body_of(request), DrainChange)
+        services = services_of(request)
         try:
             services.orders.drain(asked.name, asked.on)
         except KeyError as error:
@@ -284,7 +277,7 @@ def _admin_routes(app: FastAPI) -> None:
     @app.get("/admin/plan/{plan:path}")
     async def plan(request: Request, plan: str) -> Response:
         """Why a request went where it went, by the plan's number or the request's id."""
-        scheduler, now = _services(request).scheduler, time.monotonic()
+        scheduler, now = services_of(request).scheduler, time.monotonic()
         is_number = plan.isdecimal() and len(plan) <= PLAN_DIGITS_MAX
         view = scheduler.explain(PlanId(int(plan)), now) if is_number else None
         view = view or scheduler.explain(plan, now)
@@ -299,18 +292,12 @@ def _engine_routes(app: FastAPI) -> None:
     async def engine(request: Request, name: str, path: str) -> Response:
         """Any route of SGLang's at one engine, such as its weight updates: engines themselves
         answer nobody but this gateway."""
-        services = _services(request)
+        services = services_of(request)
         if name not in services.client.members.engines:
             raise NotFound(f"no engine {name!r}")
-        given = await _body(request)
+        given = await body_of(request)
         body = decoded(given, JsonObject) if given else None
         query: bytes = request.scope["query_string"]
-        answer = await services.client.ask_one(
-            name,
-            request.method,
-            f"/{path}",
-            body,
-            services.config.request_timeout_s,
-            query.decode("latin-1"),
-        )
+        call = Call(request.method, f"/{path}", body, query.decode("latin-1"))
+        answer = await services.client.ask_one(name, call, services.config.request_timeout_s)
         return Response(answer.body, answer.status, media_type=answer.content_type)

@@ -63,8 +63,6 @@ class GatewayConfig(ProcessSettings, frozen=True):
     agents: dict[str, str]
     """Every agent's name and control endpoint."""
     engines: list[EngineAddress]
-    settings: dict[str, str] = {}
-    """What nodes that join must have alike, by name, as it is to be shown."""
     control_secret: str = ""
     """Of which the keys of control connections are made (:mod:`transfer.control.keys`)."""
     path_policy: Annotated[
@@ -105,6 +103,21 @@ class GatewayConfig(ProcessSettings, frozen=True):
         Meta(
             description="Collector of OpenTelemetry traces, such as localhost:4317, for gateway, "
             "agents and engines; empty means no traces (docs/operations.md)."
+        ),
+    ] = ""
+    standby_of: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="URL of another gateway, or URLs of several, comma-separated: while one of "
+            "them is active, this one knows what it knows, and takes over when it is silent. Its "
+            "own may be among them, so that all are started alike (docs/deploy.md)."
+        ),
+    ] = ()
+    state_dir: Annotated[
+        str,
+        Meta(
+            description="Folder in which operators' orders (a drain, a policy) outlast the "
+            "gateway; empty means memory."
         ),
     ] = ""
     client_stall_s: Annotated[

@@ -1,10 +1,13 @@
 """What a client is told when it does not get an answer: one error for each kind of end.
 
-The body has OpenAI's shape, ``{"error": {message, type, param, code}}``, on every
-endpoint, because SGLang's native clients look for ``error`` too.
+The body has the shape of OpenAI's and of Anthropic's errors at once, ``{"type": "error",
+"error": {message, type, param, code}}``, on every endpoint; SGLang's native clients look for
+``error`` too.
 """
 
 from __future__ import annotations
+
+from enum import Enum
 
 import msgspec
 
@@ -26,11 +29,12 @@ class GatewayError(Exception):
 
     def body(self) -> bytes:
         """The JSON body of the HTTP answer."""
-        return msgspec.json.encode({"error": self._fields()})
+        return msgspec.json.encode({"type": "error", "error": self._fields()})
 
-    def event(self) -> bytes:
-        """The same inside a stream whose headers are out already."""
-        return b"data: " + msgspec.json.encode({"error": self._fields()}) + b"\n\n"
+    def event(self, named: bool = False) -> bytes:
+        """The same inside a stream whose headers are out already. ``named``: where all events
+        have names."""
+        return (b"event: error\n" if named else b"") + b"data: " + self.body() + b"\n\n"
 
     def headers(self) -> dict[str, str]:
         retry_after_s = self.retry_after_s
@@ -80,23 +84,35 @@ class NotFound(GatewayError):
 class Conflict(GatewayError):
     """A node cannot be taken into the cluster as it is, or (with ``retry_after_s``) not yet."""
 
+    class Reason(Enum):
+        """In a word."""
+
+        SETTINGS = "settings"
+        """Unlike those of the others."""
+        UNREACHABLE = "unreachable"
+        """It could not reach those that are there."""
+        NAME = "name"
+        """Others have it, or that of one of its processes."""
+
     status = 409
     kind = "conflict_error"
     outcome = "client_error"
 
-    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+    def __init__(self, message: str, reason: Reason, retry_after_s: int | None = None) -> None:
         super().__init__(message)
+        self.reason = reason
         self.retry_after_s = retry_after_s
 
 
 class NoSuchRoute(GatewayError):
-    """The path is none of the gateway's, or not with this method."""
+    """The path is none of the gateway's, or not with this method; or one of SGLang's that has no
+    place here (``why``)."""
 
     kind = "not_found_error"
     outcome = "client_error"
 
-    def __init__(self, status: int, route: str) -> None:
-        super().__init__(f"There is no route {route}.")
+    def __init__(self, status: int, route: str, why: str = "") -> None:
+        super().__init__(f"{route} is not served: {why}." if why else f"There is no route {route}.")
         self.status = status
 
 
@@ -187,6 +203,10 @@ def _error_fields(body: bytes) -> dict[str, object]:
 
 class AttemptFailed(Exception):
     """One try at serving a request failed."""
+
+
+class Aborted(AttemptFailed):
+    """Engines were told to end the request, and it had no token yet."""
 
 
 class PlanStale(AttemptFailed):

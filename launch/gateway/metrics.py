@@ -13,14 +13,17 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
+from common.cluster.membership import Role
 from common.metrics import METRICS, PREFIX
 from common.samples import Latencies
 from launch.gateway.admission import Admission
+from launch.gateway.errors import Conflict
 from launch.gateway.outage import Outage
 from launch.gateway.peers.control_plane import ControlPlane
 from launch.gateway.peers.membership import Membership
+from launch.gateway.registry.counts import Change
+from launch.gateway.registry.registry import Registry
 from launch.gateway.request.trace import Trace
-from scheduler.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -31,20 +34,24 @@ _ESTIMATE_MIN_S = 0.001
 class GatewayMetrics:
     """One registry for one app; ``plane`` supplies what other processes count."""
 
-    def __init__(self, plane: ControlPlane, admission: Admission, outage: Outage) -> None:
+    def __init__(
+        self, plane: ControlPlane, registry: Registry, admission: Admission, outage: Outage
+    ) -> None:
         self._registry = CollectorRegistry()
         self.requests = self._counter("requests_total")
         self.refused = self._counter("refused_total")
         self.retries = self._counter("retries_total")
         self._hit_tokens = self._counter("hit_tokens_total")
         self._recomputed = self._counter("recomputed_tokens_total")
+        self._lacking = self._counter("lacking_tokens_total")
         self._reads = self._counter("planned_read_bytes_total")
         self.queue_time = self._histogram("queue_time_seconds")
         self._ttft = self._histogram("time_to_first_token_seconds")
         self._read_ratio = self._histogram("read_time_ratio")
         self._load_ratio = self._histogram("first_token_time_ratio")
         self._registry.register(_Reported(plane.members))
-        self._registry.register(_Decided(plane.scheduler, admission, outage))
+        self._registry.register(_Nodes(registry))
+        self._registry.register(_Decided(plane, admission, outage))
 
     def _counter(self, name: str) -> Counter:
         metric = METRICS[name]
@@ -61,6 +68,8 @@ class GatewayMetrics:
         self._ttft.observe(first_token_s)
         self._hit_tokens.inc(trace.hit_blocks * page_tokens)
         self._recomputed.inc(trace.recomputed_tokens)
+        for part, blocks in trace.lacking.items():
+            self._lacking.labels(part).inc(blocks * page_tokens)
         for agent, reader in trace.readers.items():
             for tier, read_bytes in reader.read_bytes.items():
                 self._reads.labels(agent, tier.value).inc(read_bytes)
@@ -103,13 +112,17 @@ def _value(counter: Counter) -> int:
 class _Decided(Collector):
     """What the scheduler and the admission of requests go by."""
 
-    def __init__(self, scheduler: Scheduler, admission: Admission, outage: Outage) -> None:
-        self._scheduler = scheduler
+    def __init__(self, plane: ControlPlane, admission: Admission, outage: Outage) -> None:
+        self._scheduler = plane.scheduler
+        self._leadership = plane.leadership
         self._outage = outage
         self._admission = admission
 
     def collect(self) -> Iterator[_Family]:
         for name, value in (
+            ("gateway_active", self._leadership.is_active),
+            ("gateway_term", self._leadership.term),
+            ("gateway_takeovers_total", self._leadership.takeovers_total),
             ("requests_in_flight", self._admission.admitted),
             ("requests_queued", self._admission.queued),
             ("requests_without_engine", self._outage.waiting),
@@ -128,6 +141,30 @@ class _Decided(Collector):
             backlog.add({"agent": agent["name"]}, agent["backlog_s"])
         yield draining
         yield backlog
+
+
+class _Nodes(Collector):
+    """Those that have joined, and those that came and went."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[_Family]:
+        nodes, ages = _Family("nodes"), _Family("node_lease_age_seconds")
+        changes, refusals = _Family("node_changes_total"), _Family("node_refusals_total")
+        known, counts = list(self._registry.nodes.values()), self._registry.counts
+        there = Tally((node.role, node.condition) for node in known)
+        for role in Role:
+            for condition in ("serving", "draining", "gone"):
+                nodes.add({"role": role.value, "state": condition}, there[role, condition])
+            for change in Change:
+                labels = {"role": role.value, "change": change.value}
+                changes.add(labels, counts.changes[role, change])
+        for reason in Conflict.Reason:
+            refusals.add({"reason": reason.value}, counts.refusals[reason])
+        for node in known:
+            ages.add({"node": node.name}, node.silent_s(time.monotonic()))
+        yield from (nodes, ages, changes, refusals)
 
 
 class _Reported(Collector):

@@ -18,8 +18,8 @@ from scheduler.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 
-class _Kept(msgspec.Struct, forbid_unknown_fields=True):
-    """The file, as JSON."""
+class KeptOrders(msgspec.Struct, forbid_unknown_fields=True):
+    """The file, as JSON; and what a standby is told."""
 
     path_policy: str | None = None
     """None: the one of the flags."""
@@ -44,18 +44,16 @@ class Orders:
         self._file = run_folder / "orders.json" if run_folder is not None else None
         self._policies = tuple(dict.fromkeys((*POLICY_NAMES, scheduler.policy)))
         """An operator's own class is imported where the flag names it, never by order."""
-        self._kept = self._read()
-        if self._kept.path_policy is not None:
-            scheduler.set_policy(self._kept.path_policy)
-        for name in self._kept.drained:
-            scheduler.drain(name, True)
+        self._first_policy = scheduler.policy
+        self.kept = KeptOrders()
+        self._take(self._read())
 
     def set_policy(self, name: str) -> None:
         """Another path policy from the next plan on; raises ``UnknownPolicy``."""
         if name not in self._policies:
             raise UnknownPolicy(name, self._policies)
         self._scheduler.set_policy(name)
-        self._kept.path_policy = name
+        self.kept.path_policy = name
         self._write()
 
     def drain(self, name: str, on: bool) -> None:
@@ -63,9 +61,9 @@ class Orders:
         if name not in self.names:
             raise KeyError(name)
         if on:
-            self._kept.drained.add(name)
+            self.kept.drained.add(name)
         else:
-            self._kept.drained.discard(name)
+            self.kept.drained.discard(name)
         self._obey(name)
         self._write()
 
@@ -80,26 +78,41 @@ class Orders:
     def forget(self, name: str) -> None:
         """It has left the cluster."""
         self._held.discard(name)
-        if name in self._kept.drained:
-            self._kept.drained.discard(name)
+        if name in self.kept.drained:
+            self.kept.drained.discard(name)
             self._write()
         self._scheduler.drain(name, False)
 
-    def _obey(self, name: str) -> None:
-        self._scheduler.drain(name, name in self._kept.drained or name in self._held)
+    def mirror(self, kept: KeptOrders) -> None:
+        """Have the same as another gateway."""
+        if kept != self.kept:
+            self._take(kept)
+            self._write()
 
-    def _read(self) -> _Kept:
-        """What can be obeyed of it: no order is worth a gateway that does not start."""
-        if self._file is None or not self._file.exists():
-            return _Kept()
-        try:
-            kept = msgspec.json.decode(self._file.read_bytes(), type=_Kept)
-        except (OSError, msgspec.DecodeError) as error:
-            log.warning("operators' orders are lost: %s: %s", self._file, error)
-            return _Kept()
+    def _take(self, kept: KeptOrders) -> None:
+        """All that can be obeyed of these, in place of those before."""
         if kept.path_policy not in (None, *self._policies):
             log.warning("order dropped: no path policy %r", kept.path_policy)
             kept.path_policy = None
+        before, self.kept = self.kept, kept
+        policy = kept.path_policy or self._first_policy
+        if policy != self._scheduler.policy:
+            self._scheduler.set_policy(policy)
+        for name in before.drained | kept.drained:
+            self._obey(name)
+
+    def _obey(self, name: str) -> None:
+        self._scheduler.drain(name, name in self.kept.drained or name in self._held)
+
+    def _read(self) -> KeptOrders:
+        """What can be obeyed of it: no order is worth a gateway that does not start."""
+        if self._file is None or not self._file.exists():
+            return KeptOrders()
+        try:
+            kept = msgspec.json.decode(self._file.read_bytes(), type=KeptOrders)
+        except (OSError, msgspec.DecodeError) as error:
+            log.warning("operators' orders are lost: %s: %s", self._file, error)
+            return KeptOrders()
         for name in kept.drained.difference(self.names):
             log.warning("order kept for who may join: nobody is called %r", name)
         return kept
@@ -108,5 +121,5 @@ class Orders:
         if self._file is None:
             return
         written = self._file.with_suffix(".new")
-        written.write_bytes(msgspec.json.encode(self._kept))
+        written.write_bytes(msgspec.json.encode(self.kept))
         written.replace(self._file)

@@ -97,8 +97,8 @@ async def _generate(
     config: RolloutConfig, folder: JobFolder, output: Output, console: Console
 ) -> int:
     """Returns how many samples could not be had."""
-    async with _endpoint(config, folder, console) as url:
-        client = Client(url, config.timeout_s, config.retry_s, config.access)
+    async with _endpoint(config, folder, console) as urls:
+        client = Client(urls, config.timeout_s, config.retry_s, config.access)
         try:
             folder.made_by(await client.model())
             limit = config.concurrency
@@ -120,14 +120,14 @@ async def _generate(
 @contextlib.asynccontextmanager
 async def _endpoint(
     config: RolloutConfig, folder: JobFolder, console: Console
-) -> AsyncIterator[str]:
+) -> AsyncIterator[tuple[str, ...]]:
     if config.endpoint:
         yield config.endpoint
         return
     log = folder.job / "cluster.log"
     console.print(f"starting a cluster; its output is in {log}", markup=False)
     async with own_cluster(config, log) as url:
-        yield url
+        yield (url,)
 
 
 def _report(summary: Summary, folder: JobFolder, console: Console) -> None:

@@ -9,8 +9,9 @@ import math
 import random
 import time
 import uuid
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from contextlib import AbstractAsyncContextManager
+from typing import TypeAlias, TypeVar
 
 import aiohttp
 import msgspec
@@ -18,6 +19,7 @@ import msgspec
 from common.json import JsonObject
 from launch.access import NO_KEY, Access
 from launch.gateway.request.trace import HEADER
+from launch.gateways import NOT_ACTIVE, Gateways
 from launch.rollout.errors import EndpointGone, RequestFailed
 
 log = logging.getLogger(__name__)
@@ -99,17 +101,20 @@ class _Cluster(msgspec.Struct):
 
 
 T = TypeVar("T")
+_Asked: TypeAlias = AbstractAsyncContextManager[aiohttp.ClientResponse]
 
 
 class Client:
-    """HTTP to one endpoint; :meth:`close` it."""
+    """HTTP to one cluster, whose gateways are at ``urls``; :meth:`close` it."""
 
-    def __init__(self, url: str, timeout_s: float, retry_s: float, access: Access = NO_KEY) -> None:
+    def __init__(
+        self, urls: Iterable[str], timeout_s: float, retry_s: float, access: Access = NO_KEY
+    ) -> None:
+        self._gateways = Gateways(urls)
         self._retry_s = retry_s
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=access.tls())
         self._http = aiohttp.ClientSession(
-            url.rstrip("/") + "/",
             connector=connector,
             headers=access.headers,
             read_bufsize=1 << 20,
@@ -186,14 +191,10 @@ class Client:
 
     async def _get(self, path: str, kind: type[T]) -> T:
         timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
-        try:
-            async with self._http.get(path, timeout=timeout) as answer:
-                data = await answer.read()
-                if answer.status != 200:
-                    raise RequestFailed(f"/{path}: HTTP {answer.status}: {_excerpt(data)}")
-                return msgspec.json.decode(data, type=kind)
-        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
-            raise RequestFailed(f"/{path}: {error!r}") from error
+        answer = await self._round(lambda url: self._http.get(f"{url}/{path}", timeout=timeout))
+        if answer.status != 200:
+            raise RequestFailed(f"/{path}: {answer.reason}")
+        return _decoded(answer.content, kind)
 
     async def _post(
         self, path: str, body: JsonObject, name: str, timeout: aiohttp.ClientTimeout
@@ -226,21 +227,31 @@ class Client:
         data = msgspec.json.encode(body)
         self._sent(path, 1)
         try:
-            async with self._http.post(path, data=data, headers=_JSON, timeout=timeout) as answer:
-                content = await answer.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            return _HttpAnswer(0, repr(error))
+            answer = await self._round(
+                lambda url: self._http.post(
+                    f"{url}/{path}", data=data, headers=_JSON, timeout=timeout
+                )
+            )
         finally:
             self._sent(path, -1)
-        if answer.status < 500:
+        if 0 < answer.status < 500:
             self._answered_s = time.monotonic()
-        return _HttpAnswer(
-            answer.status,
-            f"HTTP {answer.status}: {_excerpt(content)}" if answer.status != 200 else "",
-            content,
-            answer.headers.get(HEADER, "{}"),
-            _seconds(answer.headers.get("retry-after")),
-        )
+        return answer
+
+    async def _round(self, ask: Callable[[str], _Asked]) -> _HttpAnswer:
+        """Of the first gateway that answers as an active one, or else what all of them said."""
+        said: list[_HttpAnswer] = []
+        for url in self._gateways:
+            try:
+                async with ask(url) as answer:
+                    said.append(_http_answer(url, answer, await answer.read()))
+            except (aiohttp.ClientError, TimeoutError) as error:
+                said.append(_HttpAnswer(0, f"{url}: {error!r}"))
+            if said[-1].status not in (0, NOT_ACTIVE):
+                self._gateways.answered(url)
+                return said[-1]
+        worst = max(said, key=lambda each: each.status)
+        return msgspec.structs.replace(worst, reason="; ".join(each.reason for each in said))
 
     def _sent(self, path: str, change: int) -> None:
         if path == "generate":
@@ -262,6 +273,16 @@ class _HttpAnswer(msgspec.Struct):
     content: bytes = b""
     trace: str = "{}"
     retry_after_s: float = 0.0
+
+
+def _http_answer(url: str, answer: aiohttp.ClientResponse, content: bytes) -> _HttpAnswer:
+    return _HttpAnswer(
+        answer.status,
+        f"{url}: HTTP {answer.status}: {_excerpt(content)}" if answer.status != 200 else "",
+        content,
+        answer.headers.get(HEADER, "{}"),
+        _seconds(answer.headers.get("retry-after")),
+    )
 
 
 class _Patience:

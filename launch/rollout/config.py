@@ -12,6 +12,7 @@ import msgspec
 from launch import settings
 from launch.access import Access
 from launch.cluster.config import ClusterConfig
+from launch.flags.forms import URLS
 from launch.rollout.env import BadEnv, load_env
 from launch.settings import (
     SECONDS,
@@ -83,10 +84,11 @@ class JobConfig:
     output: str = setting(
         "", "Folder of the samples; an unfinished job there goes on.", text("DIR")
     )
-    endpoint: str = setting(
-        "",
-        "A running cluster; empty starts one with the cluster's flags, and stops it at the end.",
-        text("URL"),
+    endpoint: tuple[str, ...] = setting(
+        (),
+        "A running cluster, or the URLs of all its gateways, comma-separated; empty starts one "
+        "with the cluster's flags, and stops it at the end.",
+        URLS,
     )
     n: int = setting(1, "Samples of each prompt.", integer("N"))
     max_new_tokens: int = setting(512, "Tokens generated in one turn.", integer("N"))
@@ -229,10 +231,6 @@ def _check(config: RolloutConfig) -> None:
         "--overwrite with --extend: give the one that you mean.",
     )
     if config.endpoint:
-        require(
-            config.endpoint.startswith(("http://", "https://")),
-            f"--endpoint {config.endpoint}: give a URL such as http://127.0.0.1:30000.",
-        )
         given = [word for word in config.cluster_flags() if not word.startswith(_OF_A_CLIENT)]
         given += [name for name in config.cluster_secrets() if name != variable("api_key")]
         require(

@@ -6,25 +6,30 @@ import ctypes
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
+import msgspec
 import numpy as np
 import torch
 
-from common.block import BlockKey, BlockLayout, Namespace, block_keys
+from common.block import BlockKey, BlockLayout, Namespace, Part, block_keys
 from common.board_word import board_word
 from common.ids import BoardSlot, Incarnation, PlanId
-from common.messages import Deliver, EnginePlan, Message, RegisterEngine
+from common.messages.codec import Message
+from common.messages.from_engines import Deliver, RegisterEngine
+from common.messages.from_gateway import EnginePlan
 from common.page_hashes import page_hashes
 from engine.config import EngineConfig
 from engine.decode.persist import Persister
-from engine.page_table import PageTable
+from engine.page_table import PageTable, Window
 from engine.plans import Plans
 from engine.ranks.group import CutConnections, FindConnections
+from engine.sglang import pool_hooks
 from engine.streams import Streams
 from engine.transfers.completion_board import CompletionBoard
 from engine.transfers.deliveries import Deliveries
 from engine.transfers.fence import Fences, RankConnections
 from engine.transfers.jobs import Jobs
 from engine.transfers.page_holds import PageHolds
+from engine.transfers.snapshots import Snapshots
 from engine.weights import Weights
 
 T = TypeVar("T")
@@ -33,6 +38,18 @@ LAYERS = 3
 DATA_PORT = 1
 """Nobody connects to it."""
 NAMESPACE = Namespace("model", "1", "float32", BlockLayout(PAGE, LAYERS, (8, 8)))
+WINDOW = Part("window", BlockLayout(PAGE, LAYERS, (8, 8), absent=((1,), (1,))), span_pages=2)
+WITH_WINDOWS = Namespace(
+    "model",
+    "1",
+    "float32",
+    BlockLayout(PAGE, LAYERS, (8, 8), absent=((0, 2), (0, 2))),
+    parts=(WINDOW,),
+)
+"""Tokens of layers 0 and 2 attend to the last two pages alone."""
+UNDER_A_DRAFT = msgspec.structs.replace(
+    NAMESPACE, layout=msgspec.structs.replace(NAMESPACE.layout, draft_layers=1)
+)
 EARLIER_WEIGHTS = b"e" * 32
 
 
@@ -88,9 +105,13 @@ class Links:
     def __init__(self) -> None:
         self.sent: list[tuple[str, Message]] = []
         self.reachable = True
+        self.hosts: dict[str, str] = {}
 
     def incarnation(self, agent: str) -> Incarnation | None:
         return Incarnation(5)
+
+    def host(self, agent: str) -> str:
+        return self.hosts.get(agent, "")
 
     def send(self, agent: str, message: Message) -> bool:
         if self.reachable:
@@ -112,18 +133,22 @@ class Parts:
         role: str = "decode",
         pages: int = 64,
         streams: Streams | None = None,
+        namespace: Namespace = NAMESPACE,
         **settings: Any,
     ) -> None:
         self.config = EngineConfig(
             name="e0", role=role, controls=[], agent="own", agents={}, **settings
         )
-        self.weights = Weights(NAMESPACE, "e0")
+        self.weights = Weights(namespace, "e0")
         self.plans = Plans(self.weights, PAGE)
         self.allocator = cast(Any, Allocator(pages))
-        self.holds = PageHolds(self.allocator)
+        self.windows = cast(Any, Allocator(pages)) if namespace.parts else None
+        of_parts = [PageHolds(self.windows)] if namespace.parts else []
+        self.holds = PageHolds(self.allocator, of_parts)
         self.jobs = Jobs(Incarnation(1), self.holds)
         self.board = CompletionBoard(8, lambda address, length: None)
         self.links = Links()
+        self.jobs.host_of = self.links.host
         self.cuts: list[CutConnections] = []
         self.fences = self.fences_of(DATA_PORT)
         self.deliveries = Deliveries(
@@ -136,8 +161,13 @@ class Parts:
         )
         self.streams = streams or Streams()
         self.rows = torch.zeros((4, 256), dtype=torch.int64)
-        self.table = PageTable(self.rows, PAGE, self.streams)
+        self.window: Window | None = None
+        if namespace.parts:
+            rows = torch.zeros(PAGE * (pages + 1), dtype=torch.int64)
+            self.window = Window(rows, tokens=2 * PAGE - 1)
+        self.table = PageTable(self.rows, PAGE, self.streams, self.window)
         self.persister = Persister(self.config, self.table, self.jobs, self.links, self.plans)
+        self.snapshots: Snapshots | None = None
 
     def fences_of(self, data_port: int) -> Fences:
         """Which cut nothing: it is noted instead."""
@@ -167,7 +197,8 @@ class Parts:
         """Announce that the request's first blocks are with the readers, in turns."""
         namespace_digest = namespace_digest or self.weights.digest
         if keys is None:
-            keys = keys_of(request, namespace_digest)[:blocks]
+            hashes = hashes_of(request, self.weights.namespace.layout.bigrams)
+            keys = block_keys(namespace_digest, hashes)[:blocks]
         reader = [block % len(readers) for block in range(len(keys))]
         plan = EnginePlan(
             PlanId(7), request.rid, namespace_digest, keys, list(readers), reader, deadline_s
@@ -186,11 +217,30 @@ class Parts:
         ctypes.memmove(self.board.address(BoardSlot(job.board_slot)), word, len(word))
 
 
-def hashes_of(request: Any) -> list[bytes]:
+def hashes_of(request: Any, bigrams: bool = False) -> list[bytes]:
     """Page hashes of the prompt."""
     prompt = request.origin_input_ids
-    return page_hashes(prompt, PAGE, request.extra_key, request.cache_salt)
+    return page_hashes(prompt, PAGE, request.extra_key, request.cache_salt, bigrams)
 
 
 def keys_of(request: Any, namespace_digest: bytes) -> list[BlockKey]:
     return block_keys(namespace_digest, hashes_of(request))
+
+
+def hooked_allocator() -> Any:
+    """SGLang's class of allocators, hooked as in an engine."""
+    from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+
+    class Hooked(PagedTokenToKVPoolAllocator):
+        def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
+            pool_hooks.around_release(super()._release_page_ids.__func__, self, *page_ids)
+
+        def available_size(self) -> int:
+            pool_hooks.before_available_size(self)
+            return super().available_size()
+
+        def clear(self) -> None:
+            super().clear()
+            pool_hooks.after_clear(None, self)
+
+    return Hooked

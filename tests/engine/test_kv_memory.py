@@ -7,9 +7,10 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from common.block import BlockLayout
-from engine.kv_memory import KvMemory, MemoryUnreachable, check_reachable
+from engine.kv_memory import NOISE_ROWS, KvMemory, MemoryUnreachable, check_reachable, poison
 from transfer.mooncake import TransferPeer
 
 POOL = np.arange(4096, dtype=np.uint8)
@@ -53,3 +54,14 @@ def test_a_registration_that_sglang_drops_ends_it_too():
     after_batch_register(0, None, [], [])
     with pytest.raises(MemoryUnreachable, match="code -1"):
         after_batch_register(-1, None, [], [])
+
+
+def test_poison_fills_all_but_the_pages_that_are_kept():
+    page_tokens, pages, kept = 64, 2 * NOISE_ROWS // 64 + 1, [0, 3, 100]
+    buffer, other = (torch.zeros(pages * page_tokens, 2, 4) for _ in range(2))
+    poison([buffer, other, buffer], torch.float32, page_tokens, kept)
+    for filled in (buffer, other):
+        filled = filled.view(pages, -1)
+        assert [page for page in range(pages) if not filled[page].any()] == kept
+        assert (filled[1] != 0).all() and (filled[1] != filled[2]).any()
+    assert (buffer != other).any()

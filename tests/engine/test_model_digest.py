@@ -7,16 +7,6 @@ import pytest
 from engine.model_digest import NoWeights, model_digest
 
 
-@pytest.fixture
-def model(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"w" * 1000)
-    return folder
-
-
 def test_same_bytes_elsewhere_have_the_same_digest(model):
     before = model_digest(model)
     moved = model.rename(model.with_name("another-name"))
@@ -26,6 +16,12 @@ def test_same_bytes_elsewhere_have_the_same_digest(model):
 def test_another_weight_under_the_same_name_has_another_digest(model):
     before = model_digest(model)
     (model / "model.safetensors").write_bytes(b"w" * 999 + b"x")
+    assert model_digest(model) != before
+
+
+def test_another_configuration_of_the_same_weights_has_another_digest(model):
+    before = model_digest(model)
+    (model / "config.json").write_text('{"rope_theta": 12345.0}')
     assert model_digest(model) != before
 
 

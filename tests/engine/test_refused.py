@@ -14,14 +14,16 @@ def settings(**changes):
         "enable_two_batch_overlap": False,
         "enable_pdmux": False,
         "speculative_algorithm": None,
+        "enable_multi_layer_eagle": False,
         "optimistic_prefill_attempts": 0,
         "cuda_graph_config": SimpleNamespace(prefill=SimpleNamespace(backend="breakable")),
     }
     return SimpleNamespace(**(plain | changes))
 
 
-def test_sglangs_defaults_are_served():
-    assert refused_settings(settings()) == ""
+@pytest.mark.parametrize("algorithm", [None, "EAGLE"])
+def test_sglangs_defaults_are_served_and_drafts(algorithm):
+    assert refused_settings(settings(speculative_algorithm=algorithm)) == ""
 
 
 @pytest.mark.parametrize(
@@ -29,7 +31,8 @@ def test_sglangs_defaults_are_served():
     [
         {"enable_two_batch_overlap": True},
         {"enable_pdmux": True},
-        {"speculative_algorithm": "EAGLE"},
+        {"speculative_algorithm": "NGRAM"},
+        {"speculative_algorithm": "EAGLE", "enable_multi_layer_eagle": True},
         {"optimistic_prefill_attempts": 1},
         {"cuda_graph_config": SimpleNamespace(prefill=SimpleNamespace(backend="full"))},
     ],

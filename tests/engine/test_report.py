@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from common.ids import Incarnation
-from common.messages import ModelBounds
+from common.loads import ModelBounds
 from engine.report import EngineIdentity, EngineReport
 from engine.sglang.requests import EngineRequests
 from tests.engine.parts import NAMESPACE, PAGE, Parts, Request
@@ -70,12 +70,12 @@ def test_it_tells_its_weights_and_all_its_parts_have_counted(report):
     engine, made = report("decode")
     hello = made.hello()
     assert hello.namespace == NAMESPACE and hello.bootstrap_port == 8998
-    engine.weights.changed("2", None)
+    engine.weights.changed("2", is_clean=True)
     request = Request("r", list(range(18)))
     engine.persister.begin(request)
     engine.persister.advance(request, 18)
     hello = made.hello()
-    assert hello.namespace.weight_version == "2"
+    assert hello.weights.version == "2" and hello.namespace == engine.weights.namespace
     values = {sample.metric: sample.value for sample in hello.samples}
     assert values["engine_blocks_offered_total"] == 4 and values["engine_open_jobs"] == 1
     assert {"engine_deliveries_total", "engine_quarantined_pages"} <= values.keys()

@@ -11,31 +11,26 @@ import pytest
 import torch
 import zmq
 
-from common.cluster.known import KnownAgents
 from common.ids import Incarnation, PlanId
-from common.messages import (
-    AgentHello,
+from common.loads import ModelBounds
+from common.messages.codec import Message, decode, encode
+from common.messages.fields import Ping
+from common.messages.from_agents import AgentHello, JobEnded, PullEnded, UnknownEngine
+from common.messages.from_engines import (
     EngineHello,
-    EnginePlan,
-    JobEnded,
-    Message,
-    ModelBounds,
-    Ping,
     PlanAccepted,
     PlanRefused,
     PullBlocks,
-    PullEnded,
     RegisterEngine,
-    UnknownEngine,
-    decode,
-    encode,
 )
+from common.messages.from_gateway import CommitWeights, EnginePlan, KnownAgents
 from engine import runtime as runtime_module
 from engine.config import EngineConfig
+from engine.host import Host
 from engine.kv_memory import KvMemory
 from engine.ranks.group import CreditsAt
 from engine.report import EngineIdentity
-from engine.runtime import EngineRuntime, Host
+from engine.runtime import EngineRuntime
 from engine.streams import Streams
 from tests.control import SECRET, join, stand_in_for
 from tests.engine.parts import NAMESPACE, Allocator, Request, keys_of
@@ -105,6 +100,7 @@ def scheduler() -> Any:
         running_batch=SimpleNamespace(reqs=[]),
         waiting_queue=[],
         chunked_req=None,
+        sliding_window_size=None,
         disagg_prefill_bootstrap_queue=None,
         disagg_decode_prealloc_queue=no_queue,
         disagg_decode_transfer_queue=no_queue,
@@ -135,15 +131,19 @@ def engine(tmp_path, monkeypatch, peers) -> Iterator[EngineRuntime]:
         agents={"own": f"ipc://{tmp_path}/agent"},
         control_secret=SECRET,
     )
+    own = scheduler()
     host = Host(
         identity=EngineIdentity(
             "d0", "decode", "own", "d0", Incarnation(3), 0, ModelBounds(100, 64, 60)
         ),
         control=f"ipc://{tmp_path}/control",
-        scheduler=scheduler(),
+        scheduler=own,
         transfer_engine=cast(Any, TransferEngine()),
         data_port=0,
         memory=KvMemory(NAMESPACE.layout, [[1, 2]] * 3, NAMESPACE.kv_dtype),
+        allocators=[own.token_to_kv_pool_allocator],
+        window=None,
+        states=None,
         streams=Streams(),
         model_path="/models/x",
         weight_version=NAMESPACE.weight_version,
@@ -162,11 +162,20 @@ def test_plans_and_weights_are_agreed_on_with_the_gateway_and_told_to_agents(eng
     assert (memory.session_id, memory.kv_addresses) == ("h:1", [[1, 2]] * 3)
     gateway.send(EnginePlan(PlanId(7), "r", NAMESPACE.digest(), [], [], [], 60.0))
     assert gateway.take(PlanAccepted).plan == 7 and engine.plans.get("r").id == 7
-    engine.weights.changed("2", None)
+    engine.weights.changed("2", is_clean=True)
     gateway.send(EnginePlan(PlanId(8), "s", NAMESPACE.digest(), [], [], [], 60.0))
-    assert gateway.take(EngineHello).namespace.weight_version == "2"
+    hello = gateway.take(EngineHello)
+    assert hello.weights.version == "2" and not hello.weights.is_named
     assert gateway.take(PlanRefused).plan == 8 and engine.plans.get("s") is None
-    agent.take(RegisterEngine, lambda hello: hello.namespace.weight_version == "2")
+    agent.take(RegisterEngine, lambda registered: registered.namespace == hello.namespace)
+    gateway.send(CommitWeights(hello.weights.number, "job/2", is_doubtful=False))
+    steps = time.monotonic() + 10
+    while not engine.weights.state.is_named and time.monotonic() < steps:
+        engine.ranks.arrived(list(engine.ranks.take()))  # SGLang's broadcast
+    gateway.send(Ping())
+    named = gateway.take(EngineHello)
+    assert named.weights.is_named and named.namespace.weight_version == "job/2"
+    agent.take(RegisterEngine, lambda registered: registered.namespace == named.namespace)
 
 
 def test_an_agents_word_about_a_job_counts_if_it_is_the_incarnation_that_has_it(engine, peers):

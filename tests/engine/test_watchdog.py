@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from common.ids import Incarnation
-from common.messages import AskFence, Deliver, EndPlan, Fenced
+from common.messages.from_agents import Fenced
+from common.messages.from_engines import AskFence, Deliver
+from common.messages.from_gateway import EndPlan
 from engine import watchdog
 from engine.ranks.group import CutConnections, FindConnections
 from engine.streams import PASSED, HostPages
@@ -65,6 +67,32 @@ def test_jobs_of_a_dead_agent_are_ended_when_its_successor_has_answered(ended):
     ((agent, asked),) = engine.links.of(AskFence)
     assert agent == "a" and reasons == [] and engine.holds.held_pages() == [1]
     engine.fences.answered("a", Fenced(asked.number, ["127.0.0.1"], []))
+    looked_after(engine)
+    assert reasons == ["agent a died"] and engine.holds.held_pages() == []
+
+
+def test_one_of_its_name_on_another_host_is_no_successor(ended):
+    engine = Parts("decode")
+    reasons: list[str] = []
+    engine.links.hosts["a"] = "10.0.0.1"
+    engine.jobs.open("a", Incarnation(5), [1], 60.0, reasons.append)
+    engine.links.hosts["a"] = "10.0.0.2"
+    engine.jobs.agent_restarted("a", Incarnation(6))
+    looked_after(engine)
+    assert not engine.links.of(AskFence) and engine.holds.held_pages() == [1]
+    engine.links.hosts["a"] = "10.0.0.1"  # back where it was
+    engine.jobs.agent_restarted("a", Incarnation(7))
+    looked_after(engine)
+    ((_, asked),) = engine.links.of(AskFence)
+    engine.links.hosts["a"] = "10.0.0.2"  # and away again, before it has answered
+    looked_after(engine)
+    engine.fences.answered("a", Fenced(asked.number, ["10.0.0.2"], []))
+    looked_after(engine)
+    assert engine.holds.held_pages() == [1]
+    engine.links.hosts["a"] = "10.0.0.1"
+    looked_after(engine)
+    _, asked = engine.links.of(AskFence)[-1]
+    engine.fences.answered("a", Fenced(asked.number, ["10.0.0.1"], []))
     looked_after(engine)
     assert reasons == ["agent a died"] and engine.holds.held_pages() == []
 

@@ -10,7 +10,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from common.messages import KeepWitness, KeptWitness, Message
+from common.messages.codec import Message
+from common.messages.from_agents import KeptWitness
+from common.messages.from_engines import KeepWitness
 from engine import witness as witness_module
 from engine.witness import (
     PROMPT_TOKENS,

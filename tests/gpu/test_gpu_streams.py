@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from common.block import BlockLayout
-from common.messages import Deliver, Message
+from common.messages.codec import Message
+from common.messages.from_engines import Deliver
 from engine import runtime
 from engine.kv_memory import KvMemory
 from engine.prefill.forwards import Credits, PrefillForwards
@@ -37,7 +38,8 @@ def prefill(monkeypatch: Any, device: SleepyCuda, components: int, stream: Any) 
     )
     asked = request(manager, 7, len(HERE) * PAGE, HERE, THERE)
     scheduler.req_to_token_pool.req_to_token.copy_(manager.req_to_token)
-    memory = KvMemory(BlockLayout(PAGE, LAYERS, (PAGE_BYTES,) * components), [], "float32")
+    layout = BlockLayout(PAGE, LAYERS, (PAGE_BYTES,) * components)
+    memory = KvMemory(layout, [], "float32", has_latents=components == 1)
     forwards = PrefillForwards(
         parts.config,
         cast(Any, scheduler),

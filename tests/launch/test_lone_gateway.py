@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import launch.gateway.__main__ as gateway_process
 from launch.flags.gateway import lone_gateway
 from launch.settings import BadConfig
 from tests.common.ports import free_port
@@ -46,6 +47,14 @@ def test_without_the_secret_it_does_not_start(secret_file):
     secret_file.chmod(0o644)
     with pytest.raises(BadConfig, match="open to others"):
         lone_gateway([f"--cluster-secret-file={secret_file}"])
+
+
+def test_settings_that_cannot_work_end_it_for_good(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["launch.gateway", "--port", "0"])
+    with pytest.raises(SystemExit) as ended:
+        gateway_process.main()
+    assert ended.value.code == 2  # whoever starts it need not try again
+    assert "--port 0" in capsys.readouterr().err
 
 
 def answer(url: str, body: bytes | None = None) -> tuple[int, bytes]:

@@ -58,6 +58,11 @@ def test_reads_are_shared_out_since_the_state_before():
     assert [row(lines, name)[-1][-4:].strip() for name in names] == ["75%", "25%", "0%"]
 
 
+def test_a_standby_is_told_apart():
+    assert "standby | " in shown(VIEWS[0] | {"standing": "standby"})[0]
+    assert "standby" not in shown(VIEWS[0])[0]
+
+
 def test_who_is_silent_or_still_draining_is_seen():
     view = copy.deepcopy(VIEWS[0])
     view["engines"][0]["alive"] = False
@@ -68,11 +73,11 @@ def test_who_is_silent_or_still_draining_is_seen():
 
 
 @pytest.mark.asyncio
-async def test_it_asks_a_gateway(capsys) -> None:
+async def test_it_asks_the_gateway_that_answers(capsys) -> None:
     async with cluster_of() as cluster:
         await post(cluster, "/generate", {**GENERATE, "rid": "mine"})
-        url = f"http://127.0.0.1:{cluster.config.port}"
-        assert await asyncio.to_thread(main, ["--once", "--url", url]) == 0
+        urls = ",".join(f"http://127.0.0.1:{port}" for port in (free_port(), cluster.config.port))
+        assert await asyncio.to_thread(main, ["--once", "--url", urls]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert row(lines, "mine")[1:3] == ["ok", "p0 d0"]
     assert row(lines, "node-p")[1] == "idle"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from common.messages import Subscribe
+from common.messages.from_gateway import Subscribe
 from tests.transfer.agent.agent_process import AgentProcess, FakeGateway, running_agent
 from tests.transfer.agent.fake_engine import FakeEngine
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from common.block import BlockLayout, Namespace
-from common.cluster.known import KnownAgents
 from common.ids import Incarnation
-from common.messages import AgentHello, Ping, RankMemory, RegisterEngine
+from common.messages.fields import Ping
+from common.messages.from_agents import AgentHello
+from common.messages.from_engines import RankMemory, RegisterEngine
+from common.messages.from_gateway import KnownAgents
 from tests.control import keys
 from tests.launch.gateway.control_stub import ControlStub
 from transfer import client

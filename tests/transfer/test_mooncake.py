@@ -102,10 +102,8 @@ def test_a_dead_peer_is_refused_until_it_is_time_to_try_again(peer, clock):
     with pytest.raises(TransferFailed) as failure:
         peer.write(session, *word)
     assert (failure.value.peer, failure.value.operation) == (session, "write")
-    started = time.monotonic()
     with pytest.raises(PeerSuspended):
         peer.read(session, *word)
-    assert time.monotonic() - started < 0.1
     clock.now += 6
     other = "127.0.0.1:1"
     with pytest.raises(TransferFailed):

@@ -11,11 +11,19 @@ from tests.examples import examples
 from transfer.ranges import cut_ranges, layer_ranges
 
 
+def some_layout(data, sizes):
+    """Layers that are all alike, or some that lack a component."""
+    layers = data.draw(st.integers(1, 4))
+    lacking = st.sets(st.integers(1, layers - 1)) if layers > 1 else st.just(set())
+    absent = ((), *(tuple(sorted(data.draw(lacking))) for _ in sizes[1:]))
+    return BlockLayout(4, layers, sizes, absent=absent if any(absent) else ())
+
+
 @examples(150)
 @given(st.data())
 def test_ranges_move_each_layer_block_to_its_page(data):
     sizes = tuple(data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=3)))
-    layout = BlockLayout(4, data.draw(st.integers(1, 4)), sizes)
+    layout = some_layout(data, sizes)
     pages_total = 12
     pages = data.draw(st.permutations(range(pages_total)))[: data.draw(st.integers(0, 12))]
     slot_bytes = layout.block_bytes + data.draw(st.sampled_from([0, 7]))
@@ -39,13 +47,14 @@ def test_ranges_move_each_layer_block_to_its_page(data):
             np.array(slots, np.int64) * slot_bytes,
             np.array(pages, np.int64),
         )
-        assert lengths.sum() == len(pages) * layout.layer_bytes
+        layer_bytes = layout.layer_start(layer + 1) - layout.layer_start(layer)
+        assert lengths.sum() == len(pages) * layer_bytes
         for source, target, length in zip(local, remote, lengths, strict=True):
             device[target : target + length] = host[source : source + length]
     for slot, page in zip(slots, pages, strict=True):
         offset = slot * slot_bytes
         for layer in range(layout.num_layers):
-            for base, size in zip(bases[layer], sizes, strict=True):
+            for base, size in zip(bases[layer], layout.sizes(layer), strict=True):
                 target = base + page * size
                 expected[target : target + size] = host[offset : offset + size]
                 offset += size

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from common.ids import Incarnation
-from common.messages import AgentStatus, Announcement, Holding, Message
+from common.messages.codec import Message
+from common.messages.from_agents import AgentStatus, Announcement, Holding
 
 FLUSH_AFTER_S = 0.005
 """Changes are announced together, at most so long after the first of them."""

@@ -10,7 +10,7 @@ from typing import cast
 import zmq
 import zmq.asyncio
 
-from common.messages import Message, encode
+from common.messages.codec import Message, encode
 from transfer.control.keys import Keys
 from transfer.control.sockets import Doorkeeper, bind, sender_of
 from transfer.traffic.classes import CONTROL_DSCP

@@ -4,45 +4,43 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict, deque
-from collections.abc import Sequence, Set
+from collections.abc import Set
 
 import msgspec
 import numpy as np
 
-from common.block import BlockLayout, label_of
-from common.board_word import FAILED
+from common.block import BlockLayout
 from common.ids import BoardSlot, JobId
-from common.messages import INT64_MAX, JobEnded, PullEnded, RankMemory, RegisterEngine
+from common.messages.from_agents import JobEnded, PullEnded
+from common.messages.from_engines import Deliver, PullBlocks, RankMemory, RegisterEngine
+from transfer.agent.engine_pools import (
+    BadRegistration,
+    Objects,
+    engine_pools,
+    object_bytes_max,
+    objects_of,
+    rank_addresses,
+)
 from transfer.agent.jobs.job import Job
-from transfer.credits import WORDS, CreditBoard, CreditWord, credit_tag
+from transfer.credits import CreditBoard, CreditWord, credit_tag
 from transfer.mooncake import host_of
 
 JOBS_REMEMBERED = 65536
 UNSENT_MAX = 4096
 AHEAD_MAX_MS = 86_400_000
-"""How far an engine's clock may be ahead of ours: a day. A number from farther on would keep every
-later start of the engine out."""
-LAYERS_MAX = FAILED - 1
-"""That a completion word can count."""
-COMPONENTS_MAX = 16
-PAGE_TOKENS_MAX = 1 << 16
+"""How far an engine's number may be ahead of the cluster's time: a day. One from farther on would
+keep every later start of the engine out."""
 _SESSION = re.compile(r"\S+:\d{1,5}")
-
-
-class BadRegistration(Exception):
-    """What an engine says of itself cannot be."""
-
-
-class BadJob(Exception):
-    """A job names what the engine has not registered, or not a page for each block."""
 
 
 class Rank(msgspec.Struct, frozen=True, eq=False):
     """One rank of an engine."""
 
     session_id: str
-    kv_addresses: np.ndarray
-    """Shape (layers, components), int64."""
+    addresses: list[np.ndarray]
+    """Of the buffers in each of :attr:`Engine.pools`; shape (layers, components), int64."""
+    some_address: int
+    """Of KV memory: there are bytes that may be read."""
     board_address: int
     shard: int
     """The part of each block that it holds."""
@@ -62,7 +60,7 @@ class Engine:
 
     def __init__(self, identity: bytes, message: RegisterEngine, credits: CreditBoard) -> None:
         """Raises :class:`BadRegistration`."""
-        _layout(message)
+        engine_pools(message)
         self._credits = credits.take(len(message.ranks), credit_tag(message.incarnation))
         self.name = message.engine
         self.incarnation = message.incarnation
@@ -83,20 +81,19 @@ class Engine:
         """The same process says it again: it has reconnected, or its weights have changed."""
         if len(message.ranks) != len(self._credits):
             raise BadRegistration(f"engine {message.engine}: other ranks than before")
-        layout = _layout(message)
+        pools = engine_pools(message)
         ranks = [_rank(message, index, word) for index, word in enumerate(self._credits)]
-        self.identity, self.layout, self.ranks = identity, layout, ranks
-        self._pages, self._board_slots = message.pages, message.board_slots
-        self.label = msgspec.structs.replace(label_of(message.namespace), layout=layout)
+        self.identity, self.pools, self.ranks = identity, pools, ranks
+        self._board_slots = message.board_slots
 
-    def page_array(self, pages: Sequence[int], blocks: int) -> np.ndarray:
-        """A job's pages, one for each block; shape (blocks,), int64. Raises :class:`BadJob`."""
-        if len(pages) != blocks or not all(0 <= page < self._pages for page in pages):
-            raise BadJob(
-                f"{len(pages)} pages ({min(pages, default=0)} to {max(pages, default=0)}) for "
-                f"{blocks} blocks, of {self._pages} pages"
-            )
-        return np.array(pages, np.int64)
+    @property
+    def layout(self) -> BlockLayout:
+        """Of the blocks that its ranks hold together."""
+        return self.pools[0].layout
+
+    def objects(self, message: Deliver | PullBlocks) -> list[Objects]:
+        """What a job names in each of the pools. Raises :class:`BadJob`."""
+        return objects_of(self.pools, message.keys, message.pages, message.parts)
 
     def has_board_slot(self, slot: BoardSlot) -> bool:
         """Whether there is such a word on the board of each rank."""
@@ -170,61 +167,42 @@ class Engines:
 
 
 def check_registration(message: RegisterEngine, now_ms: float, memory_bytes: int) -> None:
-    """Raises :class:`BadRegistration`. ``memory_bytes``: of the agent's DRAM tier."""
+    """Raises :class:`BadRegistration`. ``now_ms``: the cluster's time, in which incarnations
+    are. ``memory_bytes``: of the agent's DRAM tier."""
     if message.incarnation > now_ms + AHEAD_MAX_MS:
         raise BadRegistration(
             f"engine {message.engine}: incarnation {message.incarnation} is more than a day ahead "
-            "of this host's clock"
+            "of the cluster's time"
         )
-    layout = _layout(message)
-    if layout.block_bytes > memory_bytes:
+    engine_pools(message)
+    block_bytes = object_bytes_max(message.namespace)
+    if block_bytes > memory_bytes:
         raise BadRegistration(
-            f"engine {message.engine}: blocks of {layout.block_bytes} bytes, but this agent has "
+            f"engine {message.engine}: blocks of {block_bytes} bytes, but this agent has "
             f"{memory_bytes} bytes of DRAM"
         )
     for index in range(len(message.ranks)):
-        _addresses(message, index)
+        _check_session(message.engine, message.ranks[index])
+        rank_addresses(message, index)
 
 
-def _layout(message: RegisterEngine) -> BlockLayout:
-    """Of the blocks that this engine's ranks hold together. Raises :class:`BadRegistration`."""
-    layout, shards = message.namespace.layout, message.shards
-    sizes = layout.component_bytes
-    if layout.shards != 1 or not 1 <= shards <= len(message.ranks) <= WORDS:
-        raise BadRegistration(f"engine {message.engine}: {shards} shards of {layout}")
-    if not 0 < layout.num_layers <= LAYERS_MAX or not 0 < layout.page_tokens <= PAGE_TOKENS_MAX:
-        raise BadRegistration(f"engine {message.engine}: {layout}")
-    if (
-        not 0 < len(sizes) <= COMPONENTS_MAX
-        or min(sizes) <= 0
-        or any(size % (shards * layout.page_tokens) for size in sizes)
-    ):
-        raise BadRegistration(f"engine {message.engine}: {sizes} bytes in {shards} shards")
-    return msgspec.structs.replace(layout, shards=shards)
+def _check_session(engine: str, memory: RankMemory) -> None:
+    if not _SESSION.fullmatch(memory.session_id):
+        raise BadRegistration(f"engine {engine}: no memory of a peer, {memory.session_id!r}")
 
 
 def _rank(message: RegisterEngine, index: int, credit: CreditWord) -> Rank:
     memory: RankMemory = message.ranks[index]
-    shard = index * message.shards // len(message.ranks)
-    addresses = _addresses(message, index)
-    return Rank(memory.session_id, addresses, memory.board_address, shard, credit, memory.data_port)
-
-
-def _addresses(message: RegisterEngine, index: int) -> np.ndarray:
-    """Of a rank's buffers. Raises :class:`BadRegistration`."""
-    memory, layout = message.ranks[index], message.namespace.layout
-    shape = (layout.num_layers, len(layout.component_bytes))
-    try:
-        addresses = np.array(memory.kv_addresses, np.int64)
-    except ValueError as error:  # rows of unlike lengths
-        raise BadRegistration(f"engine {message.engine}: {error}") from error
-    if addresses.shape != shape or not addresses.size:
-        raise BadRegistration(
-            f"engine {message.engine}: addresses of shape {addresses.shape} for a layout of {shape}"
-        )
-    end = int(addresses.max()) + max(layout.component_bytes) // message.shards * message.pages
-    if end > INT64_MAX or not _SESSION.fullmatch(memory.session_id):
-        raise BadRegistration(
-            f"engine {message.engine}: no memory of a peer, {memory.session_id} up to {end:#x}"
-        )
-    return addresses
+    _check_session(message.engine, memory)
+    layout, addresses = message.namespace.layout, rank_addresses(message, index)
+    first = next(layer for layer in range(layout.num_layers) if any(layout.sizes(layer)))
+    component = next(i for i, size in enumerate(layout.sizes(first)) if size)
+    return Rank(
+        session_id=memory.session_id,
+        addresses=addresses,
+        some_address=int(addresses[0][first, component]),
+        board_address=memory.board_address,
+        shard=index * message.shards // len(message.ranks),
+        credit=credit,
+        data_port=memory.data_port,
+    )

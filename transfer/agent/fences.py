@@ -10,8 +10,8 @@ kernel with what it was given of them. So a fence towards an engine is
    is left in a buffer of ours.
 
 What this kernel still sends for a connection that a process had closed before, only the engine
-can stop: it is told which ones are not so (:class:`common.messages.Fenced`), and ends the
-others (:mod:`engine.transfers.fence`).
+can stop: it is told which ones are not so (:class:`common.messages.from_agents.Fenced`), and ends
+the others (:mod:`engine.transfers.fence`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 
 import psutil
 
-from common.messages import Fenced
+from common.messages.from_agents import Fenced
 from transfer.agent.engines import Engine, Rank
 from transfer.connections import Connection, Endpoint, connections, cut
 from transfer.mooncake import TransferFailed, TransferPeer
@@ -81,7 +81,7 @@ class Fences:
                 self._post(lambda: ended(is_quiet))
 
     def _is_quiet(self, engine: Engine, rank: Rank) -> bool:
-        session_id, address = rank.session_id, int(rank.kv_addresses[0, 0])
+        session_id, address = rank.session_id, rank.some_address
         try:
             self._peer.meet(session_id, address)
         except TransferFailed as error:

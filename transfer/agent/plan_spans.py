@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from common.ids import PlanId
-from common.messages import ReadShare
+from common.messages.from_gateway import ReadShare
 from common.tracing.spans import NO_SPAN, OK, Attributes, Span, Tracer
 from storage.store_events import ShareSettled
 

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from common.cluster.known import KnownEngines
+from common.cluster.clock import ClusterClock
+from common.cluster.leader import Leader
 from common.ids import Incarnation
+from common.messages.from_gateway import KnownEngines
 from common.process_settings import incarnation
 from common.tracing.spans import make_tracer
 from storage.remote.tier import RemoteTier
@@ -30,6 +32,7 @@ from transfer.mooncake import TransferPeer
 from transfer.pacing import nics
 from transfer.pacing.agent_pacing import AgentPacing, PaceSettings
 from transfer.pacing.peer_nics import MovedBytes, PeerNics
+from transfer.ports.member_hosts import MemberHosts
 from transfer.ports.source_filter import admit_only
 from transfer.traffic.host import keeps_apart
 
@@ -51,15 +54,19 @@ class Resources:
         self.config = config
         self._loop = asyncio.get_running_loop()
         self.incarnation = incarnation() or Incarnation(int(time.time() * 1000))
+        self.clock = ClusterClock()
+        self.clock.note(self.incarnation)
         self.counters = AgentCounters()
         self.tracer = make_tracer(config.otlp_traces_endpoint, "dualpath-agent", config.name)
         self.peer = _start_peer(config)
+        self._hosts = MemberHosts(config.heard)
         admit_only(config.heard)  # not the control port's, whose clients prove who they are
         keys = Keys(config.name, config.control_secret)
         self.engines = frozenset(config.engines)
         """Names of those that may register."""
         self.heard = 0
         """Number of the last ``KnownEngines``."""
+        self.leader = Leader()
         self.socket = ControlSocket(config.control, keys, [GATEWAY, LAUNCHER, *self.engines])
         self.announcer = Announcer(self.incarnation, self.socket.send)
         self.memory = HostMemory(config.dram_bytes)
@@ -83,7 +90,9 @@ class Resources:
         """Let these engines in."""
         others = frozenset() if known.complete else self.engines
         self.engines = others.union(known.names)
+        self._hosts.meet(known.hosts, known.complete)
         self.heard = known.number
+        self.clock.note(known.number)
         self.socket.let_in([GATEWAY, LAUNCHER, *self.engines])
 
     def post(self, call: Callable[[], object]) -> None:

@@ -11,28 +11,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Iterator
 
-from common.cluster.known import KnownEngines
+from common.ids import PlanId
 from common.loads import AgentLoad
-from common.messages import (
-    AgentHello,
-    AgentStatus,
+from common.messages.codec import MalformedMessage, Message
+from common.messages.fields import Ping, Superseded
+from common.messages.from_agents import AgentHello, AgentStatus, KeptWitness
+from common.messages.from_engines import (
     AskFence,
     CancelJob,
     Deliver,
     KeepWitness,
-    KeptWitness,
-    MalformedMessage,
-    Message,
-    Ping,
     PullBlocks,
-    ReadShare,
     RegisterEngine,
-    ReleasePlan,
-    Subscribe,
 )
+from common.messages.from_gateway import KnownEngines, ReadShare, ReleasePlan, Subscribe
 from common.samples import Sample, reported, sample
 from storage.store_events import StoreStats
 from transfer.agent.config import AgentConfig
@@ -124,18 +118,24 @@ class Agent:
 
     def _handle(self, client: bytes, message: Message) -> None:
         match message:
-            case Ping():
+            case Ping(term=term):
                 self._greet(client)
+                if term:
+                    self._heeds(client, term)
             case Subscribe():
                 self._greet(client)
                 self._resources.announcer.subscribe(client, self._state.holdings())
-            case KnownEngines():
-                self._resources.meet(message)
-                self._state.keep_engines(self._resources.engines)
+            case KnownEngines(term=term):
+                if self._heeds(client, term):
+                    self._resources.meet(message)
+                    self._state.keep_engines(self._resources.engines)
             case RegisterEngine():
                 self._register(client, message)
-            case ReadShare():
-                self._state.read_share(client, message)
+            case ReadShare(plan=plan):
+                if self._resources.leader.has_given(plan):
+                    self._state.read_share(client, message)
+                else:
+                    self._resources.socket.send(client, Superseded(self._resources.leader.term))
             case ReleasePlan():
                 self._state.release(message.plan)
             case Deliver() | PullBlocks() | CancelJob():
@@ -147,11 +147,24 @@ class Agent:
             case _:
                 raise MalformedMessage(f"{type(message).__name__} is not for agents")
 
+    def _heeds(self, client: bytes, term: int) -> bool:
+        """Whether a gateway that says it is active is the one to obey. If it is a new one, nobody
+        needs the plans of those before it: their slots are for its own."""
+        leader = self._resources.leader
+        before = leader.term
+        if not leader.heard(term):
+            self._resources.socket.send(client, Superseded(leader.term))
+            return False
+        if leader.term > before:
+            self._state.release_before(PlanId(leader.term))
+        return True
+
     def _register(self, client: bytes, message: RegisterEngine) -> None:
         try:
             if message.engine not in self._resources.engines:
                 raise BadRegistration(f"engine {message.engine} has left the cluster")
-            check_registration(message, time.time() * 1000, self._resources.memory.size_bytes)
+            resources = self._resources
+            check_registration(message, resources.clock.now(), resources.memory.size_bytes)
             self._state = self._state.opened_for(message)
             self._state.register(client, message)
         except BadRegistration as error:
@@ -194,7 +207,8 @@ class Agent:
             dram_slots=stats.slots,
             dram_slots_free=stats.slots_available,
         )
-        return AgentStatus(load, reported(self._samples(stats)), resources.heard)
+        term = resources.leader.present_term
+        return AgentStatus(load, reported(self._samples(stats)), resources.heard, term)
 
     def _samples(self, stats: StoreStats) -> Iterator[Sample]:
         resources, state = self._resources, self._state

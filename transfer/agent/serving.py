@@ -9,30 +9,23 @@ import logging
 import threading
 import time
 from collections.abc import Sequence, Set
+from functools import partial
 from typing import TypeVar
 
 import msgspec
 
 from common.block import BlockKey
 from common.ids import NO_JOB, PlanId
-from common.messages import (
-    AskFence,
-    CancelJob,
-    Deliver,
-    Holding,
-    JobEnded,
-    PullBlocks,
-    PullEnded,
-    ReadShare,
-    RegisterEngine,
-    ShareRead,
-    UnknownEngine,
-)
+from common.messages.from_agents import Holding, JobEnded, PullEnded, ShareRead, UnknownEngine
+from common.messages.from_engines import AskFence, CancelJob, Deliver, PullBlocks, RegisterEngine
+from common.messages.from_gateway import ReadShare
 from common.samples import Sample, sample
 from storage.slot_pool import SlotPool
 from storage.store_events import StoreStats
 from storage.store_options import StoreOptions
 from storage.tiered_store import TieredStore
+from storage.tiers.contract import Tier
+from transfer.agent.engine_pools import object_bytes_max
 from transfer.agent.engines import Engine, Engines
 from transfer.agent.fences import Fences, fenced
 from transfer.agent.jobs.deliver_jobs import DeliverJobs
@@ -57,11 +50,16 @@ class Unserved:
     def opened_for(self, message: RegisterEngine) -> Unserved | Serving:
         """The state in which the engine can be registered: the store is open, for blocks of its
         layout. This one again if they do not fit into the agent's memory."""
-        layout = message.namespace.layout
+        block_bytes = object_bytes_max(message.namespace)
         try:
-            pool = SlotPool(self._resources.memory.view, layout.block_bytes)
+            pool = SlotPool(self._resources.memory.view, block_bytes)
         except (ValueError, ZeroDivisionError) as error:
-            log.error("engine refused engine=%s layout=%s: %s", message.engine, layout, error)
+            log.error(
+                "engine refused engine=%s layout=%s: %s",
+                message.engine,
+                message.namespace.layout,
+                error,
+            )
             return self
         return Serving(self._resources, pool)
 
@@ -84,6 +82,9 @@ class Unserved:
 
     def release(self, plan: PlanId) -> None:
         """Nothing is held for it."""
+
+    def release_before(self, first: PlanId) -> None:
+        """Nor for any."""
 
     def job(self, client: bytes, message: Deliver | PullBlocks | CancelJob) -> None:
         """Of a stranger."""
@@ -118,6 +119,8 @@ class Serving:
             write_policy=config.write_policy,
             promotion_policy=config.promotion_policy,
         )
+        if resources.ssd is not None:
+            resources.ssd.share_slots(pool.block_bytes)
         self._store = TieredStore(pool, resources.ssd, resources.remote, options)
         spans = PlanSpans(resources.tracer, config.name)
         self._shares = Shares(
@@ -135,7 +138,12 @@ class Serving:
             resources.deliver_queue, pool, address, self._shares.is_zero_io, reports, spans
         )
         self._pulls = PullJobs(
-            resources.pull_queue, self._store, address, config.host, self._held, reports
+            resources.pull_queue,
+            self._store,
+            address,
+            config.host,
+            partial(_held, self._store, resources.tiers),
+            reports,
         )
         self._fences = Fences(resources.peer, resources.post)
         for holding in self._store.holdings():
@@ -155,7 +163,7 @@ class Serving:
 
     def register(self, client: bytes, message: RegisterEngine) -> None:
         """Raises :class:`~transfer.agent.engines.BadRegistration`."""
-        block_bytes = message.namespace.layout.block_bytes
+        block_bytes = object_bytes_max(message.namespace)
         if block_bytes != self._store.pool.block_bytes:
             log.error(
                 "engine refused engine=%s block_bytes=%d: this agent's slots are for %d bytes",
@@ -203,6 +211,10 @@ class Serving:
         """Nobody needs its blocks any more."""
         self._shares.release(plan)
 
+    def release_before(self, first: PlanId) -> None:
+        """Likewise all plans that are older than this one."""
+        self._shares.release_before(first)
+
     def job(self, client: bytes, message: Deliver | PullBlocks | CancelJob) -> None:
         """Start it, once, or cancel it."""
         engine = self._engines.find(client)
@@ -246,12 +258,6 @@ class Serving:
         """Everything held now."""
         return self._store.holdings()
 
-    def _held(self, keys: list[BlockKey]) -> list[bool]:
-        held = self._store.is_resident(keys)
-        for tier in self._resources.tiers:
-            held = [a or b for a, b in zip(held, tier.contains(keys), strict=True)]
-        return held
-
     def poll(self) -> None:
         """Act on what the store has to tell."""
         for event in self._store.poll(time.monotonic()):
@@ -274,10 +280,17 @@ class Serving:
         )
 
 
+def _held(store: TieredStore, tiers: Sequence[Tier], keys: list[BlockKey]) -> list[bool]:
+    held = store.is_resident(keys)
+    for tier in tiers:
+        held = [a or b for a, b in zip(held, tier.contains(keys), strict=True)]
+    return held
+
+
 def _meet(peer: TransferPeer, engine: Engine) -> None:
     for rank in engine.ranks:
         try:
-            peer.meet(rank.session_id, int(rank.kv_addresses[0, 0]))
+            peer.meet(rank.session_id, rank.some_address)
         except TransferFailed as error:
             log.warning("engine not met engine=%s error=%s", engine.name, error)
 

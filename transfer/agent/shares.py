@@ -11,7 +11,9 @@ import msgspec
 
 from common.block import BlockKey, BlockLayout
 from common.ids import PlanId
-from common.messages import ReadShare, ShareRead
+from common.messages.from_agents import ShareRead
+from common.messages.from_gateway import ReadShare
+from storage.share_reads import NO_SIZES
 from storage.store_events import ShareSettled
 from storage.tiered_store import TieredStore
 from transfer.agent.plan_spans import PlanSpans
@@ -56,8 +58,11 @@ class Shares:
             return
         if message.experiment.zero_io and not self._takes_zero_io:
             log.error("plan without I/O refused: this agent measures nothing plan=%d", message.plan)
-            nothing = [False] * len(message.keys)
-            self._reply(client, ShareRead(message.plan, nothing, {}, 0.0, 0.0))
+            self._reply_nothing(client, message)
+            return
+        if not self._are_sizes(message):
+            log.error("share refused: sizes that no object has here plan=%d", message.plan)
+            self._reply_nothing(client, message)
             return
         now = time.monotonic()
         loop = asyncio.get_running_loop()
@@ -69,7 +74,18 @@ class Shares:
             everything = [True] * len(message.keys)
             self._reply(client, ShareRead(message.plan, everything, {}, 0.0, 0.0))
             return
-        self._store.admit(message.plan, message.keys, now + message.deadline_s, now)
+        sizes = dict(zip(message.keys, message.sizes, strict=True)) if message.sizes else NO_SIZES
+        self._store.admit(message.plan, message.keys, now + message.deadline_s, now, sizes)
+
+    def _are_sizes(self, message: ReadShare) -> bool:
+        if not message.sizes:
+            return True
+        fits = 0 < min(message.sizes) and max(message.sizes) <= self._store.pool.block_bytes
+        return fits and len(message.sizes) == len(message.keys)
+
+    def _reply_nothing(self, client: bytes, message: ReadShare) -> None:
+        nothing = [False] * len(message.keys)
+        self._reply(client, ShareRead(message.plan, nothing, {}, 0.0, 0.0))
 
     def release(self, plan: PlanId) -> None:
         """Nobody needs the plan's blocks, except jobs, which keep theirs themselves."""
@@ -79,6 +95,14 @@ class Shares:
             self._zero_io.discard(plan)
             self._spans.forget(plan)
             self._store.release(plan)
+
+    def release_before(self, first: PlanId) -> None:
+        """Another gateway's plans begin with this one: nobody needs older ones."""
+        older = [plan for plan in self._shares if plan < first]
+        for plan in older:
+            self.release(plan)
+        if older:
+            log.warning("plans of a former gateway released plans=%d", len(older))
 
     def is_zero_io(self, plan: PlanId) -> bool:
         """Is the plan one of a measurement without I/O?"""

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from common.cluster.known import KnownAgents, KnownEngines
-from common.messages import (
+from common.messages.codec import MalformedMessage, Message, decode
+from common.messages.fields import Ping
+from common.messages.from_engines import (
     AskFence,
     CancelJob,
     Deliver,
+    KeepWitness,
+    PullBlocks,
+    RegisterEngine,
+)
+from common.messages.from_gateway import (
+    CommitWeights,
     EndPlan,
     EnginePlan,
-    KeepWitness,
-    MalformedMessage,
-    Message,
-    Ping,
-    PullBlocks,
+    KnownAgents,
+    KnownEngines,
     ReadShare,
-    RegisterEngine,
     ReleasePlan,
     Subscribe,
-    decode,
 )
 
 GATEWAY, LAUNCHER = "gateway", "launcher"
@@ -34,6 +36,7 @@ _GATEWAYS = (
     EndPlan,
     KnownAgents,
     KnownEngines,
+    CommitWeights,
 )
 _ENGINES = (
     RegisterEngine,

@@ -15,7 +15,7 @@ import msgspec
 
 from common.process_settings import RUN_FOLDER
 from transfer.connections import Address, address_of, sockets_of
-from transfer.ports.source_filter import filter_of, parse, program
+from transfer.ports.source_filter import admitted, filter_of, parse
 
 _SETTINGS = ("DUALPATH_AGENT", "DUALPATH_ENGINE", "DUALPATH_GATEWAY")
 """Variables that hold them, each of one kind of process."""
@@ -34,7 +34,7 @@ class Listener(msgspec.Struct, frozen=True, order=True):
     where: str
     protection: str
     is_open: bool
-    """To hosts that the configuration does not name."""
+    """To others than the hosts that the configuration names, and the gateway as members'."""
 
 
 class _Process(msgspec.Struct, frozen=True):
@@ -107,7 +107,7 @@ def _tcp(process: _Process, inodes: dict[int, int]) -> Iterator[tuple[Listener, 
 def _protection(
     process: _Process, address: Address, port: int, descriptor: int
 ) -> tuple[bool, str]:
-    """Whether others than the configuration names are heard, and who is."""
+    """Whether others are heard than the cluster's hosts, and who is."""
     if address.is_loopback:
         return False, "this host alone"
     if process.kind == "gateway":
@@ -121,10 +121,14 @@ def _protection(
         code = _filter_at(process.pid, descriptor)
     except OSError as error:
         return True, f"not to be seen from here ({error.strerror}): run this as root"
-    networks = [str(network) for network in heard]
-    if code != program(parse(networks)):
+    try:
+        networks = admitted(code)
+    except ValueError:
         return True, "OPEN to everyone who reaches this address"
-    return False, f"packets from {', '.join(networks)} alone"
+    named = parse(str(network) for network in heard)
+    members = [network for network in networks if network not in named]
+    hears_more = any(network.prefixlen < network.max_prefixlen for network in members)
+    return hears_more, f"packets from {', '.join(map(str, networks))} alone"
 
 
 def _control_ports(process: _Process) -> set[int]:

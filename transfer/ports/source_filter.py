@@ -15,7 +15,7 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from transfer.connections import own_sockets
 
@@ -47,6 +47,15 @@ def parse(networks: Iterable[str]) -> list[Network]:
     return [ipaddress.ip_network(network) for network in networks]
 
 
+def is_address(host: str) -> bool:
+    """And not a name, which is an address only once it is resolved."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def program(networks: Sequence[Network]) -> bytes:
     """Of the filter that takes packets from these networks alone."""
     ipv4 = [each for network in networks if network.version == 4 for each in _takes(network)]
@@ -65,6 +74,35 @@ def program(networks: Sequence[Network]) -> bytes:
     if len(instructions) > INSTRUCTIONS_MAX:
         raise CannotFilter(f"{len(networks)} networks are too many: join some to larger ones")
     return b"".join(_INSTRUCTION.pack(*each) for each in instructions)
+
+
+def admitted(code: bytes) -> list[Network]:
+    """Whom a filter takes that :func:`program` has made; raises ValueError for another one."""
+    instructions: list[Instruction] = list(_INSTRUCTION.iter_unpack(code))
+    try:
+        end = 3 + instructions[2][3] - 1
+        found = [*_taken(instructions[3:end], 4), *_taken(instructions[end + 3 : -1], 6)]
+    except (IndexError, OverflowError, ValueError) as error:
+        raise ValueError("not a filter of ours") from error
+    if program(found) != code:
+        raise ValueError("not a filter of ours")
+    return found
+
+
+def _taken(instructions: Sequence[Instruction], version: int) -> Iterator[Network]:
+    """What :func:`_takes` has been given."""
+    kind, size = (ipaddress.IPv4Network, 4) if version == 4 else (ipaddress.IPv6Network, 16)
+    address, mask, at, part = bytearray(size), bytearray(size), 0, 0
+    for code, _, _, value in instructions:
+        if code == _LOAD_WORD:
+            at, part = value - _NETWORK_HEADER - _SOURCE[version], 0xFFFFFFFF
+        elif code == _AND:
+            part = value
+        elif code == _JUMP_IF_EQUAL:
+            address[at : at + 4], mask[at : at + 4] = value.to_bytes(4), part.to_bytes(4)
+        elif code == _RETURN:
+            yield kind((int.from_bytes(address), int.from_bytes(mask).bit_count()))
+            address, mask = bytearray(size), bytearray(size)
 
 
 def _takes(network: Network) -> list[Instruction]:
@@ -89,17 +127,27 @@ def admit_only(networks: Sequence[str]) -> None:
     alone; so do connections that have been accepted meanwhile. Call it again when there are new
     ports. No networks: everyone. Raises :class:`CannotFilter`.
     """
-    if not networks:
-        return
-    code = program(parse(networks))
-    ports = set()
+    if networks:
+        _filter_ports(program(parse(networks)), lambda port: True)
+
+
+def admit_others(networks: Sequence[str]) -> None:
+    """Likewise, but only ports that hear some networks alone by now: not those that were opened
+    since, such as the control port, whose clients prove who they are."""
+    _filter_ports(program(parse(networks)), lambda port: bool(filter_of(port)))
+
+
+def _filter_ports(code: bytes, is_meant: Callable[[socket.socket], bool]) -> None:
+    ports: set[int] = set()
     for listening in (True, False):  # then connections, which are of a port that has its filter
         for tcp in own_tcp_sockets():
             host, port = tcp.getsockname()[:2]
-            if listening and _listens(tcp) and not ipaddress.ip_address(host).is_loopback:
-                ports.add(port)
+            if listening != _listens(tcp):
+                continue
+            if not listening and port in ports:
                 _attach(tcp, code)
-            elif not listening and not _listens(tcp) and port in ports:
+            elif listening and not ipaddress.ip_address(host).is_loopback and is_meant(tcp):
+                ports.add(port)
                 _attach(tcp, code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.runtime import runtime
+from engine.sglang.states.slots import offer_answer
 from engine.sglang.views import Batch, Request
 
 
@@ -22,9 +23,10 @@ def before_checkpoint(tree: object, req: Request, *, up_to: int, **_: object) ->
     ``up_to`` counts what SGLang has committed, also the token that the batch in flight (a
     batch ahead, with overlap) is about to compute.
     """
-    persister = runtime().persister
-    persister.advance(req, min(up_to, _computed_tokens(req)))
+    persister, tokens = runtime().persister, min(up_to, _computed_tokens(req))
+    persister.advance(req, tokens)
     if req.finished():
+        offer_answer(req, tokens)
         persister.end(req)
 
 

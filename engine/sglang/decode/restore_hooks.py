@@ -14,6 +14,8 @@ from sglang.srt.disaggregation.base import KVPoll
 from engine.decode.restore import Restore, Restores, RestoreState
 from engine.runtime import runtime
 from engine.sglang.border import Use
+from engine.sglang.kv_pool import allocators_of
+from engine.sglang.pools import deepseek_v4
 
 _QUEUE = "disaggregation.decode."
 _MATCH = "disaggregation.decode_hicache_mixin.DecodePrefixMatch."
@@ -30,6 +32,10 @@ USES = (
     ),
     Use(_QUEUE + "DecodePreallocQueue.token_to_kv_pool_allocator", "allocates the gap's pages"),
     Use("mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc", "pages, as rows"),
+    Use(
+        "mem_cache.allocator.swa.SWATokenToKVPoolAllocator.clear_full_to_swa_mapping",
+        "the gap's tokens have no windows",
+    ),
     Use(_QUEUE + "DecodePreallocQueue.req_to_token_pool", "the table of the requests' rows"),
     Use("mem_cache.memory_pool.ReqToTokenPool.write", "note the gap's rows there"),
     Use(_QUEUE + "DecodeTransferQueue.queue", "requests whose KV is on its way"),
@@ -61,6 +67,14 @@ def _restore_of(decode_req: Any) -> Restore | None:
     return getattr(decode_req.prefix_match, "dualpath_restore", None)
 
 
+def around_validation(original: Any, *, token_to_kv_pool: Any, **given: Any) -> None:
+    """AROUND ``validate_decode_radix_cache``: of DeepSeek-V4 a decode engine's cache gives what is
+    by pages of tokens alone, up to where P's windows begin, with which their states come; those of
+    requests P sends whole."""
+    if type(token_to_kv_pool).__name__ != deepseek_v4.NAME or deepseek_v4.refusal(token_to_kv_pool):
+        original(token_to_kv_pool=token_to_kv_pool, **given)
+
+
 def around_match(original: Any, queue: Any, req: Any) -> Any:
     """AROUND ``DecodePreallocQueue._match_prefix_and_lock``."""
     tokens_max = _restores().match_tokens_max(req)
@@ -74,9 +88,12 @@ def around_match(original: Any, queue: Any, req: Any) -> Any:
         req.origin_input_ids = prompt
 
 
-def after_prefix_match(match: Any, queue: Any, req: Any, result: Any, **_: Any) -> Any:
-    """AFTER ``_build_decode_prefix_match``: promise the plan's blocks as well."""
-    restore = _restores().promise(req, match.l1_prefix_len)
+def after_prefix_match(
+    match: Any, queue: Any, req: Any, result: Any, *, max_prefix_len: int | None = None
+) -> Any:
+    """AFTER ``_build_decode_prefix_match``: promise the plan's blocks as well. With windows
+    SGLang allocates their whole tail afresh: a prefix ends before it."""
+    restore = _restores().promise(req, match.l1_prefix_len, max_prefix_len)
     if restore is not None:
         match.dualpath_restore = restore
         page = queue.tree_cache.page_size
@@ -97,9 +114,13 @@ def around_pre_alloc(
     kv_loc = original(queue, req, prefix_indices, prefix_len, total_prefix_len)
     gap = (total_prefix_len or 0) - (prefix_len or 0)
     if gap > 0:
-        rows = queue.token_to_kv_pool_allocator.alloc(gap)
+        allocator = queue.token_to_kv_pool_allocator
+        kv_pages, *of_windows = allocators_of(allocator)
+        rows = kv_pages.alloc(gap)
         if rows is None:
             raise RuntimeError(f"no pages for a restore of {gap} tokens: admission is wrong")
+        if of_windows:
+            allocator.clear_full_to_swa_mapping(rows)
         queue.req_to_token_pool.write(
             (req.kv.req_pool_idx, slice(prefix_len, total_prefix_len)), rows
         )
@@ -189,3 +210,8 @@ def before_release(queue: Any, decode_req: Any) -> None:
 def less_unevictable(result: int, queue: Any, *_: Any, **__: Any) -> int:
     """AFTER ``_allocatable_token_budgets``: evicting pages under transfer yields nothing."""
     return result - runtime().holds.unevictable_tokens
+
+
+def less_unevictable_windows(result: int, queue: Any, *_: Any, **__: Any) -> int:
+    """AFTER ``_swa_tail_allocatable_token_budget``."""
+    return result - sum(part.unevictable_tokens for part in runtime().holds.parts)

@@ -61,6 +61,14 @@ def before_latent_write(pool: Any, layer: Any, *_: Any, **__: Any) -> None:
         forward.before_attention(layer.layer_id)
 
 
+def before_index_read(cache: Any, layer_id: int, *_: Any, **__: Any) -> None:
+    """BEFORE ``IndexKeyCache.get_local_buffer``: the indexer reads the keys of the prefix ahead
+    of the attention."""
+    forward = _current()
+    if forward is not None:
+        forward.before_attention(layer_id)
+
+
 def around_layer_attention(original: Any, attention: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND ``RadixAttention.forward``, which some kinds of attention do not hand on to
     ``AttentionBackend.forward``."""
@@ -73,14 +81,33 @@ def around_backend_attention(
     """AROUND ``AttentionBackend.forward``: one layer's, the writing of its KV included. The
     replay of a breakable CUDA graph calls it at each break, and ``RadixAttention.forward``
     not at all."""
+    return _followed(
+        lambda: around_recurrence(original, backend, q, k, v, layer, *args, **kwargs), layer
+    )
+
+
+def around_hybrid_attention(
+    original: Any,
+    backend: Any,
+    q: Any = None,
+    k: Any = None,
+    v: Any = None,
+    layer: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """AROUND ``HybridLinearAttnBackend.forward``: the same of models with recurrent layers, which
+    come here without a query."""
+    around = around_recurrence if q is None else around_backend_attention
+    return around(original, backend, q, k, v, layer, *args, **kwargs)
+
+
+def around_recurrence(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND ``Mamba2AttnBackend.forward``, and where any layer's tokens meet: it is timed."""
     engine = runtime_if_up()
     if engine is None:
-        return original(backend, q, k, v, layer, *args, **kwargs)
-    clock = engine.prefill_timing.clock
-    return _followed(
-        lambda: clock.attention(lambda: original(backend, q, k, v, layer, *args, **kwargs)),
-        layer,
-    )
+        return original(*args, **kwargs)
+    return engine.prefill_timing.clock.attention(lambda: original(*args, **kwargs))
 
 
 def _followed(run: Callable[[], Any], attention: Any) -> Any:

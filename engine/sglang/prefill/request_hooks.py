@@ -27,9 +27,17 @@ def before_add_request(queue: Any, req: Any, *_: Any, **__: Any) -> None:
 
 def _refuse_other_weights(req: Any) -> None:
     """Abort a request whose plan was accepted before the last weight update: its decode engine
-    would take this engine's KV for that of the older weights. The gateway plans it again."""
+    would take this engine's KV for that of the older weights. The gateway plans it again. But one
+    that its decode engine has retracted for the update is to be computed anew, all of it."""
     engine = runtime_if_up()
-    if engine is not None and engine.plans.is_outdated(req.rid):
+    if engine is None:
+        return
+    is_retracted = engine.plans.arrives(req.rid)
+    if not engine.plans.is_outdated(req.rid):
+        return
+    if is_retracted:
+        engine.plans.drop(req.rid)
+    else:
         unavailable = HTTPStatus.SERVICE_UNAVAILABLE
         req.set_finish_with_abort(PLAN_OUTDATED, unavailable, "ServiceUnavailableError")
 

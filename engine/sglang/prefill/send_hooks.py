@@ -17,18 +17,23 @@ def around_add_transfer(
     kv_indices: Any,
     index_slice: slice,
     is_last_chunk: bool,
+    aux_index: int | None = None,
+    state_indices: Any = None,
     *args: Any,
     wait_event: Any = None,
     **kwargs: Any,
 ) -> Any:
     """AROUND ``MooncakeKVManager.add_transfer_request``: a chunk whose layers went out by
-    themselves has no pages left to send; its message to the decode engine waits for them.
-    With a layer window others have nothing to send any more, so they fail."""
+    themselves has no pages left to send, nor index keys, which SGLang sends with the last chunk,
+    as it does windows; its message to the decode engine waits for them. With a layer window
+    others have nothing to send any more, so they fail."""
     followed = forwards()
     if followed is not None:
         sends = followed.suffix.claim(bootstrap_room, index_slice.stop, is_last_chunk)
         if sends is not None:
             kv_indices = kv_indices[:0]
+            if followed.suffix.sends_index_keys:
+                state_indices = None
             wait_event = SendsDone(partial(followed.suffix.settle, bootstrap_room, sends))
         elif followed.window is not None and len(kv_indices):
             reason = "its KV could not leave layer by layer (unlike --tp?)"
@@ -40,6 +45,8 @@ def around_add_transfer(
         kv_indices,
         index_slice,
         is_last_chunk,
+        aux_index,
+        state_indices,
         *args,
         wait_event=wait_event,
         **kwargs,

@@ -4,11 +4,13 @@ view of SGLang's ``MooncakeKVManager`` (disaggregation/mooncake/conn.py)."""
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 from sglang.srt.disaggregation.base import KVPoll
+from sglang.srt.disaggregation.base.conn import StateType
 
 from engine.sglang.border import Use
 from engine.sglang.views import Request, TransferEngine
@@ -25,6 +27,14 @@ USES = (
     Use(_MANAGER + "kv_args", "this engine's KV buffers"),
     Use(_OWN + "kv_data_ptrs", "their addresses, all layers of K first"),
     Use(_OWN + "kv_item_lens", "bytes of a page in each"),
+    Use(_OWN + "num_draft_entries", "how many of them are a draft's: the last"),
+    Use("disaggregation.base.conn.StateType.DSA", "index keys, with the page numbers of the KV"),
+    Use("disaggregation.base.conn.StateType.SWA", "windows, which SGLang sends"),
+    Use(_OWN + "state_types", "what is kept beside the KV"),
+    Use(_OWN + "state_data_ptrs", "of each its addresses, by layer"),
+    Use(_OWN + "state_item_lens", "of each bytes of a page, by layer; 0 where there is nothing"),
+    Use(_PEER + "dst_state_data_ptrs", "the same of a decode engine"),
+    Use(_PEER + "dst_state_item_lens", "the same of a decode engine"),
     Use(_MANAGER + "decode_kv_args_table", "session -> the KV buffers of that decode engine"),
     Use(_PEER + "dst_kv_ptrs", "their addresses, in the order of ours"),
     Use(_PEER + "dst_kv_item_len", "bytes of a page there; others than here: not page by page"),
@@ -102,16 +112,36 @@ class SendManager:
             and info.dst_device_kv_indices is None
             and len(peer.dst_kv_ptrs) == len(own.kv_data_ptrs)
             and peer.dst_kv_item_len == own.kv_item_lens[0]
+            and set(own.state_types) <= {StateType.DSA, StateType.SWA}
+            and len(peer.dst_state_data_ptrs) == len(own.state_types)
         )
 
-    def buffers(self, session_id: str, which: slice) -> Buffers:
-        """For page-wise transfers with a decode engine."""
+    @property
+    def has_index_keys(self) -> bool:
+        """Whether they go layer by layer with the KV; windows go with SGLang's last send."""
+        return list(self._manager.kv_args.state_types) == [StateType.DSA]
+
+    def buffers(
+        self, session_id: str, layer: int, kv_layers: Sequence[int], with_index: bool = False
+    ) -> Buffers:
+        """Of one layer, which is one of those with KV (``kv_layers``), for page-wise transfers
+        with a decode engine; index keys on request. A draft has as many buffers for each of its
+        layers; these are the last layers, and its buffers the last ones."""
         own, peer = self._manager.kv_args, self._manager.decode_kv_args_table[session_id]
-        return Buffers(
-            np.array(own.kv_data_ptrs[which], np.int64),
-            np.array(peer.dst_kv_ptrs[which], np.int64),
-            np.array(own.kv_item_lens[which], np.int64),
-        )
+        of_layer = len(own.kv_data_ptrs) // len(kv_layers)
+        draft_layers = own.num_draft_entries // of_layer
+        at, layers = kv_layers.index(layer), len(kv_layers) - draft_layers
+        which = slice(at, layers * of_layer, layers)
+        if at >= layers:
+            which = slice(layers * of_layer + at - layers, None, draft_layers)
+        here, there = own.kv_data_ptrs[which], peer.dst_kv_ptrs[which]
+        page_bytes = own.kv_item_lens[which]
+        # A decode engine has no memory for the layers that share an indexer.
+        if with_index and self.has_index_keys and peer.dst_state_item_lens[0][layer]:
+            here = [*here, own.state_data_ptrs[0][layer]]
+            there = [*there, peer.dst_state_data_ptrs[0][layer]]
+            page_bytes = [*page_bytes, own.state_item_lens[0][layer]]
+        return Buffers(*(np.array(of, np.int64) for of in (here, there, page_bytes)))
 
     # ---- how sends end ----
 

@@ -6,12 +6,22 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from sglang.srt.configs.model_config import is_deepseek_dsa
+
 from engine.config import EngineConfig
 from engine.sglang.border import Use
 
 _MHA = "mem_cache.memory_pool.MHATokenToKVPool."
 _MLA = "mem_cache.memory_pool.MLATokenToKVPool."
 USES = (
+    Use("configs.model_config.is_deepseek_dsa", "whether a token also takes index keys"),
+    Use("mem_cache.kv_cache_configurator.KVCacheConfigurator.model_config", "the model"),
+    Use("configs.model_config.ModelConfig.hf_config", "what says so"),
+    Use(
+        "model_executor.pool_configurator.DefaultPoolConfigurator._compute_dsa_indexer_cell_size",
+        "their bytes, which no window shortens",
+        keywords=("kvc", "num_layers"),
+    ),
     Use(_MHA + "layer_num", "how many buffers are made: set to W meanwhile"),
     Use(_MLA + "layer_num", "the same"),
     Use(_MHA + "k_buffer", "the buffers, by layer: replaced by a list with repetitions"),
@@ -51,9 +61,14 @@ def after_kv_size(result: Any, pool: Any) -> Any:
 
 def after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) -> int:
     """AFTER ``_compute_cell_size``: bytes that a token takes, from which SGLang sizes the
-    pool for the device's memory."""
+    pool for the device's memory. Index keys are kept of every layer."""
     window = _window_of(num_layers)
-    return -(-result * window // num_layers) if window else result
+    if not window:
+        return result
+    whole = 0
+    if is_deepseek_dsa(kvc.model_config.hf_config):
+        whole = configurator._compute_dsa_indexer_cell_size(kvc=kvc, num_layers=num_layers)
+    return whole - (whole - result) * window // num_layers
 
 
 def around_fused_write(original: Callable[[Any], bool], forward_batch: Any) -> bool:

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request, Response
 from launch.gateway.dashboard.page import headers, page
 from launch.gateway.doors.doors import DASHBOARD
 from launch.gateway.errors import BadRequest
-from launch.gateway.services import Services
+from launch.gateway.services import services_of
 
 DIGITS_MAX = 15
 
@@ -24,6 +24,5 @@ def dashboard_routes(app: FastAPI) -> None:
         after_ms = request.query_params.get("after_ms", "0")
         if not after_ms.isdecimal() or len(after_ms) > DIGITS_MAX:
             raise BadRequest("after_ms is a point's at_ms")
-        services: Services = request.app.state.services
-        view = services.history.view(int(after_ms))
+        view = services_of(request).history.view(int(after_ms))
         return Response(msgspec.json.encode(view), media_type="application/json")

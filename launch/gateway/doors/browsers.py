@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 
 from launch.gateway.doors.refusals import Forbidden, NotJson
+from transfer.ports.source_filter import is_address
 
 READING = ("GET", "HEAD", "OPTIONS")
 
@@ -65,7 +66,7 @@ class BrowserRules:
 
     def knows(self, host: str) -> bool:
         """An address needs no name server, so nobody can have made it point here."""
-        return not host or host in self._hosts or is_loopback(host) or _is_address(host)
+        return not host or host in self._hosts or is_loopback(host) or is_address(host)
 
     def _check_origin(self, request: Request) -> None:
         origin = request.headers.get("origin", "").lower()
@@ -80,14 +81,6 @@ class BrowserRules:
                 "--allowed-origins to let it.",
                 "origin",
             )
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _check_content_type(request: Request) -> None:

@@ -13,12 +13,13 @@ from launch.gateway.doors.browsers import READING, BrowserRules, host_of, is_loo
 from launch.gateway.doors.keys import ApiKey, Keyring
 from launch.gateway.doors.refusals import Forbidden, Refusal, Unauthorized
 from launch.gateway.doors.settings import DoorKeys, DoorSettings
-from launch.gateway.doors.visitor import Visitor
+from launch.gateway.doors.visitor import Visitor, authorization_of
+from launch.gateway.routes.table import CHANGING_STATE, OPERATORS
 
 log = logging.getLogger(__name__)
 
 DASHBOARD = "/dashboard"
-OPEN = ("/health", "/health_generate", "/metrics", DASHBOARD)
+OPEN = ("/health", "/health_generate", "/ready", "/ping", "/metrics", DASHBOARD)
 """For probes and Prometheus, as SGLang's: they need no key and say nothing of a request. Nor does
 the dashboard's page, which asks operators' routes for what it shows."""
 ABORT = "/abort_request"
@@ -33,7 +34,7 @@ _WORKERS = ("/workers", "/list_workers", "/add_worker", "/remove_worker")
 
 def is_operators(path: str) -> bool:
     """Whether a route is for operators alone."""
-    if path in _WORKERS or path.startswith("/workers/"):
+    if path in _WORKERS or path.startswith(("/workers/", "/dumper/")) or path in OPERATORS:
         return True
     return path == "/flush_cache" or path == "/admin" or path.startswith("/admin/")
 
@@ -77,9 +78,9 @@ class Doors:
         path: str = request.scope["path"]  # a URL would be made of what Host says
         if path in OPEN:
             return Visitor()
-        changes_state = request.method not in READING or path == "/flush_cache"
+        changes_state = request.method not in READING or path in CHANGING_STATE
         self._browsers.check(request, changes_state)
-        authorization = request.headers.get("authorization")
+        authorization = authorization_of(request)
         if path.startswith(MEMBERSHIP):
             if self._nodes.tenant(authorization) is None:
                 raise Unauthorized("This is for nodes that have the cluster's secret.")
@@ -96,7 +97,7 @@ class Doors:
     def _no_operator(self, request: Request, tenant: str | None) -> Refusal | None:
         """Why it is not an operator's."""
         if self._operators:
-            if self._operators.tenant(request.headers.get("authorization")) is not None:
+            if self._operators.tenant(authorization_of(request)) is not None:
                 return None
             return Unauthorized(
                 "This is for operators: send Authorization: Bearer KEY with a key of "

@@ -18,3 +18,9 @@ def visitor_of(request: Request) -> Visitor:
     """Known to every route."""
     visitor: Visitor = request.state.visitor
     return visitor
+
+
+def authorization_of(request: Request) -> str | None:
+    """The header ``Authorization``; Anthropic's clients send their key as ``x-api-key``."""
+    key = request.headers.get("x-api-key")
+    return request.headers.get("authorization") or (f"Bearer {key}" if key else None)

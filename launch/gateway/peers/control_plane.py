@@ -13,23 +13,15 @@ import time
 from collections.abc import Callable, Sequence
 
 from common.ids import Incarnation
-from common.messages import (
-    AgentHello,
-    AgentStatus,
-    Announcement,
-    Delivered,
-    EngineEnds,
-    EngineHello,
-    Ping,
-    PlanAccepted,
-    PlanRefused,
-    ShareRead,
-)
+from common.messages.fields import Ping, Superseded
+from common.messages.from_agents import AgentHello, AgentStatus, Announcement, Delivered, ShareRead
+from common.messages.from_engines import EngineEnds, EngineHello, PlanAccepted, PlanRefused
 from launch.gateway.config import GatewayConfig
 from launch.gateway.peers.known_members import KnownMembers
 from launch.gateway.peers.membership import Membership
 from launch.gateway.peers.peer import AgentPeer, EnginePeer
 from launch.gateway.peers.plan_handover import PlanHandover
+from launch.gateway.standby.leadership import Leadership
 from scheduler.plan import Plan
 from scheduler.scheduler import Scheduler
 
@@ -43,16 +35,19 @@ CHECK_S = 0.25
 class ControlPlane:
     """All peers, and the scheduler that their reports feed. Lives in one asyncio loop."""
 
-    def __init__(self, config: GatewayConfig, scheduler: Scheduler) -> None:
+    def __init__(self, config: GatewayConfig, scheduler: Scheduler, leadership: Leadership) -> None:
         self.scheduler = scheduler
+        self.leadership = leadership
         self.members = Membership(config)
         self.plans = PlanHandover(self.members, config.read_timeout_s, scheduler.engine_lost)
         self.on_engine_lost: Callable[[str, Incarnation, Sequence[str]], None] = _nobody
         """Told of an engine's loss, and of the requests that its last words were about, before
         those who watch it are."""
+        self.on_engine_heard: Callable[[], None] = _not_asked
+        """Told of each report of an engine."""
         self.changed = asyncio.Event()
         """Set at all that may let a queued request go on."""
-        self.known = KnownMembers(self.members)
+        self.known = KnownMembers(self.members, leadership)
         self.serving: dict[str, asyncio.Task[None]] = {}
         """By peer: what hears it."""
         self._watch: asyncio.Task[None] | None = None
@@ -125,7 +120,7 @@ class ControlPlane:
             pinged_s = now if due else pinged_s
             for peer in peers:
                 if due or not self.members.alive(peer):  # one that comes back is wanted at once
-                    peer.try_send(Ping())
+                    peer.try_send(Ping(self.leadership.term if self.leadership.is_active else 0))
             for agent in self.members.agents.values():
                 if not agent.synced and agent.incarnation >= 0:
                     agent.resync(now)
@@ -163,6 +158,8 @@ class ControlPlane:
                     self.plans.share_read(agent.name, message)
                 case Delivered():
                     self.plans.delivered(message)
+                case Superseded():
+                    self.known.refused(agent, message.term)
                 case _:
                     agent.malformed_total += 1
 
@@ -192,6 +189,8 @@ class ControlPlane:
                     log.error("engine ends engine=%s reason=%s", engine.name, message.reason)
                     engine.ended = incarnation
                     self._engine_lost(engine, f"ended: {message.reason}", message.rids)
+                case Superseded():
+                    self.known.refused(engine, message.term)
                 case PlanAccepted() | PlanRefused():
                     self.plans.answered(engine.name, message)
                 case _:
@@ -211,6 +210,7 @@ class ControlPlane:
             return
         engine.lost = False
         self.scheduler.report(hello.load, engine.last_seen_s)
+        self.on_engine_heard()
         self.changed.set()
 
     def _engine_lost(self, engine: EnginePeer, reason: str, rids: Sequence[str] = ()) -> None:
@@ -223,6 +223,10 @@ class ControlPlane:
         self.scheduler.engine_lost(engine.name)
         self.on_engine_lost(engine.name, engine.incarnation, rids)
         engine.notify(reason)
+
+
+def _not_asked() -> None:
+    """Nobody wants to know."""
 
 
 def _nobody(engine: str, incarnation: Incarnation, rids: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
+from common.ids import PROMPT_IDS_HEADER
 from common.json import JsonObject
 from launch.gateway.errors import EngineRefused, RequestFailed, Unavailable
 from launch.gateway.peers.membership import Membership
@@ -31,6 +32,16 @@ EVENT_BYTES_MAX = 256 << 20
 _JSON = {"content-type": "application/json"}
 _OF_A_QUERY = "%&=+/?:;,@!$'()*~[]"
 """Characters of a query string, which is passed on as it came."""
+
+
+class Call(msgspec.Struct, frozen=True):
+    """A small request to an engine."""
+
+    method: str
+    path: str
+    body: JsonObject | None = None
+    query: str = ""
+    headers: Mapping[str, str] = {}
 
 
 class HttpAnswer(msgspec.Struct, frozen=True):
@@ -78,7 +89,7 @@ class EngineClient:
 
         async def one(engine: EnginePeer) -> None:
             try:
-                await self.call(engine, "POST", "/abort_request", body, timeout_s=ABORT_TIMEOUT_S)
+                await self.call(engine, Call("POST", "/abort_request", body), ABORT_TIMEOUT_S)
             except (aiohttp.ClientError, TimeoutError) as error:
                 log.info("abort not delivered engine=%s error=%r", engine.name, error)
 
@@ -87,7 +98,7 @@ class EngineClient:
     async def refuses(self, engine: EnginePeer) -> bool:
         """Whether nobody listens there any more, or the connection is cut."""
         try:
-            await self.call(engine, "GET", "/model_info", timeout_s=REFUSAL_TIMEOUT_S)
+            await self.call(engine, Call("GET", "/model_info"), REFUSAL_TIMEOUT_S)
         except TimeoutError:
             return False  # it may be slow, or suspended
         except aiohttp.ClientError:
@@ -96,9 +107,14 @@ class EngineClient:
 
     async def tokenize(self, body: JsonObject) -> bytes:
         """``/v1/tokenize`` of a live engine; 4xx raises ``EngineRefused``."""
-        return (await self.ask_any("POST", "/v1/tokenize", body)).body
+        return (await self.ask_any(Call("POST", "/v1/tokenize", body))).body
 
-    async def ask_any(self, method: str, path: str, body: JsonObject | None = None) -> HttpAnswer:
+    async def prompt_ids(self, path: str, body: JsonObject) -> bytes:
+        """Of the prompt that a generating route makes of a body, likewise."""
+        asking = {PROMPT_IDS_HEADER: "1"}
+        return (await self.ask_any(Call("POST", path, body, headers=asking))).body
+
+    async def ask_any(self, call: Call) -> HttpAnswer:
         """The answer of the first live engine that gives one; 4xx raises ``EngineRefused``, as do
         failures of all of them with the same body; ``Unavailable`` if none has got it."""
         engines = self.members.live_engines()
@@ -111,7 +127,7 @@ class EngineClient:
         for offset in range(len(engines)):
             engine = engines[(first + offset) % len(engines)]
             try:
-                answer = await self.call(engine, method, path, body)
+                answer = await self.call(engine, call)
             except (aiohttp.ClientError, TimeoutError) as error:
                 reasons.append(f"{engine.name}: {error!r}")
                 unreached += isinstance(error, aiohttp.ClientConnectorError)
@@ -122,27 +138,19 @@ class EngineClient:
                 raise EngineRefused(answer.status, answer.body)
             reasons.append(f"{engine.name}: status {answer.status}")
             failed.append(answer)
-        if body is not None and len(failed) == len(engines):
+        if call.body is not None and len(failed) == len(engines):
             # SGLang answers 500 where a chat template cannot take a request.
             raise EngineRefused(UNPROCESSABLE_STATUS, failed[-1].body)
-        message = f"{path} failed on every engine ({'; '.join(reasons)})"
+        message = f"{call.path} failed on every engine ({'; '.join(reasons)})"
         if unreached == len(engines):  # killed, which is not known yet
             raise Unavailable(message)
         raise RequestFailed(message)
 
-    async def ask_one(
-        self,
-        name: str,
-        method: str,
-        path: str,
-        body: JsonObject | None,
-        timeout_s: float,
-        query: str = "",
-    ) -> HttpAnswer:
+    async def ask_one(self, name: str, call: Call, timeout_s: float) -> HttpAnswer:
         """An engine's answer, of whatever status."""
         engine = self.members.engines[name]
         try:
-            return await self.call(engine, method, path, body, timeout_s, query)
+            return await self.call(engine, call, timeout_s)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise RequestFailed(f"{name} did not answer: {error!r}") from error
 
@@ -160,29 +168,25 @@ class EngineClient:
     async def _flush_one(self, engine: EnginePeer) -> str | None:
         """Why it did not, or None."""
         try:
-            answer = await self.call(engine, "POST", "/flush_cache")
+            answer = await self.call(engine, Call("POST", "/flush_cache"))
         except (aiohttp.ClientError, TimeoutError) as error:
             return repr(error)
         return None if answer.status == 200 else answer.body.decode(errors="replace").strip()
 
     async def call(
-        self,
-        engine: EnginePeer,
-        method: str,
-        path: str,
-        body: JsonObject | None = None,
-        timeout_s: float = CALL_TIMEOUT_S,
-        query: str = "",
+        self, engine: EnginePeer, call: Call, timeout_s: float = CALL_TIMEOUT_S
     ) -> HttpAnswer:
-        """One small call; raises aiohttp's ``ClientError``, and ``TimeoutError``."""
-        data = msgspec.json.encode(body) if body is not None else None
-        target = quote(path) + (f"?{quote(query, safe=_OF_A_QUERY)}" if query else "")
+        """Its answer; raises aiohttp's ``ClientError``, and ``TimeoutError``."""
+        data = msgspec.json.encode(call.body) if call.body is not None else None
+        target = quote(call.path)
+        if call.query:
+            target += f"?{quote(call.query, safe=_OF_A_QUERY)}"
         async with self._session.request(
-            method,
+            call.method,
             # Encoded: yarl would resolve dots, and so lead to another route of the engine.
             URL(engine.address.http + target, encoded=True),
             data=data,
-            headers=_JSON if data is not None else None,
+            headers={**(_JSON if data is not None else {}), **call.headers},
             timeout=_timeout(timeout_s),
         ) as answer:
             return HttpAnswer(answer.status, answer.content_type, await answer.read())

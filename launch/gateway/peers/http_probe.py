@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import aiohttp
 
-from launch.gateway.peers.engine_client import EngineClient
+from launch.gateway.peers.engine_client import Call, EngineClient
 from launch.gateway.peers.peer import EnginePeer
 
 PROBE_S = 2.0
+PROBE_DOWN_S = 0.5
+"""Of one that does not answer: it may have started again."""
 PROBE_TIMEOUT_S = 3.0
 MISSES_MAX = 2
 """Probes in a row that an engine may let time out: one can be a busy machine."""
@@ -46,9 +48,8 @@ class HttpProbe:
         misses = 0
         while True:
             try:
-                answer = await self._client.call(
-                    engine, "GET", "/model_info", timeout_s=PROBE_TIMEOUT_S
-                )
+                asking = Call("GET", "/model_info")
+                answer = await self._client.call(engine, asking, PROBE_TIMEOUT_S)
                 misses = 0 if answer.status == 200 else MISSES_MAX
             except TimeoutError:
                 misses += 1
@@ -56,4 +57,4 @@ class HttpProbe:
                 misses = MISSES_MAX
             if misses == 0 or misses >= MISSES_MAX:
                 self._tell(engine, misses == 0)
-            await asyncio.sleep(PROBE_S)
+            await asyncio.sleep(PROBE_S if misses < MISSES_MAX else PROBE_DOWN_S)

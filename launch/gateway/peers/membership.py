@@ -7,16 +7,30 @@ import json
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import zmq.asyncio
 
 from common.block import Namespace
 from common.cluster.membership import EngineAddress
-from common.messages import ModelBounds
+from common.loads import ModelBounds
 from launch.gateway.config import GatewayConfig
 from launch.gateway.peers.peer import AgentPeer, EnginePeer, Peer
 from transfer.control.keys import Keys
 from transfer.control.senders import GATEWAY
+from transfer.ports.source_filter import is_address
+
+
+class WeightsName(NamedTuple):
+    """What of a namespace changes with the weights."""
+
+    model_digest: str
+    version: str
+
+    @classmethod
+    def of(cls, namespace: Namespace) -> WeightsName:
+        return cls(namespace.model_digest, namespace.weight_version)
 
 
 class Membership:
@@ -29,7 +43,10 @@ class Membership:
         self.agents: dict[str, AgentPeer] = {}
         self.engines: dict[str, EnginePeer] = {}
         self.missed: set[str] = set()
-        """Agents and engines of nodes whose leases have run out: they may come back."""
+        """Engines that lack a node whose lease has run out, or that is not there: it may come."""
+        self.served_weights: WeightsName | None = None
+        """Engines of others are strangers, also if they are many; None as long as no weights
+        were updated."""
         for name, endpoint in config.agents.items():
             self.add_agent(name, endpoint)
         for address in config.engines:
@@ -56,11 +73,18 @@ class Membership:
     def peers(self) -> list[AgentPeer | EnginePeer]:
         return [*self.agents.values(), *self.engines.values()]
 
+    def hosts(self) -> list[str]:
+        """Addresses of all members, in order; not of those that are known by a host's name."""
+        places = {urlsplit(peer.endpoint).hostname or "" for peer in self.peers()}
+        places |= {engine.address.bootstrap_host for engine in self.engines.values()}
+        return sorted(filter(is_address, places))
+
     def alive(self, peer: Peer) -> bool:
         if time.monotonic() - peer.last_seen_s > self._heartbeat_timeout_s:
             return False
         if isinstance(peer, EnginePeer):
-            return peer.http_alive and peer.ended != peer.incarnation
+            has_said_who = peer.hello is not None
+            return has_said_who and peer.http_alive and peer.ended != peer.incarnation
         return True
 
     def live_engines(self, role: str | None = None) -> list[EnginePeer]:
@@ -81,6 +105,8 @@ class Membership:
         sizes: Counter[Namespace] = Counter()
         for engine in self.live_engines():
             namespace = engine.known().namespace
+            if self.served_weights not in (None, WeightsName.of(namespace)):
+                continue
             roles.setdefault(namespace, set()).add(engine.address.role)
             sizes[namespace] += 1
         for namespace, _ in sizes.most_common():
@@ -105,6 +131,11 @@ class Membership:
         if missing:
             return [f"no live {role} engine" for role in missing]
         if self.namespace() is None:
+            served = self.served_weights
+            if served is not None and not any(
+                WeightsName.of(e.known().namespace) == served for e in self.live_engines()
+            ):
+                return [f"no engine has the weights {served.version!r} yet: they are to be updated"]
             return [
                 "no prefill and decode engine serve the same model, weights and KV layout under "
                 f"the same settings: {self._differences()}"
@@ -122,7 +153,9 @@ class Membership:
         if names == ["settings"]:
             flags = Counter(flag for namespace in namespaces for flag in _flags(namespace))
             names = sorted({name for (name, _), n in flags.items() if n < len(namespaces)})
-        return f"they differ in {', '.join(names)}"
+        types = {f"{n.kv_dtype} of {n.layout.block_bytes} bytes a block" for n in namespaces}
+        told = f" ({', '.join(sorted(types))})" if len(types) > 1 else ""
+        return f"they differ in {', '.join(names)}{told}"
 
     def strangers(self) -> frozenset[str]:
         """Live engines of another namespace than the served one: they cannot exchange KV."""

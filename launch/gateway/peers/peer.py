@@ -17,15 +17,10 @@ import zmq.asyncio
 
 from common.cluster.membership import EngineAddress
 from common.ids import Incarnation
-from common.messages import (
-    AgentStatus,
-    EngineHello,
-    MalformedMessage,
-    Message,
-    Subscribe,
-    decode,
-    encode,
-)
+from common.messages.codec import MalformedMessage, Message, decode, encode
+from common.messages.from_agents import AgentStatus
+from common.messages.from_engines import EngineHello
+from common.messages.from_gateway import Subscribe
 from common.samples import Sample
 from transfer.control.keys import Keys
 from transfer.control.sockets import connect
@@ -53,6 +48,8 @@ class Peer:
         self.incarnation = Incarnation(-1)
         self.last_seen_s = -math.inf
         self.malformed_total = 0
+        self.obeys_us = False
+        """It has heeded this gateway as the active one, at least once."""
         self.watchers: set[Callable[[str], None]] = set()
         """Called with a reason when the peer dies or restarts."""
         self._socket = context.socket(zmq.DEALER)
@@ -114,6 +111,11 @@ class AgentPeer(Peer):
     def samples(self) -> list[Sample]:
         return self.status.samples if self.status is not None else []
 
+    @property
+    def led_in(self) -> int:
+        """Term of the active gateway, as far as it has heard of one lately; else 0."""
+        return self.status.led_in if self.status is not None else 0
+
     def resync(self, now: float) -> None:
         """Ask for a snapshot, unless one is on its way."""
         self.synced = False
@@ -139,6 +141,11 @@ class EnginePeer(Peer):
 
     def samples(self) -> list[Sample]:
         return self.hello.samples if self.hello is not None else []
+
+    @property
+    def led_in(self) -> int:
+        """As of an agent."""
+        return self.hello.led_in if self.hello is not None else 0
 
     def known(self) -> EngineHello:
         """Its last hello; only for engines that a plan names."""

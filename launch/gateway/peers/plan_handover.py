@@ -9,16 +9,9 @@ from functools import partial
 from typing import TypeVar
 
 from common.ids import PlanId
-from common.messages import (
-    Delivered,
-    EndPlan,
-    EnginePlan,
-    PlanAccepted,
-    PlanRefused,
-    ReadShare,
-    ReleasePlan,
-    ShareRead,
-)
+from common.messages.from_agents import Delivered, ShareRead
+from common.messages.from_engines import PlanAccepted, PlanRefused
+from common.messages.from_gateway import EndPlan, EnginePlan, ReadShare, ReleasePlan
 from launch.gateway.errors import AttemptFailed, PlanStale
 from launch.gateway.peers.membership import Membership
 from launch.gateway.peers.peer import AgentPeer, PeerUnreachable
@@ -61,7 +54,8 @@ class PlanHandover:
         for agent, keys in plan.shares().items():
             future = asyncio.get_running_loop().create_future()
             futures[agent] = self._shares[plan.id, agent] = future
-            order = ReadShare(plan.id, keys, HOLD_S, plan.experiment, traceparent)
+            sizes = plan.share_sizes(agent)
+            order = ReadShare(plan.id, keys, HOLD_S, plan.experiment, traceparent, sizes)
             try:
                 if agent not in self._members.agents:
                     raise PeerUnreachable(f"{agent} has left the cluster")
@@ -77,7 +71,7 @@ class PlanHandover:
                 del self._shares[plan.id, agent]
         return {agent: f.result() if f.done() else None for agent, f in futures.items()}
 
-    async def place(self, plan: Plan, namespace_digest: bytes) -> None:
+    async def place(self, plan: Plan, namespace_digest: bytes, no_store: bool = False) -> None:
         """Hand the plan to both engines. Raises :class:`PlanStale` if all that refuse it have other
         weights by now, else :class:`AttemptFailed`, as when one does not accept it in time."""
         message = EnginePlan(
@@ -89,6 +83,8 @@ class PlanHandover:
             reader=plan.reader,
             deadline_s=HOLD_S,
             experiment=plan.experiment,
+            part_readers=plan.part_readers,
+            no_store=no_store,
         )
         futures = {}
         for name in (plan.prefill, plan.decode):

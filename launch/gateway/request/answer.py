@@ -26,7 +26,7 @@ class Answer:
     ``stall_s``: a client that takes no chunk for so long, while all places are taken, has stalled.
     """
 
-    def __init__(self, stream: bool, stall_s: float) -> None:
+    def __init__(self, stream: bool, stall_s: float, named_events: bool = False) -> None:
         self.head: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
         """Set with D's first byte, or to a ``GatewayError``."""
         self.aborted = False
@@ -34,6 +34,7 @@ class Answer:
         self.first_token_s = 0.0
         """When (monotonic) it was there: with D's first byte, or P's answer if not streamed."""
         self._stream = stream
+        self._named_events = named_events
         self._stall_s = stall_s
         self._places = asyncio.Semaphore(CHUNKS_MAX)
         self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -64,7 +65,7 @@ class Answer:
             self.head.set_exception(error)
             self.head.exception()  # counts as seen, should the client be gone
         elif error is not None and self._stream:
-            self._chunks.put_nowait(error.event())
+            self._chunks.put_nowait(error.event(self._named_events))
         self._chunks.put_nowait(None)
 
     async def chunks(self) -> AsyncIterator[bytes]:

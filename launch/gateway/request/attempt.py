@@ -20,6 +20,7 @@ from launch.gateway.errors import (
     FAULTS,
     AttemptFailed,
     GatewayError,
+    PlanStale,
     RequestTimeout,
     Unavailable,
 )
@@ -89,6 +90,11 @@ class Attempt:
         self._way = way
         self._services = asked.services
         self._slot: Slot | None = None
+        self.exchange: Exchange | None = None
+        """From when it was planned on."""
+        self.is_over = False
+        self._closings = 0
+        """Of the gate, when the plan was made."""
         self._incarnations: dict[str, Incarnation] = {}
         self._namespace_digest = b""
         self._span = asked.part.span.child("attempt")
@@ -109,6 +115,7 @@ class Attempt:
                 await self._carry_out(plan)
                 finished = True
             finally:
+                self.is_over = True
                 del self._services.suspects.aboard[self.rid]
                 del self._services.plane.plans.on_delivered[plan.id]
                 self._services.plane.end(plan)
@@ -166,7 +173,10 @@ class Attempt:
         """Waits for an engine, in the turn of all others; None: only for other suspects to begin,
         which is to hold up nobody else."""
         plane, outage = self._services.plane, self._services.outage
+        gate = self._services.weights.gate
         while True:
+            await gate.wait_open()
+            self._closings = gate.closings
             try:
                 plan = self._plan_now()
                 outage.over()
@@ -191,18 +201,20 @@ class Attempt:
         self.page_tokens = namespace.layout.page_tokens
         self._namespace_digest = namespace.digest()
         suspects = self._services.suspects
+        use_cache = way.use_cache and not part.no_load
         request = PlanRequest(
             rid=part.rid,
             engine_rid=self.rid,
             prompt_tokens=len(part.token_ids or ()),
-            keys=hit_candidates(part, namespace) if way.use_cache else [],
+            keys=hit_candidates(part, namespace) if use_cache else [],
             max_new_tokens=part.max_new_tokens,
             page_tokens=self.page_tokens,
             block_bytes=namespace.layout.block_bytes,
             excluded=plane.members.strangers()
             | (suspects.beginning.keys() if self._slot else set()),
             avoided=way.avoided,
-            use_cache=way.use_cache,
+            use_cache=use_cache,
+            parts=namespace.parts,
         )
         plan = self._services.scheduler.plan(request, time.monotonic())
         if self._slot is not None:
@@ -215,6 +227,7 @@ class Attempt:
     async def _carry_out(self, plan: Plan) -> None:
         services, asked = self._services, self._asked
         exchange = Exchange(services.client, asked.part, asked.answer, asked.trace, self._span)
+        self.exchange = exchange
         try:
             async with asked.scope() as scope:
                 with self._watched(plan, scope, exchange):
@@ -266,7 +279,9 @@ class Attempt:
 
     async def _hand_over(self, plan: Plan) -> None:
         begun_s = time.monotonic()
-        await self._services.plane.plans.place(plan, self._namespace_digest)
+        await self._services.plane.plans.place(
+            plan, self._namespace_digest, self._asked.part.no_store
+        )
         self._asked.trace.clock("plan", begun_s)
         self._span.note("hand over", begun_s)
 
@@ -275,12 +290,15 @@ class Attempt:
         prefill, decode = engines[plan.prefill], engines[plan.decode]
         body = self._asked.part.engine_body() | {
             "rid": self.rid,
+            "request_id": self.rid,  # the same, to /v1/responses
             "bootstrap_host": prefill.address.bootstrap_host,
             "bootstrap_port": prefill.known().bootstrap_port,
             "bootstrap_room": secrets.randbits(ROOM_BITS),
         }
         if prefill.address.group is not None:
             body["disagg_prefill_dp_rank"] = prefill.address.group
+        if self._services.weights.gate.closings != self._closings:
+            raise PlanStale("weights are being updated")
         now = time.monotonic()
         self._services.scheduler.submitted(plan.id, now)
         self.posted = [prefill, decode]

@@ -7,13 +7,24 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from common.json import JsonObject
-from common.messages import ModelBounds
+from common.loads import ModelBounds
 from launch.gateway.config import RequestLimits
 from launch.gateway.errors import BadRequest
-from launch.gateway.request.parts import CHAT, COMPLETIONS, GENERATE, Part
+from launch.gateway.request.parts import (
+    CHAT,
+    COMPLETIONS,
+    GENERATE,
+    MESSAGES,
+    RESPONSES,
+    Part,
+)
 
 _GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag", "response_format")
-_FREE_FORMS = ("messages", "tools", "tool_choice", "response_format", "reasoning", "thinking")
+_OBJECTS_WITH_GRAMMARS = ("text", "output_config")
+_FREE_FORMS = (
+    *("messages", "input", "system", "tools", "tool_choice", "response_format", "reasoning"),
+    *("thinking", "metadata", *_OBJECTS_WITH_GRAMMARS),
+)
 _FREE_DICTS = ("chat_template_kwargs", "custom_params", "watermark")
 _LOGPROBS = ("logprobs", "top_logprobs", "top_logprobs_num")
 
@@ -57,8 +68,9 @@ def _with_sampling(body: JsonObject) -> Iterator[JsonObject]:
 
 
 def _check_sampling(fields: JsonObject, limits: RequestLimits) -> None:
-    stops = fields.get("stop")
-    _at_most("stop", len(stops) if isinstance(stops, list) else 1, limits.stop_strings_max)
+    for name in ("stop", "stop_sequences"):
+        stops = fields.get(name)
+        _at_most(name, len(stops) if isinstance(stops, list) else 1, limits.stop_strings_max)
     if fields.get("stop_regex") and not limits.stop_regex:
         reason = "it runs in the engine's own loop, which one that backtracks would stop"
         raise BadRequest(f"stop_regex is not allowed here (--stop-regex): {reason}.", "stop_regex")
@@ -66,6 +78,9 @@ def _check_sampling(fields: JsonObject, limits: RequestLimits) -> None:
     _at_most("n", samples if isinstance(samples, int) else 1, limits.choices_max)
     for name in _GRAMMARS:
         _check_grammar(name, fields.get(name), limits)
+    for name in _OBJECTS_WITH_GRAMMARS:
+        if isinstance(fields.get(name), dict):
+            _check_grammar(name, fields.get(name), limits)
 
 
 def _check_grammar(name: str, value: object, limits: RequestLimits) -> None:
@@ -142,7 +157,13 @@ def check_part(part: Part, bounds: ModelBounds) -> None:
     _check_answer_length(sampling, prompt_tokens, bounds)
 
 
-_PROMPT_FIELDS = {CHAT: "messages", COMPLETIONS: "prompt", GENERATE: "input_ids"}
+_PROMPT_FIELDS = {
+    CHAT: "messages",
+    COMPLETIONS: "prompt",
+    GENERATE: "input_ids",
+    MESSAGES: "messages",
+    RESPONSES: "input",
+}
 
 
 def _sampling_of(part: Part) -> JsonObject:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import aiohttp
 import msgspec
 
-from common.ids import PLAN_OUTDATED
+from common.ids import GAVE_UP_STATUS, PLAN_OUTDATED
 from common.json import JsonObject
 from common.tracing.spans import Span
-from launch.gateway.errors import AttemptFailed, EngineRefused, PlanStale
+from launch.gateway.errors import Aborted, AttemptFailed, EngineRefused, PlanStale
 from launch.gateway.peers.engine_client import UNPROCESSABLE_STATUS, EngineClient, sse_events
 from launch.gateway.peers.peer import EnginePeer
+from launch.gateway.request.aborted import has_tokens, is_ordered, was_ordered
 from launch.gateway.request.answer import Answer
 from launch.gateway.request.cancel_scope import CancelScope
 from launch.gateway.request.merge_answers import (
@@ -30,11 +31,14 @@ from launch.gateway.request.merge_answers import (
     in_one_shape,
     parse_event,
 )
-from launch.gateway.request.parts import CHAT, GENERATE, Part
+from launch.gateway.request.parts import CHAT, GENERATE, MESSAGES, OF_EVENTS, RESPONSES, Part
 from launch.gateway.request.trace import Trace
 
 DRAIN_S = 10.0
 """P's answer may come this long after D's."""
+_HELD_EVENTS = {CHAT: 2, MESSAGES: 2, RESPONSES: 3}
+"""SGLang begins these with events that say nothing yet, also when the request has failed: the
+one behind them tells."""
 
 
 class Exchange:
@@ -52,7 +56,9 @@ class Exchange:
         self._answer = answer
         self._trace = trace
         self._span = span
-        self._headers = span.headers
+        self._headers: Mapping[str, str] = {}
+        self._is_ordered = False
+        """P was told to end it: what becomes of it at D is no failure."""
         self._posted_s = 0.0
         self._rid = b""
 
@@ -65,7 +71,9 @@ class Exchange:
     ) -> asyncio.Task[bytes]:
         """Returns when D's answer is complete: the task of P's, to be drained."""
         self._posted_s = now
-        self._rid = str(body["rid"]).encode()
+        rid = str(body["rid"])
+        self._rid = rid.encode()
+        self._headers = {**self._span.headers, **self._part.engine_headers(rid)}
         prefill = asyncio.create_task(self._prefill(engines[0], body, scope))
         try:
             with _engine_errors(engines[1]):
@@ -90,6 +98,9 @@ class Exchange:
                 async with self._client.post(engine, path, body, headers) as response:
                     data = self._for_client(await response.read())
                 self._check_whole(engine, response, data)
+        except Aborted:  # D ends it as well, with the tokens that it has
+            self._is_ordered = True
+            return data
         except (AttemptFailed, EngineRefused) as failure:
             if not self._answer.opened:
                 scope.cancel(failure)
@@ -111,10 +122,13 @@ class Exchange:
     def _check_whole(
         self, engine: EnginePeer, response: aiohttp.ClientResponse, data: bytes
     ) -> None:
-        if 400 <= response.status < 500:
+        gave_up = response.status == GAVE_UP_STATUS
+        if 400 <= response.status < 500 and not gave_up:
             raise EngineRefused(response.status, data)
-        if response.status >= 500:
+        if gave_up or response.status >= 500:
             excerpt = data[:500].decode(errors="replace")
+            if self._is_ordered or was_ordered(excerpt):
+                raise Aborted(f"{engine.name} was told to end it")
             if cannot_be_met(excerpt):
                 raise EngineRefused(UNPROCESSABLE_STATUS, data)
             raise _failure(f"{engine.name} answered {response.status}: {excerpt}")
@@ -126,11 +140,17 @@ class Exchange:
 
     def _check(self, engine: EnginePeer, data: bytes) -> None:
         """Raise if an answer or event says that the engine gave up. Most need no parsing."""
-        if self._answer.aborted or (b'"abort"' not in data and b'"error"' not in data):
+        if b'"abort"' not in data and b'"error"' not in data:
             return
         value = parse_event(data) if self._part.stream else msgspec.json.decode(data)
         error = error_of(value)
-        if error is None:
+        if value is None or error is None:
+            return
+        if is_ordered(value) or (self._is_ordered and engine.address.role == "decode"):
+            if engine.address.role == "prefill" or not has_tokens(value):
+                raise Aborted(f"{engine.name} was told to end it")
+            return
+        if self._answer.aborted:
             return
         status, message = error
         if cannot_be_met(message):
@@ -168,9 +188,7 @@ class Exchange:
         response: aiohttp.ClientResponse,
         prefill: asyncio.Task[bytes],
     ) -> None:
-        # SGLang begins a chat with an empty chunk that names the role, also when the
-        # request has failed: the event behind it tells.
-        held_events = 2 if self._part.path == CHAT else 1
+        held_events = _HELD_EVENTS.get(self._part.path, 1)
         held: list[bytes] = []
         prefill_answer: EngineAnswer | None = None
         async for received in sse_events(response.content):
@@ -185,7 +203,8 @@ class Exchange:
                     prefill_answer = parse_event((await prefill).partition(b"\n\n")[0])
                 self._open(response)
                 events = held
-            events = [in_one_shape(event) for event in events]
+            if self._part.path not in OF_EVENTS:
+                events = [in_one_shape(event) for event in events]
             if prefill_answer is not None:
                 events = [_with_input_logprobs(event, prefill_answer) for event in events]
             await self._answer.write(b"".join(events))

@@ -44,11 +44,17 @@ class EngineAnswer(TypedDict, total=False):
     usage: Usage | None
     meta_info: JsonObject
     error: object
+    output_ids: list[int]
+    object: str
+    created: int
+    model: str
 
 
 def parse_event(event: bytes) -> EngineAnswer | None:
     """The JSON of a server-sent event; None for ``[DONE]`` and comments."""
     data = event.strip()
+    if data.startswith(b"event:"):
+        data = data.partition(b"\n")[2]
     if not data.startswith(_PREFIX) or data.endswith(b"[DONE]"):
         return None
     chunk: EngineAnswer = msgspec.json.decode(data[len(_PREFIX) :])
@@ -168,11 +174,15 @@ def error_of(answer: object) -> tuple[int, str] | None:
     """
     if not isinstance(answer, dict):
         return None
+    if isinstance(response := answer.get("response"), dict):  # an event of /v1/responses
+        answer = response
     error = answer.get("error")
     if error is not None:
         fields = error if isinstance(error, dict) else {"message": str(error)}
         code = fields.get("code")
-        return (code if isinstance(code, int) else 500), str(fields.get("message"))
+        if not isinstance(code, int):  # /v1/messages has a word for it
+            code = 400 if fields.get("type") == "invalid_request_error" else 500
+        return code, str(fields.get("message"))
     meta = answer.get("meta_info")
     reason = meta.get("finish_reason") if isinstance(meta, dict) else None
     if isinstance(reason, dict) and reason.get("type") == "abort":

@@ -12,23 +12,32 @@ from collections.abc import Sequence
 
 import msgspec
 
+from common.ids import FIELDS_HEADER
 from common.json import JsonObject
 from common.tracing.spans import NO_SPAN, Span
 from launch.gateway.errors import BadRequest
 
 Prompt = str | list[int] | None
-"""Text or token ids; None of a chat, whose template makes it."""
+"""Text or token ids; None of messages, of which a template makes it."""
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 GENERATE = "/generate"
+MESSAGES = "/v1/messages"
+"""Anthropic's."""
+RESPONSES = "/v1/responses"
+"""OpenAI's newer one."""
+GENERATING = (CHAT, COMPLETIONS, GENERATE, MESSAGES, RESPONSES)
+OF_EVENTS = (MESSAGES, RESPONSES)
+"""They take no token ids: engines make them of what was said. Their streams are of events with
+names, of which errors are some."""
 
-DEFAULT_NEW_TOKENS = {CHAT: 512, COMPLETIONS: 16, GENERATE: 128}
+DEFAULT_NEW_TOKENS = {CHAT: 512, COMPLETIONS: 16, GENERATE: 128, MESSAGES: 512, RESPONSES: 512}
 RESERVED_NEW_TOKENS = 512
 """KV that the decode engine sets aside for an answer (SGLang's own default)."""
 
 _MEDIA_PARTS = {
-    *("image", "image_url", "input_image"),
+    *("image", "image_url", "input_image", "document", "input_file"),
     *("audio", "audio_url", "input_audio"),
     *("video", "video_url", "input_video"),
 }
@@ -38,6 +47,9 @@ _PER_PROMPT = {
     "custom_logit_processor",
 }
 """Fields of ``/generate`` that may hold a list with one value for each prompt."""
+
+
+_BESIDE_MESSAGES = ("extra_key", "cache_salt", "priority")
 
 
 class Part(msgspec.Struct):
@@ -56,6 +68,10 @@ class Part(msgspec.Struct):
     """Of the request that it is a part of."""
     span: Span = NO_SPAN
     """Likewise."""
+    no_load: bool = False
+    """Nothing of the prompt is read from the store, though it is there."""
+    no_store: bool = False
+    """Nothing of it, nor of the answer, is kept there."""
 
     @property
     def stream(self) -> bool:
@@ -66,7 +82,9 @@ class Part(msgspec.Struct):
         """KV tokens to count on for the answer."""
         body = self.body
         asked = body.get("max_completion_tokens") or body.get("max_tokens")
-        if self.path == GENERATE:
+        if self.path == RESPONSES:
+            asked = body.get("max_output_tokens")
+        elif self.path == GENERATE:
             params = body.get("sampling_params")
             asked = params.get("max_new_tokens") if isinstance(params, dict) else None
         if not isinstance(asked, int):
@@ -89,12 +107,21 @@ class Part(msgspec.Struct):
         value = self.body.get(field)
         return value if isinstance(value, str) and value else None
 
+    def engine_headers(self, rid: str) -> dict[str, str]:
+        """What the engines are told of the request where its body has no place for it."""
+        if self.path != MESSAGES:
+            return {}
+        fields = {name: self.body[name] for name in _BESIDE_MESSAGES if name in self.body}
+        return {FIELDS_HEADER: msgspec.json.encode({**fields, "rid": rid}).decode()}
+
     def engine_body(self) -> JsonObject:
         """The body for the engines, with the token ids in place of the prompt."""
         body = dict(self.body)
         if self.token_ids is None:
             return body
-        if self.path == CHAT:
+        if self.path in OF_EVENTS:
+            pass  # they take no ids: the engines make them once more, of the same messages
+        elif self.path == CHAT:
             body["input_ids"] = self.token_ids
         elif self.path == COMPLETIONS:
             # SGLang echoes the prompt as it was given: ids would come back without
@@ -123,16 +150,21 @@ class PartedRequest(msgspec.Struct, frozen=True):
 def split_request(path: str, body: JsonObject, parts_max: int) -> PartedRequest:
     """Take a request apart; raises :class:`BadRequest`."""
     refuse_media(body)
+    body = dict(body)
+    no_load, no_store = bool(body.pop("no_load", None)), bool(body.pop("no_store", None))
     prompts = _prompts(path, body)
     samples = _samples(path, body)
     count = len(prompts) * samples
     if count > parts_max:
         raise BadRequest(f"{count} answers asked for in one request; at most {parts_max}")
-    rid, names = _rids(body.get("rid"), count)
+    rid, names = _rids(body.get("request_id" if path == RESPONSES else "rid"), count)
+    if path == RESPONSES and not body.get("request_id"):
+        rid = f"resp_{rid}"  # the answer's id, by which its clients know it
     parts = []
     for index in range(count):
         part = _part(path, body, prompts, index // samples)
         part.index, part.request_rid = index, rid
+        part.no_load, part.no_store = no_load, no_store
         # As SGLang names the parts of a request; its engines know other ids.
         part.rid = names[index] if names else rid if count == 1 else f"{rid}_{index}"
         parts.append(part)
@@ -151,15 +183,26 @@ def _rids(given: object, count: int) -> tuple[str, list[str]]:
 
 def refuse_media(body: JsonObject) -> None:
     """Images, audio and video have no place in a store keyed by token ids."""
-    messages = body.get("messages")
-    for message in messages if isinstance(messages, list) else []:
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else []:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind in _MEDIA_PARTS:
-                raise BadRequest(
-                    f"Content of type '{kind}' is not supported: this cluster serves text only."
-                )
+    for messages in ("messages", "input", "system"):
+        for message in _objects(body.get(messages)):
+            for part in (message, *_content(message), *_objects(message.get("output"))):
+                for inner in (part, *_content(part)):  # of a tool's result
+                    _refuse_if_media(inner.get("type"))
+
+
+def _content(message: JsonObject) -> list[JsonObject]:
+    return _objects(message.get("content"))
+
+
+def _objects(value: object) -> list[JsonObject]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def _refuse_if_media(kind: object) -> None:
+    if isinstance(kind, str) and kind in _MEDIA_PARTS:
+        raise BadRequest(
+            f"Content of type '{kind}' is not supported: this cluster serves text only."
+        )
 
 
 def _samples(path: str, body: JsonObject) -> int:
@@ -182,6 +225,8 @@ def _prompts(path: str, body: JsonObject) -> Sequence[Prompt]:
     if path == CHAT:
         ids = body.get("input_ids")
         return [ids if isinstance(ids, list) and ids else None]
+    if path in OF_EVENTS:
+        return [None]
     name = "prompt"
     if path == GENERATE:
         name = "text" if body.get("text") is not None else "input_ids"
@@ -201,7 +246,7 @@ def _prompts(path: str, body: JsonObject) -> Sequence[Prompt]:
 
 def _part(path: str, body: JsonObject, prompts: Sequence[Prompt], which: int) -> Part:
     prompt = prompts[which]
-    reduced = {k: v for k, v in body.items() if k not in ("n", "rid")}
+    reduced = {k: v for k, v in body.items() if k not in ("n", "rid", "request_id")}
     if path == COMPLETIONS:
         reduced["prompt"] = prompt
     elif path == GENERATE:

@@ -10,7 +10,7 @@ from common.block import BlockKey, Namespace, block_keys
 from common.json import JsonObject
 from common.page_hashes import page_hashes
 from launch.gateway.errors import BadRequest
-from launch.gateway.request.parts import CHAT, Part, PartedRequest
+from launch.gateway.request.parts import CHAT, OF_EVENTS, Part, PartedRequest
 
 _NOT_FOR_TEMPLATE = {
     *("stream", "stream_options"),  # answered with 501
@@ -20,10 +20,13 @@ _NOT_FOR_TEMPLATE = {
 
 
 class TokenizeEndpoint(Protocol):
-    """``/v1/tokenize`` of some live engine."""
+    """Of some live engine. The answers are JSON; a ``GatewayError`` is raised."""
 
     async def tokenize(self, body: JsonObject) -> bytes:
-        """The JSON answer; raises a ``GatewayError``."""
+        """``/v1/tokenize``."""
+
+    async def prompt_ids(self, path: str, body: JsonObject) -> bytes:
+        """What a route makes of the prompt."""
 
 
 class _One(msgspec.Struct):
@@ -38,6 +41,11 @@ async def tokenize(request: PartedRequest, endpoint: TokenizeEndpoint) -> None:
     """Fill in ``token_ids`` of every part that has text; parts of one prompt share a list."""
     if request.path == CHAT:
         await _tokenize_chat(request.parts, endpoint)
+        return
+    if request.path in OF_EVENTS:
+        [part] = request.parts
+        answer = await endpoint.prompt_ids(part.path, part.body | {"stream": False})
+        part.token_ids = msgspec.json.decode(answer, type=_One).tokens
         return
     texts = [p.text for p in request.parts[:: request.samples] if p.text is not None]
     if not texts:
@@ -61,21 +69,23 @@ async def _tokenize_chat(parts: list[Part], endpoint: TokenizeEndpoint) -> None:
 
 
 def hit_candidates(part: Part, namespace: Namespace) -> list[BlockKey]:
-    """Keys of the full blocks whose KV a store may hold: all that leave a token to compute.
+    """Keys of the full blocks whose KV a store may hold: all that leave a token to compute,
+    which is in no pair of tokens that SGLang looks for in its trees either.
 
     Empty where the KV depends on more than tokens and salts (LoRA adapters), or where a
     token is none (SGLang will say so).
     """
     if part.token_ids is None or part.names_adapter:
         return []
-    page_tokens = namespace.layout.page_tokens
-    reusable_tokens = max(0, len(part.token_ids) - 1) // page_tokens * page_tokens
+    page_tokens, bigrams = namespace.layout.page_tokens, namespace.layout.bigrams
+    reusable_tokens = max(0, len(part.token_ids) - 1 - bigrams) // page_tokens * page_tokens
     try:
         hashes = page_hashes(
-            part.token_ids[:reusable_tokens],
+            part.token_ids[: reusable_tokens + bigrams],
             page_tokens,
             part.salt("extra_key"),
             part.salt("cache_salt"),
+            bigrams,
         )
     except ValueError:  # a negative token id, or a salt that is not UTF-8
         return []

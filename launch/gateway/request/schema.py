@@ -16,10 +16,11 @@ from msgspec import Meta, Raw
 
 from common.json import JsonObject
 from launch.gateway.errors import BadRequest
-from launch.gateway.request.parts import CHAT, COMPLETIONS, GENERATE
+from launch.gateway.request.parts import CHAT, COMPLETIONS, GENERATE, MESSAGES, RESPONSES
 
 TOKENIZE = "/v1/tokenize"
 DETOKENIZE = "/v1/detokenize"
+COUNT_TOKENS = "/v1/messages/count_tokens"
 
 # ---- types ------------------------------------------------------------------------------
 
@@ -174,6 +175,66 @@ _GENERATE = {
     "no_logs": _Flag,
     "log_metrics": _Flag,
 }
+_COUNT_TOKENS = {
+    "model": str,
+    "messages": list[JsonObject],
+    "system": str | list[JsonObject] | None,
+    "thinking": JsonObject | None,
+    "tool_choice": JsonObject | None,
+    "tools": list[JsonObject] | None,
+    "output_config": JsonObject | None,
+    "betas": list[str] | None,
+}
+_MESSAGES = {
+    **_COUNT_TOKENS,
+    "max_tokens": Annotated[int, Meta(ge=1, le=2**31 - 1)],
+    "metadata": JsonObject | None,
+    "stop_sequences": list[str] | None,
+    "stream": _Flag,
+    "temperature": _Temperature,
+    "top_k": _TopK,
+    "top_p": _Share,
+    # SGLang's for all other routes.
+    "rid": _Rid | None,
+    "extra_key": _Text,
+    "cache_salt": _Text,
+    "priority": _Priority,
+}
+_RESPONSES = {
+    "model": _Text,
+    "input": str | list[JsonObject],
+    "instructions": _Text,
+    "include": list[str] | None,
+    "max_output_tokens": _Tokens,
+    "max_tool_calls": _Tokens,
+    "metadata": JsonObject | None,
+    "parallel_tool_calls": _Flag,
+    "previous_response_id": _Text,
+    "reasoning": JsonObject | None,
+    "service_tier": _Text,
+    "store": _Flag,
+    "stream": _Flag,
+    "text": JsonObject | None,
+    "tool_choice": str | JsonObject | None,
+    "tools": list[JsonObject],
+    "top_logprobs": _Tokens,
+    "truncation": _Text,
+    "user": _Text,
+    "chat_template_kwargs": JsonObject | None,
+    "request_id": _Rid,
+    "session_id": _Text,
+    "priority": _Priority,
+    "extra_key": _Text,
+    "cache_salt": _Text,
+    "temperature": _Temperature,
+    "top_p": _Share,
+    "top_k": _TopK,
+    "min_p": _Share,
+    "frequency_penalty": _Penalty,
+    "presence_penalty": _Penalty,
+    "repetition_penalty": _Repetition,
+    "stop": _Texts,
+}
 _TOKENIZE = {
     **{name: kind for name, kind in _CHAT.items() if name not in ("stream", "stream_options")},
     "messages": list[JsonObject] | None,
@@ -186,12 +247,21 @@ _DETOKENIZE = {
     "tokens": list[int | list[int]],
     "skip_special_tokens": _Flag,
 }
+_PARSE_CALLS = {"text": str, "tools": list[JsonObject], "tool_call_parser": _Text}
+_SEPARATE = {"text": str, "reasoning_parser": str, "return_blocks": bool}
+OWN: Mapping[str, object] = {"no_load": _Flag, "no_store": _Flag}
+"""Fields of this gateway's own, which engines do not see."""
 TABLES: Mapping[str, Mapping[str, object]] = {
-    CHAT: _CHAT,
-    COMPLETIONS: _COMPLETIONS,
-    GENERATE: _GENERATE,
+    CHAT: {**_CHAT, **OWN},
+    COMPLETIONS: {**_COMPLETIONS, **OWN},
+    GENERATE: {**_GENERATE, **OWN},
+    MESSAGES: {**_MESSAGES, **OWN},
+    RESPONSES: {**_RESPONSES, **OWN},
+    COUNT_TOKENS: _COUNT_TOKENS,
     TOKENIZE: _TOKENIZE,
     DETOKENIZE: _DETOKENIZE,
+    "/parse_function_call": _PARSE_CALLS,
+    "/separate_reasoning": _SEPARATE,
 }
 
 _INTERNAL = "is set by the gateway alone: leave it out"

@@ -15,7 +15,7 @@ from common.tracing.spans import NO_SPAN, OK, Span
 from launch.gateway.admission import Client, Seat
 from launch.gateway.body import read_body
 from launch.gateway.doors.salts import salted
-from launch.gateway.doors.visitor import visitor_of
+from launch.gateway.doors.visitor import authorization_of, visitor_of
 from launch.gateway.errors import FAULTS, BadRequest, GatewayError, RequestTimeout, Unavailable
 from launch.gateway.request.answer import CHUNKS_MAX
 from launch.gateway.request.cancel_scope import CancelScope
@@ -49,7 +49,7 @@ async def serve(services: Services, path: str, request: Request) -> Response:
         body = decode_body(path, await read_body(request, limits.body_bytes_max))
         check_limits(body, limits)
         visitor = visitor_of(request)
-        client = Client.of(body, visitor.tenant, request.headers.get("authorization"))
+        client = Client.of(body, visitor.tenant, authorization_of(request))
         if (salt_key := services.salt_keys.get(visitor.tenant)) is not None:
             body = salted(body, salt_key)
         parted = split_request(path, body, services.config.requests_max)

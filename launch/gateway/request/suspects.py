@@ -19,6 +19,7 @@ from asyncio import Future, get_running_loop
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from functools import cached_property
+from itertools import islice
 
 import msgspec
 
@@ -30,6 +31,8 @@ REMEMBERED_S = 600.0
 """A fingerprint is suspected, or refused, for so long."""
 REMEMBERED_MAX = 4096
 """Fingerprints; then the oldest go."""
+COPIED_MAX = 256
+"""Of them, for a standby."""
 _ASIDE = {"stream", "stream_options", "user", "priority"}
 """Fields that do not change what an engine computes."""
 
@@ -59,6 +62,14 @@ class Fingerprint:
 
 class _Entry(msgspec.Struct):
     until_s: float
+    refused: bool
+
+
+class KeptFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """As another gateway is told of one."""
+
+    digest: bytes
+    left_s: float
     refused: bool
 
 
@@ -98,6 +109,21 @@ class Fingerprints:
     def acquit(self, fingerprint: Fingerprint) -> None:
         """It was answered."""
         self._entries.pop(fingerprint.digest, None)
+
+    def copied(self) -> list[KeptFingerprint]:
+        """For another gateway: the last ``COPIED_MAX`` of those that still count."""
+        now = self._clock()
+        newest = islice(reversed(self._entries.items()), COPIED_MAX)
+        return [
+            KeptFingerprint(digest, entry.until_s - now, entry.refused)
+            for digest, entry in newest
+            if entry.until_s > now
+        ][::-1]
+
+    def mirror(self, kept: list[KeptFingerprint]) -> None:
+        """Have the same as another gateway."""
+        now = self._clock()
+        self._entries = OrderedDict((k.digest, _Entry(now + k.left_s, k.refused)) for k in kept)
 
 
 class Slot:

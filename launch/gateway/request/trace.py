@@ -9,7 +9,7 @@ import msgspec
 
 from common.block import TierName
 from common.ids import NO_PLAN, PlanId
-from common.messages import Delivered, ShareRead
+from common.messages.from_agents import Delivered, ShareRead
 from scheduler.plan import Plan
 
 HEADER = "x-dualpath-trace"
@@ -32,6 +32,8 @@ class Trace(msgspec.Struct):
     decode: str = ""
     hit_blocks: int = 0
     recomputed_tokens: int = 0
+    lacking: dict[str, int] = {}
+    """Blocks that the cluster has, and that are no hit for want of a part's objects, by part."""
     attempts: int = 0
     readers: dict[str, ReaderTrace] = {}
     delivered_bytes: dict[str, int] = {}
@@ -48,6 +50,8 @@ class Trace(msgspec.Struct):
         """Begin an attempt with this plan; ``first_token_s``: when that is expected, or 0."""
         self.plan, self.prefill, self.decode = plan.id, plan.prefill, plan.decode
         self.readers, self.delivered_bytes = {}, {}
+        lost_blocks = plan.held_blocks - len(plan.keys)
+        self.lacking = {plan.lacking: lost_blocks} if plan.lacking else {}
         estimates_s = {"read": plan.estimated_read_s, "first_token": first_token_s}
         self.estimates_s = {k: round(v, 6) for k, v in estimates_s.items() if v}
         self.timings_s = {k: v for k, v in self.timings_s.items() if k in ("tokenize", "queue")}

@@ -19,6 +19,7 @@ from dataclasses import replace
 
 from launch.gateway.admission import Seat
 from launch.gateway.errors import (
+    Aborted,
     AttemptFailed,
     BadRequest,
     GatewayError,
@@ -26,9 +27,10 @@ from launch.gateway.errors import (
     Poisoned,
     RequestFailed,
 )
+from launch.gateway.request.aborted import answer_aborted
 from launch.gateway.request.answer import Answer
 from launch.gateway.request.attempt import Asked, Attempt, Way
-from launch.gateway.request.parts import Part
+from launch.gateway.request.parts import OF_EVENTS, Part
 from launch.gateway.request.suspects import Fingerprint, Guilt
 from launch.gateway.request.trace import Trace
 from launch.gateway.services import Services
@@ -58,7 +60,8 @@ class RequestWalk:
         """``tokenized``: what fills in the part's ``token_ids``, unless they are there."""
         self.part = part
         self.trace = Trace()
-        self.answer = Answer(part.stream, services.config.client_stall_s)
+        named_events = part.path in OF_EVENTS
+        self.answer = Answer(part.stream, services.config.client_stall_s, named_events)
         self.seat = seat
         self.outcome = "client_gone"
         """What ``requests_total`` counts it as, once it is over."""
@@ -71,6 +74,8 @@ class RequestWalk:
         )
         self._way = Way(use_cache)
         self._attempt: Attempt | None = None
+        self._is_paused = False
+        """Its attempt is ended for an update of weights."""
         self._failures = 0
         self._stale_plans = 0
         self.task = asyncio.create_task(self._run())
@@ -79,6 +84,11 @@ class RequestWalk:
         """The client is gone."""
         self.task.cancel()
 
+    def fail(self, error: GatewayError) -> None:
+        """End it, with this for the client."""
+        self.task.cancel()
+        self.answer.close(error)
+
     async def abort(self) -> None:
         """``/abort_request``: the engines end the answer, if they have the request yet."""
         self.answer.aborted = True
@@ -86,15 +96,45 @@ class RequestWalk:
             await self._attempt.abort()
             self._services.in_background(self._end_unanswered())
         elif not self.answer.opened:
-            self.task.cancel()
-            self.answer.close(BadRequest("the request was aborted before it started"))
+            await self._end_aborted()
 
     async def _end_unanswered(self) -> None:
         """An engine that was told of the abort before it got the request ends nothing."""
         await asyncio.wait({self.task}, timeout=ABORT_GRACE_S)
         if not self.answer.opened:
-            self.task.cancel()
-            self.answer.close(BadRequest("the request was aborted"))
+            await self._end_aborted()
+
+    async def _end_aborted(self) -> None:
+        self.task.cancel()
+        error: GatewayError | None = None
+        try:
+            await self._answer_aborted()
+        except BadRequest as refusal:
+            error = refusal
+        self.answer.close(error)
+
+    async def _answer_aborted(self) -> None:
+        version = self._services.weights.view()["version"]
+        await answer_aborted(self.answer, self.part, version)
+
+    @property
+    def is_at_engines(self) -> bool:
+        """They have it."""
+        attempt = self._attempt
+        return attempt is not None and bool(attempt.posted) and not attempt.is_over
+
+    @property
+    def is_prefilled(self) -> bool:
+        """It decodes: P's own answer may come later than D's first token."""
+        exchange = self._attempt.exchange if self._attempt is not None else None
+        return self.answer.opened or (exchange is not None and exchange.prefilled)
+
+    async def pause(self) -> None:
+        """Weights are to be updated: what has tokens ends with them, what has none begins again
+        afterwards."""
+        if self._attempt is not None and self.is_at_engines:
+            self._is_paused = not self.answer.aborted
+            await self._attempt.abort()
 
     # ---- the whole walk ---------------------------------------------------------------
 
@@ -147,15 +187,31 @@ class RequestWalk:
             self._way = replace(self._way, alone=True)
         while True:
             self._attempt = Attempt(self._asked, self._way)
+            self._is_paused = False
             try:
                 await self._attempt.run()
                 break
             except AttemptFailed as failure:
-                self._go_on(failure, self._attempt)
+                if await self._was_ended(failure, self._attempt):
+                    break
+                if not self._begins_again(self._attempt):
+                    self._go_on(failure, self._attempt)
             self._services.metrics.retries.inc()
             known.suspected(self._fingerprint)  # it may have been found out meanwhile
         if self._way.alone:
             known.acquit(self._fingerprint)
+
+    async def _was_ended(self, failure: AttemptFailed, attempt: Attempt) -> bool:
+        """By an order, before it had a token: then that is its answer."""
+        is_by_order = isinstance(failure, Aborted) or self.answer.aborted
+        if self.answer.opened or not is_by_order or attempt.guilt or self._is_paused:
+            return False
+        await self._answer_aborted()
+        return True
+
+    def _begins_again(self, attempt: Attempt) -> bool:
+        """Behind the gate: it was ended for an update of weights, before it had a token."""
+        return self._is_paused and not self.answer.opened and attempt.guilt is None
 
     def _go_on(self, failure: AttemptFailed, attempt: Attempt) -> None:
         """Return if there is to be one more attempt; else raise what the client is told."""

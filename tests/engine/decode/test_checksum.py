@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from common.messages import PullBlocks
+from common.messages.from_engines import PullBlocks
 from engine import runtime
 from engine.sglang.cpu.fixes import digest_of_pages
 from engine.sglang.decode import checksum_hooks

@@ -14,12 +14,22 @@ from hypothesis import strategies as st
 from common.block import NO_PARENT, BlockKey, block_keys, tenant_digest
 from common.experiment import Experiment
 from common.ids import Incarnation
-from common.messages import PullBlocks, PullEnded
+from common.messages.from_agents import PullEnded
+from common.messages.from_engines import PullBlocks
 from common.page_hashes import page_hashes
 from engine import runtime
 from engine.decode import persist
 from engine.sglang.decode import persist_hooks
-from tests.engine.parts import EARLIER_WEIGHTS, PAGE, Parts, Request, keys_of
+from engine.weights import FolderDigested
+from tests.engine.parts import (
+    EARLIER_WEIGHTS,
+    NAMESPACE,
+    PAGE,
+    UNDER_A_DRAFT,
+    Parts,
+    Request,
+    keys_of,
+)
 from tests.examples import examples
 
 ZERO_IO = Experiment(zero_io=True)
@@ -76,10 +86,36 @@ def test_blocks_from_the_store_are_not_offered_again(engine):
     assert offered(engine) == keys(PROMPT, engine)[3:]
 
 
+def test_of_a_model_with_more_state_than_blocks_nothing_is_offered(engine):
+    persister = persist.Persister(
+        engine.config, engine.table, engine.jobs, engine.links, engine.plans, is_on=False
+    )
+    request = request_of()
+    persister.begin(request)
+    persister.advance(request, len(PROMPT))
+    assert offers(engine) == []
+
+
 def test_without_a_plan_every_block_is_offered(engine):
     begin(engine, request_of())
     assert offered(engine) == keys(PROMPT, engine)
     assert offers(engine)[0].parent == NO_PARENT
+
+
+@pytest.mark.parametrize("planned", [0, 3])
+def test_under_a_draft_a_block_goes_out_when_the_token_behind_it_is_known(monkeypatch, planned):
+    """Keys are over bigrams: the draft's KV of a token depends on the next one."""
+    engine = Parts("decode", namespace=UNDER_A_DRAFT)
+    monkeypatch.setattr(runtime, "_runtime", engine)
+    prompt = list(range(4 * PAGE))
+    request = request_of(prompt)
+    engine.plan(request, planned)
+    begin(engine, request)
+    assert len(offered(engine)) == 3 - planned
+    decode_steps(engine, request, [500])
+    hashes = page_hashes([*prompt, 500], PAGE, bigrams=True)
+    assert len(hashes) == 4
+    assert offered(engine) == block_keys(engine.weights.digest, hashes)[planned:]
 
 
 def test_a_plan_of_another_prompt_does_not_stand_for_this_one(engine):
@@ -108,6 +144,14 @@ def test_nothing_is_stored_of_a_prompt_whose_blocks_nobody_delivered(engine):
     engine.plans.put(msgspec.structs.replace(plan, keys=[], reader=[], experiment=ZERO_IO))
     begin(engine, request)
     assert offered(engine) != []
+
+
+def test_nothing_is_stored_of_a_request_that_asks_for_it(engine):
+    request = request_of()
+    engine.plans.put(msgspec.structs.replace(engine.plan(request, 0), no_store=True))
+    begin(engine, request)
+    decode_steps(engine, request, OUTPUT)
+    assert offered(engine) == []
 
 
 def test_an_engine_of_a_measurement_without_io_stores_nothing():
@@ -205,9 +249,11 @@ def test_nothing_is_offered_after_a_weight_update_nor_when_it_is_taken_back(engi
     request = request_of()
     begin(engine, request)
     before = offered(engine)
-    engine.weights.changed("2", None)
+    engine.weights.changed("2", is_clean=True)
     decode_steps(engine, request, OUTPUT[:8])
-    engine.weights.changed("1", None)
+    engine.weights.changed("1", is_clean=True)
+    engine.weights.heard(FolderDigested(2, NAMESPACE.model_digest))
+    assert engine.weights.namespace == NAMESPACE
     decode_steps(engine, request, OUTPUT[8:])
     persist_hooks.before_checkpoint(None, request, up_to=40)
     assert offered(engine) == before == keys(PROMPT, engine)

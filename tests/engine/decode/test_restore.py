@@ -12,7 +12,8 @@ from sglang.srt.disaggregation.base import KVPoll
 
 from common.block import BlockKey
 from common.board_word import FAILED
-from common.messages import CancelJob, PullBlocks, ReleasePlan
+from common.messages.from_engines import CancelJob, PullBlocks
+from common.messages.from_gateway import ReleasePlan
 from engine import plans as plans_module
 from engine import runtime
 from engine.sglang.decode import restore_hooks
@@ -98,7 +99,7 @@ def test_a_plan_of_other_weights_is_ignored(parts):
     assert queues.match(request, 0).decode_prefix_len == 0
     engine.plan(request, 4)
     assert queues.match(request, 0).decode_prefix_len == 16
-    engine.weights.changed("2", None)
+    engine.weights.changed("2", is_clean=True)
     assert queues.match(request, 0).decode_prefix_len == 0
 
 
@@ -333,7 +334,7 @@ def test_after_a_weight_update_under_way_nothing_is_stored(parts):
     request = Request("r", PROMPT)
     plan = engine.plan(request, 3)
     waiting = queues.admit(request)
-    engine.weights.changed("2", None)
+    engine.weights.changed("2", is_clean=True)
     queues.commit(waiting)
     assert engine.links.of(PullBlocks) == []
     assert engine.links.of(ReleasePlan) == [("a", ReleasePlan(plan.id))]

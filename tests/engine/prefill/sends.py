@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from sglang.srt.disaggregation.base import KVPoll
+from sglang.srt.disaggregation.base.conn import StateType
 
 PAGE = 4
 LAYERS = 3
@@ -37,12 +38,15 @@ class FakeManager:
         self.kv_args = SimpleNamespace(
             kv_data_ptrs=[b.ctypes.data for b in self.own],
             kv_item_lens=[PAGE_BYTES] * components * LAYERS,
+            num_draft_entries=0,
+            state_types=[],
         )
         self.decode_kv_args_table = {
             SESSION: SimpleNamespace(
                 dst_kv_ptrs=[b.ctypes.data for b in self.peer],
                 dst_kv_item_len=PAGE_BYTES,
                 requires_dcp_relayout=False,
+                dst_state_data_ptrs=[],
             )
         }
         self.transfer_infos, self.request_status = {}, {}
@@ -54,6 +58,17 @@ class FakeManager:
         self.writes = 0
         self.concluded, self.poisoned, self.acked = {}, [], []
         self.req_to_token = torch.zeros((4, 128), dtype=torch.int32)
+
+    def give_index_keys(self, without=()):
+        """Of sparse attention; D has no memory for layers ``without``, P for all."""
+        self.own_index, self.peer_index = pool(32, 3, 1), pool(32, 4, 1)
+        self.kv_args.state_types = [StateType.DSA]
+        self.kv_args.state_data_ptrs = [[b.ctypes.data for b in self.own_index]]
+        self.kv_args.state_item_lens = [[PAGE_BYTES] * LAYERS]
+        peer, layers = self.decode_kv_args_table[SESSION], range(LAYERS)
+        addresses = [0 if n in without else self.peer_index[n].ctypes.data for n in layers]
+        peer.dst_state_data_ptrs = [addresses]
+        peer.dst_state_item_lens = [[0 if n in without else PAGE_BYTES for n in layers]]
 
     def batch_transfer_async_write(self, *_):
         return 0  # not taken: then the synchronous call is made

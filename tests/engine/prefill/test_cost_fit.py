@@ -50,6 +50,19 @@ def test_pairs_with_a_prefix_may_cost_more_than_without():
         assert found == pytest.approx(truth, rel=0.1), batch
 
 
+def test_layers_with_a_window_are_told_apart_from_those_with_all_tokens():
+    """Two thirds of the layers look back 128 tokens: a long context costs a third."""
+    truth = PrefillCost(0.002, 1e-5, 2e-8, window_pair_s=4e-8, window_tokens=128)
+    rng, fit = random.Random(4), CostFit(window_tokens=128)
+    for _ in range(20):
+        for chunk in [(n, c) for n in (64, 128, 256, 1024, 4096) for c in (0, 64, 1024, 16_384)]:
+            seconds = seconds_of(truth, chunk) * rng.uniform(0.97, 1.03)
+            fit.note([chunk[0]], [chunk[1]], seconds, weight=relative(seconds))
+    for batch in ([(300, 0)], [(2000, 64)], [(64, 64_000)], [(512, 32_000), (512, 0)]):
+        found, truly = seconds_of(fit.cost(), *batch), seconds_of(truth, *batch)
+        assert found == pytest.approx(truly, rel=0.1), batch
+
+
 def test_it_follows_an_engine_that_becomes_slower():
     fit = CostFit()
     for speed in (1.0, 3.0):
@@ -112,9 +125,10 @@ def test_nothing_is_said_of_too_little():
         max_size=30,
     ),
     st.sampled_from([None, CPU_LIKE]),
+    st.sampled_from([0, 128]),
 )
-def test_no_term_is_ever_negative(samples, profile):
-    fit = CostFit(profile)
+def test_no_term_is_ever_negative(samples, profile, window_tokens):
+    fit = CostFit(profile, window_tokens)
     for new, context, seconds in samples:
         note(fit, seconds, (new, context), (256, 0))
     assert min(fit.cost().coefficients()) >= 0

@@ -92,6 +92,7 @@ def scheduler(chunk_tokens: int | None = 8192) -> SimpleNamespace:
     return SimpleNamespace(
         device="cpu",
         chunked_prefill_size=chunk_tokens,
+        sliding_window_size=None,
         model_config=SimpleNamespace(dtype="float32"),
         server_args=SimpleNamespace(
             tp_size=1, attn_dp_size=1, kv_cache_dtype="auto", attention_backend="native"

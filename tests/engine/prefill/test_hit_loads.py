@@ -14,14 +14,23 @@ from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from common.block import BlockKey
 from common.board_word import FAILED
 from common.experiment import Experiment
-from common.messages import CancelJob, Deliver
+from common.messages.from_engines import CancelJob, Deliver
 from engine import runtime
 from engine.prefill import hit_loads
 from engine.prefill.hit_loads import HitLoads
 from engine.ranks.group import RankGroup
 from engine.sglang.prefill import linker
 from engine.sglang.prefill.linker import PrefillLinker
-from tests.engine.parts import EARLIER_WEIGHTS, LAYERS, PAGE, Parts, Request, hashes_of, keys_of
+from tests.engine.parts import (
+    EARLIER_WEIGHTS,
+    LAYERS,
+    PAGE,
+    UNDER_A_DRAFT,
+    Parts,
+    Request,
+    hashes_of,
+    keys_of,
+)
 
 PROMPT = list(range(100, 122))  # five blocks and two tokens
 
@@ -43,7 +52,8 @@ class Wrapper:
         self.inflight_load_rids: list[str] = []
 
     def match(self, request: Any, cached_blocks: int = 0) -> list[int]:
-        keys = [page_hash.hex() for page_hash in hashes_of(request)[cached_blocks:]]
+        bigrams = runtime.runtime().weights.namespace.layout.bigrams
+        keys = [page_hash.hex() for page_hash in hashes_of(request, bigrams)[cached_blocks:]]
         others = PoolTransfer(name=PoolName.MAMBA, keys=["00"])
         return self.cache_linker.lookup(
             request.rid, [others, PoolTransfer(name=PoolName.KV, keys=keys)]
@@ -70,7 +80,9 @@ def make(monkeypatch):
     def make(window=None, **settings) -> tuple[PrefillParts, Wrapper]:
         engine = PrefillParts(window, **settings)
         allocator = SimpleNamespace(get_kvcache=lambda: "the pool")
-        params = SimpleNamespace(token_to_kv_pool_allocator=allocator, page_size=PAGE)
+        params = SimpleNamespace(
+            token_to_kv_pool_allocator=allocator, req_to_token_pool=None, page_size=PAGE
+        )
         monkeypatch.setattr(runtime, "_runtime", None)
         linker = PrefillLinker(None, params, components=set())
         linker.reset()  # SGLang may, before the runtime is up
@@ -130,7 +142,7 @@ def test_a_plan_of_other_weights_restores_nothing(parts):
     engine.plan(request, 5, namespace_digest=EARLIER_WEIGHTS)
     assert sglang.match(request) == []
     engine.plan(request, 5)
-    engine.weights.changed("2", None)
+    engine.weights.changed("2", is_clean=True)
     assert sglang.match(request) == []
 
 
@@ -152,6 +164,27 @@ def test_each_reader_is_asked_for_its_blocks_into_the_pages_given(parts):
     }
     assert all(job.plan == plan.id and job.urgent for _, job in engine.jobs_sent())
     assert sorted(engine.holds.held_pages()) == [4, 7, 9]
+
+
+def test_a_draft_finds_its_layers_there_since_the_models_last_one_has_waited_for_them(make):
+    engine, sglang = make(namespace=UNDER_A_DRAFT)
+    request = Request("r", PROMPT)
+    engine.plan(request, 2)
+    assert sglang.match(request) == [1, 2]  # by keys over bigrams
+    sglang.load(request, [3, 4])
+    gate = sglang.cache_linker.layer_done_counter
+    gate.set_consumer(sglang.cache_linker.start_layer_wise_loading())
+    ((_, job),) = engine.jobs_sent()
+    engine.write(job, 1)
+    gate.wait_until(0)
+    waited = threading.Thread(target=gate.wait_until, args=[1])
+    engine.write(job, LAYERS - 1)  # all but the draft's
+    waited.start()
+    waited.join(0.2)
+    assert waited.is_alive()
+    engine.write(job, LAYERS)
+    waited.join(10)
+    assert not waited.is_alive()
 
 
 def test_fewer_pages_than_were_found_are_filled_from_the_front(parts):
@@ -337,6 +370,6 @@ def test_what_was_found_for_requests_that_never_load_is_bounded(parts, monkeypat
     requests = [Request(f"r{number}", PROMPT) for number in range(50)]
     for request in requests:
         engine.plan(request, 5)
-        assert engine.hit_loads.look_up(request.rid, hashes_of(request)) == 5
+        assert engine.hit_loads.look_up(request.rid, hashes_of(request)) == range(1, 6)
     assert len(engine.hit_loads._found) == 8
     assert not engine.hit_loads.cancel("r49") and len(engine.hit_loads._found) == 7

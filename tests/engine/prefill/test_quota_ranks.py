@@ -65,7 +65,7 @@ def test_ranks_with_times_of_their_own_cut_alike(tmp_path):
     for process in ranks:
         process.start()
     try:
-        rooms = dict(answers.get(timeout=60) for _ in ranks)
+        rooms = dict(answers.get(timeout=240) for _ in ranks)
     finally:
         for process in ranks:
             process.join(10)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from sglang.srt.disaggregation.base import KVPoll
+from sglang.srt.disaggregation.base.conn import StateType
 
 from engine.page_table import PageTable
 from engine.prefill.forwards import PrefillForward
@@ -34,22 +35,28 @@ def manager():
 def sender(manager):
     view = SendManager(manager)
     table = PageTable(manager.req_to_token, PAGE)
-    return SuffixSender(view, LayerCopies(view, LAYERS), table)
+    return SuffixSender(view, LayerCopies(view, LAYERS, range(LAYERS)), table)
 
 
-def forward(sender, *requests):
-    """Run all layers of a forward; the workers' calls run at once."""
+def followed(sender, *requests, num_layers=LAYERS, draft_layers=0):
+    """A forward; the workers' calls run at once."""
     workers = SimpleNamespace(submit=lambda session, call: call())
     forwards: Any = SimpleNamespace(
         suffix=sender,
         workers=workers,
-        num_layers=LAYERS,
+        num_layers=num_layers,
+        model_layers=num_layers - draft_layers,
         one_call_a_layer=True,
         unseen_layers_total=0,
         streams=Streams(),
     )
-    run = PrefillForward(forwards, sender.plan(requests))
-    for layer in range(LAYERS):
+    return PrefillForward(forwards, sender.plan(requests))
+
+
+def forward(sender, *requests, num_layers=LAYERS):
+    """Run all layers of a forward."""
+    run = followed(sender, *requests, num_layers=num_layers)
+    for layer in range(num_layers):
         run.before_attention(layer)
         run.after_attention(layer)
     run.finish()
@@ -63,6 +70,71 @@ def test_a_suffix_arrives_and_claims_all_of_sglangs_own_send(manager, sender):
     assert sends is not None and all(send.done.is_set() for send in sends)
     sender.settle(7, sends)
     assert not manager.concluded and not sender.is_in_flight(7)
+
+
+def test_index_keys_leave_with_their_layer_and_are_not_sent_again(manager, sender, monkeypatch):
+    """Of sparse attention; the last layer shares an indexer, and D has no memory for its keys."""
+    manager.give_index_keys(without={LAYERS - 1})
+    forward(sender, request(manager, 7, 12, [3, 9, 4], dst_pages=[8, 1, 2]))
+    assert arrived(manager, [3, 9, 4], [8, 1, 2])
+    for layer, (own, peer) in enumerate(zip(manager.own_index, manager.peer_index, strict=True)):
+        own, peer = own.reshape(-1, PAGE_BYTES), peer.reshape(-1, PAGE_BYTES)
+        assert np.array_equal(own[[3, 9, 4]], peer[[8, 1, 2]]) == (layer < LAYERS - 1)
+    assert manager.writes == LAYERS, "one batch a layer"
+    followed = SimpleNamespace(suffix=sender, window=None)
+    monkeypatch.setattr(send_hooks, "forwards", lambda: followed)
+    left = []
+    send_hooks.around_add_transfer(
+        lambda *arguments, **_: left.append(arguments),
+        *(manager, 7, np.array([3, 9, 4]), slice(0, 3), True),
+        aux_index=1,
+        state_indices=[[3, 9, 4]],
+    )
+    ((_, _, pages, _, _, aux_index, state_indices),) = left
+    assert len(pages) == 0 and aux_index == 1 and state_indices is None
+
+
+def test_layers_with_windows_are_left_to_sglangs_last_send(manager, monkeypatch):
+    """They have no KV, and no buffer among those of the layers that have."""
+    manager.kv_args.state_types = [StateType.SWA]
+    manager.decode_kv_args_table[SESSION].dst_state_data_ptrs = [[1]]
+    view = SendManager(manager)
+    copies = LayerCopies(view, 2 * LAYERS, range(1, 2 * LAYERS, 2))
+    sender = SuffixSender(view, copies, PageTable(manager.req_to_token, PAGE))
+    req = request(manager, 7, 12, [3, 9, 4], dst_pages=[8, 1, 2])
+    forward(sender, req, num_layers=2 * LAYERS)
+    assert arrived(manager, [3, 9, 4], [8, 1, 2]) and manager.writes == LAYERS
+    monkeypatch.setattr(send_hooks, "forwards", lambda: SimpleNamespace(suffix=sender, window=None))
+    left = []
+    send_hooks.around_add_transfer(
+        lambda *arguments, **_: left.append(arguments),
+        *(manager, 7, np.array([3, 9, 4]), slice(0, 3), True),
+        state_indices=[[5, 6]],
+    )
+    ((_, _, pages, _, _, _, state_indices),) = left
+    assert len(pages) == 0 and state_indices == [[5, 6]]
+
+
+def test_a_draft_leaves_when_it_has_run_and_its_buffers_are_found_behind_the_models(
+    manager, sender
+):
+    """Of a model of two layers (K, K, V, V) and a draft of one (K, V)."""
+    order = [0, 1, 3, 4, 2, 5]
+    manager.own, manager.peer = ([of[i] for i in order] for of in (manager.own, manager.peer))
+    manager.kv_args.kv_data_ptrs = [b.ctypes.data for b in manager.own]
+    manager.decode_kv_args_table[SESSION].dst_kv_ptrs = [b.ctypes.data for b in manager.peer]
+    manager.kv_args.num_draft_entries = 2
+    run = followed(sender, request(manager, 7, 8, [3, 9], dst_pages=[8, 1]), draft_layers=1)
+    for layer in range(LAYERS - 1):
+        run.before_attention(layer)
+        run.after_attention(layer)
+    own, peer = (of[4].reshape(-1, PAGE_BYTES) for of in (manager.own, manager.peer))
+    assert manager.writes == LAYERS - 1 and not np.array_equal(own[[3, 9]], peer[[8, 1]])
+    run.before_attention(0)  # the draft's only layer
+    own[[3, 9]] = 7
+    run.after_attention(0)
+    run.finish()
+    assert manager.writes == LAYERS and arrived(manager, [3, 9], [8, 1])
 
 
 def test_what_the_decode_engine_has_is_not_sent(manager, sender):

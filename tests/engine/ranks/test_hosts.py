@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from common.ids import Incarnation
-from common.messages import ModelBounds
+from common.loads import ModelBounds
 from engine import runtime as runtime_module
 from engine.config import EngineConfig
+from engine.host import Host
 from engine.kv_memory import KvMemory
 from engine.report import EngineIdentity
-from engine.runtime import EngineRuntime, Host
+from engine.runtime import EngineRuntime
 from engine.streams import Streams
 from tests.control import SECRET
 from tests.engine.parts import NAMESPACE
@@ -66,6 +67,9 @@ def ranks(tmp_path, monkeypatch) -> list[EngineRuntime]:
             transfer_engine=cast(Any, TransferEngine()),
             data_port=0,
             memory=KvMemory(NAMESPACE.layout, [[1, 2]] * 3, NAMESPACE.kv_dtype),
+            allocators=[own.token_to_kv_pool_allocator],
+            window=None,
+            states=None,
             streams=Streams(),
             model_path="/models/x",
             weight_version=NAMESPACE.weight_version,

@@ -18,14 +18,15 @@ from hypothesis import strategies as st
 
 from common.block import BlockKey
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
-from common.messages import EndPlan, EnginePlan
+from common.messages.from_gateway import EndPlan, EnginePlan
 from engine.config import EngineConfig
-from engine.ranks.group import Events, JobOver, RankGroup, SilentLinks, VariantTaken
+from engine.ranks.group import Events, JobOver, RankGroup, SilentLinks
 from engine.streams import PASSED, HostPages
 from engine.transfers.completion_board import CompletionBoard, OtherBoards
 from engine.transfers.deliveries import Deliveries, Delivery
 from engine.transfers.jobs import Jobs
 from engine.transfers.page_holds import PageHolds
+from engine.weights import VariantTaken
 from tests.engine.parts import PAGE, Allocator
 from tests.examples import examples
 
@@ -43,6 +44,9 @@ class Links:
 
     def incarnation(self, agent: str) -> int | None:
         return 5 if self.reachable else None
+
+    def host(self, agent: str) -> str:
+        return ""
 
     def send(self, agent: str, message: object) -> bool:
         self.sent.append(message)

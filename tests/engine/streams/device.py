@@ -82,6 +82,9 @@ class Device:
         self.launch(lambda: copy.copy_(values))
         return copy
 
+    def within(self, stream: Stream | None) -> contextlib.AbstractContextManager[object]:
+        return self.on(stream if isinstance(stream, Queue) else self._current)
+
     def is_capturing(self) -> bool:
         return False
 

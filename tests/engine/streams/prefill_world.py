@@ -44,7 +44,12 @@ class PrefillWorld(Parts):
         self.prefill_forwards = PrefillForwards(
             self.config,
             cast(Any, self._scheduler()),
-            KvMemory(BlockLayout(PAGE, LAYERS, (PAGE_BYTES,) * components), [], "float32"),
+            KvMemory(
+                BlockLayout(PAGE, LAYERS, (PAGE_BYTES,) * components),
+                [],
+                "float32",
+                has_latents=components == 1,
+            ),
             self.deliveries,
             self.streams,
             Credits(0, {}),
@@ -97,7 +102,9 @@ class PrefillWorld(Parts):
             device.wait_stream(device.forward, device.schedule)
         with device.on(device.forward if self.overlap else device.schedule):
             timing_hooks.around_forward(
-                lambda *_: self._layers(pages), cast(Any, None), forward_batch
+                lambda *_: self._layers(pages),
+                SimpleNamespace(is_draft_worker=False),
+                forward_batch,
             )
         forward_hooks.after_run_batch(None, None)
 

@@ -9,7 +9,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from common.messages import CancelJob, Deliver, Message, PullBlocks
+from common.messages.codec import Message
+from common.messages.from_engines import CancelJob, Deliver, PullBlocks
 from engine import runtime
 from engine.sglang.decode import persist_hooks
 from engine.streams import Streams

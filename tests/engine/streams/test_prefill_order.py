@@ -12,7 +12,7 @@ import pytest
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
-from common.messages import Deliver
+from common.messages.from_engines import Deliver
 from engine import runtime
 from engine.sglang.prefill.linker import PrefillLinker
 from tests.engine.parts import Request, hashes_of
@@ -105,7 +105,9 @@ def test_hit_pages_are_named_when_they_are_known_and_no_forward_is_waited_for(ma
     world.run_batch(HERE, asked(world))
     world.device.wait_stream(world.device.schedule, world.device.forward)
     allocator = SimpleNamespace(get_kvcache=lambda: "the pool")
-    params = SimpleNamespace(token_to_kv_pool_allocator=allocator, page_size=PAGE)
+    params = SimpleNamespace(
+        token_to_kv_pool_allocator=allocator, page_size=PAGE, req_to_token_pool=None
+    )
     linker = PrefillLinker(None, params, components=set())
     hit = Request("hit", list(range(100, 118)))
     plan = world.plan(hit, 4)

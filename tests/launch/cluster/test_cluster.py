@@ -17,36 +17,37 @@ from launch.cluster.processes import process_records
 from launch.models.resolve import resolve_model
 from launch.settings import BadConfig
 from storage.ssd.folder import FORMAT
+from tests.cluster import free_port_block
+
+PORTS = 400
+"""Of a small cluster: from its gateway's on."""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The user's: the model is built into it once."""
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
-def refused(monkeypatch, tmp_path, capsys):
+def refused(monkeypatch, cache, capsys):
     """Runs the command, expects exit code 2, and returns the one sentence on stderr."""
 
     def must_not_start(*args):
         raise AssertionError("processes were started")
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(cluster, "supervise", must_not_start)
 
     def run(*argv: str) -> str:
-        common = ["--device", "cpu", "--dram-bytes", "1MiB", "--port", str(_free_port())]
+        port = free_port_block(PORTS, lowest=21000)
+        common = ["--device", "cpu", "--dram-bytes", "1MiB", "--port", str(port)]
         assert cluster.main([*common, "--model", "tiny", *argv]) == 2
         sentence = capsys.readouterr().err.strip().splitlines()[-1]
         assert sentence.startswith("error: ")
         return sentence
 
     return run
-
-
-def _free_port() -> int:
-    """One below the ephemeral range, with room for a cluster's other ports above it; each test
-    process looks from another one on."""
-    for port in range(21000 + os.getpid() % 16 * 400, 30000, 400):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-    raise AssertionError("no free port")
 
 
 def _takes(stack: contextlib.ExitStack, first: int, count: int) -> bool:
@@ -82,13 +83,13 @@ def test_a_busy_port_is_named_with_the_process_that_needs_it(refused):
 
 def test_a_temporary_folder_of_too_long_a_name(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 25)))
-    assert "TMPDIR" in refused("--port", str(_free_port()), "--base-port", "21000")
+    assert "TMPDIR" in refused()
 
 
 def test_ports_of_which_too_few_are_free_are_named(refused):
     """Each process takes some of its block: here another one has most of an agent's, on an address
     that the agent would share."""
-    port = str(_free_port())
+    port = str(free_port_block(PORTS, lowest=21000))
     with contextlib.ExitStack() as stack:
         base = next(base for base in range(21500, 30000, 100) if _takes(stack, base + 16, 20))
         sentence = refused("--port", port, "--base-port", str(base))
@@ -166,7 +167,8 @@ def test_a_process_that_cannot_start_ends_with_its_last_words(monkeypatch, tmp_p
     argv = ["--model", str(resolve_model("tiny")), "--device", "cpu"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     argv += ["--dram-bytes", "1MiB", "--ssd-bytes", "1MiB"]
-    argv += ["--port", str(_free_port()), "--engine-args", "--no-such-flag 1"]
+    port = free_port_block(PORTS, lowest=21000)
+    argv += ["--port", str(port), "--engine-args", "--no-such-flag 1"]
     assert cluster.main(argv) == 1
     shown = "".join(capsys.readouterr())
     assert "no-such-flag" in shown

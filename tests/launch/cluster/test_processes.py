@@ -193,8 +193,9 @@ def test_rdma_without_a_device_is_refused():
 
 def test_nothing_is_compiled_on_a_cpu_unless_it_is_asked_for():
     asked = records_of(ClusterConfig(prefill_args=words("--enable-torch-compile")))
-    assert "TORCH_COMPILE_DISABLE" not in asked["p0"].env
-    assert asked["d0"].env["TORCH_COMPILE_DISABLE"] == "1"
+    for variable in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
+        assert variable not in asked["p0"].env
+        assert asked["d0"].env[variable] == "1"
 
 
 def test_ranks_share_a_machine_and_unlike_sizes_stage_their_heads():
@@ -278,7 +279,8 @@ def test_a_layer_window_on_gpus_runs_without_prefill_graphs():
         "--enable-pdmux --tp 1",
         "--cuda-graph-backend-prefill full",
         "--cuda-graph-backend-prefill=full",
-        "--speculative-algorithm EAGLE",
+        "--speculative-algorithm NGRAM",
+        "--enable-multi-layer-eagle",
         "--optimistic-prefill-attempts 2",
     ],
 )
@@ -289,7 +291,8 @@ def test_flags_of_sglang_that_would_make_wrong_tokens_are_refused(flags):
 
 
 def test_their_harmless_values_are_not():
-    harmless = "--cuda-graph-backend-prefill breakable --optimistic-prefill-attempts 0"
+    harmless = "--cuda-graph-backend-prefill breakable --optimistic-prefill-attempts 0 "
+    harmless += "--speculative-algorithm nextn"
     assert records_of(ClusterConfig(prefill_args=words(harmless)))
 
 
@@ -346,3 +349,13 @@ def test_each_attention_group_is_an_engine_to_the_gateway(monkeypatch, flags):
     first = int(flag_value(records["p0"], "--dist-init-addr").rpartition(":")[2])
     ports += range(first, first + 14)
     assert len(ports) == len(set(ports))
+
+
+def test_kv_of_two_types_is_refused_before_anything_starts():
+    float8 = ("--kv-cache-dtype", "fp8_e4m3")
+    told = r"prefill engines have --kv-cache-dtype auto, decode engines fp8_e4m3.*--engine-args"
+    with pytest.raises(BadConfig, match=told):
+        records_of(ClusterConfig(decode_args=float8))
+    records_of(ClusterConfig(engine_args=float8))
+    same = words("--kv-cache-dtype=fp8_e4m3")
+    records_of(ClusterConfig(prefill_args=float8, decode_args=same))

@@ -299,6 +299,28 @@ async def test_ranks_begin_anew_when_those_of_other_hosts_do(quick, tmp_path):
         assert told.restarts[0][:2] == ("p0-1", "begins anew")
 
 
+async def test_a_start_that_others_may_have_spoilt_is_tried_again(quick, tmp_path):
+    class Shared(Numbers):
+        again = asyncio.Event()
+
+        def may_end_for_others(self, record):
+            return True
+
+        async def next_start(self, record, restarts):
+            if restarts:
+                self.again.set()
+            return await super().next_start(record, restarts)
+
+    told, numbers = Recorder(), Shared()
+    bad = stand_in("p0-1", "crash", kind="engine")
+    supervisor = Supervisor([bad], tmp_path, told, start_timeout_s=600, numbers=numbers)
+    running = asyncio.create_task(supervisor.run())
+    await asyncio.wait_for(numbers.again.wait(), 60)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(running, 60)
+    assert told.restarts[0][:2] == ("p0-1", "exited with code 1")
+
+
 async def test_what_a_process_writes_and_its_secrets_are_its_users_alone(quick, tmp_path):
     note = tmp_path / "note"
     record = replace(stand_in("agent-p0", "secretive", note), secrets=b'{"a": "hush"}')

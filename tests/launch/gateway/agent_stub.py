@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import messages as m
 from common.block import BlockKey, BlockLayout, Namespace, TierName
 from common.loads import AgentLoad
+from common.messages.fields import Ping
+from common.messages.from_agents import AgentHello, AgentStatus, Announcement, Holding, ShareRead
+from common.messages.from_gateway import ReadShare, Subscribe
 from common.samples import sample
 from tests.launch.gateway.control_stub import ControlStub
 
@@ -28,30 +30,30 @@ class StubAgent(ControlStub):
 
     def answers(self, message: Any) -> list[Any]:
         match message:
-            case m.Ping():
+            case Ping():
                 return [
-                    m.AgentHello(self.name, self.incarnation, "host:1"),
+                    AgentHello(self.name, self.incarnation, "host:1"),
                     self.status(),
                 ]
-            case m.Subscribe():
+            case Subscribe():
                 self.sequence = 0
                 return [self.announcement(self.held, snapshot=True)]
-            case m.ReadShare() if not self.slow:
+            case ReadShare() if not self.slow:
                 return [self.share(message)]
         return []
 
-    def status(self) -> m.AgentStatus:
+    def status(self) -> AgentStatus:
         queued, rates = {TierName.SSD: 0}, {TierName.SSD: 1e9}
         load = AgentLoad(self.name, self.incarnation, queued, rates, 0, 1e9, 100, 100)
-        return m.AgentStatus(load, self.samples, self.heard)
+        return AgentStatus(load, self.samples, self.heard, self.leader.present_term)
 
-    def share(self, message: m.ReadShare) -> m.ShareRead:
+    def share(self, message: ReadShare) -> ShareRead:
         in_dram = [key not in self.lost for key in message.keys]
         read = {self.tier: NAMESPACE.layout.block_bytes * sum(in_dram)}
-        return m.ShareRead(message.plan, in_dram, read, 0.01, 0.02)
+        return ShareRead(message.plan, in_dram, read, 0.01, 0.02)
 
-    def announcement(self, keys: list[BlockKey], snapshot: bool) -> m.Announcement:
-        changes = [m.Holding(key, self.tier, True) for key in keys]
-        news = m.Announcement(self.incarnation, self.sequence, snapshot, changes)
+    def announcement(self, keys: list[BlockKey], snapshot: bool) -> Announcement:
+        changes = [Holding(key, self.tier, True) for key in keys]
+        news = Announcement(self.incarnation, self.sequence, snapshot, changes)
         self.sequence += 1
         return news

@@ -17,24 +17,32 @@ import msgspec
 import uvicorn
 from aiohttp import ClientSession, web
 
-from common import messages as m
 from common.block import BlockKey
 from common.cluster.membership import EngineAddress
-from common.ids import Incarnation
-from common.loads import EngineLoad
+from common.ids import FIELDS_HEADER, PROMPT_IDS_HEADER, Incarnation
+from common.loads import EngineLoad, ModelBounds
+from common.messages.fields import Ping
+from common.messages.from_engines import EngineEnds, EngineHello, PlanAccepted, PlanRefused
+from common.messages.from_gateway import EnginePlan
 from common.samples import sample
 from launch.gateway.app import create_app
 from launch.gateway.config import GatewayConfig
 from launch.gateway.listening import listen
+from launch.gateway.request.parts import GENERATING, MESSAGES, RESPONSES
 from scheduler.options import SchedulerOptions
 from tests.common.ports import free_port
 from tests.control import SECRET
+from tests.launch.gateway import control_stub
 from tests.launch.gateway.agent_stub import NAMESPACE, StubAgent
 from tests.launch.gateway.control_stub import REFUSALS, ControlStub
+from tests.launch.gateway.request.stub_answers import (
+    WORDS,
+    named_events,
+    usage_of,
+    whole_answer,
+)
 
-WORDS = ["one ", "two ", "three"]
-BOUNDS = m.ModelBounds(vocabulary_tokens=1 << 21, context_tokens=4096, prompt_tokens_max=4000)
-PREFILL_LOGPROBS = [[-0.5, 7, None]]
+BOUNDS = ModelBounds(vocabulary_tokens=1 << 21, context_tokens=4096, prompt_tokens_max=4000)
 
 
 class StubEngine(ControlStub):
@@ -55,10 +63,12 @@ class StubEngine(ControlStub):
         self.load_changes: dict[str, Any] = {}
         self.samples = [sample("engine_kv_wait_seconds_total", 2, layer="0")]
         self.bodies: list[dict[str, Any]] = []
+        self.fields: list[str | None] = []
+        """Of which no place is in the body."""
         self.traceparents: list[str | None] = []
         """Which they came with."""
         self.aborted: list[str] = []
-        self.flushed, self.flush_query = 0, ""
+        self.flushed, self.flush_query, self.frozen = 0, "", 0
         self.authorization = ""
         """Of the last request to tokenise."""
         self.dies_of, self.last_words = "", True
@@ -70,15 +80,17 @@ class StubEngine(ControlStub):
 
     def answers(self, message: Any) -> list[Any]:
         match message:
-            case m.Ping():
+            case Ping():
                 return [self.hello()]
-            case m.EnginePlan():
+            case EnginePlan():
+                if not self.leader.has_given(message.id):
+                    return [PlanRefused(message.id, "another gateway")]
                 if message.namespace_digest != self.hello().namespace.digest():
-                    return [self.hello(), m.PlanRefused(message.id, "other weights", stale=True)]
-                return [m.PlanAccepted(message.id)]
+                    return [self.hello(), PlanRefused(message.id, "other weights", stale=True)]
+                return [PlanAccepted(message.id)]
         return []
 
-    def hello(self) -> m.EngineHello:
+    def hello(self) -> EngineHello:
         load = EngineLoad(
             engine=self.name,
             role=self.role,
@@ -91,7 +103,9 @@ class StubEngine(ControlStub):
             free_tokens=100_000,
         )
         load = msgspec.structs.replace(load, **self.load_changes)
-        return m.EngineHello(load, self.namespace, 8998, BOUNDS, self.samples, self.heard)
+        return EngineHello(
+            load, self.namespace, 8998, BOUNDS, self.samples, self.heard, self.leader.present_term
+        )
 
     # ---- HTTP -------------------------------------------------------------------------
 
@@ -102,16 +116,21 @@ class StubEngine(ControlStub):
         app.router.add_post("/v1/tokenize", self._tokenize)
         app.router.add_post("/abort_request", self._abort)
         app.router.add_post("/flush_cache", self._flush)
-        for path in ("/v1/chat/completions", "/v1/completions", "/generate"):
+        app.router.add_post("/freeze_gc", self._freeze)
+        for path in GENERATING:
             app.router.add_post(path, self._generate)
+        self.add_routes(app)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        await web.TCPSite(self._runner, control_stub.HOST, self.port).start()
+
+    def add_routes(self, app: web.Application) -> None:
+        """Of a test of its own."""
 
     async def die(self) -> None:
         """As a process that has raised an error, or was killed."""
         if self.last_words:
-            await self.push(m.EngineEnds(self.incarnation, self.at_work, "an error"))
+            await self.push(EngineEnds(self.incarnation, self.at_work, "an error"))
         self.silent = True
         await self.close_http()
 
@@ -139,6 +158,12 @@ class StubEngine(ControlStub):
         self.flushed, self.flush_query = self.flushed + 1, request.rel_url.raw_query_string
         return web.Response(text="ok")
 
+    async def _freeze(self, request: web.Request) -> web.Response:
+        if self.faults.pop(0) if self.faults else "":
+            return web.json_response({"message": "out of order"}, status=500)
+        self.frozen += 1
+        return web.json_response({"success": True})
+
     async def _abort(self, request: web.Request) -> web.Response:
         self.aborted.append((await request.json())["rid"])
         return web.Response()
@@ -160,9 +185,14 @@ class StubEngine(ControlStub):
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if PROMPT_IDS_HEADER in request.headers:
+            messages = body.get("messages") or body["input"]
+            text = "".join(message["content"] for message in messages)
+            return web.json_response({"tokens": [ord(c) for c in text]})
         self.bodies.append(body)
+        self.fields.append(request.headers.get(FIELDS_HEADER))
         self.traceparents.append(request.headers.get("traceparent"))
-        assert body["rid"] in [plan.rid for plan in self.got(m.EnginePlan)]
+        assert body["rid"] in [plan.rid for plan in self.got(EnginePlan)]
         fault = self.faults.pop(0) if self.faults else ""
         if self.dies_of and self.dies_of in json.dumps(body):
             self.at_work.append(body["rid"])
@@ -174,6 +204,13 @@ class StubEngine(ControlStub):
             return web.Response()
         if fault == "hang":
             await asyncio.sleep(60)
+        if fault == "ordered late":
+            while body["rid"] not in self.aborted:
+                await asyncio.sleep(0.02)
+            error = {"message": "... Aborted by AbortReq.", "code": 500}
+            return web.json_response(error, status=500)
+        if fault == "abort" and not body.get("stream"):
+            fault = "load"
         if fault in REFUSALS:
             status, message = REFUSALS[fault]
             error = {"object": "error", "message": message.format(**body), "code": status}
@@ -184,33 +221,7 @@ class StubEngine(ControlStub):
         await room.wait()
         if body.get("stream"):
             return await self._stream(request, body, fault)
-        return web.json_response(self._whole(request.path, body, fault))
-
-    def _whole(self, path: str, body: dict[str, Any], fault: str) -> dict[str, Any]:
-        words = WORDS[:1] if self.role == "prefill" else WORDS
-        reason = "abort" if fault == "abort" else "length"
-        text = "".join(words)
-        if path == "/generate":
-            meta: dict[str, Any] = {"id": body["rid"], "finish_reason": {"type": reason}}
-            if body.get("return_logprob"):
-                meta["input_token_logprobs"] = PREFILL_LOGPROBS if self.role == "prefill" else []
-            return {"text": text, "meta_info": meta}
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason}
-        if path == "/v1/completions":
-            choice["text"] = text
-        else:
-            choice["message"] = {"role": "assistant", "content": text}
-        usage = self._usage(body)
-        return {"id": body["rid"], "object": "stub", "choices": [choice], "usage": usage}
-
-    def _usage(self, body: dict[str, Any]) -> dict[str, Any]:
-        prompt_tokens = len(body.get("input_ids") or body["prompt"])
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": len(WORDS),
-            "total_tokens": prompt_tokens + len(WORDS),
-            "prompt_tokens_details": {"cached_tokens": 4},
-        }
+        return web.json_response(whole_answer(self.role, request.path, body, fault))
 
     async def _stream(
         self, request: web.Request, body: dict[str, Any], fault: str
@@ -222,6 +233,13 @@ class StubEngine(ControlStub):
             data = value if isinstance(value, str) else json.dumps(value)
             await response.write(f"data: {data}\n\n".encode())
 
+        if request.path in (MESSAGES, RESPONSES):
+            for event in named_events(request.path, body, fault):
+                await response.write(event)
+            if fault == "break":
+                assert request.transport is not None
+                request.transport.abort()
+            return response
         if fault == "abort":
             await send({"error": {"message": "load failed", "code": 503}})
             await send("[DONE]")
@@ -239,7 +257,7 @@ class StubEngine(ControlStub):
         finish = {"index": 0, "delta": {}, "finish_reason": "length"}
         await send({**common, "choices": [finish]})
         if (body.get("stream_options") or {}).get("include_usage"):
-            await send({**common, "choices": [], "usage": self._usage(body)})
+            await send({**common, "choices": [], "usage": usage_of(body)})
         await send("[DONE]")
         return response
 
@@ -248,12 +266,17 @@ class StubCluster:
     """A gateway in front of stubs: P engines on node ``node-p``, D engines on ``node-d``."""
 
     def __init__(
-        self, prefills: int, decodes: int, heartbeat_timeout_s: float = 5.0, **config: Any
+        self,
+        prefills: int,
+        decodes: int,
+        heartbeat_timeout_s: float = 5.0,
+        engine: type[StubEngine] = StubEngine,
+        **config: Any,
     ) -> None:
         self.rooms: dict[int, asyncio.Event] = {}
         self.agents = {name: StubAgent(name) for name in ("node-p", "node-d")}
-        self.prefills = [StubEngine(f"p{i}", "prefill", self.rooms) for i in range(prefills)]
-        self.decodes = [StubEngine(f"d{i}", "decode", self.rooms) for i in range(decodes)]
+        self.prefills = [engine(f"p{i}", "prefill", self.rooms) for i in range(prefills)]
+        self.decodes = [engine(f"d{i}", "decode", self.rooms) for i in range(decodes)]
         self.config = GatewayConfig(
             host="127.0.0.1",
             port=free_port(),
@@ -270,8 +293,11 @@ class StubCluster:
             self.app, port=self.config.port, log_level="warning", timeout_graceful_shutdown=1
         )
         self._server = uvicorn.Server(self._serving)
-        self._server_task: asyncio.Task[None] | None = None
         self.http: ClientSession
+        self._ending = contextlib.AsyncExitStack()
+        """What of it has begun, also where the rest of its start failed."""
+        for stub in (*self.agents.values(), *self.engines):
+            self._ending.push_async_callback(stub.close)
 
     @property
     def engines(self) -> list[StubEngine]:
@@ -304,10 +330,11 @@ class StubCluster:
             await engine.start_http()
         with contextlib.suppress(AttributeError):  # uvicorn would take the test's signals
             self._server.capture_signals = contextlib.nullcontext  # type: ignore
-        self._server_task = asyncio.create_task(
-            self._server.serve([listen(self._serving, self.config.client_stall_s)])
-        )
+        listening = [listen(self._serving, self.config.client_stall_s)]
+        serving = asyncio.create_task(self._server.serve(listening))
+        self._ending.push_async_callback(self._end_server, serving)
         self.http = ClientSession(f"http://127.0.0.1:{self.config.port}")
+        self._ending.push_async_callback(self.http.close)
         await self.until(lambda: self._server.started)
         await self.until(self._ready)
         # In the order in which equals are chosen: that of their first reports.
@@ -340,13 +367,12 @@ class StubCluster:
             while not condition():
                 await asyncio.sleep(0.02)
 
-    async def stop(self) -> None:
-        await self.http.close()
+    async def _end_server(self, serving: asyncio.Task[None]) -> None:
         self._server.should_exit = True
-        assert self._server_task is not None
-        await self._server_task
-        for stub in (*self.agents.values(), *self.engines):
-            await stub.close()
+        await serving
+
+    async def stop(self) -> None:
+        await self._ending.aclose()
 
 
 @contextlib.asynccontextmanager

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from typing import Any
 
 import msgspec
 import pytest
 
-from common import messages as m
 from common.ids import Incarnation
+from common.messages.codec import PROTOCOL
+from common.messages.from_engines import PlanRefused
+from common.messages.from_gateway import EndPlan, EnginePlan, ReadShare, ReleasePlan, Subscribe
 from launch.gateway.peers import control_plane
 from tests.launch.gateway.client import (
     CHAT,
@@ -23,7 +26,8 @@ from tests.launch.gateway.client import (
     post,
     stream_of,
 )
-from tests.launch.gateway.stubs import NAMESPACE, PREFILL_LOGPROBS, WORDS
+from tests.launch.gateway.request.stub_answers import PREFILL_LOGPROBS, WORDS
+from tests.launch.gateway.stubs import NAMESPACE
 from tests.launch.gateway.stubs import running_cluster as cluster_of
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
@@ -41,13 +45,13 @@ async def test_hits_travel_and_the_trace_says_so() -> None:
         read_bytes = {"ssd": 2 * NAMESPACE.layout.block_bytes}
         assert trace["readers"] == {"node-d": {"blocks": 2, "read_bytes": read_bytes}}
         assert {"tokenize", "queue", "read", "plan", "first_byte"} <= trace["timings_s"].keys()
-        [share] = agent.got(m.ReadShare)
+        [share] = agent.got(ReadShare)
         for engine in cluster.engines:
-            [plan] = engine.got(m.EnginePlan)
+            [plan] = engine.got(EnginePlan)
             assert plan.keys == share.keys == keys_of(PROMPT)[:2]
             assert [plan.agents[r] for r in plan.reader] == ["node-d", "node-d"]
-            await cluster.until(lambda engine=engine: engine.got(m.EndPlan))
-        await cluster.until(lambda: agent.got(m.ReleasePlan))
+            await cluster.until(lambda engine=engine: engine.got(EndPlan))
+        await cluster.until(lambda: agent.got(ReleasePlan))
         prefill, decode = cluster.prefills[0].bodies[0], cluster.decodes[0].bodies[0]
         assert prefill == decode
         assert prefill["input_ids"] == [ord(c) for c in PROMPT]
@@ -56,8 +60,8 @@ async def test_hits_travel_and_the_trace_says_so() -> None:
         assert await metric(cluster, "dualpath:recomputed_tokens_total") == 5
         read = 'dualpath:agent_storage_read_bytes_total{agent="node-d",tier="ssd"}'
         assert await metric(cluster, read) == 5
-        waited = 'dualpath:engine_kv_wait_seconds_total{engine="p0",layer="0"}'
-        assert await metric(cluster, waited) == 2
+        waited = 'engine_kv_wait_seconds_total{engine="p0",layer="0"}'
+        assert await metric(cluster, f"dualpath:{waited}") == 2
 
 
 async def test_tenants_with_other_salts_miss() -> None:
@@ -65,8 +69,20 @@ async def test_tenants_with_other_salts_miss() -> None:
         await cluster.announce("node-p", keys_of(PROMPT, cache_salt="a"))
         for salt, hit_blocks in (("a", 3), ("b", 0), ("", 0)):
             body = {"prompt": PROMPT, "cache_salt": salt}
-            _, _, trace = await post(cluster, "/v1/completions", body)
-            assert trace["hit_blocks"] == hit_blocks
+            assert (await post(cluster, "/v1/completions", body))[2]["hit_blocks"] == hit_blocks
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/generate"])
+async def test_a_request_may_read_nothing_and_keep_nothing(path: str) -> None:
+    async with cluster_of() as cluster:
+        await cluster.announce("node-p", keys_of(PROMPT))
+        given = {"prompt": PROMPT} if path != "/generate" else GENERATE
+        for fields, hit_blocks in (({}, 3), ({"no_load": True, "no_store": True}, 0)):
+            status, _, trace = await post(cluster, path, {**given, **fields})
+            assert (status, trace["hit_blocks"]) == (200, hit_blocks)
+            for engine in cluster.engines:
+                assert engine.got(EnginePlan)[-1].no_store == bool(fields)
+                assert not engine.bodies[-1].keys() & {"no_load", "no_store"}
 
 
 async def test_streams_are_passed_on() -> None:
@@ -140,7 +156,7 @@ async def test_a_failed_attempt_is_repeated_without_the_cache(
         for engine in cluster.engines:
             if any(b["rid"] == first for b in engine.bodies):
                 await cluster.until(lambda engine=engine: first in engine.aborted)
-        await cluster.until(lambda: cluster.agents["node-p"].got(m.ReleasePlan))
+        await cluster.until(lambda: cluster.agents["node-p"].got(ReleasePlan))
         assert await metric(cluster, "dualpath:retries_total") == 1
 
 
@@ -229,8 +245,8 @@ async def test_a_client_that_leaves_is_aborted_everywhere(stream: bool) -> None:
         await asyncio.sleep(0.2)
         request.cancel()
         await cluster.until(lambda: all(e.aborted == [e.bodies[0]["rid"]] for e in cluster.engines))
-        await cluster.until(lambda: all(engine.got(m.EndPlan) for engine in cluster.engines))
-        await cluster.until(lambda: cluster.agents["node-p"].got(m.ReleasePlan))
+        await cluster.until(lambda: all(engine.got(EndPlan) for engine in cluster.engines))
+        await cluster.until(lambda: cluster.agents["node-p"].got(ReleasePlan))
         await cluster.until(lambda: cluster.services.admission.admitted == 0)
 
 
@@ -256,8 +272,8 @@ async def test_blocks_that_do_not_come_are_recomputed() -> None:
         agent.slow = True
         _, _, trace = await post(cluster, "/generate", GENERATE)
         assert (trace["hit_blocks"], trace["attempts"]) == (0, 1)
-        assert cluster.prefills[0].got(m.EnginePlan)[-1].keys == []
-        await cluster.until(lambda: agent.got(m.ReleasePlan))
+        assert cluster.prefills[0].got(EnginePlan)[-1].keys == []
+        await cluster.until(lambda: agent.got(ReleasePlan))
 
 
 async def test_a_reader_that_restarts_is_not_waited_for() -> None:
@@ -266,12 +282,12 @@ async def test_a_reader_that_restarts_is_not_waited_for() -> None:
         await cluster.announce(agent.name, keys_of(PROMPT))
         agent.slow = True
         request = asyncio.create_task(post(cluster, "/generate", GENERATE))
-        await cluster.until(lambda: agent.got(m.ReadShare))
+        await cluster.until(lambda: agent.got(ReadShare))
         agent.incarnation = Incarnation(agent.incarnation + 1000)
         agent.held = []
         _, _, trace = await request
         assert trace["hit_blocks"] == 0 and trace["timings_s"]["read"] < 5
-        await cluster.until(lambda: len(agent.got(m.Subscribe)) == 2)
+        await cluster.until(lambda: len(agent.got(Subscribe)) == 2)
         assert len(cluster.services.scheduler.directory) == 0
 
 
@@ -283,13 +299,13 @@ async def test_a_gap_in_the_announcements_is_healed() -> None:
         agent.sequence += 1  # one was lost
         await agent.push(agent.announcement([], snapshot=False))
         await cluster.until(lambda: len(cluster.services.scheduler.directory) == 3)
-        assert len(agent.got(m.Subscribe)) == 2
+        assert len(agent.got(Subscribe)) == 2
 
 
 async def test_malformed_messages_are_counted_and_dropped() -> None:
     async with cluster_of() as cluster:
         await cluster.agents["node-d"].push_raw(b"DP0rubbish")
-        await cluster.decodes[0].push_raw(m.PROTOCOL + b"\xff")
+        await cluster.decodes[0].push_raw(PROTOCOL + b"\xff")
         name = "dualpath:malformed_messages_total"
         members = cluster.services.plane.members
         peers = [members.engines["d0"], members.agents["node-d"]]
@@ -320,6 +336,15 @@ async def test_engines_of_another_namespace_are_not_paired() -> None:
         )
         troubles = cluster.services.plane.members.troubles()
         assert troubles[0].endswith("they differ in dtype, quantization")
+        for decode in (first, second):
+            decode.namespace = msgspec.structs.replace(NAMESPACE, kv_dtype="float8_e5m2")
+        await cluster.until(
+            lambda: all(
+                peers[d.name].hello.namespace.kv_dtype == "float8_e5m2" for d in (first, second)
+            )
+        )
+        troubles = cluster.services.plane.members.troubles()
+        assert re.search(r"kv_dtype \(\w+ of \d+ bytes a block, float8_e5m2 of", troubles[0])
 
 
 async def test_a_request_planned_for_weights_that_were_just_updated_is_planned_again(monkeypatch):
@@ -332,7 +357,7 @@ async def test_a_request_planned_for_weights_that_were_just_updated_is_planned_a
         status, _, trace = await post(cluster, "/generate", GENERATE)
         assert (status, trace["attempts"]) == (200, 2)
         for engine in cluster.engines:
-            assert engine.got(m.EnginePlan)[-1].namespace_digest == updated.digest()
+            assert engine.got(EnginePlan)[-1].namespace_digest == updated.digest()
             assert len(engine.bodies) == 2  # no request reached an engine of other weights
 
 
@@ -344,10 +369,10 @@ async def test_a_request_outlasts_several_updates_of_weights(updates: int, statu
         answers, refused = engine.answers, []
 
         def refuse(message: Any) -> list[Any]:
-            if not isinstance(message, m.EnginePlan) or len(refused) == updates:
+            if not isinstance(message, EnginePlan) or len(refused) == updates:
                 return answers(message)
             refused.append(message.id)
-            return [engine.hello(), m.PlanRefused(message.id, "other weights", stale=True)]
+            return [engine.hello(), PlanRefused(message.id, "other weights", stale=True)]
 
         engine.answers = refuse  # type: ignore[method-assign]
         said, _, trace = await post(cluster, "/generate", GENERATE)

@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
 
+from common.cluster.membership import JoinRequest, Role
 from common.metrics import LATENCY_BUCKETS_S, METRICS, Kind
 from common.samples import Latencies, Sample
 from tests.launch.gateway.client import GENERATE, PROMPT, keys_of, post
@@ -66,6 +67,7 @@ async def reported():
             engine.samples = every_sample("engine")
             await engine.push(engine.hello())
         await cluster.announce("node-d", keys_of(PROMPT)[:2])
+        cluster.services.registry.join(JoinRequest(Role.READER, "session-r0"))
         assert (await post(cluster, "/generate", GENERATE))[0] == 200
         peers = cluster.services.plane.members.peers
         await cluster.until(lambda: all(len(peer.samples()) > 5 for peer in peers()))

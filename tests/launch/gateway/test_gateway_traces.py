@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from common import messages as m
+from common.messages.from_gateway import ReadShare
 from tests.common.collector import CLIENT, TRACE, TRACEPARENT, Collector, Span, running_collector
 from tests.launch.gateway.client import CHAT, GENERATE, PROMPT, keys_of, post
 from tests.launch.gateway.stubs import running_cluster as cluster_of
@@ -47,7 +47,7 @@ async def test_a_request_is_a_span_of_its_clients_and_hands_its_own_on(collector
     assert [s.parent for s in collector.named("tokenize")] == [request.id]
     [read] = collector.named("read")
     assert read.attributes == {"dualpath.planned_blocks": 2, "dualpath.hit_blocks": 2}
-    [share] = agent.got(m.ReadShare)
+    [share] = agent.got(ReadShare)
     assert share.traceparent == of(attempt) + "01"
     assert attempt.attributes["dualpath.plan"] == share.plan
     for engine in cluster.engines:
@@ -92,7 +92,7 @@ async def test_without_a_collector_nobody_hears_of_a_trace() -> None:
         headers = {"traceparent": TRACEPARENT}
         async with cluster.http.post("/generate", json=GENERATE, headers=headers) as answer:
             assert answer.status == 200
-        assert [share.traceparent for share in agent.got(m.ReadShare)] == [""]
+        assert [share.traceparent for share in agent.got(ReadShare)] == [""]
         assert [e.traceparents for e in cluster.engines] == [[None], [None]]
 
 

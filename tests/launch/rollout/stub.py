@@ -1,6 +1,7 @@
 """A stand-in for the cluster's endpoint, for tests of jobs: its "model" is a hash.
 
-``python stub.py`` prints its port. ``/stub`` (POST) sets faults, (GET) counts.
+``python stub.py`` prints its port. ``/stub`` (POST) sets faults, (GET) counts; of
+requests in flight, the most since it was set.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 START, END, NEWLINE, FIRST = 1, 2, 3, 100
 """Special tokens; a byte b of text is token FIRST + b."""
@@ -54,7 +56,8 @@ def logprob(prompt: list[int], position: int) -> float:
 
 class Stub:
     """Settable: ``delay_s``; ``fail`` and ``full`` answer so many with 500 and 429; ``script``
-    replaces the answers' text, in turn; ``refuse_tokens`` answers 400 from that length on."""
+    replaces the answers' text, in turn; ``refuse_tokens`` answers 400 from that length on; a
+    ``standby`` answers nothing."""
 
     def __init__(self) -> None:
         self.settings: dict[str, Any] = {"weight_version": "v1", "admitted_max": 8}
@@ -63,7 +66,7 @@ class Stub:
         self.prompts: Counter[tuple[int, ...]] = Counter()
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=1 << 26)
+        app = web.Application(client_max_size=1 << 26, middlewares=[self.door])
         app.router.add_get("/health", self.health)
         app.router.add_get("/v1/models", self.models)
         app.router.add_get("/admin/cluster", self.cluster)
@@ -73,6 +76,13 @@ class Stub:
         app.router.add_post("/stub", self.change)
         app.router.add_get("/stub", self.show)
         return app
+
+    @web.middleware
+    async def door(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self.settings.get("standby") and request.path != "/stub":
+            self.counts["refused"] += 1
+            return web.json_response({"error": "not the active one"}, status=503)
+        return await handler(request)
 
     async def health(self, _: web.Request) -> web.Response:
         return web.Response()
@@ -96,6 +106,7 @@ class Stub:
 
     async def change(self, request: web.Request) -> web.Response:
         self.settings |= await request.json()
+        self.in_flight_max = self.in_flight
         return web.json_response({})
 
     async def show(self, _: web.Request) -> web.Response:

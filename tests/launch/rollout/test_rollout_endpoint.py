@@ -27,7 +27,7 @@ def test_auto_keeps_as_many_in_flight_as_the_cluster_admits(stub, tmp_path):
     assert run(source, tmp_path / "out", stub.url) == 0
     found = summary(tmp_path / "out")
     assert found["concurrency"] == 5
-    assert found["utilisation"]["full_share"] > 0.8
+    assert stub.counts()["in_flight_max"] == 5
 
 
 def test_a_full_cluster_and_failing_requests_are_asked_again(stub, tmp_path):
@@ -55,11 +55,33 @@ def test_a_restart_of_the_endpoint_in_mid_job(tmp_path):
     assert len(keys(tmp_path / "out")) == 60
 
 
+def test_of_several_gateways_the_active_one_is_asked_also_once_it_is_another(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", text_rows(60))
+    with contextlib.ExitStack() as first, stub_process(standby=True) as standby:
+        active = first.enter_context(stub_process(delay_s=0.05))
+        urls = f"{standby.url},{active.url}"
+        job = start(source, tmp_path / "out", urls, "--concurrency", "4")
+        wait_until(lambda: active.counts()["requests"] >= 15)
+        asked = standby.counts()["refused"]
+        first.close()
+        standby.set(standby=False)
+        _, text = job.communicate(timeout=30)
+    assert job.returncode == 0, text
+    assert asked < 15, "who has answered is asked first"
+    assert len(keys(tmp_path / "out")) == 60
+
+
 @pytest.mark.slow
 def test_an_endpoint_that_is_gone_stops_the_job(stub, tmp_path, capfd):
     source = write_jsonl(tmp_path / "in.jsonl", text_rows(40))
     stub.set(delay_s=0.02)
-    breaker = threading.Timer(0.3, lambda: stub.set(fail=10**6))
+    asked = stub.counts()["requests"]
+
+    def break_down() -> None:
+        wait_until(lambda: stub.counts()["requests"] >= asked + 10)
+        stub.set(fail=10**6)
+
+    breaker = threading.Thread(target=break_down)
     breaker.start()
     flags = ("--retry-s", "1", "--concurrency", "2")
     assert run(source, tmp_path / "out", stub.url, *flags) == 1
@@ -82,7 +104,7 @@ def test_shared_prompts_are_sent_once_before_their_samples(stub, tmp_path):
     assert (found["primes"], found["requests"]) == (6, 24)
     assert all(row["turns"][0]["cached_tokens"] == 128 for row in samples(tmp_path / "out"))
     assert found["hit_rate"] == pytest.approx(24 * 128 / (30 * 130), abs=1e-3)
-    assert found["utilisation"]["full_share"] > 0.6
+    assert stub.counts()["in_flight_max"] == 6
 
 
 @pytest.mark.parametrize("order", ["input", "longest-first", "shuffled"])

@@ -80,6 +80,7 @@ def test_parquet_folders_keep_the_types_of_columns_they_carry(stub, tmp_path):
     assert out["messages"].to_pylist()[0][0] == {"role": "user", "content": "a", "extra": None}
 
 
+@pytest.mark.slow
 def test_pandas_and_datasets_read_the_output(stub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -73,6 +73,7 @@ def test_its_cluster_ends_with_it(tmp_path, end):
         assert samples(tmp_path / "out")[0]["finish_reason"] in ("stop", "length")
 
 
+@pytest.mark.slow
 def test_a_cluster_that_does_not_start_says_why(tmp_path):
     job = start_job(tmp_path, "sh -c 'echo no such model; exit 1'", f"--port={free_port()}")
     _, text = job.communicate(timeout=30)

@@ -24,7 +24,7 @@ from tests.launch.rollout.jobs import (
     write_jsonl,
 )
 
-KILLS = 24
+KILLS = 12
 ROWS, N = 120, 2
 
 
@@ -70,6 +70,7 @@ def test_killed_at_random_points_it_completes_what_is_missing(stub, tmp_path):
     assert stub.counts()["requests"] == requests
 
 
+@pytest.mark.slow
 def test_a_signal_ends_it_with_everything_in_shards(stub, tmp_path):
     rows = 400  # 10 s of work
     source = write_jsonl(tmp_path / "in.jsonl", text_rows(rows))
@@ -88,6 +89,7 @@ def test_a_signal_ends_it_with_everything_in_shards(stub, tmp_path):
     assert keys(tmp_path / "out") == all_keys(rows, 1)
 
 
+@pytest.mark.slow
 def test_two_jobs_on_one_output(stub, tmp_path, capfd):
     source = write_jsonl(tmp_path / "in.jsonl", text_rows(30))
     stub.set(delay_s=0.1)

@@ -14,18 +14,12 @@ from typing import Any, TypeVar
 
 import zmq
 
+from common.block import BlockKey
 from common.ids import PlanId
-from common.messages import (
-    AgentHello,
-    AgentStatus,
-    Announcement,
-    Message,
-    Ping,
-    ReadShare,
-    ShareRead,
-    decode,
-    encode,
-)
+from common.messages.codec import Message, decode, encode
+from common.messages.fields import Ping
+from common.messages.from_agents import AgentHello, AgentStatus, Announcement, ShareRead
+from common.messages.from_gateway import ReadShare
 from common.process_settings import INCARNATION, SECRETS
 from common.user_files import write_private
 from tests.common.ports import free_port
@@ -137,6 +131,11 @@ class FakeGateway:
     def read(self, plan: int, blocks: range, deadline_s: float = 30) -> ShareRead:
         """Have blocks read; waits for the answer."""
         self.send(ReadShare(PlanId(plan), [key_of(block) for block in blocks], deadline_s))
+        return self.wait(ShareRead, lambda share: share.plan == plan)
+
+    def read_all(self, plan: int, sizes: dict[BlockKey, int], deadline_s: float = 30) -> ShareRead:
+        """Have objects of these sizes read; waits for the answer."""
+        self.send(ReadShare(PlanId(plan), list(sizes), deadline_s, sizes=list(sizes.values())))
         return self.wait(ShareRead, lambda share: share.plan == plan)
 
     def holdings(self, wanted: int, tier: str, timeout_s: float = 30) -> set[bytes]:

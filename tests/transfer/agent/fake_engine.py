@@ -15,26 +15,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from common.block import BlockKey, BlockLayout, Namespace
+from common.block import BlockKey, BlockLayout, Namespace, Part
 from common.ids import Incarnation
-from common.messages import (
-    Fenced,
-    JobEnded,
-    Message,
-    PullEnded,
-    RankMemory,
-    RegisterEngine,
-    decode,
-    encode,
-)
+from common.messages.codec import Message, decode, encode
+from common.messages.from_agents import Fenced, JobEnded, PullEnded
+from common.messages.from_engines import RankMemory, RegisterEngine
 from tests.control import keys
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,17 +37,24 @@ PAGES = 64
 """Of its KV memory."""
 
 
-def namespace(layout: BlockLayout = LAYOUT) -> Namespace:
-    return Namespace("model", "1", "float32", layout)
+class WithParts(NamedTuple):
+    """A layout of blocks, and parts beside them."""
+
+    layout: BlockLayout
+    parts: Sequence[Part]
+
+
+def namespace(layout: BlockLayout = LAYOUT, parts: Sequence[Part] = ()) -> Namespace:
+    return Namespace("model", "1", "float32", layout, parts=tuple(parts))
 
 
 def key_of(number: int) -> BlockKey:
     return BlockKey(hashlib.sha256(f"block {number}".encode()).digest())
 
 
-def content_of(number: int, layout: BlockLayout = LAYOUT) -> bytes:
-    """The bytes of block ``number``, layer-major as blocks are."""
-    return hashlib.shake_128(f"block {number}".encode()).digest(layout.block_bytes)
+def content_of(number: int, layout: BlockLayout = LAYOUT, part: str = "block") -> bytes:
+    """The bytes of block ``number``, or of its object of a part, layer-major as blocks are."""
+    return hashlib.shake_128(f"{part} {number}".encode()).digest(layout.block_bytes)
 
 
 # ---- the test's end -----------------------------------------------------------------------
@@ -70,14 +70,18 @@ class FakeEngine:
         name: str,
         agents: dict[str, str],
         incarnation: int = 1,
-        layout: BlockLayout = LAYOUT,
+        layout: BlockLayout | WithParts = LAYOUT,
         ranks: int = 1,
         host: str = "127.0.0.1",
     ) -> None:
         """``layout.shards`` is how many parts the ``ranks`` split a block into."""
-        fields = [layout.page_tokens, layout.num_layers, layout.component_bytes, layout.shards]
-        config = json.dumps([name, agents, incarnation, fields, ranks, host, self.HAS_JOBS])
+        layout, parts = layout if isinstance(layout, WithParts) else WithParts(layout, ())
+        fields, part_fields = msgspec.to_builtins(layout), msgspec.to_builtins(parts)
+        config = json.dumps(
+            [name, agents, incarnation, fields, ranks, host, self.HAS_JOBS, part_fields]
+        )
         self.layout = layout
+        self.parts = parts
         self.process = subprocess.Popen(
             [sys.executable, __file__, config],
             stdin=subprocess.PIPE,
@@ -128,15 +132,20 @@ class FakeEngine:
     def fill(self, page: int, block: int) -> None:
         """Put block ``block`` into a page."""
         content = base64.b64encode(content_of(block, self.layout)).decode()
-        self._ask("fill", page, content)
+        self._ask("fill", page, content, 0)
 
     def fill_all(self, pages: range, first_block: int) -> None:
         for page in pages:
             self.fill(page, first_block + page - pages.start)
 
-    def page_bytes(self, page: int, rank: int = 0) -> bytes:
-        """A page's bytes at one rank: a block's shard."""
-        return base64.b64decode(self._ask("page", page, rank))
+    def fill_part(self, part: int, place: int, block: int) -> None:
+        """Put a block's object of a part into a place of the part's pool."""
+        content = content_of(block, self.parts[part].layout, self.parts[part].name)
+        self._ask("fill", place, base64.b64encode(content).decode(), 1 + part)
+
+    def page_bytes(self, page: int, rank: int = 0, pool: int = 0) -> bytes:
+        """A page's bytes at one rank: a block's shard. ``pool``: 1 + the number of a part."""
+        return base64.b64decode(self._ask("page", page, rank, pool))
 
     def board(self, slot: int, rank: int = 0) -> tuple[int, int]:
         """(job, code) of a completion word."""
@@ -265,44 +274,74 @@ class _Pool:
     def __init__(self, layout: BlockLayout) -> None:
         self.layout = layout
         self.buffers = [
-            [np.zeros((PAGES, nbytes), np.uint8) for nbytes in layout.component_bytes]
-            for _ in range(layout.num_layers)
+            [np.zeros((PAGES if nbytes else 0, nbytes), np.uint8) for nbytes in layout.sizes(layer)]
+            for layer in range(layout.num_layers)
         ]
         self.board = np.zeros(BOARD_WORDS, np.uint64)
 
     def fill(self, page: int, content: bytes) -> None:
         offset = 0
         for layer in self.buffers:
-            for buffer in layer:
+            for buffer in filter(len, layer):
                 part = content[offset : offset + buffer.shape[1]]
                 buffer[page] = np.frombuffer(part, np.uint8)
                 offset += buffer.shape[1]
 
+    def addresses(self) -> list[list[int]]:
+        return [
+            [int(buffer.ctypes.data) if len(buffer) else 0 for buffer in layer]
+            for layer in self.buffers
+        ]
+
     def page(self, page: int) -> bytes:
-        return b"".join(buffer[page].tobytes() for layer in self.buffers for buffer in layer)
+        buffers = filter(len, chain(*self.buffers))
+        return b"".join(buffer[page].tobytes() for buffer in buffers)
+
+
+def _registered(peer: Any, pools: list[list[_Pool]]) -> list[RankMemory]:
+    """Each rank's memory, as its peers may use it."""
+    from transfer.connections import data_port
+
+    memories = []
+    for kv, *others in pools:
+        for pool in (kv, *others):
+            arrays: Iterable[np.ndarray] = chain([pool.board], *pool.buffers)
+            for array in filter(len, arrays):
+                peer.register(int(array.ctypes.data), array.nbytes)
+        memory = RankMemory(
+            peer.session_id,
+            kv.addresses(),
+            int(kv.board.ctypes.data),
+            data_port(peer.session_id),
+            [pool.addresses() for pool in others],
+        )
+        memories.append(memory)
+    return memories
 
 
 def main() -> None:
     from transfer.client import AgentLinks
-    from transfer.connections import data_port
     from transfer.mooncake import TransferPeer
 
-    name, agents, incarnation, fields, ranks, host, has_jobs = json.loads(sys.argv[1])
-    layout = BlockLayout(fields[0], fields[1], tuple(fields[2]), fields[3])
-    shard = layout.shard
-    pools = [_Pool(shard) for _ in range(ranks)]
+    name, agents, incarnation, fields, ranks, host, has_jobs, part_fields = json.loads(sys.argv[1])
+    layout = msgspec.convert(fields, BlockLayout)
+    parts = msgspec.convert(part_fields, list[Part])
+    shards = [
+        msgspec.structs.replace(each, shards=layout.shards).shard
+        for each in (layout, *(part.layout for part in parts))
+    ]
+    pools = [[_Pool(shard) for shard in shards] for _ in range(ranks)]
     peer = TransferPeer(host, "tcp")
-    memories = []
-    for pool in pools:
-        arrays: Iterable[np.ndarray] = chain([pool.board], *pool.buffers)
-        for array in arrays:
-            peer.register(int(array.ctypes.data), array.nbytes)
-        addresses = [[int(buffer.ctypes.data) for buffer in layer] for layer in pool.buffers]
-        board_address, port = int(pool.board.ctypes.data), data_port(peer.session_id)
-        memories.append(RankMemory(peer.session_id, addresses, board_address, port))
-    whole = msgspec.structs.replace(layout, shards=1)
+    memories = _registered(peer, pools)
     hello = RegisterEngine(
-        name, incarnation, namespace(whole), layout.shards, memories, PAGES, BOARD_WORDS
+        name,
+        incarnation,
+        namespace(msgspec.structs.replace(layout, shards=1), parts),
+        layout.shards,
+        memories,
+        PAGES,
+        BOARD_WORDS,
+        [PAGES] * len(parts),
     )
 
     own: Any = _NoTransfers()
@@ -327,18 +366,18 @@ def main() -> None:
                 answer = own.open(agent, pages)
             case ["held"]:
                 answer = sorted(own.holds.held_pages())
-            case ["fill", page, content]:
+            case ["fill", page, content, number]:
                 answer = None
-                whole_block = base64.b64decode(content)
-                for rank, pool in enumerate(pools):
-                    start = rank * layout.shards // ranks * shard.block_bytes
-                    pool.fill(page, whole_block[start : start + shard.block_bytes])
-            case ["page", page, rank]:
-                answer = base64.b64encode(pools[rank].page(page)).decode()
+                whole_block, nbytes = base64.b64decode(content), shards[number].block_bytes
+                for rank, of_rank in enumerate(pools):
+                    start = rank * layout.shards // ranks * nbytes
+                    of_rank[number].fill(page, whole_block[start : start + nbytes])
+            case ["page", page, rank, number]:
+                answer = base64.b64encode(pools[rank][number].page(page)).decode()
             case ["session"]:
                 answer = peer.session_id
             case ["board", slot, rank]:
-                answer = int(pools[rank].board[slot])
+                answer = int(pools[rank][0].board[slot])
         _say({"answer": answer})
 
 

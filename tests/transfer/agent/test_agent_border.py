@@ -11,22 +11,16 @@ from hypothesis import strategies as st
 
 from common.block import BlockLayout
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
-from common.messages import (
-    PROTOCOL,
+from common.messages.codec import PROTOCOL, MalformedMessage, Message, decode, encode
+from common.messages.from_engines import (
     CancelJob,
     Deliver,
-    EnginePlan,
     KeepWitness,
-    MalformedMessage,
-    Message,
     PullBlocks,
     RankMemory,
-    ReadShare,
     RegisterEngine,
-    ReleasePlan,
-    decode,
-    encode,
 )
+from common.messages.from_gateway import EnginePlan, ReadShare, ReleasePlan
 from tests.examples import examples
 from tests.transfer.agent.agent_process import FakeGateway
 from tests.transfer.agent.fake_engine import LAYOUT, key_of, namespace
@@ -137,6 +131,12 @@ def test_an_agent_serves_on_after_thousands_of_odd_messages(agent, gateway, star
         ({"namespace": namespace(BlockLayout(4, 4, (-4096, 8192)))}, "shards"),
         ({"namespace": namespace(BlockLayout(4, 4, (4,) * 17))}, "shards"),
         ({"namespace": namespace(BlockLayout(4, 3, (4096, 2048)))}, "shape"),
+        *(
+            ({"namespace": namespace(BlockLayout(4, 4, (4096, 2048), absent=absent))}, "absent")
+            for absent in (((), ()), ((1,),), ((), (4,)), ((), (2, 1)), ((1,), (1,)), ((), (1, 1)))
+        ),
+        ({"namespace": namespace(BlockLayout(4, 4, (8, 8), draft_layers=4))}, "draft"),
+        ({"namespace": namespace(BlockLayout(4, 300, (8, 8), absent=((), (1,))))}, "shards"),
         ({"shards": 2}, "shards"),
         ({"ranks": [RankMemory("no port", ADDRESSES, 0)]}, "no memory of a peer"),
         ({"ranks": [RankMemory("h:1", [[(1 << 63) - 1, 0]] * 4, 0)]}, "no memory of a peer"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from common.ids import PlanId
-from common.messages import JobEnded, ReadShare, ShareRead, Subscribe
+from common.messages.from_agents import JobEnded, ShareRead
+from common.messages.from_gateway import ReadShare, Subscribe
 from tests.common.collector import (
     CLIENT,
     NOT_SAMPLED,
@@ -41,6 +42,7 @@ def read(gateway: FakeGateway, plan: int, blocks: range, traceparent: str) -> Sh
     return gateway.wait(ShareRead, lambda share: share.plan == plan)
 
 
+@pytest.mark.slow
 def test_reads_and_deliveries_are_spans_of_the_request(agent: AgentProcess, collector: Collector):
     gateway, engine = FakeGateway(agent.control), FakeEngine("d0", {"a0": agent.control})
     try:

@@ -9,7 +9,7 @@ import pytest
 from common.block import TierName
 from common.ids import Incarnation
 from common.loads import AgentLoad
-from common.messages import AgentStatus, Holding
+from common.messages.from_agents import AgentStatus, Holding
 from tests.transfer.agent.fake_engine import key_of
 from transfer.agent import announcer
 from transfer.agent.announcer import Announcer

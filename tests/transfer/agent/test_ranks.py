@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from common.block import BlockLayout
 from common.ids import Incarnation
-from common.messages import RankMemory, RegisterEngine
+from common.messages.from_engines import RankMemory, RegisterEngine
 from tests.examples import examples
 from tests.samples import by_name
 from tests.transfer.agent.fake_engine import LAYOUT, content_of, namespace
@@ -36,7 +36,7 @@ def shard_of(content: bytes, layout: BlockLayout, shards: int, shard: int) -> by
             parts = []
             for part in range(layout.shards):
                 mine = layout.shard
-                start = part * mine.block_bytes + layer * mine.layer_bytes
+                start = part * mine.block_bytes + mine.layer_start(layer)
                 start += sum(mine.component_bytes[:c])
                 page = content[start : start + mine.component_bytes[c]]
                 parts.append(np.frombuffer(page, np.uint8).reshape(layout.page_tokens, -1))
@@ -130,22 +130,24 @@ def test_the_shards_of_a_block_are_known_after_a_restart(agent, gateway, start_e
 
 @pytest.mark.slow
 def test_replicated_kv_is_pulled_once_and_delivered_whole_to_each_rank(gateway, start_engine):
-    engine = start_engine("d0", ranks=2)
+    # Of MLA, and of sparse attention some of whose layers have no index keys.
+    sparse = BlockLayout(4, 4, (4096, 2048), absent=((), (1, 3)))
+    engine = start_engine("d0", layout=sparse, ranks=2)
     store(engine, 1, range(4))
     assert gateway.read(7, range(4)).in_dram == [True] * 4
     deliver(engine, 5, 7, range(4), range(20, 24))
     assert engine.wait_end(5).error == ""
     for rank in range(2):
         assert [engine.page_bytes(20 + i, rank) for i in range(4)] == [
-            content_of(i) for i in range(4)
+            content_of(i, sparse) for i in range(4)
         ]
     status = gateway.status(
         lambda s: 'dualpath:agent_delivered_bytes_total{engine="d0"}' in by_name(s.samples)
     )
     counters = by_name(status.samples)
-    assert counters["dualpath:agent_pulled_bytes_total"] == 4 * LAYOUT.block_bytes
+    assert counters["dualpath:agent_pulled_bytes_total"] == 4 * sparse.block_bytes
     delivered = counters['dualpath:agent_delivered_bytes_total{engine="d0"}']
-    assert delivered == 2 * 4 * LAYOUT.block_bytes
+    assert delivered == 2 * 4 * sparse.block_bytes
 
 
 @pytest.mark.slow

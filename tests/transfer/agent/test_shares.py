@@ -10,7 +10,8 @@ import pytest
 from common.block import BlockKey
 from common.experiment import Experiment
 from common.ids import PlanId
-from common.messages import ReadShare, ShareRead
+from common.messages.from_agents import ShareRead
+from common.messages.from_gateway import ReadShare
 from common.tracing.spans import Tracer
 from transfer.agent.plan_spans import PlanSpans
 from transfer.agent.shares import Shares

@@ -9,23 +9,18 @@ import pytest
 import zmq
 
 from common.block import BlockLayout, Namespace
-from common.cluster.known import KnownAgents, KnownEngines
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
-from common.messages import (
-    CancelJob,
-    Deliver,
+from common.messages.codec import MalformedMessage, Message, encode
+from common.messages.fields import Ping
+from common.messages.from_engines import CancelJob, Deliver, PullBlocks, RankMemory, RegisterEngine
+from common.messages.from_gateway import (
     EndPlan,
     EnginePlan,
-    MalformedMessage,
-    Message,
-    Ping,
-    PullBlocks,
-    RankMemory,
+    KnownAgents,
+    KnownEngines,
     ReadShare,
-    RegisterEngine,
     ReleasePlan,
     Subscribe,
-    encode,
 )
 from common.process_settings import BadSettings
 from tests.control import keys

@@ -18,7 +18,8 @@ import pytest
 from benchmarks.testbed.network import entered
 from benchmarks.traffic.hosts import Worker
 from common.block import BlockLayout
-from common.messages import JobEnded, Subscribe
+from common.messages.from_agents import JobEnded
+from common.messages.from_gateway import Subscribe
 from tests.samples import by_name
 from tests.transfer.agent.agent_process import FakeGateway, running_agent
 from tests.transfer.agent.fake_engine import FakeEngine

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from transfer.ports.member_hosts import MemberHosts
 from transfer.ports.source_filter import (
     LOOPBACK,
     CannotFilter,
     admit_only,
+    admitted,
     filter_of,
     parse,
     program,
@@ -60,6 +62,7 @@ def test_packets_are_taken_by_where_they_come_from(listener, networks, heard, un
         heard, unheard = ([s for s in each if ":" not in s] for each in (heard, unheard))
     admit_only(networks)
     assert filter_of(listener) == program(parse(networks))
+    assert set(admitted(filter_of(listener))) == set(parse(networks))
     assert [source for source in heard + unheard if is_heard(listener, source)] == heard
 
 
@@ -79,6 +82,43 @@ def test_ports_of_the_loopback_and_of_a_process_that_is_open_to_all_are_left_alo
         assert filter_of(listener) == filter_of(local) == b""
         admit_only(["10.0.0.0/8"])
         assert filter_of(local) == b"" != filter_of(listener)
+
+
+def test_hosts_of_members_are_heard_while_they_are_members(listener):
+    if listener.family == socket.AF_INET6:
+        pytest.skip("alike")
+    hosts = MemberHosts(["10.0.0.0/8"])
+    admit_only(["10.0.0.0/8"])
+    hosts.meet(["127.0.0.2", "10.1.2.3"], are_all=False)
+    assert [str(n) for n in admitted(filter_of(listener))] == ["10.0.0.0/8", "127.0.0.2/32"]
+    assert is_heard(listener, "127.0.0.2") and not is_heard(listener, "127.0.0.3")
+    hosts.meet(["127.0.0.3"], are_all=False)
+    assert is_heard(listener, "127.0.0.2") and is_heard(listener, "127.0.0.3")
+    hosts.meet(["127.0.0.3"], are_all=True)
+    assert is_heard(listener, "127.0.0.3") and not is_heard(listener, "127.0.0.2")
+    hosts.meet(["127.0.0.2"] + [f"11.0.{n // 256}.{n % 256}" for n in range(1500)], are_all=True)
+    assert is_heard(listener, "127.0.0.3"), "too many: all stays as it was"
+
+
+def test_a_port_that_was_opened_for_everyone_stays_open(listener):
+    """The control port: the gateway is no member."""
+    admit_only(["10.0.0.0/8"])
+    with socket.create_server(("0.0.0.0", 0)) as control:
+        MemberHosts(["10.0.0.0/8"]).meet(["127.0.0.2"], are_all=True)
+        assert filter_of(control) == b"" and is_heard(control, "127.0.0.1")
+    assert is_heard(listener, "127.0.0.2")
+
+
+def test_who_hears_everyone_goes_on_to(listener):
+    MemberHosts([]).meet(["127.0.0.2"], are_all=True)
+    assert filter_of(listener) == b""
+
+
+def test_a_filter_of_somebody_else_is_not_taken_for_ours():
+    good = program(parse(["127.0.0.2", "fd00::/64"]))
+    for code in (b"", good[:8], good[:-8], good[8:], bytes(64)):
+        with pytest.raises(ValueError, match="filter of ours"):
+            admitted(code)
 
 
 def test_too_many_networks_are_refused():

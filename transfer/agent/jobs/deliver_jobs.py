@@ -14,19 +14,23 @@ from functools import partial
 import msgspec
 import numpy as np
 
+from common.block import BlockKey
 from common.board_word import BOARD_WORD_BYTES
 from common.ids import BoardSlot, PlanId
-from common.messages import Deliver, Delivered, JobEnded
+from common.messages.from_agents import Delivered, JobEnded
+from common.messages.from_engines import Deliver
 from common.tracing.spans import Attributes, Span
 from storage.slot_pool import SlotPool
-from transfer.agent.engines import BadJob, Engine, Rank
+from transfer.agent.engine_pools import BadJob, EnginePool
+from transfer.agent.engines import Engine, Rank
 from transfer.agent.jobs.heads import OtherShards
 from transfer.agent.jobs.job import Job
 from transfer.agent.jobs.reports import Reports
-from transfer.agent.jobs.transfer import Ended, JobCancelled, Transfer
+from transfer.agent.jobs.transfer import Ended, Group, JobCancelled, Transfer, no_blocks
 from transfer.agent.jobs.transfer_queue import TransferQueue
 from transfer.agent.plan_spans import PlanSpans
 from transfer.mooncake import TransferFailed
+from transfer.ranges import Addresses
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +45,20 @@ class BlocksMissing(Exception):
         super().__init__(f"{missing} of {of} blocks are not in DRAM for this plan")
 
 
-_NONE = np.empty(0, np.int64)
+class _Found(msgspec.Struct, frozen=True, eq=False):
+    """What is to be sent of the blocks, or of the objects of a part; one element for each."""
+
+    pool: EnginePool
+    keys: list[BlockKey]
+    places: np.ndarray
+    offsets: np.ndarray
+    """Of their slots in DRAM, bytes."""
+    shards: np.ndarray
+    """Of each one's layout."""
 
 
 class _Delivery(msgspec.Struct, eq=False):
-    """One job. The arrays have one element a block; they are empty if none is to be sent."""
+    """One job."""
 
     engine: Engine
     message: Deliver
@@ -54,11 +67,13 @@ class _Delivery(msgspec.Struct, eq=False):
     """Of the plan; it may be over when the job ends."""
     refused: Exception | None = None
     layers_done: int = 0
-    pages: np.ndarray = _NONE
-    offsets: np.ndarray = _NONE
-    """Of the blocks' slots in DRAM, bytes."""
-    shards: np.ndarray = _NONE
-    """Of each block's layout."""
+    found: list[_Found] = []
+    """By pool; empty if nothing is to be sent."""
+
+    @property
+    def blocks(self) -> int:
+        """That are sent, parts not counted."""
+        return len(self.found[0].keys) if self.found else 0
 
 
 class DeliverJobs:
@@ -96,8 +111,9 @@ class DeliverJobs:
             delivery.layers_done = engine.layout.num_layers - 1
         else:
             self._find(delivery)
-        for key in message.keys if len(delivery.pages) else ():
-            self._pool.pin(key, owner)
+        for found in delivery.found:
+            for key in found.keys:
+                self._pool.pin(key, owner)
 
         def ended(error: Exception | None) -> None:
             self._pool.unpin_all(owner)
@@ -108,28 +124,33 @@ class DeliverJobs:
 
     def _find(self, delivery: _Delivery) -> None:
         """Where the blocks are, and into how many shards they are split."""
-        message, pool = delivery.message, self._pool
+        engine, pool = delivery.engine, self._pool
         try:
-            pages = delivery.engine.page_array(message.pages, len(message.keys))
-            self._check_present(message)
+            objects = engine.objects(delivery.message)
+            self._check_present(delivery.message.plan, [k for each in objects for k in each.keys])
         except (BadJob, BlocksMissing) as error:
             delivery.refused = error
             return
-        delivery.pages, delivery.offsets = pages, pool.offsets(message.keys)
-        delivery.shards = np.array([pool.label(key).layout.shards for key in message.keys], int)
+        delivery.found = [
+            _Found(
+                of,
+                each.keys,
+                each.places,
+                pool.offsets(each.keys),
+                np.array([pool.label(key).layout.shards for key in each.keys], int),
+            )
+            for of, each in zip(engine.pools, objects, strict=False)
+        ]
 
     def _transfer(self, delivery: _Delivery, rank: Rank, ended: Ended) -> Transfer:
         """What one rank gets of a delivery: its heads of each block."""
-        message, layout = delivery.message, delivery.engine.layout
-        alike = delivery.shards == layout.shards
-        in_slot = rank.shard * layout.shard.block_bytes
+        message = delivery.message
+        addresses = zip(delivery.found, rank.addresses, strict=False)
+        groups = [self._group(found, each, rank.shard) for found, each in addresses]
         return Transfer(
             job=message.job,
             session_id=rank.session_id,
-            layout=layout.shard,
-            kv_addresses=rank.kv_addresses,
-            slots=self._memory_address + delivery.offsets[alike] + in_slot,
-            pages=delivery.pages[alike],
+            groups=groups or [no_blocks(delivery.engine.layout.shard, rank.addresses[0])],
             deadline=delivery.started + message.deadline_s,
             ended=ended,
             urgent=message.urgent,
@@ -139,26 +160,37 @@ class DeliverJobs:
             layers_done=delivery.layers_done,
             credit=rank.credit if message.first_position >= 0 else None,
             first_position=message.first_position,
-            others=[
-                self._other_shards(delivery, rank, shards)
-                for shards in np.unique(delivery.shards[~alike]).tolist()
+        )
+
+    def _group(self, found: _Found, addresses: Addresses, shard: int) -> Group:
+        layout = found.pool.layout
+        alike = found.shards == layout.shards
+        in_slot = shard * layout.shard.block_bytes
+        return Group(
+            layout.shard,
+            addresses,
+            self._memory_address + found.offsets[alike] + in_slot,
+            found.places[alike],
+            [
+                self._other_shards(found, shard, shards)
+                for shards in np.unique(found.shards[~alike]).tolist()
             ],
         )
 
-    def _other_shards(self, delivery: _Delivery, rank: Rank, shards: int) -> OtherShards:
-        rows, layout = delivery.shards == shards, delivery.engine.layout
+    def _other_shards(self, found: _Found, shard: int, shards: int) -> OtherShards:
+        rows, layout = found.shards == shards, found.pool.layout
         return OtherShards(
             np.frombuffer(self._pool.memory, np.uint8).reshape(-1, self._pool.slot_bytes),
-            delivery.offsets[rows] // self._pool.slot_bytes,
-            delivery.pages[rows],
+            found.offsets[rows] // self._pool.slot_bytes,
+            found.places[rows],
             msgspec.structs.replace(layout, shards=shards),
             layout.shards,
-            rank.shard,
+            shard,
         )
 
-    def _check_present(self, message: Deliver) -> None:
-        pool, plan = self._pool, message.plan
-        present = [k in pool.resident and pool.is_pinned_by(k, plan) for k in message.keys]
+    def _check_present(self, plan: PlanId, keys: list[BlockKey]) -> None:
+        pool = self._pool
+        present = [k in pool.resident and pool.is_pinned_by(k, plan) for k in keys]
         if not all(present):
             raise BlocksMissing(present.count(False), len(present))
 
@@ -180,7 +212,7 @@ class DeliverJobs:
             message.plan,
             message.job,
             outcome,
-            len(delivery.pages),
+            delivery.blocks,
             nbytes,
             seconds,
             error or "",
@@ -203,6 +235,6 @@ def _told(delivery: _Delivery, nbytes: int) -> Attributes:
     return {
         "engine": delivery.engine.name,
         "plan": delivery.message.plan,
-        "blocks": len(delivery.pages),
+        "blocks": delivery.blocks,
         "bytes": nbytes,
     }

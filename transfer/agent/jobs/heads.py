@@ -41,7 +41,7 @@ class OtherShards:
         (blocks, bytes of the rank's page)."""
         mine, slots = self.layout.shard, self.slots[rows]
         page_bytes = mine.component_bytes[component]
-        start = layer * mine.layer_bytes + sum(mine.component_bytes[:component])
+        start = mine.layer_start(layer) + sum(mine.sizes(layer)[:component])
 
         def shard_pages(shard: int) -> Bytes:
             first = shard * mine.block_bytes + start
@@ -76,7 +76,9 @@ class Staging:
     def ranges(self, blocks: OtherShards, kv_addresses: Addresses, layer: int) -> Iterator[Ranges]:
         """One layer of the blocks, some at a time, from here into the rank's memory. What one
         step gave is overwritten by the next."""
-        for component, whole_bytes in enumerate(blocks.layout.component_bytes):
+        for component, whole_bytes in enumerate(blocks.layout.sizes(layer)):
+            if not whole_bytes:
+                continue
             page_bytes = whole_bytes // blocks.shards
             at_once = len(self._bytes) // page_bytes
             for first in range(0, len(blocks.pages), at_once):

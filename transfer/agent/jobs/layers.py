@@ -14,7 +14,7 @@ from transfer.agent.jobs.heads import Staging
 from transfer.agent.jobs.transfer import Transfer
 from transfer.mooncake import BYTES_PER_BATCH, PeerSuspended, TransferFailed, TransferPeer
 from transfer.pacing.pacer import Pacer
-from transfer.ranges import Ranges, layer_ranges
+from transfer.ranges import Ranges, joined, layer_ranges
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +58,20 @@ class LayerMover:
         return partial(pacer.wait, transfer.precedence, transfer.check), pacer.batch_bytes
 
     def _ranges(self, transfer: Transfer) -> Iterator[Ranges]:
-        layer, kv_addresses = transfer.layers_done, transfer.kv_addresses
-        if len(transfer.pages):
-            yield layer_ranges(transfer.layout, kv_addresses, layer, transfer.slots, transfer.pages)
-        for blocks in transfer.others:
-            if not hasattr(self._own, "staging"):
-                page_bytes_max = max(blocks.layout.component_bytes)
-                self._own.staging = Staging(self._peer.register, page_bytes_max)
-            yield from self._own.staging.ranges(blocks, kv_addresses, layer)
+        layer, groups = transfer.layers_done, transfer.groups
+        yield from joined(
+            [
+                layer_ranges(group.layout, group.addresses, layer, group.slots, group.places)
+                for group in groups
+                if len(group.places)
+            ]
+        )
+        for group in groups:
+            for blocks in group.others:
+                if not hasattr(self._own, "staging"):
+                    page_bytes_max = max(max(each.layout.component_bytes) for each in groups)
+                    self._own.staging = Staging(self._peer.register, page_bytes_max)
+                yield from self._own.staging.ranges(blocks, group.addresses, layer)
 
     def _write_word(self, transfer: Transfer, code: int) -> None:
         self._words[transfer.scratch] = board_word(transfer.job, code)

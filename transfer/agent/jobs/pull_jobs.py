@@ -7,28 +7,34 @@ import logging
 import time
 from collections.abc import Callable, Container, Sequence
 from functools import partial
+from itertools import chain
 
 import msgspec
 import numpy as np
 
-from common.block import TENANT_CHARS, BlockKey, BlockLabel
-from common.messages import PullBlocks, PullEnded
+from common.block import TENANT_CHARS, BlockKey, BlockLabel, BlockLayout
+from common.messages.from_agents import PullEnded
+from common.messages.from_engines import PullBlocks
 from storage.tiered_store import TieredStore
-from transfer.agent.engines import BadJob, Engine, Rank
+from transfer.agent.engine_pools import BadJob, EnginePool, Objects
+from transfer.agent.engines import Engine, Rank
 from transfer.agent.jobs.job import Job
 from transfer.agent.jobs.reports import Reports
-from transfer.agent.jobs.transfer import Ended, Transfer
+from transfer.agent.jobs.transfer import Ended, Group, Transfer
 from transfer.agent.jobs.transfer_queue import TransferQueue
 from transfer.mooncake import TransferFailed
+from transfer.ranges import Addresses
 
 log = logging.getLogger(__name__)
 
 
 class _Pull(msgspec.Struct, eq=False):
-    """``waits_for``: blocks that this pull or an earlier one is filling."""
+    """``objects``: that it names in each pool of the engine; ``waits_for``: those that this pull or
+    an earlier one is filling."""
 
     engine: Engine
     message: PullBlocks
+    objects: list[Objects]
     waits_for: set[BlockKey]
 
 
@@ -66,19 +72,23 @@ class PullJobs:
     def start(self, engine: Engine, message: PullBlocks) -> None:
         """Pull those blocks that are neither held nor on their way here."""
         try:
-            pages = engine.page_array(message.pages, len(message.keys))
+            objects = engine.objects(message)
         except BadJob as error:
             log.warning("pull refused engine=%s job=%d: %s", engine.name, message.job, error)
-            self._finish(_Pull(engine, message, set()))
+            self._finish(_Pull(engine, message, [], set()))
             return
-        offsets = self._store.reserve(message.keys)
-        for key in offsets:
+        offsets = [
+            self._store.reserve(each.keys, pool.layout.block_bytes)
+            for pool, each in zip(engine.pools, objects, strict=False)
+        ]
+        for key in chain(*offsets):
             self._filling[key] = []
-        pull = _Pull(engine, message, {key for key in message.keys if key in self._filling})
+        named = chain.from_iterable(each.keys for each in objects)
+        pull = _Pull(engine, message, objects, {key for key in named if key in self._filling})
         for key in pull.waits_for:
             self._filling[key].append(pull)
-        if offsets:
-            self._submit(pull, pages, offsets)
+        if any(offsets):
+            self._submit(pull, offsets)
         elif not pull.waits_for:
             self._finish(pull)
 
@@ -98,22 +108,26 @@ class PullJobs:
         """Slots that are out of use since bytes may still land in them."""
         return sum(len(quarantine.keys) for quarantine in self._quarantines)
 
-    def _submit(self, pull: _Pull, pages: np.ndarray, offsets: dict[BlockKey, int]) -> None:
-        engine, message = pull.engine, pull.message
-        row_of = {key: row for row, key in enumerate(message.keys)}
-        started, labels = time.monotonic(), _labels(engine.label, message, offsets)
-        shard = engine.layout.shard
-        slots = self._memory_address + np.fromiter(offsets.values(), np.int64, len(offsets))
-        pages = pages[[row_of[key] for key in offsets]]
+    def _submit(self, pull: _Pull, offsets: list[dict[BlockKey, int]]) -> None:
+        engine, message, started = pull.engine, pull.message, time.monotonic()
+        labels: dict[BlockKey, BlockLabel] = {}
+        moved: list[tuple[BlockLayout, Addresses, Addresses]] = []
+        for pool, objects, wanted in zip(engine.pools, pull.objects, offsets, strict=False):
+            row_of = {key: row for row, key in enumerate(objects.keys)}
+            labels |= _labels(pool, message, objects, wanted)
+            slots = self._memory_address + np.fromiter(wanted.values(), np.int64, len(wanted))
+            rows = np.array([row_of[key] for key in wanted], np.int64)
+            moved.append((pool.layout.shard, slots, objects.places[rows]))
 
         def transfer(rank: Rank, ended: Ended) -> Transfer:
+            groups = [
+                Group(shard, addresses, slots + rank.shard * shard.block_bytes, places)
+                for (shard, slots, places), addresses in zip(moved, rank.addresses, strict=False)
+            ]
             return Transfer(
                 job=message.job,
                 session_id=rank.session_id,
-                layout=shard,
-                kv_addresses=rank.kv_addresses,
-                slots=slots + rank.shard * shard.block_bytes,
-                pages=pages,
+                groups=groups,
                 deadline=started + message.deadline_s,
                 ended=ended,
                 is_read=True,
@@ -164,8 +178,13 @@ class PullJobs:
                     self._finish(waiting)
 
     def _finish(self, pull: _Pull) -> None:
-        held = self._held(pull.message.keys)
-        ended = PullEnded(self._reports.incarnation, pull.message.job, held)
+        message = pull.message
+        if pull.objects:
+            held = self._held([key for each in pull.objects for key in each.keys])
+        else:  # refused, and of no part is known what it would be
+            held = self._held(message.keys)
+            held += [False] * sum(len(each.keys) for each in message.parts)
+        ended = PullEnded(self._reports.incarnation, message.job, held)
         self._reports.reply(pull.engine, ended)
 
 
@@ -184,13 +203,14 @@ def _holders(ranks: Sequence[Rank], host: str) -> list[Rank]:
 
 
 def _labels(
-    of_engine: BlockLabel, message: PullBlocks, wanted: Container[BlockKey]
+    pool: EnginePool, message: PullBlocks, objects: Objects, wanted: Container[BlockKey]
 ) -> dict[BlockKey, BlockLabel]:
-    """Of each wanted block of the pull; one that follows another is its child."""
+    """Of each wanted object of the pull. A block that follows another is its child; an object of a
+    part is the child of its block."""
     tenant = message.tenant[:TENANT_CHARS]
-    parents = [message.parent, *message.keys[:-1]]
+    parents = objects.blocks if pool.part else [message.parent, *objects.blocks[:-1]]
     return {
-        key: msgspec.structs.replace(of_engine, tenant=tenant, parent=parent)
-        for key, parent in zip(message.keys, parents, strict=True)
+        key: msgspec.structs.replace(pool.label, tenant=tenant, parent=parent)
+        for key, parent in zip(objects.keys, parents, strict=False)
         if key in wanted
     }

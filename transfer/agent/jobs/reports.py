@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from common.ids import Incarnation
-from common.messages import Delivered, JobEnded, PullEnded
+from common.messages.from_agents import Delivered, JobEnded, PullEnded
 from transfer.agent.engines import Engine
 from transfer.agent.metrics import AgentCounters
 

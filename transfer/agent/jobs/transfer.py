@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from common.block import BlockLayout
 from common.ids import NO_PLAN, JobId, PlanId
@@ -29,10 +32,35 @@ class DeadlinePassed(Exception):
     """The job did not complete in time."""
 
 
+@dataclass(frozen=True, eq=False)
+class Group:
+    """One rank's shards of objects of one layout, which are at addresses ``slots`` (shape (n,)),
+    to or from the ``places`` (shape (n,)) of a pool whose buffers are at ``addresses``.
+
+    ``layout``: of a shard; ``others``: objects to deliver whose shards are not those of the
+    engine's ranks.
+    """
+
+    layout: BlockLayout
+    addresses: Addresses
+    slots: Addresses
+    places: Addresses
+    others: Sequence[OtherShards] = ()
+
+    @cached_property
+    def objects(self) -> int:
+        return len(self.places) + sum(len(each.pages) for each in self.others)
+
+
+def no_blocks(layout: BlockLayout, addresses: Addresses) -> Group:
+    """Of a transfer that only has to end, or to say that it is done."""
+    return Group(layout, addresses, np.empty(0, np.int64), np.empty(0, np.int64))
+
+
 @dataclass(eq=False)
 class Transfer:
-    """One rank's shards of blocks, which are at addresses ``slots`` (shape (n,)), to or from
-    its ``pages`` (shape (n,)). ``layout``: of a shard.
+    """One rank's shards of blocks, and of objects of parts: ``groups``, of which there is at
+    least one. They go layer by layer of the model.
 
     ``ended`` is called once, in the loop's thread, with None or the reason; none of the
     transfer's calls is running then. After :class:`TransferFailed` bytes may still land.
@@ -40,15 +68,10 @@ class Transfer:
 
     job: JobId
     session_id: str
-    layout: BlockLayout
-    kv_addresses: Addresses
-    slots: Addresses
-    pages: Addresses
+    groups: Sequence[Group]
     deadline: float
     """On the monotonic clock."""
     ended: Ended
-    others: Sequence[OtherShards] = ()
-    """Blocks to deliver whose shards are not those of the engine's ranks."""
     is_read: bool = False
     """True for a pull."""
     urgent: bool = False
@@ -67,20 +90,25 @@ class Transfer:
     precedence: Precedence = Precedence(False, 0, 0)
 
     @property
-    def layer_nbytes(self) -> int:
-        """Bytes of one layer."""
-        pages = len(self.pages) + sum(len(blocks.pages) for blocks in self.others)
-        return self.layout.layer_bytes * pages
+    def num_layers(self) -> int:
+        """Of the model."""
+        return self.groups[0].layout.num_layers
 
     @property
     def nbytes(self) -> int:
         """Bytes transferred so far."""
-        return self.layers_done * self.layer_nbytes
+        return self._bytes_before(self.layers_done)
 
     @property
     def left_nbytes(self) -> int:
         """Bytes not transferred yet."""
-        return (self.layout.num_layers - self.layers_done) * self.layer_nbytes
+        return self._bytes_before(self.num_layers) - self.nbytes
+
+    def _bytes_before(self, layer: int) -> int:
+        nbytes = 0
+        for group in self.groups:
+            nbytes += group.layout.layer_start(layer) * group.objects
+        return nbytes
 
     @property
     def has_room(self) -> bool:

@@ -125,7 +125,7 @@ class TransferQueue:
         while (transfer := self._take()) is not None:
             before_bytes = transfer.nbytes
             error = self._mover.move(transfer)
-            is_done = error is not None or transfer.layers_done == transfer.layout.num_layers
+            is_done = error is not None or transfer.layers_done == transfer.num_layers
             with self._condition:
                 self._turns.leave(transfer)
                 self._condition.notify()

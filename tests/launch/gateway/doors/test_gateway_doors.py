@@ -12,6 +12,7 @@ from yarl import URL
 from launch.gateway.doors.doors import ABORT, MEMBERSHIP, OPEN, is_operators
 from launch.gateway.doors.keys import ApiKey
 from launch.gateway.doors.settings import DoorKeys, DoorSettings
+from launch.gateway.routes.table import ROUTES, Answers
 from tests.launch.gateway.client import GENERATE, metric
 from tests.launch.gateway.stubs import StubCluster
 from tests.launch.gateway.stubs import running_cluster as cluster_of
@@ -22,10 +23,10 @@ KEYS = DoorKeys(
     api_keys=(ApiKey("alice", "key-a"), ApiKey("bob", "key-b")),
     admin_api_keys=(ApiKey("root", "key-r"),),
 )
-CLIENTS = {
-    *("/v1/chat/completions", "/v1/completions", "/generate", "/abort_request"),
-    *("/v1/tokenize", "/v1/detokenize", "/v1/models", "/v1/models/{model:path}"),
-    *("/model_info", "/get_model_info"),
+CLIENTS = {"/abort_request", "/v1/loads"} | {
+    path
+    for path, (answers, _) in ROUTES.items()
+    if answers in (Answers.PAIR, Answers.ANY, Answers.NOBODY)
 }
 
 

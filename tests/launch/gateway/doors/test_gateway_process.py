@@ -108,7 +108,7 @@ async def test_the_supervisors_probe_needs_no_key_and_no_name(url) -> None:
 
 @pytest.mark.asyncio
 async def test_a_rollout_job_brings_its_key(url, certificate) -> None:
-    client = Client(url, 5.0, 5.0, Access("key-r", str(certificate)))
+    client = Client([url], 5.0, 5.0, Access("key-r", str(certificate)))
     try:
         assert await client.concurrency() == 256
     finally:

@@ -7,9 +7,18 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 
-from common.cluster.membership import EXPIRY_S, JOIN, RENEW, Renewal, Role, State
+from common.cluster.membership import (
+    EXPIRY_S,
+    JOIN,
+    RENEW,
+    HostOfGroup,
+    Renewal,
+    Role,
+    State,
+)
 from common.samples import sample
 from launch.gateway.registry import registry as registry_module
 from tests.launch.gateway.client import GENERATE, PROMPT, keys_of, metric, post
@@ -73,6 +82,7 @@ async def test_everyone_is_told_of_newcomers_and_of_who_has_left() -> None:
         everyone = {"node-p", "node-d", "agent-r0", "agent-p7"}
         for stub in (engine, node.engine):
             await cluster.until(lambda s=stub: s.known and set(s.known[-1].endpoints) == everyone)
+        assert engine.known[-1].hosts == agent.known[-1].hosts == ["127.0.0.1"]
         assert not engine.known[-1].complete  # others may have been there before this gateway
         await reader.leave()
         await cluster.until(lambda: set(engine.known[-1].endpoints) == everyone - {"agent-r0"})
@@ -174,6 +184,42 @@ async def test_a_draining_node_is_idle_when_its_requests_and_its_agents_work_are
         peer = cluster.services.plane.members.agents["agent-d7"]
         await cluster.until(lambda: peer.status.samples == node.agent.samples)
         assert not (await node.renew(State.DRAINING)).idle
+
+
+async def test_an_engine_over_two_hosts_serves_while_both_do() -> None:
+    async with cluster_and((Role.DECODE, "d7"), (Role.READER, "d7-1")) as (cluster, first, second):
+        for rank, node in enumerate((first, second)):
+            node.asked = msgspec.structs.replace(node.asked, group=HostOfGroup("d7", rank, 2))
+        begun = await first.join()
+        await first.lives()
+        assert {trace["decode"] for trace in await traces(cluster)} == {"d0"}
+        async with cluster.http.get("/workers/d7") as answer:
+            assert (await answer.json())["metadata"]["state"] == "gone"
+        await second.join()
+        await second.lives()
+        assert {trace["decode"] for trace in await traces(cluster)} == {"d0", "d7"}
+
+        # One that drains has to wait for the requests that its engine has.
+        first.engine.word_delay_s = 0.2
+        await post(cluster, "/admin/drain", {"name": "d0", "on": True})
+        running = asyncio.create_task(post(cluster, "/generate", {**GENERATE, "stream": True}))
+        open_plans = cluster.services.scheduler.open
+        await cluster.until(lambda: open_plans.naming({"d7"}))
+        assert not (await second.renew(State.DRAINING)).idle
+        await post(cluster, "/admin/drain", {"name": "d0", "on": False})
+        assert (await running)[0] == 200
+        assert (await second.renew(State.DRAINING)).idle
+        assert {trace["decode"] for trace in await traces(cluster)} == {"d0"}
+        assert not {"agent-d7", "d0"} & cluster.services.scheduler.drained
+
+        # The other host's ranks begin anew, and wait for one that comes in its place.
+        await second.leave()
+        anew = (await first.renew(incarnation=begun.incarnation)).incarnation
+        assert anew > begun.incarnation
+        assert (await first.restart(begun.incarnation)).incarnation == anew
+        assert {trace["decode"] for trace in await traces(cluster)} == {"d0"}
+        assert (await second.join()).incarnation == anew
+        assert {trace["decode"] for trace in await traces(cluster)} == {"d0", "d7"}
 
 
 async def test_a_node_that_dies_takes_no_request_with_it() -> None:

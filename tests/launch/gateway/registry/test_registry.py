@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.cluster.clock import ClusterClock
 from common.cluster.membership import (
     EXPIRY_S,
     JOIN,
@@ -19,7 +20,6 @@ from common.cluster.membership import (
     NodeMembers,
     Role,
 )
-from launch.gateway.registry.clock import ClusterClock
 from tests.launch.gateway.registry.nodes import StubNode, ask, told
 from tests.launch.gateway.stubs import StubCluster, running_cluster
 
@@ -52,7 +52,9 @@ async def test_the_gateway_names_those_that_have_no_name() -> None:
 
 @pytest.mark.asyncio
 async def test_unlike_settings_are_refused_with_what_differs() -> None:
-    async with running_cluster(settings={"model": "tiny", "--transfer": "tcp"}) as cluster:
+    async with running_cluster() as cluster:
+        why = await refusal(cluster, session="session-x", settings={"protocol": "DP1"})
+        assert "protocol DP1" in why and "the gateway has DP" in why
         like = {"model": "tiny", "ranks of decode engines": "1"}
         await joined(cluster, Role.DECODE, name="d1", settings=like)
         why = await refusal(
@@ -61,12 +63,20 @@ async def test_unlike_settings_are_refused_with_what_differs() -> None:
             name="d2",
             settings={"model": "other", "--transfer": "tcp"},
         )
-        assert "d2 has model other" in why and "gateway has tiny" in why
+        assert "d2 has model other" in why and "d1 has tiny" in why
         why = await refusal(cluster, session="session-x", settings={"ranks of decode engines": "2"})
         assert "ranks of decode engines 2" in why and "d1 has 1" in why
         await joined(cluster, name="r0", settings={"model": "tiny", "of readers alone": "x"})
         cluster.services.registry.nodes["d1"].is_gone = True
         await joined(cluster, Role.DECODE, name="d3", settings={"ranks of decode engines": "2"})
+        metrics = await (await cluster.http.get("/metrics")).text()
+        for row in (
+            'node_refusals_total{reason="settings"} 3.0',
+            'node_changes_total{change="joined",role="decode"} 2.0',
+            'nodes{role="decode",state="serving"} 1.0',
+            'nodes{role="decode",state="gone"} 1.0',
+        ):
+            assert f"dualpath:{row}" in metrics
 
 
 @pytest.mark.asyncio

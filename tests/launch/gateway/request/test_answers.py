@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.block import BlockLayout, Namespace
+from common.block import BlockLayout, Namespace, block_keys
 from common.json import JsonObject
+from common.page_hashes import page_hashes
 from launch.gateway.errors import BadRequest, EngineRefused, RequestFailed, TooManyRequests
 from launch.gateway.request.merge_answers import (
     DONE,
@@ -128,6 +129,17 @@ def test_the_last_token_is_always_computed(tokens: int, blocks: int) -> None:
     assert len(hit_candidates(part, NAMESPACE)) == blocks
 
 
+def test_under_a_draft_keys_are_over_bigrams() -> None:
+    layout = msgspec.structs.replace(NAMESPACE.layout, draft_layers=1)
+    namespace = msgspec.structs.replace(NAMESPACE, layout=layout)
+    tokens = list(range(130))  # the last one is computed, and in no pair
+    part = Part(path=GENERATE, body={}, rid="r", index=0, token_ids=tokens)
+    hashes = page_hashes(tokens, 64, bigrams=True)
+    assert hit_candidates(part, namespace) == block_keys(namespace.digest(), hashes)
+    part.token_ids = tokens[:129]
+    assert hit_candidates(part, namespace) == block_keys(namespace.digest(), hashes[:1])
+
+
 def test_tokens_that_are_none_have_no_keys() -> None:
     adapted: tuple[JsonObject, ...] = ({"lora_path": "a"}, {"model": "base:adapter"})
     cases = (([-1] * 65, {}), *(([1] * 65, body) for body in adapted), (None, {}))
@@ -222,13 +234,13 @@ def test_errors_have_openais_shape() -> None:
 def test_an_engines_refusal_gets_the_shape_of_all_errors(body: JsonObject) -> None:
     refusal = EngineRefused(400, msgspec.json.encode(body))
     fields = {"message": "too long", "type": "invalid_request_error", "param": None, "code": 400}
-    assert json.loads(refusal.body()) == {"error": fields}
-    assert parse_event(refusal.event()) == {"error": fields}
+    assert json.loads(refusal.body()) == {"type": "error", "error": fields}
+    assert parse_event(refusal.event()) == {"type": "error", "error": fields}
 
 
 def test_an_error_within_a_stream_gets_it_too() -> None:
     event = build_event({"error": {"message": "lost", "code": 503, "object": "error"}})
     fields = {"message": "lost", "type": "invalid_request_error", "param": None, "code": 503}
-    assert parse_event(in_one_shape(event)) == {"error": fields}
+    assert parse_event(in_one_shape(event)) == {"type": "error", "error": fields}
     text = build_event({"text": 'an "error" in words', "meta_info": {}})
     assert in_one_shape(text) == text and in_one_shape(DONE) == DONE

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from common import messages as m
+from common.messages.from_gateway import EnginePlan
 from tests.launch.gateway.client import CHAT, GENERATE, post, stream_of
 from tests.launch.gateway.stubs import StubCluster
 from tests.launch.gateway.stubs import running_cluster as cluster_of
@@ -45,7 +45,7 @@ async def test_no_client_id_reaches_an_engine_and_every_answer_shows_it(rid: str
         assert [answer["meta_info"]["id"] for answer in both] == [f"{rid}_0", f"{rid}_1"]
         for engine in cluster.engines:
             seen = [body["rid"] for body in engine.bodies]
-            assert seen == [plan.rid for plan in engine.got(m.EnginePlan)]
+            assert seen == [plan.rid for plan in engine.got(EnginePlan)]
             assert len(set(seen)) == 5
             assert all(re.fullmatch("[0-9a-f]{32}", name) for name in seen)
         async with cluster.http.get(f"/admin/plan/{seen[0]}") as answer:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from common.ids import Incarnation
-from common.messages import EngineEnds
+from common.messages.from_engines import EngineEnds
 from launch.gateway.errors import Poisoned
 from launch.gateway.request import attempt, suspects
 from launch.gateway.request.parts import GENERATE as PATH

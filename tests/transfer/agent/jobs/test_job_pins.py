@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from common.ids import BoardSlot, Incarnation, JobId, PlanId
-from common.messages import Deliver, PullBlocks, PullEnded, RankMemory, RegisterEngine
+from common.messages.from_agents import PullEnded
+from common.messages.from_engines import Deliver, PullBlocks, RankMemory, RegisterEngine
 from common.tracing.spans import Tracer
 from storage.slot_pool import SlotPool
 from storage.store_events import ShareSettled
@@ -183,7 +184,7 @@ def test_a_pull_that_waits_for_another_ends_with_it(world):
     world.pulls.start(world.engine, PullBlocks(JobId(1), keys[:2], [0, 1], 10.0))
     world.pulls.start(world.engine, PullBlocks(JobId(2), keys, [4, 5, 6], 10.0))
     first, second = world.queue.transfers
-    assert second.pages.tolist() == [6]
+    assert second.groups[0].places.tolist() == [6]
     second.ended(None)
     assert not world.replies
     first.ended(JobCancelled("cancelled"))

@@ -14,7 +14,7 @@ import pytest
 from common.block import BlockLayout
 from common.board_word import FAILED, board_word
 from common.ids import JobId
-from transfer.agent.jobs.transfer import DeadlinePassed, JobCancelled, QueueFull, Transfer
+from transfer.agent.jobs.transfer import DeadlinePassed, Group, JobCancelled, QueueFull, Transfer
 from transfer.agent.jobs.transfer_queue import TransferQueue
 from transfer.mooncake import PeerSuspended, TransferFailed
 from transfer.pacing.pacer import Pacer
@@ -72,13 +72,11 @@ class World:
     def submit(self, session="p0", plan=1, urgent=False, deadline_s=10.0, **fields):
         self.jobs += 1
         number = self.jobs
+        addresses, slots = np.zeros((3, 2), np.int64), np.array([1000 * number], np.int64)
         job = Transfer(
             JobId(number),
             session,
-            LAYOUT,
-            np.zeros((3, 2), np.int64),
-            np.array([1000 * number], np.int64),
-            np.array([0], np.int64),
+            [Group(LAYOUT, addresses, slots, np.array([0], np.int64))],
             time.monotonic() + deadline_s,
             lambda error: self.ends.put((number, error)),
             urgent=urgent,
@@ -95,7 +93,7 @@ class World:
     def moved(self) -> tuple[str, int, int]:
         """The next transfer: engine, job, layer."""
         session, source = self.peer.transfers.get(timeout=5)
-        return session, source // 1000, source % 1000 // LAYOUT.layer_bytes
+        return session, source // 1000, source % 1000 // LAYOUT.layer_start(1)
 
     def hold(self) -> None:
         """From now on each transfer waits for ``step``."""
@@ -117,6 +115,43 @@ def worlds():
     for world in made:
         world.step(1000)
         world.queue.close(5)
+
+
+def test_a_layers_batch_has_what_that_layer_has_of_each_part():
+    world = World()
+    kv = BlockLayout(4, 4, (8,), absent=((1, 3),))
+    window = BlockLayout(4, 4, (16,), absent=((0, 3),))
+    addresses = np.arange(4).reshape(4, 1) * 1000
+
+    def group(layout: BlockLayout, slot: int, place: int) -> Group:
+        return Group(layout, addresses + slot, np.array([slot]), np.array([place]))
+
+    batches = []
+
+    def write(session_id, src, dst, lengths, before_batch=None, batch_bytes=0):
+        if dst[0] < BOARD:
+            batches.append(list(zip(src.tolist(), dst.tolist(), lengths.tolist(), strict=True)))
+        else:
+            batches.append([])  # the word that says that a layer is there
+
+    world.peer.write = write  # type: ignore[method-assign]
+    job = Transfer(
+        JobId(1),
+        "p0",
+        [group(kv, 100_000, 2), group(window, 200_000, 3)],
+        time.monotonic() + 10,
+        lambda error: world.ends.put((1, error)),
+        board_address=BOARD,
+    )
+    world.queue.submit(job)
+    assert world.end() == (1, None)
+    assert batches == [
+        *([(100_000, 100_016, 8)], []),
+        *([(200_000, 201_048, 16)], []),
+        *([(100_008, 102_016, 8), (200_016, 202_048, 16)], []),
+        [],  # layer 3 has nothing: its word comes at once
+    ]
+    assert job.nbytes == kv.block_bytes + window.block_bytes and job.left_nbytes == 0
 
 
 def test_layers_go_in_order_and_each_is_told_after_it_has_come(worlds):

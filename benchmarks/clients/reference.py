@@ -36,6 +36,7 @@ class Turn(msgspec.Struct, frozen=True):
 
     prompt: list[int]
     right: dict[str, list[int]]
+    new_tokens: int = NEW_TOKENS
 
 
 Conversation = list[Turn]
@@ -54,9 +55,14 @@ def make_other_weights(model: Path, folder: Path) -> Path:
 
 
 def make_conversations(
-    count: int, rng: random.Random, models: dict[str, Path], folder: Path
+    count: int,
+    rng: random.Random,
+    models: dict[str, Path],
+    folder: Path,
+    new_tokens: int = NEW_TOKENS,
 ) -> list[Conversation]:
-    """Each turn goes on from the first version's answer to the turn before.
+    """Each turn goes on from the first version's answer to the turn before; answers have
+    ``new_tokens``.
 
     Raises :class:`ClusterFailed` when plain SGLang does not answer.
     """
@@ -75,25 +81,25 @@ def make_conversations(
             index, prompt = number % count, prompts[number % count]
             right = {}
             for version, url in servers.items():
-                tokens, margin = _ask(url, prompt)
+                tokens, margin = _ask(url, prompt, new_tokens)
                 if margin >= TIE_MARGIN:
                     right[version] = tokens
                 if version == FIRST:
                     appended = rng.choices(VOCABULARY, k=rng.randint(10, PAGE_TOKENS))
                     prompts[index] = prompt + tokens + appended
             turns[index].append((prompt, right))
-    return [[Turn(*turn) for turn in conversation] for conversation in turns]
+    return [[Turn(*turn, new_tokens) for turn in conversation] for conversation in turns]
 
 
-def sampling() -> dict[str, Any]:
-    return {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+def sampling(new_tokens: int) -> dict[str, Any]:
+    return {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
 
 
-def _ask(url: str, prompt: list[int]) -> tuple[list[int], float]:
+def _ask(url: str, prompt: list[int], new_tokens: int) -> tuple[list[int], float]:
     """Tokens, and how much likelier each was than the next best one at least."""
     body = {
         "input_ids": prompt,
-        "sampling_params": sampling(),
+        "sampling_params": sampling(new_tokens),
         "return_logprob": True,
         "top_logprobs_num": 2,
     }

@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from benchmarks.faults.reference import FIRST, Conversation, sampling
+from benchmarks.clients.reference import FIRST, Conversation, sampling
 from launch.gateway.request.trace import HEADER
 
 CLIENTS = 4
@@ -72,13 +72,16 @@ class Load:
 
     def __init__(
         self,
-        url: str,
+        urls: Sequence[str],
         conversations: Sequence[Conversation],
         weights: Weights,
         on_answer: Callable[[Answer], None],
+        salts: int = SALTS,
     ) -> None:
+        """``urls``: of gateways; where one breaks, the next is asked from then on."""
+        self.salts = [f"salt-{number}" for number in range(salts)]
         self.answers: list[Answer] = []
-        self._url = url
+        self._urls = list(urls)
         self._conversations = conversations
         self._weights = weights
         self._on_answer = on_answer
@@ -105,12 +108,12 @@ class Load:
 
     def _session(self) -> aiohttp.ClientSession:
         timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
-        return aiohttp.ClientSession(self._url, timeout=timeout, read_bufsize=1 << 20)
+        return aiohttp.ClientSession(timeout=timeout, read_bufsize=1 << 20)
 
     async def _converse(self, http: aiohttp.ClientSession, rng: random.Random) -> None:
         while not self._stopping.is_set():
             number = rng.randrange(len(self._conversations))
-            salt = f"salt-{rng.randrange(SALTS)}"
+            salt = rng.choice(self.salts)
             for turn in range(len(self._conversations[number])):
                 begun = Answer(number, turn, salt, rng.random() < 0.5, time.monotonic())
                 answer = await self._ask_until_answered(http, begun)
@@ -138,16 +141,16 @@ class Load:
 
     async def _ask(self, http: aiohttp.ClientSession, begun: Answer) -> Answer:
         answer = msgspec.structs.replace(begun)
-        prompt = self._conversations[answer.conversation][answer.turn].prompt
+        turn = self._conversations[answer.conversation][answer.turn]
         body = {
-            "input_ids": prompt,
-            "sampling_params": sampling(),
+            "input_ids": turn.prompt,
+            "sampling_params": sampling(turn.new_tokens),
             "cache_salt": answer.salt,
             "stream": answer.stream,
         }
-        pause_s = 0.0
+        pause_s, url = 0.0, self._urls[0]
         try:
-            async with http.post("/generate", json=body) as response:
+            async with http.post(f"{url}/generate", json=body) as response:
                 answer.trace = msgspec.json.decode(response.headers.get(HEADER, "{}"))
                 text = await response.read()
                 self._judge(answer, response.status, text)
@@ -157,6 +160,8 @@ class Load:
             answer.outcome = SILENT
         except aiohttp.ClientError as error:
             answer.outcome, answer.says = BROKEN, repr(error)
+            if url == self._urls[0]:
+                self._urls = [*self._urls[1:], url]
         answer.done_s = time.monotonic()
         self._compare(answer)
         await asyncio.sleep(pause_s)
