@@ -22,13 +22,24 @@ logged() {
     fi
 }
 
+# For 5 minutes at most, while another apt-get holds the lists: it has no time-out for them itself.
+update_lists() {
+    local tries
+    for ((tries = 0; tries < 60; tries++)); do
+        apt-get update -qq >>"$LOG" 2>&1 && return
+        tail -n 2 "$LOG" | grep -q lock || break
+        sleep 5
+    done
+    logged apt-get update -qq
+}
+
 # apt_install WHY PACKAGE...: as root with apt-get, otherwise a sentence.
 apt_install() {
     local why=$1
     shift
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         say "system packages for $why: $*"
-        logged apt-get update -qq
+        update_lists
         # another installation may be under way, such as a fresh machine's own upgrade
         logged env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 \
             install -y -qq --no-install-recommends "$@"
