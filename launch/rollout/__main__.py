@@ -25,10 +25,11 @@ from launch.rollout.console import SHOW_S, Bar, summary_table
 from launch.rollout.dry_run import dry_run
 from launch.rollout.errors import DiskFull, JobStopped, RequestFailed
 from launch.rollout.input.files import BadInput
-from launch.rollout.job import Job, Summary, errors_path, until_done
+from launch.rollout.job import Job, errors_path, until_done
 from launch.rollout.output.job_folder import JobFolder
 from launch.rollout.output.shards import Output
 from launch.rollout.own_cluster import own_cluster
+from launch.rollout.progress import Summary
 from launch.settings import BadConfig
 
 STOPPED, BAD_SETTING, WITH_FAILURES, INTERRUPTED = 1, 2, 3, 130

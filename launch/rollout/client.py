@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import math
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import TypeAlias, TypeVar
 
@@ -20,6 +21,7 @@ from common.json import JsonObject
 from launch.access import NO_KEY, Access
 from launch.gateway.request.trace import HEADER
 from launch.gateways import NOT_ACTIVE, Gateways
+from launch.rollout.answers import Generation, decoded, generation_of
 from launch.rollout.errors import EndpointGone, RequestFailed
 
 log = logging.getLogger(__name__)
@@ -36,46 +38,6 @@ CONCURRENCY_UNKNOWN = 64
 """Requests in flight where the endpoint does not say how many it admits."""
 
 
-class Generation(msgspec.Struct):
-    """An answer of ``/generate``."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    cached_tokens: int
-    weight_version: str
-    read_bytes: int
-    attempts: int
-    seconds: float
-
-
-class _Finish(msgspec.Struct):
-    type: str
-    message: str = ""
-
-
-class _Meta(msgspec.Struct):
-    finish_reason: _Finish
-    cached_tokens: int = 0
-    weight_version: str = ""
-    output_token_logprobs: list[tuple[float, int, str | None]] = []
-
-
-class _Answer(msgspec.Struct):
-    text: str
-    output_ids: list[int]
-    meta_info: _Meta
-
-
-class _Reader(msgspec.Struct):
-    read_bytes: dict[str, int] = {}
-
-
-class _Trace(msgspec.Struct):
-    readers: dict[str, _Reader] = {}
-
-
 class _Tokens(msgspec.Struct):
     tokens: list[int]
 
@@ -90,6 +52,10 @@ class _Model(msgspec.Struct):
 
 class _Models(msgspec.Struct):
     data: list[_Model]
+
+
+class _Health(msgspec.Struct):
+    weight_version: str
 
 
 class _Requests(msgspec.Struct):
@@ -120,6 +86,8 @@ class Client:
             read_bufsize=1 << 20,
         )
         self._run = uuid.uuid4().hex[:8]
+        self._live: dict[str, str] = {}
+        """Ids of requests that are not answered, by name."""
         self.in_flight = 0
         """Generations sent and not answered; one that waits to be sent again is not."""
         self.on_in_flight: Callable[[int], None] = lambda _: None
@@ -149,15 +117,15 @@ class Client:
     async def tokenize(self, **fields: object) -> list[int]:
         """``/v1/tokenize`` of a ``prompt`` or of ``messages``; raises :class:`RequestFailed`."""
         timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
-        data, _, _ = await self._post("v1/tokenize", fields, "tokenize", timeout)
-        return _decoded(data, _Tokens).tokens
+        answer, _ = await self._post("v1/tokenize", fields, "tokenize", timeout)
+        return decoded(answer.content, _Tokens).tokens
 
-    async def detokenize(self, token_ids: list[int]) -> str:
-        """``/v1/detokenize``, special tokens as they are; raises :class:`RequestFailed`."""
+    async def detokenize(self, token_ids: list[int], skip_special: bool = False) -> str:
+        """``/v1/detokenize``; raises :class:`RequestFailed`."""
         timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
-        fields: JsonObject = {"tokens": token_ids, "skip_special_tokens": False}
-        data, _, _ = await self._post("v1/detokenize", fields, "detokenize", timeout)
-        return _decoded(data, _Text).text
+        fields: JsonObject = {"tokens": token_ids, "skip_special_tokens": skip_special}
+        answer, _ = await self._post("v1/detokenize", fields, "detokenize", timeout)
+        return decoded(answer.content, _Text).text
 
     async def generate(
         self, token_ids: list[int], sampling: JsonObject, logprobs: bool, name: str
@@ -170,43 +138,41 @@ class Client:
             "return_logprob": logprobs,
         }
         begun_s = time.monotonic()
-        data, traced, attempts = await self._post("generate", body, name, self._timeout)
-        answer = _decoded(data, _Answer)
-        meta = answer.meta_info
-        pairs = meta.output_token_logprobs
-        if logprobs and [token for _, token, _ in pairs] != answer.output_ids:
-            raise RequestFailed("the engine's log-probabilities are not those of its tokens")
-        trace = msgspec.json.decode(traced, type=_Trace)
-        return Generation(
-            text=answer.text,
-            token_ids=answer.output_ids,
-            logprobs=[logprob for logprob, _, _ in pairs],
-            finish_reason=meta.finish_reason.type,
-            cached_tokens=meta.cached_tokens,
-            weight_version=meta.weight_version,
-            read_bytes=sum(sum(reader.read_bytes.values()) for reader in trace.readers.values()),
-            attempts=attempts,
-            seconds=time.monotonic() - begun_s,
-        )
+        answer, attempts = await self._post("generate", body, name, self._timeout)
+        generation = generation_of(answer.content, answer.trace, logprobs)
+        generation.attempts, generation.seconds = attempts, time.monotonic() - begun_s
+        return generation
+
+    async def abort(self, name: str) -> bool:
+        """Have the request of that ``name`` answered with the tokens that it has, soon; False if
+        there is none, or nobody to tell."""
+        if (rid := self._live.get(name)) is None:
+            return False
+        timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
+        answer = await self._attempt("abort_request", {"rid": rid}, timeout)
+        return answer.status == 200
+
+    async def weight_version(self) -> str:
+        """Of the weights that are served; raises :class:`RequestFailed`."""
+        return (await self._get("health", _Health)).weight_version
 
     async def _get(self, path: str, kind: type[T]) -> T:
         timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
         answer = await self._round(lambda url: self._http.get(f"{url}/{path}", timeout=timeout))
         if answer.status != 200:
             raise RequestFailed(f"/{path}: {answer.reason}")
-        return _decoded(answer.content, kind)
+        return decoded(answer.content, kind)
 
     async def _post(
         self, path: str, body: JsonObject, name: str, timeout: aiohttp.ClientTimeout
-    ) -> tuple[bytes, str, int]:
-        """The first good answer, its trace, and the attempts that it took."""
+    ) -> tuple[_HttpAnswer, int]:
+        """The first good answer, and the attempts that it took."""
         patience = _Patience(self._retry_s)
         for attempt in itertools.count(1):
-            # An id of its own: the last attempt may still be known to the gateway.
-            rid: JsonObject = {"rid": f"{self._run}-{name}-{attempt}"} if path == "generate" else {}
-            answer = await self._attempt(path, body | rid, timeout)
+            with self._id(path, name, attempt) as rid:
+                answer = await self._attempt(path, body | rid, timeout)
             if answer.status == 200:
-                return answer.content, answer.trace, attempt
+                return answer, attempt
             if 400 <= answer.status < 500 and answer.status != 429:
                 raise RequestFailed(answer.reason)
             full = answer.status == 429
@@ -220,6 +186,18 @@ class Client:
             )
             await asyncio.sleep(pause_s)
         raise AssertionError
+
+    @contextlib.contextmanager
+    def _id(self, path: str, name: str, attempt: int) -> Iterator[JsonObject]:
+        """Of an attempt: the last one may still be known to the gateway."""
+        if path != "generate":
+            yield {}
+            return
+        self._live[name] = f"{self._run}-{name}-{attempt}"
+        try:
+            yield {"rid": self._live[name]}
+        finally:
+            del self._live[name]
 
     async def _attempt(
         self, path: str, body: JsonObject, timeout: aiohttp.ClientTimeout
@@ -322,10 +300,3 @@ _JSON = {"content-type": "application/json"}
 
 def _excerpt(data: bytes) -> str:
     return data[:300].decode(errors="replace")
-
-
-def _decoded(data: bytes, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except msgspec.DecodeError as error:
-        raise RequestFailed(f"the endpoint's answer is not SGLang's: {error}") from error

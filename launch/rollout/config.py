@@ -14,6 +14,7 @@ from launch.access import Access
 from launch.cluster.config import ClusterConfig
 from launch.flags.forms import URLS
 from launch.rollout.env import BadEnv, load_env
+from launch.rollout.groups.hooks import BadHook, load_hook
 from launch.settings import (
     SECONDS,
     SIZE,
@@ -62,14 +63,25 @@ def _env(value: object) -> str:
     return name
 
 
-def _seed(value: object) -> int | None:
+def _hook(value: object) -> str:
+    """Loaded again where it is called: here its name is the value."""
+    name = str(value)
+    try:
+        load_hook(name)
+    except BadHook as error:
+        raise ValueError(str(error)) from error
+    return name
+
+
+def _optional(value: object) -> int | None:
     return None if value == "" else integer().parse(value)
 
 
 CONCURRENCY = Form(_concurrency, "auto|N")
 STOP = Form(_stop, "TEXT", lambda strings: json.dumps(strings) if strings else "")
 ENV = Form(_env, "NAME")
-SEED = Form(_seed, "N", lambda seed: "" if seed is None else str(seed))
+HOOK = Form(_hook, "NAME")
+OPTIONAL: Form[int | None] = Form(_optional, "N", lambda n: "" if n is None else str(n))
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ class JobConfig:
     seed: int | None = setting(
         None,
         "Of the order and of the samples (SGLang heeds it with --enable-deterministic-inference).",
-        SEED,
+        OPTIONAL,
     )
     stop: tuple[str, ...] = setting((), "String that ends a turn, or a JSON list of them.", STOP)
     logprobs: bool = setting(False, "Record the log-probability of each generated token.", SWITCH)
@@ -111,7 +123,56 @@ class JobConfig:
         32768, "Prompt and generated tokens after which an episode ends.", integer("N")
     )
     env_timeout_s: float = setting(
-        300.0, "One answer of the environment; later, the episode has failed.", SECONDS
+        300.0, "One answer of the environment: a tool's, a step's, a judge's.", SECONDS
+    )
+    on_env_timeout: str = setting(
+        "fail",
+        "Where it takes longer: fail the episode, observe (the model is told, and goes on), or end "
+        "the episode without a reward.",
+        choice(("fail", "observe", "end")),
+    )
+    group_reward: str = setting(
+        "",
+        "Rewards of a prompt's samples together, module:function of a whole group.",
+        HOOK,
+    )
+    filter: str = setting(
+        "", "Whether a whole group is written, module:function of it; else it is dropped.", HOOK
+    )
+    group_timeout_s: float = setting(300.0, "One answer of either; later, the job stops.", SECONDS)
+    groups: int = setting(
+        0,
+        "Groups (prompts with all their samples) after which this run ends; the next one goes on; "
+        "0 means all.",
+        integer("N"),
+    )
+    oversample_groups: int = setting(
+        0, "Groups begun beyond those; once there are enough, the rest is aborted.", integer("N")
+    )
+    oversample_samples: int = setting(
+        0,
+        "Samples begun beyond --n of each prompt; once --n are whole, the rest is aborted.",
+        integer("N"),
+    )
+    drop_partial: bool = setting(
+        False,
+        "Forget what a run has of samples that it aborts; else the next one continues them.",
+        SWITCH,
+    )
+    max_staleness_commits: int | None = setting(
+        None,
+        "Weight updates that a group's oldest token may be behind; empty means any number.",
+        OPTIONAL,
+    )
+    on_stale: str = setting(
+        "drop",
+        "A group that is further behind: drop it as soon as that is known, or finish and write it.",
+        choice(("drop", "finish")),
+    )
+    loss_staleness_commits: int | None = setting(
+        None,
+        "Weight updates that a token may be behind to be in the loss mask; empty means any number.",
+        OPTIONAL,
     )
     concurrency: int | str = setting(
         AUTO,
@@ -158,6 +219,13 @@ class Parameters(msgspec.Struct, frozen=True):
     env: str
     max_turns: int
     max_episode_tokens: int
+    on_env_timeout: str = "fail"
+    group_reward: str = ""
+    filter: str = ""
+    oversample_samples: int = 0
+    max_staleness_commits: int | None = None
+    on_stale: str = "drop"
+    loss_staleness_commits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -196,18 +264,8 @@ class RolloutConfig(JobConfig, ClusterConfig):
 
     def parameters(self) -> Parameters:
         """Of the job that is asked for."""
-        return Parameters(
-            n=self.n,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-            stop=list(self.stop),
-            logprobs=self.logprobs,
-            env=self.env,
-            max_turns=self.max_turns,
-            max_episode_tokens=self.max_episode_tokens,
-        )
+        values = {name: getattr(self, name) for name in Parameters.__struct_fields__}
+        return msgspec.convert(values, Parameters)
 
 
 _OF_A_CLIENT = flag("ssl_ca_certs")
@@ -221,7 +279,17 @@ def _check(config: RolloutConfig) -> None:
     for name in ("n", "max_new_tokens", "max_turns", "max_episode_tokens", "shard_bytes"):
         value = getattr(config, name)
         require(value >= 1, f"{flag(name)} {value}: give 1 or more.")
-    for name in ("timeout_s", "retry_s", "env_timeout_s"):
+    for name in ("groups", "oversample_groups", "oversample_samples"):
+        value = getattr(config, name)
+        require(value >= 0, f"{flag(name)} {value}: give 0 or more.")
+    for name in ("max_staleness_commits", "loss_staleness_commits"):
+        value = getattr(config, name)
+        require(value is None or value >= 0, f"{flag(name)} {value}: give 0 or more.")
+    require(
+        bool(config.groups) or not config.oversample_groups,
+        "--oversample-groups without --groups: say how many are needed.",
+    )
+    for name in ("timeout_s", "retry_s", "env_timeout_s", "group_timeout_s"):
         value = getattr(config, name)
         require(value > 0, f"{flag(name)} {value}: give a number greater than 0.")
     require(config.temperature >= 0, f"--temperature {config.temperature}: give 0 or more.")

@@ -17,7 +17,8 @@ from rich.progress import (
 from rich.table import Table
 
 from common.sizes import format_size
-from launch.rollout.job import Job, Summary
+from launch.rollout.job import Job
+from launch.rollout.progress import Summary
 
 SHOW_S = 0.5
 LINE_S = 10.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import msgspec
 
@@ -53,6 +53,14 @@ class Env(Protocol):
     """One episode's environment. A ``close`` coroutine is optional."""
 
     async def reply(self, reply: Reply) -> Say | Done: ...
+
+
+@runtime_checkable
+class KnowsLateness(Protocol):
+    """An environment that says itself what the model is told where ``reply`` took longer than
+    ``--env-timeout-s`` (and was cancelled), with ``--on-env-timeout observe``."""
+
+    async def timed_out(self, reply: Reply) -> Say | Done: ...
 
 
 class BadEnv(Exception):

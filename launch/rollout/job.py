@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -15,65 +16,26 @@ import msgspec
 from launch.rollout.client import Client
 from launch.rollout.config import RolloutConfig
 from launch.rollout.env import load_env
-from launch.rollout.episode import Episode, Parts, request_params, sampling_of
+from launch.rollout.episode import Parts
 from launch.rollout.errors import DiskFull, JobStopped, RequestFailed
+from launch.rollout.groups.gathering import Gathering
+from launch.rollout.groups.group import Group
 from launch.rollout.input.prompt_table import PromptTable
-from launch.rollout.output.schema import Sample
+from launch.rollout.input.sampling import request_params, sampling_of
 from launch.rollout.output.shards import Output
-from launch.rollout.slots import Slots, Utilisation
+from launch.rollout.progress import Progress, Summary
+from launch.rollout.slots import Slots
 from launch.rollout.token_ids import TokenIds
-from launch.rollout.work import Draw, Group, Prime, Work, groups, row_order
+from launch.rollout.work import Prime, Source, Work
 
 log = logging.getLogger(__name__)
 
 SYNC_S = 1.0
 """How often the journal is synced to its disk."""
+VERSION_S = 1.0
+"""How often the endpoint is asked which weights it serves."""
 EPISODES_PER_SLOT = 4
 """Episodes begun: those beyond one a slot wait for their environments."""
-
-
-class Progress(msgspec.Struct):
-    """Counted from the start of this run; ``done_before`` are earlier runs' samples."""
-
-    samples: int
-    done_before: int
-    done: int = 0
-    failed: int = 0
-    """Episodes that ended with an error; they are samples all the same."""
-    missing: int = 0
-    """Samples that could not be had: see errors.jsonl."""
-    requests: int = 0
-    primes: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    read_bytes: int = 0
-
-    def count(self, sample: Sample) -> None:
-        self.done += 1
-        self.failed += sample.error is not None
-        for turn in sample.turns:
-            self.requests += 1
-            self.generated_tokens += turn.end - turn.begin
-            self.prompted(turn.prompt_tokens, turn.cached_tokens, turn.read_bytes)
-
-    def prompted(self, prompt_tokens: int, cached_tokens: int, read_bytes: int) -> None:
-        self.prompt_tokens += prompt_tokens
-        self.cached_tokens += cached_tokens
-        self.read_bytes += read_bytes
-
-
-class Summary(Progress, kw_only=True):
-    """A run that has ended, for people and for ``summary.json``."""
-
-    failed_before: int
-    seconds: float
-    generated_tokens_per_s: float
-    hit_rate: float
-    retries: int
-    refused_429: int
-    concurrency: int
-    utilisation: Utilisation
 
 
 class Job:
@@ -86,16 +48,18 @@ class Job:
         self._output = output
         self._client = client
         samples = output.done.size
-        done_before = int(output.done.sum())
-        self.progress = Progress(samples, done_before)
-        self.slots = Slots(limit, samples - done_before)
-        client.on_in_flight = self.slots.use.are
+        self.progress = Progress(samples, int(output.done.sum()))
         token_ids = TokenIds(client)
+        source = Source(config, table, output, token_ids)
+        # Of a run that makes some groups only, those count that it has begun.
+        self.slots = Slots(limit, 0 if config.groups else source.draws())
+        client.on_in_flight = self.slots.use.are
         build_env = load_env(config.env) if config.env else None
         self._parts = Parts(config, client, token_ids, self.slots, build_env, table.fields)
-        order = row_order(config, table)
-        self._groups = groups(order, output.done, table, token_ids)
-        self._work = Work(self._groups, limit, self._bad_row)
+        self._gathering = Gathering(self._parts, output, self.progress)
+        self._gathering.on_missing = self._missing
+        self._groups = source.groups()
+        self._work = Work(self._groups, limit, self._gathering)
         self._episodes = asyncio.Semaphore(EPISODES_PER_SLOT * limit)
         self._sealing = asyncio.Lock()
         self.seconds = 0.0
@@ -107,12 +71,15 @@ class Job:
         begun_s = time.monotonic()
         try:
             async with asyncio.TaskGroup() as tasks:
-                syncing = tasks.create_task(self._sync())
+                aside = [tasks.create_task(self._sync()), tasks.create_task(self._watch())]
                 for segment in self._output.unsealed():
                     tasks.create_task(self._seal(segment))
+                self._gathering.on_full = partial(self._begin_sealing, tasks)
+                await self._gathering.ask_version()
                 async with asyncio.TaskGroup() as episodes:
-                    await self._deal(episodes, tasks)
-                syncing.cancel()
+                    await self._deal(episodes)
+                for task in aside:
+                    task.cancel()
         except BaseExceptionGroup as group:
             raise _first(group) from group
         finally:
@@ -138,15 +105,21 @@ class Job:
 
     # ---- dealing ----------------------------------------------------------------------
 
-    async def _deal(self, episodes: asyncio.TaskGroup, tasks: asyncio.TaskGroup) -> None:
+    async def _deal(self, episodes: asyncio.TaskGroup) -> None:
         self.slots.changed()
-        while True:
-            work = await self._work.next()
-            if work is None:
-                return
+        while (work := await self._work.next()) is not None:
+            if isinstance(work, Group) and work.prompt is None:
+                self._bad_row(work)
+                continue
+            if isinstance(work, Group):
+                episodes.create_task(self._gathering.close(work))
+                continue
             await self._episodes.acquire()
             await self.slots.take(begun=False)
-            run = self._prime(work) if isinstance(work, Prime) else self._draw(work, tasks)
+            if isinstance(work, Prime):
+                run = self._prime(work)
+            else:
+                run = self._gathering.draw(work.group, work.sample)
             episodes.create_task(run).add_done_callback(lambda _: self._episodes.release())
 
     async def _prime(self, work: Prime) -> None:
@@ -166,37 +139,25 @@ class Job:
             self._work.primed(work.group)
             self.slots.give_back()
 
-    async def _draw(self, work: Draw, tasks: asyncio.TaskGroup) -> None:
-        episode = Episode(self._parts, work.prompt, work.sample)
-        try:
-            sample = await episode.run()
-        except RequestFailed as failure:
-            row = work.prompt.row
-            self._missing(work.prompt.number, row.id, [work.sample], str(failure))
-            return
-        if (segment := self._output.add(sample)) is not None:
-            tasks.create_task(self._seal(segment))
-        self.progress.count(sample)
-        self._ended(1)
-
     def _bad_row(self, group: Group) -> None:
-        self._missing(group.number, group.id, group.samples, group.reason)
+        self._missing(group, group.wanted, group.reason)
+        if not self._config.groups:
+            self.slots.left -= len(group.wanted) + self._config.oversample_samples
+            self.slots.changed()
 
-    def _missing(self, number: int, row_id: str, samples: list[int], reason: str) -> None:
-        log.warning("row=%d id=%s samples=%s missing: %s", number, row_id, samples, reason)
-        line = {"row": number, "id": row_id, "samples": samples, "reason": reason}
+    def _missing(self, group: Group, samples: list[int], reason: str) -> None:
+        log.warning("row=%d id=%s samples=%s missing: %s", group.number, group.id, samples, reason)
+        line = {"row": group.number, "id": group.id, "samples": samples, "reason": reason}
         try:
             self._errors.write(msgspec.json.encode(line) + b"\n")
         except OSError as error:
             raise DiskFull(f"{self._errors.name}: {error.strerror}") from error
         self.progress.missing += len(samples)
-        self._ended(len(samples))
-
-    def _ended(self, samples: int) -> None:
-        self.slots.left -= samples
-        self.slots.changed()
 
     # ---- disk -------------------------------------------------------------------------
+
+    def _begin_sealing(self, tasks: asyncio.TaskGroup, segment: Path) -> None:
+        tasks.create_task(self._seal(segment))
 
     async def _seal(self, segment: Path) -> None:
         async with self._sealing:
@@ -211,6 +172,13 @@ class Job:
         while True:
             await asyncio.sleep(SYNC_S)
             await asyncio.to_thread(self._output.sync)
+
+    async def _watch(self) -> None:
+        """Drop what has become stale."""
+        while True:
+            await asyncio.sleep(VERSION_S)
+            await self._gathering.ask_version()
+            await self._gathering.drop_stale()
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -9,33 +9,25 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from launch.rollout.config import RolloutConfig
-from launch.rollout.episode import Prompt
 from launch.rollout.errors import RequestFailed
+from launch.rollout.groups.gathering import Gathering
+from launch.rollout.groups.group import Group
 from launch.rollout.input.prompt_table import PromptTable
-from launch.rollout.input.rows import BadRow
+from launch.rollout.input.rows import BadRow, Prompt
+from launch.rollout.output.shards import Output
 from launch.rollout.token_ids import TokenIds
 
 SHARED_TOKENS_MIN = 65
 """Shorter prompts have no full block of 64 tokens that is not also the last one's."""
 AHEAD_ROWS = 16
 """Rows that are tokenised before their turn."""
-
-
-class Group(msgspec.Struct):
-    """The missing samples of one row, or why it has none."""
-
-    number: int
-    id: str
-    samples: list[int]
-    prompt: Prompt | None
-    reason: str = ""
 
 
 class Prime(msgspec.Struct):
@@ -47,7 +39,7 @@ class Prime(msgspec.Struct):
 class Draw(msgspec.Struct):
     """Run one episode."""
 
-    prompt: Prompt
+    group: Group
     sample: int
 
 
@@ -61,91 +53,126 @@ def row_order(config: RolloutConfig, table: PromptTable) -> NDArray[np.int64]:
     return numbers
 
 
-async def groups(
-    order: NDArray[np.int64], done: NDArray[np.bool_], table: PromptTable, token_ids: TokenIds
-) -> AsyncGenerator[Group, None]:
-    """One for each row that lacks samples, tokenised up to ``AHEAD_ROWS`` ahead."""
-    numbers = _unfinished(order, done)
-    ahead: deque[asyncio.Task[Group]] = deque()
-    try:
-        while True:
-            while len(ahead) < AHEAD_ROWS and (number := next(numbers, None)) is not None:
-                missing = np.flatnonzero(~done[number]).tolist()
-                ahead.append(asyncio.create_task(_group(number, missing, table, token_ids)))
-            if not ahead:
-                return
-            yield await ahead[0]
-            ahead.popleft()
-    finally:
-        for task in ahead:
-            task.cancel()
-        await asyncio.gather(*ahead, return_exceptions=True)
+class Source:
+    """Groups of all rows that lack samples; those first that an earlier run has begun."""
 
+    def __init__(
+        self, config: RolloutConfig, table: PromptTable, output: Output, token_ids: TokenIds
+    ) -> None:
+        self._table = table
+        self._token_ids = token_ids
+        self._output = output
+        self._oversample = config.oversample_samples
+        begun = output.kept.rows()
+        order = row_order(config, table)
+        self._order = np.concatenate(
+            [order[np.isin(order, begun)], order[np.isin(order, begun, invert=True)]]
+        )
 
-def _unfinished(order: NDArray[np.int64], done: NDArray[np.bool_]) -> Iterator[int]:
-    return (int(number) for number in order if not done[number].all())
+    async def groups(self) -> AsyncGenerator[Group, None]:
+        """Tokenised up to ``AHEAD_ROWS`` ahead."""
+        numbers = self._unfinished()
+        ahead: deque[asyncio.Task[Group]] = deque()
+        try:
+            while True:
+                while len(ahead) < AHEAD_ROWS and (number := next(numbers, None)) is not None:
+                    ahead.append(asyncio.create_task(self._group(number)))
+                if not ahead:
+                    return
+                yield await ahead[0]
+                ahead.popleft()
+        finally:
+            for task in ahead:
+                task.cancel()
+            await asyncio.gather(*ahead, return_exceptions=True)
 
+    def draws(self) -> int:
+        """Episodes that all groups have at most, whole ones of earlier runs aside."""
+        done = self._output.done
+        extra = self._oversample * int((~done.all(axis=1)).sum())
+        return int((~done).sum()) + extra - self._output.kept.whole
 
-async def _group(number: int, samples: list[int], table: PromptTable, token_ids: TokenIds) -> Group:
-    row_id = str(number)
-    try:
-        row = table.row(number)
-        row_id = row.id
-        prompt = Prompt(number, row, await token_ids.prompt(row))
-    except (BadRow, RequestFailed) as error:
-        return Group(number, row_id, samples, None, str(error))
-    return Group(number, row_id, samples, prompt)
+    def _unfinished(self) -> Iterator[int]:
+        done = self._output.done
+        return (int(number) for number in self._order if not done[number].all())
+
+    async def _group(self, number: int) -> Group:
+        done = self._output.done[number]
+        wanted = np.flatnonzero(~done).tolist()
+        group = Group(number, str(number), wanted, None)
+        try:
+            row = self._table.row(number)
+            group.id = row.id
+            group.prompt = Prompt(number, row, await self._token_ids.prompt(row))
+        except (BadRow, RequestFailed) as error:
+            group.reason = str(error)
+            return group
+        kept = self._output.kept.of(number)
+        group.whole = [sample for sample in kept if sample.is_whole][: len(wanted)]
+        group.begun = {sample.sample: sample for sample in kept if not sample.is_whole}
+        if not group.is_whole:
+            ended = {sample.sample for sample in kept if sample.is_whole}
+            numbers = [*wanted, *range(len(done), len(done) + self._oversample)]
+            drawn = [number for number in numbers if number not in ended]
+            group.drawn = sorted(drawn, key=lambda number: number not in group.begun)
+        return group
 
 
 class Work:
     """Deals out what to send next. One consumer."""
 
-    def __init__(
-        self, source: AsyncIterator[Group], ready_min: int, on_bad: Callable[[Group], None]
-    ) -> None:
-        """``on_bad`` gets the rows that cannot be sampled."""
+    def __init__(self, source: AsyncIterator[Group], ready_min: int, gathering: Gathering) -> None:
         self._source = source
-        self._on_bad = on_bad
         self._ready_min = ready_min
+        self._gathering = gathering
+        gathering.on_change = self._wake
         self._ready: deque[Draw] = deque()
         self._priming = 0
-        self._primed = asyncio.Event()
+        self._changed = asyncio.Event()
         self._ended = False
 
-    async def next(self) -> Prime | Draw | None:
-        """None once everything has been dealt out."""
-        while True:
-            if not self._ended and len(self._ready) < self._ready_min:
-                prime = await self._open_group()
-                if prime is not None:
-                    return prime
+    async def next(self) -> Prime | Draw | Group | None:
+        """None once everything has been dealt out, or nothing more is needed. A group that is whole
+        already, or that cannot be sampled, comes as it is."""
+        while not self._gathering.is_over:
+            self._changed.clear()
+            may_open = not self._ended and self._gathering.may_open
+            if may_open and len(self._ready) < self._ready_min:
+                work = await self._open_group()
+                if work is not None:
+                    return work
             elif self._ready:
                 return self._ready.popleft()
-            elif self._priming:
-                self._primed.clear()
-                await self._primed.wait()
+            elif self._priming or not self._ended:
+                await self._changed.wait()
             else:
                 return None
+        return None
 
     def primed(self, group: Group) -> None:
         """Its prompt has been computed, or could not be: each sample then finds out."""
         self._priming -= 1
         self._make_ready(group)
-        self._primed.set()
+        self._wake()
 
-    async def _open_group(self) -> Prime | None:
+    def _wake(self) -> None:
+        self._changed.set()
+
+    async def _open_group(self) -> Prime | Group | None:
         group = await anext(self._source, None)
         if group is None:
             self._ended = True
-        elif group.prompt is None:
-            self._on_bad(group)
-        elif len(group.samples) > 1 and len(group.prompt.token_ids) >= SHARED_TOKENS_MIN:
+            return None
+        if group.prompt is None:
+            return group
+        self._gathering.opened(group)
+        if group.is_whole:
+            return group
+        if len(group.drawn) > 1 and len(group.prompt.token_ids) >= SHARED_TOKENS_MIN:
             self._priming += 1
             return Prime(group)
-        else:
-            self._make_ready(group)
+        self._make_ready(group)
         return None
 
     def _make_ready(self, group: Group) -> None:
-        assert group.prompt is not None
-        self._ready += [Draw(group.prompt, sample) for sample in group.samples]
+        self._ready += [Draw(group, sample) for sample in group.drawn]

@@ -49,6 +49,14 @@ class Row(msgspec.Struct):
         return len(text) // _CHARS_PER_TOKEN
 
 
+class Prompt(msgspec.Struct):
+    """A row that is ready to be sampled."""
+
+    number: int
+    row: Row
+    token_ids: list[int]
+
+
 class BadRow(Exception):
     """A row that cannot be sampled; the text says why."""
 

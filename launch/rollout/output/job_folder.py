@@ -109,7 +109,8 @@ class JobFolder:
         for shard in self.path.glob("part-*.parquet"):
             shard.unlink()
         self._manifest_path.unlink()
-        shutil.rmtree(self.job / "journal", ignore_errors=True)
+        for folder in ("journal", "groups"):
+            shutil.rmtree(self.job / folder, ignore_errors=True)
 
     def _go_on(self, earlier: Manifest, asked: Manifest, files: list[Path]) -> Manifest:
         before, now = map(msgspec.structs.asdict, (earlier.parameters, asked.parameters))

@@ -7,13 +7,29 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from common.json import JsonObject
+from launch.rollout.answers import Span
 from launch.rollout.input.rows import SAMPLING_COLUMNS, Sampling
+
+ABORT = "abort"
+"""SGLang's reason of an answer that is not whole."""
+
+
+class Segment(msgspec.Struct):
+    """What one request generated of a turn: tokens ``[begin, end)`` of the sample. There are more
+    than one where the weights were updated meanwhile, or a job went on with an unfinished sample:
+    each is sent all that was there before it."""
+
+    begin: int
+    end: int
+    cached_tokens: int
+    finish_reason: str
 
 
 class Turn(msgspec.Struct):
-    """One request of an episode. ``[begin, end)`` of the sample's token ids are what it
+    """One answer of an episode. ``[begin, end)`` of the sample's token ids are what was
     generated."""
 
     begin: int
@@ -21,12 +37,22 @@ class Turn(msgspec.Struct):
     prompt_tokens: int
     cached_tokens: int
     finish_reason: str
+    """:data:`ABORT` as long as it is not whole."""
     weight_version: str
+    """Of its first token."""
     attempts: int
     read_bytes: int
     """Read from SSD and remote for it, by all agents together."""
     request_s: float
     env_s: float = 0.0
+    env_timed_out: bool = False
+    segments: list[Segment] = []
+
+
+class VersionSpan(Span):
+    """A span of the sample's token ids. ``in_loss``: to be trained on."""
+
+    in_loss: bool = True
 
 
 class Sample(msgspec.Struct):
@@ -49,6 +75,16 @@ class Sample(msgspec.Struct):
     started_at_s: float
     """Unix time."""
     seconds: float
+    versions: list[VersionSpan] = []
+    """Of the generated tokens, one after the other."""
+    staleness_commits: int = 0
+    """How far its oldest tokens' weights were behind those that were served when its group was
+    whole."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the episode has ended."""
+        return bool(self.finish_reason)
 
 
 class Key(msgspec.Struct):
@@ -60,6 +96,13 @@ class Key(msgspec.Struct):
 
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("extra", pa.string())])
+_SEGMENT = pa.struct(
+    [
+        ("generated_tokens", pa.int32()),
+        ("cached_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+    ]
+)
 _TURN = pa.struct(
     [
         ("prompt_tokens", pa.int32()),
@@ -71,8 +114,11 @@ _TURN = pa.struct(
         ("read_bytes", pa.int64()),
         ("request_s", pa.float64()),
         ("env_s", pa.float64()),
+        ("env_timed_out", pa.bool_()),
+        ("segments", pa.list_(_SEGMENT)),
     ]
 )
+_VERSIONS = pa.struct([("version", pa.string()), ("begin", pa.int32()), ("end", pa.int32())])
 _SAMPLING = pa.struct(
     [
         ("temperature", pa.float64()),
@@ -98,6 +144,8 @@ COLUMNS = pa.schema(
         ("error", pa.string()),
         ("turns", pa.list_(_TURN)),
         ("weight_version", pa.string()),
+        ("weight_versions", pa.list_(_VERSIONS)),
+        ("staleness_commits", pa.int32()),
         ("sampling", _SAMPLING),
         ("started_at", pa.timestamp("ms", "UTC")),
         ("seconds", pa.float64()),
@@ -115,25 +163,33 @@ def sample_columns(samples: Sequence[Sample]) -> list[pa.Array]:
         "turns": [[_turn(t) for t in s.turns] for s in samples],
         "sampling": [msgspec.to_builtins(s.sampling) for s in samples],
         "weight_version": [s.turns[0].weight_version if s.turns else None for s in samples],
+        "weight_versions": [[_versions(v) for v in s.versions] for s in samples],
         "started_at": [round(s.started_at_s * 1000) for s in samples],
     }
-    masks = [_mask(s) for s in samples]
     arrays = []
     for field in COLUMNS:
         if field.name == "loss_mask":
-            arrays.append(_lists(masks, field.type))
+            arrays.append(_lists([loss_mask(s) for s in samples], field.type))
         elif field.name == "token_ids":
             ids = [np.asarray(s.token_ids, np.int32) for s in samples]
             arrays.append(_lists(ids, field.type))
         elif field.name == "logprobs":
-            arrays.append(_logprobs(samples, masks, field.type))
+            arrays.append(_logprobs(samples, field.type))
         else:
             column = values.get(field.name) or [getattr(s, field.name) for s in samples]
             arrays.append(pa.array(column, field.type))
     return arrays
 
 
-def _mask(sample: Sample) -> np.ndarray:
+def loss_mask(sample: Sample) -> NDArray[np.int8]:
+    """``int8[len(token_ids)]``: 1 where the model generated the token, and it is in the loss."""
+    mask = _generated(sample)
+    for span in sample.versions:
+        mask[span.begin : span.end] &= span.in_loss
+    return mask
+
+
+def _generated(sample: Sample) -> NDArray[np.int8]:
     mask = np.zeros(len(sample.token_ids), np.int8)
     for turn in sample.turns:
         mask[turn.begin : turn.end] = 1
@@ -145,16 +201,15 @@ def _lists(parts: list[np.ndarray], kind: pa.DataType) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), np.concatenate(parts), kind)
 
 
-def _logprobs(
-    samples: Sequence[Sample], masks: list[np.ndarray], kind: pa.DataType
-) -> pa.ListArray:
+def _logprobs(samples: Sequence[Sample], kind: pa.DataType) -> pa.ListArray:
     """As long as the token ids, null where a token was not generated; a null list without any."""
     offsets: list[int | None] = []
     parts, nulls, total = [], [], 0
-    for sample, mask in zip(samples, masks, strict=True):
+    for sample in samples:
         if not sample.logprobs:
             offsets.append(None)
             continue
+        mask = _generated(sample)
         values = np.zeros(len(mask), np.float32)
         values[mask == 1] = sample.logprobs
         parts.append(values)
@@ -186,4 +241,16 @@ def _turn(turn: Turn) -> JsonObject:
     fields: JsonObject = msgspec.to_builtins(turn)
     del fields["begin"], fields["end"]
     fields["generated_tokens"] = turn.end - turn.begin
+    fields["segments"] = [
+        {
+            "generated_tokens": segment.end - segment.begin,
+            "cached_tokens": segment.cached_tokens,
+            "finish_reason": segment.finish_reason,
+        }
+        for segment in turn.segments
+    ]
     return fields
+
+
+def _versions(span: VersionSpan) -> JsonObject:
+    return {"version": span.version, "begin": span.begin, "end": span.end}

@@ -1,9 +1,10 @@
 """Where samples go, each exactly once: a journal that becomes Parquet shards.
 
-A finished sample is a line of the open segment ``_job/journal/NNNNNN.journal``. A segment
-that is full becomes ``part-NNNNNN.parquet``: written beside, synced, renamed; only then is
-the segment removed. So a number names a shard or a segment; where a kill left both, the
-shard is whole and the segment goes. A line that a kill cut short is not a sample.
+The samples of a group are one line (a JSON array) of the open segment
+``_job/journal/NNNNNN.journal``: all are there, or none. A segment that is full becomes
+``part-NNNNNN.parquet``: written beside, synced, renamed; only then is the segment removed. So a
+number names a shard or a segment; where a kill left both, the shard is whole and the segment goes.
+A group that is not wanted is a line of ``_job/groups/dropped``.
 """
 
 from __future__ import annotations
@@ -20,40 +21,31 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from launch.rollout.errors import DiskFull
+from launch.rollout.groups.version_log import VersionLog
 from launch.rollout.input.prompt_table import PromptTable
+from launch.rollout.output.kept import Kept
 from launch.rollout.output.schema import COLUMNS, Key, Sample, sample_columns
+from launch.rollout.output.segment import Segment, sync, whole_lines
 
-GROUP_BYTES = 8 << 20
-GROUP_ROWS = 512
+BATCH_BYTES = 8 << 20
+BATCH_LINES = 512
 """Journal read, and rows encoded, at a time: bounds the memory of sealing a segment."""
 
 
 Line = tuple[int, int, int, int]
-"""Of the journal: row, sample, where it begins, its length."""
+"""Of the journal: row, first sample, where it begins, its length."""
 
 
-class Segment:
-    """The journal's file that is written now."""
+class Dropped(msgspec.Struct):
+    """A line of ``dropped``: samples that were generated, and are not in the output."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self.size_bytes = _whole_lines(path)
-        os.ftruncate(self._file, self.size_bytes)
-
-    def append(self, line: bytes) -> None:
-        """Returns when the line would survive the death of this process."""
-        rest = memoryview(line)
-        try:
-            while rest:  # a disk that is nearly full takes a part, and refuses the next
-                rest = rest[os.write(self._file, rest) :]
-        except OSError as error:
-            os.ftruncate(self._file, self.size_bytes)
-            raise DiskFull(f"{self.path}: {error.strerror}") from error
-        self.size_bytes += len(line)
-
-    def close(self) -> None:
-        os.close(self._file)
+    row: int
+    id: str
+    samples: list[int]
+    reason: str
+    """"filter" or "stale"."""
+    rewards: list[float | None]
+    """Of those that had ended."""
 
 
 class Output:
@@ -67,26 +59,47 @@ class Output:
         self._shard_bytes = shard_bytes
         self._encoder = msgspec.json.Encoder()
         self.done: NDArray[np.bool_] = np.zeros((table.rows, n), np.bool_)
-        """[row, sample]: what is in a shard or in the journal."""
+        """[row, sample]: what is in a shard or in the journal, or was dropped."""
         self.failed = 0
         """Done samples that carry an error."""
+        self.dropped = 0
+        """Done samples that were dropped."""
         self._number = self._recover()
         self._segment = Segment(self._segment_path(self._number))
+        groups = folder / "_job" / "groups"
+        groups.mkdir(exist_ok=True)
+        self._dropped = Segment(groups / "dropped")
+        for line, _, _ in whole_lines(self._dropped.path, Dropped):
+            self._settle(line)
+        self.kept = Kept(groups / "kept", self.done)
+        self.versions = VersionLog(groups / "versions")
 
-    def add(self, sample: Sample) -> Path | None:
-        """Acknowledge a sample; the segment that is full now, for :meth:`seal`. Raises
+    def add(self, samples: Sequence[Sample]) -> Path | None:
+        """Acknowledge samples of one group; the segment that is full now, for :meth:`seal`. Raises
         :class:`DiskFull`."""
-        if self.done[sample.row, sample.sample]:
-            raise ValueError(f"row {sample.row} sample {sample.sample} is done already")
-        self._segment.append(self._encoder.encode(sample) + b"\n")
-        self.done[sample.row, sample.sample] = True
-        self.failed += sample.error is not None
+        for sample in samples:
+            if self.done[sample.row, sample.sample]:
+                raise ValueError(f"row {sample.row} sample {sample.sample} is done already")
+        self._segment.append(self._encoder.encode(samples) + b"\n")
+        for sample in samples:
+            self.done[sample.row, sample.sample] = True
+            self.failed += sample.error is not None
         return self._next_segment() if self._segment.size_bytes >= self._shard_bytes else None
+
+    def drop(self, group: Dropped) -> None:
+        """Never make these samples again; raises :class:`DiskFull`."""
+        self._dropped.append(self._encoder.encode(group) + b"\n")
+        self._settle(group)
+
+    def _settle(self, group: Dropped) -> None:
+        self.done[group.row, group.samples] = True
+        self.dropped += len(group.samples)
 
     def sync(self) -> None:
         """Have what was added survive a loss of power; may run in a thread of its own."""
-        with contextlib.suppress(FileNotFoundError):  # it became a shard, which is synced
-            _sync(self._segment.path)
+        for file in (self._segment, self.kept.file, self._dropped):
+            with contextlib.suppress(FileNotFoundError):  # it became a shard, which is synced
+                sync(file.path)
 
     def seal(self, segment: Path) -> None:
         """Make a segment a shard; takes seconds, and may run in a thread of its own."""
@@ -94,9 +107,9 @@ class Output:
         scratch = segment.with_suffix(".part")
         try:
             self._write(segment, scratch)
-            _sync(scratch)
+            sync(scratch)
             os.replace(scratch, shard)
-            _sync(self._folder)
+            sync(self._folder)
         except OSError as error:
             scratch.unlink(missing_ok=True)
             raise DiskFull(f"{shard}: {error.strerror or error}") from error
@@ -105,6 +118,8 @@ class Output:
     def finish(self) -> None:
         """Make shards of all that the journal holds; nothing can be added any more. Raises
         :class:`DiskFull`."""
+        self.kept.close()
+        self._dropped.close()
         self._segment.close()
         if not self._segment.size_bytes:
             self._segment.path.unlink()
@@ -139,10 +154,10 @@ class Output:
             scratch.unlink()
         shards = sorted(self._folder.glob("part-*.parquet"))
         for shard in shards:
-            keys = pq.read_table(shard, columns=["row", "sample", "error"])
-            samples = keys["row"].to_numpy(), keys["sample"].to_numpy()
+            table = pq.read_table(shard, columns=["row", "sample", "error"])
+            samples = table["row"].to_numpy(), table["sample"].to_numpy()
             self.done[samples] = True
-            self.failed += len(keys) - keys["error"].null_count
+            self.failed += len(table) - table["error"].null_count
         sealed = {int(shard.stem.removeprefix("part-")) for shard in shards}
         number = max(sealed, default=-1) + 1
         for segment in self._segments():
@@ -150,71 +165,41 @@ class Output:
                 segment.unlink()
                 continue
             number = max(number, int(segment.stem))
-            for key, _, _ in _keys(segment):
-                self.done[key.row, key.sample] = True
-                self.failed += key.error is not None
+            for keys, _, _ in whole_lines(segment, list[Key]):
+                for key in keys:
+                    self.done[key.row, key.sample] = True
+                    self.failed += key.error is not None
         return number
 
     def _write(self, segment: Path, scratch: Path) -> None:
         schema = pa.schema([*COLUMNS, *self._table.carried_schema])
-        lines = sorted((key.row, key.sample, begin, size) for key, begin, size in _keys(segment))
-        decoder = msgspec.json.Decoder(Sample)
+        lines = sorted(
+            (keys[0].row, keys[0].sample, begin, size)
+            for keys, begin, size in whole_lines(segment, list[Key])
+        )
+        decoder = msgspec.json.Decoder(list[Sample])
         with (
             segment.open("rb") as file,
             pq.ParquetWriter(scratch, schema, compression="zstd") as writer,
         ):
-            for group in _groups(lines):
+            for batch in _batches(lines):
                 samples = []
-                for _, _, begin, size in group:
+                for _, _, begin, size in batch:
                     file.seek(begin)
-                    samples.append(decoder.decode(file.read(size)))
+                    samples += decoder.decode(file.read(size))
                 carried = self._table.carried([sample.row for sample in samples])
                 arrays = [*sample_columns(samples), *carried]
                 writer.write_table(pa.table(arrays, schema=schema))
 
 
-def _groups(
-    lines: Sequence[tuple[int, int, int, int]],
-) -> Iterator[list[tuple[int, int, int, int]]]:
-    group: list[Line] = []
+def _batches(lines: Sequence[Line]) -> Iterator[list[Line]]:
+    batch: list[Line] = []
     size_bytes = 0
     for line in lines:
-        group.append(line)
+        batch.append(line)
         size_bytes += line[3]
-        if len(group) == GROUP_ROWS or size_bytes >= GROUP_BYTES:
-            yield group
-            group, size_bytes = [], 0
-    if group:
-        yield group
-
-
-def _keys(segment: Path) -> Iterator[tuple[Key, int, int]]:
-    """Of each whole line: which sample, where it begins, its length."""
-    decoder, begin = msgspec.json.Decoder(Key), 0
-    with segment.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield decoder.decode(line), begin, len(line)
-            begin += len(line)
-
-
-def _whole_lines(path: Path) -> int:
-    """Bytes up to and with the last newline."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        while size:
-            begin = max(0, size - (1 << 20))
-            file.seek(begin)
-            found = file.read(size - begin).rfind(b"\n")
-            if found >= 0:
-                return begin + found + 1
-            size = begin
-    return 0
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if len(batch) == BATCH_LINES or size_bytes >= BATCH_BYTES:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch

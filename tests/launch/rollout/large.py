@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.rollout.client import Client, Generation
+from launch.rollout.answers import Generation, Span
+from launch.rollout.client import Client
 from launch.rollout.config import load_config
 from launch.rollout.job import Job
 from launch.rollout.output.job_folder import JobFolder
@@ -25,7 +26,7 @@ class FunctionClient(Client):
     ) -> Generation:
         await asyncio.sleep(0)
         ids = [token_ids[0] + i for i in range(8)]
-        return Generation("text of it", ids, [-0.5] * 8, "length", 0, "v1", 0, 1, 0.0)
+        return Generation("text of it", ids, [-0.5] * 8, "length", None, 0, [Span("v1", 0, 8)], 0)
 
 
 async def run(source: str, output: str) -> None:

@@ -57,13 +57,21 @@ def logprob(prompt: list[int], position: int) -> float:
 class Stub:
     """Settable: ``delay_s``; ``fail`` and ``full`` answer so many with 500 and 429; ``script``
     replaces the answers' text, in turn; ``refuse_tokens`` answers 400 from that length on; a
-    ``standby`` answers nothing."""
+    ``standby`` answers nothing; ``cut`` answers so many with ``abort`` after ``cut_tokens`` tokens,
+    whose text and number are otherwise as they would have been, and commits ``versions`` in turn
+    after each; prompts that hold a token of ``slow`` are answered when they are aborted, or when
+    that list is another."""
 
     def __init__(self) -> None:
         self.settings: dict[str, Any] = {"weight_version": "v1", "admitted_max": 8}
         self.counts: Counter[str] = Counter()
         self.in_flight = self.in_flight_max = 0
         self.prompts: Counter[tuple[int, ...]] = Counter()
+        self.begun: dict[tuple[int, ...], list[int]] = {}
+        """By prompt and what was generated, what comes then of an answer that was aborted."""
+        self.live: dict[str, asyncio.Event] = {}
+        """By id, requests in flight: set when they are aborted."""
+        self.changed = asyncio.Event()
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=1 << 26, middlewares=[self.door])
@@ -73,6 +81,7 @@ class Stub:
         app.router.add_post("/v1/tokenize", self.tokenize)
         app.router.add_post("/v1/detokenize", self.detokenize)
         app.router.add_post("/generate", self.generate)
+        app.router.add_post("/abort_request", self.abort)
         app.router.add_post("/stub", self.change)
         app.router.add_get("/stub", self.show)
         return app
@@ -85,7 +94,7 @@ class Stub:
         return await handler(request)
 
     async def health(self, _: web.Request) -> web.Response:
-        return web.Response()
+        return web.json_response({"weight_version": self.settings["weight_version"]})
 
     async def models(self, _: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": self.settings.get("model", "stub")}]})
@@ -107,6 +116,8 @@ class Stub:
     async def change(self, request: web.Request) -> web.Response:
         self.settings |= await request.json()
         self.in_flight_max = self.in_flight
+        self.changed.set()
+        self.changed = asyncio.Event()
         return web.json_response({})
 
     async def show(self, _: web.Request) -> web.Response:
@@ -126,25 +137,58 @@ class Stub:
             return web.json_response({"error": "too long"}, status=400)
         self.in_flight += 1
         self.in_flight_max = max(self.in_flight, self.in_flight_max)
+        aborted = self.live[body["rid"]] = asyncio.Event()
         try:
             await asyncio.sleep(self.settings.get("delay_s", 0.0))
+            await self.held(ids, aborted)
         finally:
             self.in_flight -= 1
-        return web.json_response(self.answer(body, ids))
+            del self.live[body["rid"]]
+        return web.json_response(self.answer(body, ids, aborted.is_set()))
 
-    def answer(self, body: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+    async def held(self, ids: list[int], aborted: asyncio.Event) -> None:
+        """Until it was aborted, or is not slow any more."""
+        while set(ids) & set(self.settings.get("slow", [])) and not aborted.is_set():
+            waits = [asyncio.ensure_future(e.wait()) for e in (aborted, self.changed)]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+
+    async def abort(self, request: web.Request) -> web.Response:
+        self.counts["aborted"] += 1
+        if (aborted := self.live.get((await request.json())["rid"])) is not None:
+            aborted.set()
+        return web.Response()
+
+    def answer(self, body: dict[str, Any], ids: list[int], is_aborted: bool) -> dict[str, Any]:
         params = body["sampling_params"]
-        output, finish = answer_ids(ids, params["max_new_tokens"])
+        version = self.settings["weight_version"]
+        if (rest := self.begun.pop(tuple(ids), None)) is not None:
+            output, finish = rest, "stop" if rest[-1] == END else "length"
+            self.counts["continued"] += 1
+        else:
+            output, finish = answer_ids(ids, params["max_new_tokens"])
+        assert len(output) <= params["max_new_tokens"]
         script = self.settings.get("script")
         if script and params["max_new_tokens"] > 1:
             output, finish = [*text_ids(script.pop(0)), END], "stop"
+        is_cut = self.settings.get("cut", 0) > 0 and params["max_new_tokens"] > 1
+        if is_cut or is_aborted:
+            tokens = self.settings.get("cut_tokens", 2)
+            self.begun[(*ids, *output[:tokens])] = output[tokens:]
+            output, finish = output[:tokens], "abort"
         meta: dict[str, Any] = {
             "finish_reason": {"type": finish},
             "prompt_tokens": len(ids),
             "completion_tokens": len(output),
             "cached_tokens": len(ids) // 64 * 64 if self.prompts[tuple(ids)] else 0,
-            "weight_version": self.settings["weight_version"],
+            "weight_version": version,
+            "weight_versions": [{"version": version, "start": 0, "end": len(output)}],
         }
+        if is_cut:
+            self.settings["cut"] -= 1
+            if versions := self.settings.get("versions"):
+                self.settings["weight_version"] = versions.pop(0)
         self.prompts[tuple(ids)] += 1
         if body.get("return_logprob"):
             places = range(len(ids), len(ids) + len(output))
@@ -193,7 +237,9 @@ def stub_server() -> Iterator[StubProcess]:
 def stub(stub_server: StubProcess) -> StubProcess:
     """The shared stand-in, without the last test's faults."""
     stub_server.set(delay_s=0.0, fail=0, full=0, script=[], weight_version="v1", model="stub")
-    stub_server.set(refuse_tokens=1 << 30, admitted_max=8)
+    stub_server.set(
+        refuse_tokens=1 << 30, admitted_max=8, cut=0, cut_tokens=2, versions=[], slow=[]
+    )
     return stub_server
 
 

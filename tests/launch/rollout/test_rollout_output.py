@@ -69,7 +69,7 @@ def test_a_journal_cut_anywhere_loses_only_the_line_that_was_cut(order, cut, sha
         table = new_folder(folder)
         output = Output(folder, table, N, shard_bytes)
         for key in order[:7]:
-            if (full := output.add(make_sample(*key))) is not None and sealed:
+            if (full := output.add([make_sample(*key)])) is not None and sealed:
                 output.seal(full)
         last = max((folder / "_job" / "journal").glob("*.journal"))
         content = last.read_bytes()
@@ -81,7 +81,7 @@ def test_a_journal_cut_anywhere_loses_only_the_line_that_was_cut(order, cut, sha
         assert int(again.done.sum()) == 7 - lost
         for row, number in order:
             if not again.done[row, number]:
-                again.add(make_sample(row, number))
+                again.add([make_sample(row, number)])
         again.finish()
         assert sampled(folder) == ALL
 
@@ -89,7 +89,7 @@ def test_a_journal_cut_anywhere_loses_only_the_line_that_was_cut(order, cut, sha
 def test_a_shard_that_was_renamed_before_its_segment_went(tmp_path):
     table = new_folder(tmp_path)
     output = Output(tmp_path, table, N, 1)
-    segment = output.add(make_sample(0, 0))
+    segment = output.add([make_sample(0, 0)])
     assert segment is not None
     content = segment.read_bytes()
     output.seal(segment)
@@ -102,6 +102,6 @@ def test_a_shard_that_was_renamed_before_its_segment_went(tmp_path):
 
 def test_a_sample_is_taken_once(tmp_path):
     output = Output(tmp_path, new_folder(tmp_path), N, 1 << 20)
-    output.add(make_sample(1, 1))
+    output.add([make_sample(1, 1)])
     with pytest.raises(ValueError, match="is done already"):
-        output.add(make_sample(1, 1))
+        output.add([make_sample(1, 1)])
