@@ -262,6 +262,11 @@ class RolloutConfig(JobConfig, ClusterConfig):
             any_name=not self.endpoint,
         )
 
+    @property
+    def is_staleness_bounded(self) -> bool:
+        """Whether something depends on how many updates a token's weights are behind."""
+        return (self.max_staleness_commits, self.loss_staleness_commits) != (None, None)
+
     def parameters(self) -> Parameters:
         """Of the job that is asked for."""
         values = {name: getattr(self, name) for name in Parameters.__struct_fields__}

@@ -110,7 +110,7 @@ class Gathering:
         row = self._parts.fields_of(group.number, group.prompt.row) if group.prompt else {}
         whole = WholeGroup(row, group.chosen())
         await self._hooks.reward(whole)
-        if self._is_bounded:
+        if self._config.is_staleness_bounded:
             await self.ask_version()
         if self._is_stale(group):
             self._drop(group, "stale")
@@ -141,11 +141,6 @@ class Gathering:
         """To a request of any episode; ``continues``: not the first one of its turn."""
         self._progress.answered(prompt_tokens, answer, continues)
         self._versions.heard(answer.versions)
-
-    @property
-    def _is_bounded(self) -> bool:
-        config = self._config
-        return (config.max_staleness_commits, config.loss_staleness_commits) != (None, None)
 
     async def ask_version(self) -> None:
         """Which weights are served now; an endpoint that does not say is asked again later."""

@@ -71,3 +71,14 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = 15) -> None:
     while not holds():
         assert time.monotonic() < deadline, "not in time"
         time.sleep(0.02)
+
+
+def dropped(output: Path) -> list[dict[str, Any]]:
+    text = (output / "_job" / "groups" / "dropped").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def kept(output: Path) -> list[dict[str, Any]]:
+    """Samples that are there for a later run."""
+    path = output / "_job" / "groups" / "kept"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -59,8 +59,8 @@ class Stub:
     replaces the answers' text, in turn; ``refuse_tokens`` answers 400 from that length on; a
     ``standby`` answers nothing; ``cut`` answers so many with ``abort`` after ``cut_tokens`` tokens,
     whose text and number are otherwise as they would have been, and commits ``versions`` in turn
-    after each; prompts that hold a token of ``slow`` are answered when they are aborted, or when
-    that list is another."""
+    after each; requests whose name (``row.sample.turn.number``) begins as one in ``slow`` are
+    answered when they are aborted, or when that list is another."""
 
     def __init__(self) -> None:
         self.settings: dict[str, Any] = {"weight_version": "v1", "admitted_max": 8}
@@ -68,7 +68,8 @@ class Stub:
         self.in_flight = self.in_flight_max = 0
         self.prompts: Counter[tuple[int, ...]] = Counter()
         self.begun: dict[tuple[int, ...], list[int]] = {}
-        """By prompt and what was generated, what comes then of an answer that was aborted."""
+        """By tokens that are left, prompt and what was generated: what comes then of an answer that
+        was aborted."""
         self.live: dict[str, asyncio.Event] = {}
         """By id, requests in flight: set when they are aborted."""
         self.changed = asyncio.Event()
@@ -140,15 +141,15 @@ class Stub:
         aborted = self.live[body["rid"]] = asyncio.Event()
         try:
             await asyncio.sleep(self.settings.get("delay_s", 0.0))
-            await self.held(ids, aborted)
+            await self.held(body["rid"].split("-")[1], aborted)
         finally:
             self.in_flight -= 1
             del self.live[body["rid"]]
         return web.json_response(self.answer(body, ids, aborted.is_set()))
 
-    async def held(self, ids: list[int], aborted: asyncio.Event) -> None:
+    async def held(self, name: str, aborted: asyncio.Event) -> None:
         """Until it was aborted, or is not slow any more."""
-        while set(ids) & set(self.settings.get("slow", [])) and not aborted.is_set():
+        while name.startswith(tuple(self.settings.get("slow", []))) and not aborted.is_set():
             waits = [asyncio.ensure_future(e.wait()) for e in (aborted, self.changed)]
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
@@ -163,19 +164,19 @@ class Stub:
     def answer(self, body: dict[str, Any], ids: list[int], is_aborted: bool) -> dict[str, Any]:
         params = body["sampling_params"]
         version = self.settings["weight_version"]
-        if (rest := self.begun.pop(tuple(ids), None)) is not None:
+        limit = params["max_new_tokens"]
+        if (rest := self.begun.get((limit, *ids))) is not None:
             output, finish = rest, "stop" if rest[-1] == END else "length"
             self.counts["continued"] += 1
         else:
-            output, finish = answer_ids(ids, params["max_new_tokens"])
-        assert len(output) <= params["max_new_tokens"]
+            output, finish = answer_ids(ids, limit)
         script = self.settings.get("script")
-        if script and params["max_new_tokens"] > 1:
+        if script and limit > 1:
             output, finish = [*text_ids(script.pop(0)), END], "stop"
-        is_cut = self.settings.get("cut", 0) > 0 and params["max_new_tokens"] > 1
+        is_cut = self.settings.get("cut", 0) > 0 and limit > 1
         if is_cut or is_aborted:
             tokens = self.settings.get("cut_tokens", 2)
-            self.begun[(*ids, *output[:tokens])] = output[tokens:]
+            self.begun[(limit - tokens, *ids, *output[:tokens])] = output[tokens:]
             output, finish = output[:tokens], "abort"
         meta: dict[str, Any] = {
             "finish_reason": {"type": finish},

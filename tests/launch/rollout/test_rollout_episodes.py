@@ -113,6 +113,52 @@ def test_an_environment_that_fails_fails_its_own_episode(stub, tmp_path):
     assert run(source, tmp_path / "out", stub.url, *flags) == 3
 
 
+class Sleeper:
+    """Its tool hangs in the first turn; it is asked again in the next."""
+
+    def __init__(self, row):
+        self.calls = 0
+
+    async def reply(self, reply: Reply) -> Say | Done:
+        self.calls += 1
+        if self.calls == 1:
+            await asyncio.Event().wait()
+        return Done(reward=float(self.calls))
+
+
+class Apologist(Sleeper):
+    async def timed_out(self, reply: Reply) -> Say | Done:
+        return Say(text=f"turn {reply.turn}: the tool was stopped")
+
+
+@pytest.mark.parametrize(
+    ("env", "what", "finish", "said"),
+    [
+        ("Sleeper", "fail", "env_error", None),
+        ("Sleeper", "end", "env_timeout", None),
+        ("Sleeper", "observe", "done", "No answer within 0.2 s."),
+        ("Apologist", "observe", "done", "turn 0: the tool was stopped"),
+    ],
+)
+def test_a_tool_that_takes_too_long(stub, tmp_path, env, what, finish, said):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"messages": CHAT}])
+    flags = ("--env", f"{__name__}:{env}", "--env-timeout-s", "0.2", "--on-env-timeout", what)
+    expected = 3 if what == "fail" else 0
+    assert run(source, tmp_path / "out", stub.url, *flags) == expected
+    (row,) = samples(tmp_path / "out")
+    assert row["finish_reason"] == finish
+    assert (row["error"] is None) == (what != "fail")
+    assert row["reward"] == (2.0 if said else None)
+    late = [turn["env_timed_out"] for turn in row["turns"]]
+    assert late == ([True, False] if said else [what == "end"])
+    if said:
+        assert row["messages"][-2]["content"] == said
+        told = chat_ids([{"role": "user", "content": said}])
+        begin = row["turns"][1]["prompt_tokens"] - len(told)
+        assert row["token_ids"][begin : begin + len(told)] == told
+        assert not any(row["loss_mask"][begin : begin + len(told)])
+
+
 def test_limits_of_turns_and_tokens_end_an_episode(stub, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", [{"messages": CHAT, "length": 99}])
     flags = ("--env", TALKER, "--max-new-tokens", "6")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from launch.rollout.input.files import input_files
 from launch.rollout.input.prompt_table import PromptTable, build_table
 from launch.rollout.input.rows import Sampling
+from launch.rollout.output import kept
 from launch.rollout.output.schema import TAKEN_NAMES, Sample, Turn
 from launch.rollout.output.shards import Output
 from tests.examples import examples
@@ -84,6 +87,44 @@ def test_a_journal_cut_anywhere_loses_only_the_line_that_was_cut(order, cut, sha
                 again.add([make_sample(row, number)])
         again.finish()
         assert sampled(folder) == ALL
+
+
+STEPS = st.one_of(
+    st.tuples(st.sampled_from(ALL), st.sampled_from(["", "stop"])),
+    st.integers(0, ROWS - 1),
+    st.just("open again"),
+)
+
+
+@examples(50)
+@given(st.lists(STEPS, max_size=40), st.integers(0, 2000))
+def test_what_is_kept_is_what_was_added_last_and_not_forgotten(steps, compact_bytes):
+    """Also where the file is written anew now and then; what is done is not known any more."""
+    done = np.zeros((ROWS, N), np.bool_)
+    expected: dict[int, dict[int, str]] = {}
+    with tempfile.TemporaryDirectory() as name, patch.object(kept, "COMPACT_BYTES", compact_bytes):
+        store = kept.Kept(Path(name) / "kept", done)
+        for step in steps:
+            if isinstance(step, int):
+                store.forget(step)
+                expected.pop(step, None)
+                done[step] = True
+            elif step == "open again":
+                store.file.close()
+                store = kept.Kept(Path(name) / "kept", done)
+                reasons = [r for row in expected.values() for r in row.values()]
+                assert store.whole == sum(map(bool, reasons))
+            elif not done[step[0][0]].any():
+                (row, number), reason = step
+                sample = make_sample(row, number)
+                sample.finish_reason = reason
+                store.add(sample)
+                expected.setdefault(row, {})[number] = reason
+            assert sorted(store.rows()) == sorted(expected)
+        found = {r: {s.sample: s.finish_reason for s in store.of(r)} for r in range(ROWS)}
+        assert {row: samples for row, samples in found.items() if samples} == expected
+        store.close()
+        assert (Path(name) / "kept").exists() == bool(expected)
 
 
 def test_a_shard_that_was_renamed_before_its_segment_went(tmp_path):
