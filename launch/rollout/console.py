@@ -53,7 +53,8 @@ class Bar:
 
     def show(self, job: Job) -> None:
         progress = job.progress
-        ended = progress.done_before + progress.done + progress.missing
+        ended_now = progress.done + progress.dropped + progress.missing
+        ended = progress.done_before + ended_now
         now = time.monotonic()
         rate = progress.generated_tokens / max(now - self._begun_s, 1e-3)
         hit = progress.cached_tokens / max(progress.prompt_tokens, 1)
@@ -62,7 +63,7 @@ class Bar:
         self._progress.update(self._task, total=progress.samples, completed=ended, text=text)
         if not self._console.is_terminal and now - self._line_s >= LINE_S:
             self._line_s = now
-            left, ended_now = progress.samples - ended, progress.done + progress.missing
+            left = progress.samples - ended
             eta_s = left * (now - self._begun_s) / ended_now if ended_now else math.inf
             self._console.print(
                 f"{ended} of {progress.samples} samples, {text}, ETA {eta_s:.0f} s", markup=False
@@ -76,6 +77,7 @@ def summary_table(summary: Summary, output: str) -> Table:
     done = summary.done_before + summary.done
     for name, text in (
         ("samples", f"{done:,} of {summary.samples:,} ({summary.done:,} in this run)"),
+        ("groups", f"{summary.groups:,} whole ones; {summary.dropped:,} samples of others dropped"),
         ("failed episodes", f"{summary.failed + summary.failed_before:,}"),
         ("missing samples", f"{summary.missing:,}"),
         ("time", f"{summary.seconds:,.1f} s"),
@@ -84,6 +86,7 @@ def summary_table(summary: Summary, output: str) -> Table:
         ("prompts", f"{summary.prompt_tokens:,} tokens, {summary.hit_rate:.1%} hits"),
         ("read from storage", format_size(summary.read_bytes)),
         ("requests", f"{summary.requests:,}, and {summary.primes:,} for shared prompts"),
+        ("aborted", f"{summary.aborted:,} episodes; {summary.continued:,} answers continued"),
         ("sent again", f"{summary.retries:,}; {summary.refused_429:,} refused as full"),
         ("in flight", f"{use.mean_share:.1%} of {summary.concurrency} on average"),
         ("as many as could be", f"{use.full_share:.1%} of the time"),

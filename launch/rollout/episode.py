@@ -26,8 +26,7 @@ from launch.rollout.slots import Slots
 from launch.rollout.token_ids import CannotFollow, TokenIds, said_messages
 
 AGAIN_S = 0.5
-"""Before a turn is continued that was aborted without a new token: whoever does so may do it for
-long."""
+"""Before a turn is continued that was aborted without a new token."""
 CUT_S = 30.0
 """For a request to answer once it was told to end."""
 
@@ -153,7 +152,7 @@ class Episode:
             sample.turns.append(_new_turn(len(sample.token_ids)))
         turn = sample.turns[number]
         limit_tokens = min(sample.sampling.max_new_tokens, room_tokens)
-        answer = None
+        answer, fruitful_s = None, time.monotonic()
         while turn.finish_reason == ABORT:
             left_tokens = limit_tokens - (turn.end - turn.begin)
             if left_tokens < 1:
@@ -163,8 +162,10 @@ class Episode:
             self._append(turn, answer)
             if turn.finish_reason == ABORT and self._is_cut:
                 raise Cut
-            if turn.finish_reason == ABORT and not answer.token_ids:
-                await asyncio.sleep(AGAIN_S)
+            if answer.token_ids:
+                fruitful_s = time.monotonic()
+            elif turn.finish_reason == ABORT:
+                await _wait_after_abort(fruitful_s, self._parts.config.retry_s)
         text = await self._text(turn, answer)
         sample.messages.append({"role": "assistant", "content": text})
         tokens = turn.end - turn.begin
@@ -285,6 +286,13 @@ class Episode:
                 await close()
         except Exception as error:  # the user's code: the sample is whole, and says so
             self.sample.error = self.sample.error or f"close: {_reason(error)}"
+
+
+async def _wait_after_abort(fruitful_s: float, limit_s: float) -> None:
+    """Without a token since ``fruitful_s``: whoever aborts may do it for long."""
+    if time.monotonic() - fruitful_s > limit_s:
+        raise RequestFailed(f"given up: aborted for {limit_s:g} s without a new token")
+    await asyncio.sleep(AGAIN_S)
 
 
 def _is_cancelled() -> bool:

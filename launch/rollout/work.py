@@ -21,6 +21,8 @@ from launch.rollout.groups.gathering import Gathering
 from launch.rollout.groups.group import Group
 from launch.rollout.input.prompt_table import PromptTable
 from launch.rollout.input.rows import BadRow, Prompt
+from launch.rollout.input.sampling import sampling_of
+from launch.rollout.output.schema import Sample
 from launch.rollout.output.shards import Output
 from launch.rollout.token_ids import TokenIds
 
@@ -62,7 +64,7 @@ class Source:
         self._table = table
         self._token_ids = token_ids
         self._output = output
-        self._oversample = config.oversample_samples
+        self._config = config
         begun = output.kept.rows()
         order = row_order(config, table)
         self._order = np.concatenate(
@@ -89,7 +91,7 @@ class Source:
     def draws(self) -> int:
         """Episodes that all groups have at most, whole ones of earlier runs aside."""
         done = self._output.done
-        extra = self._oversample * int((~done.all(axis=1)).sum())
+        extra = self._config.oversample_samples * int((~done.all(axis=1)).sum())
         return int((~done).sum()) + extra - self._output.kept.whole
 
     def _unfinished(self) -> Iterator[int]:
@@ -103,19 +105,27 @@ class Source:
         try:
             row = self._table.row(number)
             group.id = row.id
-            group.prompt = Prompt(number, row, await self._token_ids.prompt(row))
+            prompt = group.prompt = Prompt(number, row, await self._token_ids.prompt(row))
         except (BadRow, RequestFailed) as error:
             group.reason = str(error)
             return group
         kept = self._output.kept.of(number)
         group.whole = [sample for sample in kept if sample.is_whole][: len(wanted)]
-        group.begun = {sample.sample: sample for sample in kept if not sample.is_whole}
+        group.begun = {s.sample: s for s in kept if self._goes_on(s, prompt)}
         if not group.is_whole:
             ended = {sample.sample for sample in kept if sample.is_whole}
-            numbers = [*wanted, *range(len(done), len(done) + self._oversample)]
+            extra = self._config.oversample_samples
+            numbers = [*wanted, *range(len(done), len(done) + extra)]
             drawn = [number for number in numbers if number not in ended]
             group.drawn = sorted(drawn, key=lambda number: number not in group.begun)
         return group
+
+    def _goes_on(self, sample: Sample, prompt: Prompt) -> bool:
+        """Whether a kept sample is unfinished, and would be begun now as it was."""
+        config = self._config
+        is_alike = bool(sample.logprobs) == config.logprobs and not config.env
+        sampling = sampling_of(config, prompt, sample.sample)
+        return not sample.is_whole and is_alike and sample.sampling == sampling
 
 
 class Work:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from launch.rollout.env import Done, Reply, Say
-from tests.cluster import prompt
+from tests.cluster import Cluster, get, post, prompt
 from tests.launch.rollout.jobs import (
+    kept,
     keys,
     run,
     samples,
@@ -69,29 +72,75 @@ def chats(count: int, length: int) -> list[dict]:
 
 def test_masked_tokens_have_the_logprobs_that_the_engine_recomputes(cluster, tmp_path):
     """Every generated token of every turn: its recorded log-probability is that of a forward
-    over the sample's own ids."""
+    over the sample's own ids; also of turns that a pause of the engines has cut in two."""
     source = write_jsonl(tmp_path / "in.jsonl", chats(3, 150))
-    flags = ("--env", f"{__name__}:Questions", "--n", "2", "--logprobs", "--max-new-tokens", "12")
-    assert run(source, tmp_path / "out", cluster.url, *flags, "--temperature", "1.0") == 0
+    flags = ("--env", f"{__name__}:Questions", "--n", "2", "--logprobs", "--max-new-tokens", "120")
+    job = start(source, tmp_path / "out", cluster.url, *flags, "--temperature", "1.0")
+    cluster.wait_until(lambda: running(cluster) > 3, 60, "more in flight than the three prompts")
+    cluster.generate(prompt(100, seed=8))  # came later, and has tokens: so have the job's
+    try:
+        post(f"{cluster.url}/pause_generation", {})
+    finally:
+        post(f"{cluster.url}/continue_generation", {})
+    _, text = job.communicate(timeout=120)
+    assert job.returncode == 0, text
+    assert summary(tmp_path / "out")["continued"] > 0
     for row in samples(tmp_path / "out"):
-        ids, mask = row["token_ids"], row["loss_mask"]
-        assert sum(mask) == sum(turn["generated_tokens"] for turn in row["turns"])
+        assert sum(row["loss_mask"]) == sum(turn["generated_tokens"] for turn in row["turns"])
         assert len(row["turns"]) == TURNS and row["reward"] == TURNS
         assert row["weight_version"] == "default"
-        again = cluster.generate(
-            ids,
-            return_logprob=True,
-            logprob_start_len=0,
-            sampling_params={"max_new_tokens": 1},
-        )
-        recomputed = again.body["meta_info"]["input_token_logprobs"]
-        assert [token for _, token, _ in recomputed] == [shown(token) for token in ids]
-        for place, generated in enumerate(mask):
-            if not generated:
-                assert row["logprobs"][place] is None
-                continue
-            # SGLang's is that after the temperature, which is 1 here.
-            assert row["logprobs"][place] == pytest.approx(recomputed[place][0], abs=2e-3), place
+        assert {span["version"] for span in row["weight_versions"]} == {"default"}
+        for turn in row["turns"]:
+            rest = turn["segments"][1:]
+            assert all(segment["cached_tokens"] >= PAGE for segment in rest), "it was a hit"
+        check_logprobs(cluster, row)
+
+
+def running(cluster: Cluster) -> int:
+    """Requests that the gateway has begun."""
+    (loads,) = json.loads(get(f"{cluster.url}/v1/loads")[1])["loads"]
+    return loads["num_running_reqs"]
+
+
+def check_logprobs(cluster: Cluster, row: dict[str, Any]) -> None:
+    ids, mask = row["token_ids"], row["loss_mask"]
+    again = cluster.generate(
+        ids,
+        return_logprob=True,
+        logprob_start_len=0,
+        sampling_params={"max_new_tokens": 1},
+    )
+    recomputed = again.body["meta_info"]["input_token_logprobs"]
+    assert [token for _, token, _ in recomputed] == [shown(token) for token in ids]
+    for place, generated in enumerate(mask):
+        if not generated:
+            assert row["logprobs"][place] is None
+            continue
+        # SGLang's is that after the temperature, which is 1 here.
+        assert row["logprobs"][place] == pytest.approx(recomputed[place][0], abs=2e-3), place
+
+
+def test_what_a_run_aborts_is_continued_by_the_next_from_its_kv(cluster, tmp_path):
+    """A run that needs one group begins two; the long one is aborted, with what it has."""
+    rows = [
+        {"input_ids": prompt(3 * PAGE + 5, seed=12), "max_new_tokens": 400},
+        {"input_ids": prompt(3 * PAGE + 5, seed=13), "max_new_tokens": 16},
+    ]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    flags = ("--groups", "1", "--oversample-groups", "1", "--logprobs", "--temperature", "1.0")
+    assert run(source, tmp_path / "out", cluster.url, *flags) == 0
+    assert keys(tmp_path / "out") == [(1, 0)]
+    (begun,) = kept(tmp_path / "out")
+    tokens = len(begun["token_ids"]) - begun["prompt_tokens"]
+    assert 0 < tokens < 400 and not begun["finish_reason"]
+    cluster.wait_stored()
+    assert run(source, tmp_path / "out", cluster.url, *flags) == 0
+    long, _ = samples(tmp_path / "out")
+    first, second = long["turns"][0]["segments"]
+    assert first["generated_tokens"] == tokens and first["finish_reason"] == "abort"
+    assert second["cached_tokens"] >= 3 * PAGE
+    assert long["token_ids"][: len(begun["token_ids"])] == begun["token_ids"]
+    check_logprobs(cluster, long)
 
 
 def samples_kept(output: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shlex
@@ -54,6 +55,11 @@ def broken(group: WholeGroup) -> bool:
     raise KeyError("no such column")
 
 
+async def endless(group: WholeGroup) -> bool:
+    await asyncio.Event().wait()
+    return True
+
+
 def too_few(group: WholeGroup) -> list[float]:
     return [1.0]
 
@@ -90,13 +96,15 @@ def test_groups_are_rewarded_and_filtered_as_wholes(stub, tmp_path):
     [
         ("--filter", "broken", "row r0: KeyError: 'no such column'"),
         ("--group-reward", "too_few", "not 2 numbers for row r0"),
+        ("--filter", "endless", "row r0: no answer within 0.3 s"),
     ],
 )
 def test_a_hook_that_fails_stops_the_job_and_loses_nothing(
     stub, tmp_path, capfd, flag, hook, words
 ):
     source, output = write_jsonl(tmp_path / "in.jsonl", text_rows(1)), tmp_path / "out"
-    assert run(source, output, stub.url, "--n", "2", flag, f"{HERE}:{hook}") == 1
+    limit = ("--group-timeout-s", "0.3") if hook == "endless" else ()
+    assert run(source, output, stub.url, "--n", "2", flag, f"{HERE}:{hook}", *limit) == 1
     assert words in capfd.readouterr().err
     requests = stub.counts()["requests"]
     assert len(kept(output)) == 2

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from launch.rollout.answers import Span
 from launch.rollout.groups.version_log import VersionLog
 from tests.examples import examples
-from tests.launch.rollout.jobs import CHAT, run, samples, summary, what_was_sampled, write_jsonl
+from tests.launch.rollout.jobs import (
+    CHAT,
+    errors,
+    kept,
+    run,
+    samples,
+    summary,
+    text_rows,
+    what_was_sampled,
+    write_jsonl,
+)
 from tests.launch.rollout.stub import logprob, text_ids
 
 
@@ -48,14 +58,14 @@ def test_an_aborted_answer_is_continued_with_all_that_it_had(stub, tmp_path):
 def test_tokens_of_old_weights_are_out_of_the_loss_and_keep_their_logprobs(stub, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "a prompt"}])
     flags = ("--max-new-tokens", "12", "--logprobs")
-    for limit, kept in (("0", 6), ("1", 3), ("2", 0)):
+    for limit, old in (("0", 6), ("1", 3), ("2", 0)):
         stub.set(cut=2, cut_tokens=3, versions=["v2", "v3"], weight_version="v1")
         output = tmp_path / limit
         assert run(source, output, stub.url, *flags, "--loss-staleness-commits", limit) == 0
         (row,) = samples(output)
         prompt = row["prompt_tokens"]
         generated = len(row["token_ids"]) - prompt
-        assert row["loss_mask"][prompt:] == [0] * kept + [1] * (generated - kept)
+        assert row["loss_mask"][prompt:] == [0] * old + [1] * (generated - old)
         assert None not in row["logprobs"][prompt:]
 
 
@@ -66,6 +76,28 @@ def test_a_turn_that_was_cut_at_its_last_token_has_reached_its_length(stub, tmp_
     (row,) = samples(tmp_path / "out")
     assert (row["finish_reason"], row["turns"][0]["generated_tokens"]) == ("length", 4)
     assert len(row["messages"][-1]["content"]) in (3, 4)
+
+
+def test_what_is_aborted_for_ever_is_given_up(stub, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    stub.set(cut=1 << 30, cut_tokens=0)
+    assert run(source, tmp_path / "out", stub.url, "--retry-s", "0.6") == 3
+    (failure,) = errors(tmp_path / "out")
+    assert "without a new token" in failure["reason"]
+
+
+def test_what_was_begun_otherwise_is_begun_anew(stub, tmp_path):
+    """An unfinished sample without log-probabilities is of no use to a job that wants them."""
+    source, output = write_jsonl(tmp_path / "in.jsonl", text_rows(2)), tmp_path / "out"
+    stub.set(slow=["0."])
+    flags = ("--groups", "1", "--oversample-groups", "1", "--concurrency", "8")
+    assert run(source, output, stub.url, *flags) == 0
+    assert [s["sample"] for s in kept(output) if s["row"] == 0] == [0]
+    stub.set(slow=[])
+    assert run(source, output, stub.url, *flags, "--logprobs", "--extend") == 0
+    begun, _ = samples(output)
+    assert len(begun["turns"][0]["segments"]) == 1
+    assert None not in begun["logprobs"][begun["prompt_tokens"] :]
 
 
 def test_in_the_midst_of_an_episode_too(stub, tmp_path):
