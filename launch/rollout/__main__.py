@@ -81,7 +81,8 @@ async def _run(config: RolloutConfig, folder: JobFolder, console: Console) -> in
     output = Output(folder.path, folder.table, config.n, config.shard_bytes)
     missing = 0
     if output.done.all():
-        console.print(f"all {output.done.size:,} samples are there already")
+        dropped = f", or dropped ({output.dropped:,})" if output.dropped else ""
+        console.print(f"all {output.done.size:,} samples are there already{dropped}")
     else:
         try:
             missing = await _generate(config, folder, output, console)

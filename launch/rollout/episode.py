@@ -128,6 +128,8 @@ class Episode:
             self._give_back()
             if self._env is None:
                 return reply.finish_reason
+            if self._is_cut:
+                raise Cut
             said = await self._said(reply)
             if said is None:
                 return "env_timeout"

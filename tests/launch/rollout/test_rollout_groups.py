@@ -74,7 +74,7 @@ def test_a_shard_has_whole_groups(stub, tmp_path):
     ]
 
 
-def test_groups_are_rewarded_and_filtered_as_wholes(stub, tmp_path):
+def test_groups_are_rewarded_and_filtered_as_wholes(stub, tmp_path, capfd):
     source = write_jsonl(tmp_path / "in.jsonl", text_rows(5))
     flags = ("--n", "3", "--group-reward", f"{HERE}:by_number", "--filter", f"{HERE}:odd_rows")
     assert run(source, tmp_path / "out", stub.url, *flags) == 0
@@ -89,6 +89,7 @@ def test_groups_are_rewarded_and_filtered_as_wholes(stub, tmp_path):
     requests = stub.counts()["requests"]
     assert run(source, tmp_path / "out", stub.url, *flags) == 0
     assert stub.counts()["requests"] == requests and kept(tmp_path / "out") == []
+    assert "all 15 samples are there already, or dropped (9)" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
