@@ -16,6 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+import msgspec
+import psutil
+
 from launch.rollout.own_cluster import stop
 
 HOST = "127.0.0.1"
@@ -114,3 +117,22 @@ def _wait_healthy(
 def tail(output: Path) -> str:
     """The last lines of a log."""
     return "\n".join(output.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+
+
+def name_of(process: psutil.Process) -> str:
+    """What a cluster calls one of its processes, by the settings that it was started with."""
+    with contextlib.suppress(psutil.Error):
+        environment = process.environ()
+        for variable in ("DUALPATH_AGENT", "DUALPATH_ENGINE"):
+            if variable in environment:
+                name: str = msgspec.json.decode(environment[variable])["name"]
+                return name
+        if "DUALPATH_GATEWAY" in environment:
+            return "gateway"
+    return ""
+
+
+def pids_of(name: str) -> list[int]:
+    """All processes of an agent or an engine of this process's own cluster."""
+    children = psutil.Process().children(recursive=True)
+    return [child.pid for child in children if name_of(child) == name]

@@ -42,13 +42,13 @@ class Turn(msgspec.Struct, frozen=True):
 Conversation = list[Turn]
 
 
-def make_other_weights(model: Path, folder: Path) -> Path:
+def make_other_weights(model: Path, folder: Path, layer: int = 3) -> Path:
     """The same model with other weights in one layer."""
     from safetensors.torch import load_file, save_file  # slow to import
 
     shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")
-    name = "model.layers.3.mlp.down_proj.weight"
+    name = f"model.layers.{layer}.mlp.down_proj.weight"
     weights[name] = weights[name] * -1
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder

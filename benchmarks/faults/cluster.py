@@ -19,7 +19,7 @@ import psutil
 from benchmarks.clients.operator import Operator
 from benchmarks.faults import supervise
 from benchmarks.faults.supervise import Event
-from benchmarks.own_cluster import ClusterFailed, tail
+from benchmarks.own_cluster import ClusterFailed, name_of, tail
 from common.user_files import write_private
 from launch.cluster.process_record import ProcessRecord
 from launch.rollout.own_cluster import stop
@@ -92,7 +92,7 @@ class Cluster:
         owner, _, part = name.partition("/")
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self._process.pid).children():
-                if _name_of(child) == owner:
+                if name_of(child) == owner:
                     family = [child, *child.children(recursive=True)]
                     return [p.pid for p in family if not part or part in _title(p)]
         return []
@@ -139,19 +139,6 @@ def _is_zombie(pid: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     return True
-
-
-def _name_of(process: psutil.Process) -> str:
-    """Of a child of the supervisor, by its settings."""
-    with contextlib.suppress(psutil.Error):
-        environment = process.environ()
-        for variable in ("DUALPATH_AGENT", "DUALPATH_ENGINE"):
-            if variable in environment:
-                name: str = msgspec.json.decode(environment[variable])["name"]
-                return name
-        if "DUALPATH_GATEWAY" in environment:
-            return "gateway"
-    return ""
 
 
 def _title(process: psutil.Process) -> str:

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.clients.reference import make_other_weights
+from benchmarks.clients.trainer import Group, described, serialized, tensors_of
 from launch.models.resolve import resolve_model
 from tests.cluster import GREEDY, RequestFailed, post, prompt, running_cluster, shared_plain
-from tests.weights.trainer import Group, changed_model, described, serialized, tensors_of
+from tests.common.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 
@@ -32,7 +34,7 @@ def plain():
 def models(tmp_path_factory):
     """Two others than the model's own weights."""
     folder = tmp_path_factory.mktemp("models")
-    return changed_model(folder / "b", layer=3), changed_model(folder / "c", layer=2)
+    return tuple(make_other_weights(TINY, folder / str(layer), layer) for layer in (3, 2))
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +161,7 @@ def test_tensors_reach_every_engine_and_a_hostile_pickle_none(cluster, plain, mo
 
 
 def test_two_jobs_that_call_their_weights_alike_share_nothing(cluster, plain, models, call):
-    group = Group("job", world_size=3)
+    group = Group("job", free_port(), world_size=3)
     with pytest.raises(RequestFailed, match="world_size 2 is too small"):
         call("init_weights_update_group", **{**group.body(), "world_size": 2})
     joining = group.join()

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.clients.trainer import serialized
 from launch.gateway.errors import BadRequest
 from launch.gateway.weights import bodies
 from launch.gateway.weights.bodies import check_tensors, ranks_of, tags_of
-from tests.weights.trainer import serialized
 
 TENSORS = [("a", torch.ones(3)), ("b", torch.ones(2, dtype=torch.bfloat16))]
 

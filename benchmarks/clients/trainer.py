@@ -1,30 +1,16 @@
-"""What a trainer is to a cluster: other weights in a folder, in shared memory, or in a group."""
+"""What a trainer has for a cluster: weights in shared memory, or sent in a group."""
 
 from __future__ import annotations
 
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
-from safetensors.torch import load_file, save_file
-
-from launch.models.resolve import resolve_model
-from tests.common.ports import free_port
+from safetensors.torch import load_file
 
 Tensors = list[tuple[str, torch.Tensor]]
-
-
-def changed_model(folder: Path, layer: int) -> Path:
-    """The model ``tiny`` with other weights in one layer."""
-    shutil.copytree(resolve_model("tiny"), folder)
-    weights = load_file(folder / "model.safetensors")
-    name = f"model.layers.{layer}.mlp.down_proj.weight"
-    weights[name] = weights[name] * -1
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 def tensors_of(model: Path) -> Tensors:
@@ -47,8 +33,9 @@ def serialized(tensors: Tensors) -> str:
 class Group:
     """Rank 0 of a group whose other ranks are the engines'."""
 
-    def __init__(self, name: str, world_size: int) -> None:
-        self.name, self.port = name, free_port()
+    def __init__(self, name: str, port: int, world_size: int) -> None:
+        """``port``: a free one, where the ranks meet."""
+        self.name, self.port = name, port
         self._world_size = world_size
         self._group: Any = None
 

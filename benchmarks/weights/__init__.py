@@ -1,0 +1,1 @@
+"""A trainer updates a cluster's weights under load, beside one server of plain SGLang."""
