@@ -131,11 +131,12 @@ class TieredStore:
         else:
             self._skipped += bool(targets)
 
-    def drop(self, selector: Selector) -> None:
+    def drop(self, selector: Selector, shared: bool = True) -> None:
         """Forget all blocks of these owners, on every tier, but for those that plans have
-        pinned in DRAM."""
-        for tier in self._tiers.values():
-            tier.drop(selector)
+        pinned in DRAM. ``shared``: also in the remote tier, for all who share it."""
+        for name, tier in self._tiers.items():
+            if shared or name is not TierName.REMOTE:
+                tier.drop(selector)
         self._have_left_dram(self.pool.drop(selector))
 
     def _have_left_dram(self, keys: Iterable[BlockKey]) -> None:

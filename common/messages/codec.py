@@ -34,6 +34,7 @@ from common.messages.from_gateway import (
     CommitWeights,
     EndPlan,
     EnginePlan,
+    ForgetWeights,
     KnownAgents,
     KnownEngines,
     ReadShare,
@@ -43,7 +44,7 @@ from common.messages.from_gateway import (
 
 PROTOCOL = b"DP6"
 
-_OfGateway = Subscribe | ReadShare | ReleasePlan | KnownEngines
+_OfGateway = Subscribe | ReadShare | ReleasePlan | KnownEngines | ForgetWeights
 _OfGatewayToEngines = EnginePlan | EndPlan | KnownAgents | CommitWeights
 _OfAgents = AgentHello | Announcement | ShareRead | Delivered | AgentStatus
 _OfAgentsJobs = JobEnded | PullEnded | Fenced | UnknownEngine | KeptWitness

@@ -56,6 +56,17 @@ class KnownEngines(MessageStruct):
     """As of :class:`KnownAgents`."""
 
 
+class ForgetWeights(MessageStruct):
+    """No engine has weights of this name any more, and no other will: the gateway had made it up.
+    What agents hold of their KV is to make way."""
+
+    version: Name
+    shared: bool
+    """Also in the remote tier, which is all agents': one of them is told so."""
+    term: Number = 0
+    """As of :class:`KnownEngines`."""
+
+
 # ---- to an engine -----------------------------------------------------------------------
 
 

@@ -176,6 +176,19 @@ def test_an_unknown_policy_names_those_that_there_are() -> None:
         Bench(promotion_policy="sometimes")
 
 
+def test_a_drop_may_leave_what_is_shared() -> None:
+    bench = Bench()
+    label = msgspec.structs.replace(UNLABELLED, weight_version="v1")
+    for key in bench.store.reserve([A]):
+        bench.store.commit(key, label)
+    bench.poll()
+    assert set(bench.ssd_memory.blocks) == {A}
+    bench.store.drop(Selector.parse("version:v1"), shared=False)
+    bench.poll()
+    assert [(e.key, e.tier) for e in bench.store.holdings()] == [(A, REMOTE)]
+    assert set(bench.remote_memory.blocks) == {A} and not bench.ssd_memory.blocks
+
+
 def test_a_drop_empties_every_tier_but_not_what_a_plan_uses() -> None:
     bench = Bench()
     label = msgspec.structs.replace(UNLABELLED, weight_version="v1")

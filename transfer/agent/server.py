@@ -26,7 +26,13 @@ from common.messages.from_engines import (
     PullBlocks,
     RegisterEngine,
 )
-from common.messages.from_gateway import KnownEngines, ReadShare, ReleasePlan, Subscribe
+from common.messages.from_gateway import (
+    ForgetWeights,
+    KnownEngines,
+    ReadShare,
+    ReleasePlan,
+    Subscribe,
+)
 from common.samples import Sample, reported, sample
 from storage.store_events import StoreStats
 from transfer.agent.config import AgentConfig
@@ -129,6 +135,9 @@ class Agent:
                 if self._heeds(client, term):
                     self._resources.meet(message)
                     self._state.keep_engines(self._resources.engines)
+            case ForgetWeights(term=term):
+                if self._heeds(client, term):
+                    self._state.forget_weights(message)
             case RegisterEngine():
                 self._register(client, message)
             case ReadShare(plan=plan):

@@ -18,8 +18,9 @@ from common.block import BlockKey
 from common.ids import NO_JOB, PlanId
 from common.messages.from_agents import Holding, JobEnded, PullEnded, ShareRead, UnknownEngine
 from common.messages.from_engines import AskFence, CancelJob, Deliver, PullBlocks, RegisterEngine
-from common.messages.from_gateway import ReadShare
+from common.messages.from_gateway import ForgetWeights, ReadShare
 from common.samples import Sample, sample
+from storage.index.owners import Selector
 from storage.slot_pool import SlotPool
 from storage.store_events import StoreStats
 from storage.store_options import StoreOptions
@@ -93,6 +94,9 @@ class Unserved:
     def fence(self, client: bytes, message: AskFence) -> None:
         """A stranger registers first, and asks again."""
         self._resources.socket.send(client, _unknown(self._resources, message))
+
+    def forget_weights(self, message: ForgetWeights) -> None:
+        """What a store has of them, once it is open, goes when its turn comes."""
 
     def poll(self) -> None:
         """There is no store."""
@@ -257,6 +261,11 @@ class Serving:
     def holdings(self) -> Sequence[Holding]:
         """Everything held now."""
         return self._store.holdings()
+
+    def forget_weights(self, message: ForgetWeights) -> None:
+        """At once for whoever asks; their slots are free by and by."""
+        log.info("weights forgotten version=%s shared=%s", message.version, message.shared)
+        self._store.drop(Selector("version", message.version), message.shared)
 
     def poll(self) -> None:
         """Act on what the store has to tell."""

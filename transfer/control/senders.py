@@ -16,6 +16,7 @@ from common.messages.from_gateway import (
     CommitWeights,
     EndPlan,
     EnginePlan,
+    ForgetWeights,
     KnownAgents,
     KnownEngines,
     ReadShare,
@@ -37,6 +38,7 @@ _GATEWAYS = (
     KnownAgents,
     KnownEngines,
     CommitWeights,
+    ForgetWeights,
 )
 _ENGINES = (
     RegisterEngine,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import uuid
 from collections import Counter
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 from common.messages.fields import Ping
 from common.messages.from_engines import WeightsState
-from common.messages.from_gateway import CommitWeights
+from common.messages.from_gateway import CommitWeights, ForgetWeights
 from launch.gateway.peers.membership import Membership, WeightsName
 from launch.gateway.peers.peer import EnginePeer
 from launch.gateway.standby.leadership import Leadership
@@ -31,6 +32,8 @@ DIGEST_S = 600.0
 """For the digest of a folder that they have loaded."""
 VERSION_CHARS = 64
 """Of the trainer's version, in a name."""
+_MADE_UP = re.compile(r"[0-9a-f]{32}/.*", re.DOTALL)
+"""Names of this gateway's, or of one before it."""
 
 
 class WeightNames:
@@ -60,7 +63,7 @@ class WeightNames:
             found = _most_updated(live)
             if found is not None and found != self._members.served_weights:
                 log.info("weights served name=%s", found.version)
-                self._members.served_weights = found
+                self._serve(found)
 
     def _updated_alike(self, live: Sequence[EnginePeer]) -> list[EnginePeer]:
         """Engines that wait for a name, if they are all and have the same weights."""
@@ -101,7 +104,7 @@ class WeightNames:
             return
         names = {WeightsName.of(e.known().namespace) for e in engines}
         if len(names) == 1 and all(s.is_named and not s.is_doubtful for s in _states(engines)):
-            self._members.served_weights = names.pop()
+            self._serve(names.pop())
         else:
             await self._settle_as(engines, self._new_name(engines))
         log.info(
@@ -121,7 +124,7 @@ class WeightNames:
         for engine in engines:
             namespace = engine.known().namespace
             if namespace.weight_version == name:
-                self._members.served_weights = WeightsName.of(namespace)
+                self._serve(WeightsName.of(namespace))
 
     async def _all(
         self, engines: Sequence[EnginePeer], holds: Callable[[EnginePeer], bool], limit_s: float
@@ -140,9 +143,22 @@ class WeightNames:
 
     # ---- both -------------------------------------------------------------------------
 
+    def _serve(self, name: WeightsName) -> None:
+        """From now on. KV under a name that was made up for the weights before is never asked for
+        again, and makes way for what will be; a folder's may come back."""
+        before = self._members.served_weights
+        self._members.served_weights = name
+        if before in (None, name) or not self._leadership.is_active:
+            return
+        if before is not None and _MADE_UP.fullmatch(before.version):
+            agents = [a for a in self._members.agents.values() if self._members.alive(a)]
+            for number, agent in enumerate(agents):
+                order = ForgetWeights(before.version, number == 0, self._leadership.term)
+                agent.try_send(order)
+
     def _new_name(self, engines: Sequence[EnginePeer]) -> str:
         version = engines[0].known().weights.version[:VERSION_CHARS]
-        return f"{uuid.uuid4().hex}/{version}"
+        return f"{uuid.uuid4().hex}/{version}"  # see _MADE_UP
 
     def _commit(self, engines: Sequence[EnginePeer], name: str) -> None:
         """Give engines a name, each as it was last heard."""

@@ -16,6 +16,7 @@ from common.messages.from_engines import CancelJob, Deliver, PullBlocks, RankMem
 from common.messages.from_gateway import (
     EndPlan,
     EnginePlan,
+    ForgetWeights,
     KnownAgents,
     KnownEngines,
     ReadShare,
@@ -35,6 +36,7 @@ OURS = [
     EnginePlan(PlanId(1), "rid", bytes(32), [], [], [], 1.0),
     KnownAgents(1, {}, True),
     KnownEngines(1, [], True),
+    ForgetWeights("job/1", True),
     EndPlan(PlanId(1), "rid"),
 ]
 """The gateway's."""

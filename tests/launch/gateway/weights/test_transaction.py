@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from common.messages.from_gateway import ForgetWeights
 from launch.gateway.peers import control_plane
 from tests.launch.gateway.client import GENERATE, TEXT, post
 from tests.launch.gateway.stubs import StubCluster
@@ -90,6 +91,26 @@ async def test_a_version_is_a_label_and_each_update_a_name_of_its_own() -> None:
             seen.add(name)
             assert cluster.services.view()["weights"]["version"] == "1"
         assert len(seen) == 2
+
+
+async def test_agents_are_told_of_names_that_nobody_will_have_again() -> None:
+    """The shared store's part is one agent's to do. Weights of a folder may come back."""
+
+    def told(cluster: StubCluster) -> list[ForgetWeights]:
+        received = [m for agent in cluster.agents.values() for m in agent.received]
+        return [message for message in received if isinstance(message, ForgetWeights)]
+
+    async with two_by_two() as cluster:
+        await call(cluster, "update_weights_from_disk", DISK)
+        await call(cluster, "update_weights_from_tensor", TENSORS)
+        ((_, name),) = names(cluster)
+        assert name.endswith("/1")
+        await call(cluster, "update_weights_from_disk", DISK)
+        await cluster.until(lambda: len(told(cluster)) == 2)
+        assert {message.version for message in told(cluster)} == {name}
+        assert sorted(message.shared for message in told(cluster)) == [False, True]
+        await call(cluster, "update_weights_from_disk", DISK)
+        assert len(told(cluster)) == 2
 
 
 async def test_a_session_is_opened_around_a_call_of_a_trainer_that_opens_none() -> None:
