@@ -20,7 +20,6 @@ CALL_TIMEOUT_S = 120.0
 FLUSH_TIMEOUT_S = 60.0
 """As slime: engines refuse a flush while a request ends."""
 LOOK_S = 0.02
-GROUP = "benchmark"
 
 
 class Update(msgspec.Struct):
@@ -51,14 +50,20 @@ class Trainer:
 
     async def join_group(self, port: int) -> None:
         """All engines that live now, and this process."""
-        self._group = Group(GROUP, port, self._ranks + 1)
+        self._group = Group(f"benchmark-{port}", port, self._ranks + 1)  # a name once
         joining = self._group.join()
         await self._call("init_weights_update_group", self._group.body())
         await asyncio.to_thread(joining.join, CALL_TIMEOUT_S)
 
     async def leave_group(self) -> None:
-        await self._call("destroy_weights_update_group", {"group_name": GROUP})
+        group = self._joined()
+        await self._call("destroy_weights_update_group", {"group_name": group.name})
         self._group = None
+
+    def _joined(self) -> Group:
+        if self._group is None:
+            raise ClusterFailed("no group was joined")
+        return self._group
 
     async def update(self, case: Case, in_its_midst: Callable[[], None]) -> Update:
         """To the other weights; raises :class:`ClusterFailed` if a call is refused."""
@@ -92,10 +97,9 @@ class Trainer:
         return done
 
     async def _broadcast(self, tensors: Tensors, common: dict[str, Any]) -> None:
-        if self._group is None:
-            raise ClusterFailed("no group was joined")
-        sending = self._group.broadcast(tensors)
-        body = {**described(tensors), "group_name": GROUP, **common}
+        group = self._joined()
+        sending = group.broadcast(tensors)
+        body = {**described(tensors), "group_name": group.name, **common}
         await self._call("update_weights_from_distributed", body)
         await asyncio.to_thread(sending.join, CALL_TIMEOUT_S)
 

@@ -111,8 +111,8 @@ async def test_requests_are_lost_that_end_without_their_tokens():
         assert await clients._answer([7], "salt", stream=False) is None
     assert "127.0.0.1" in clients.pieces[0].lost
     piece = Piece([7], 4, sent_s=1.0)
-    given = {"output_ids": [1], "meta_info": {"finish_reason": {"type": "length"}}}
-    given["meta_info"] |= {"weight_version": "1"}
+    meta = {"finish_reason": {"type": "length"}, "weight_version": "1"}
+    given = {"output_ids": [1], "meta_info": meta}
     load._take(piece, 200, msgspec.json.encode(given))
     assert piece.lost == "1 of 4 tokens"
     for status, text in ((503, b'{"error": {}}'), (200, b'{"error": {}}'), (200, b"")):
