@@ -136,7 +136,10 @@ class Serving:
             spans,
         )
         reports = Reports(
-            resources.incarnation, resources.counters, self._reply, resources.announcer.tell
+            resources.incarnation,
+            resources.counters,
+            partial(_reply, resources),
+            resources.announcer.tell,
         )
         self._deliveries = DeliverJobs(
             resources.deliver_queue, pool, address, self._shares.is_zero_io, reports, spans
@@ -187,7 +190,7 @@ class Serving:
             peer.forgive(rank.session_id)
         threading.Thread(target=_meet, args=(peer, engine), daemon=True).start()
         while engine.unsent:
-            self._reply(engine, engine.unsent.popleft())
+            _reply(self._resources, engine, engine.unsent.popleft())
         log.info(
             "engine registered engine=%s incarnation=%d shards=%d sessions=%s",
             engine.name,
@@ -252,10 +255,6 @@ class Serving:
 
         self._fences.begin(engine, passed)
 
-    def _reply(self, engine: Engine, message: JobEnded | PullEnded) -> None:
-        if not engine.is_gone and not self._resources.socket.send(engine.identity, message):
-            engine.unsent.append(message)
-
     # ---- the store ----------------------------------------------------------------------
 
     def holdings(self) -> Sequence[Holding]:
@@ -294,6 +293,11 @@ def _held(store: TieredStore, tiers: Sequence[Tier], keys: list[BlockKey]) -> li
     for tier in tiers:
         held = [a or b for a, b in zip(held, tier.contains(keys), strict=True)]
     return held
+
+
+def _reply(resources: Resources, engine: Engine, message: JobEnded | PullEnded) -> None:
+    if not engine.is_gone and not resources.socket.send(engine.identity, message):
+        engine.unsent.append(message)
 
 
 def _meet(peer: TransferPeer, engine: Engine) -> None:
