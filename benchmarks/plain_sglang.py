@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.own_cluster import HOST, ClusterFailed, tail
 from launch.cluster.child import end_sessions
-from launch.cluster.layout import PAGE_TOKENS
+from launch.cluster.layout import page_tokens
 from launch.cluster.tensor_parallel import cpu_env
 
 START_TIMEOUT_S = 240.0
@@ -26,7 +26,7 @@ def plain_sglang(model: Path, port: int, log: Path, *flags: str) -> Iterator[Cal
     """Yields, at once, what waits until it serves and returns its URL; that raises
     :class:`ClusterFailed`. Ended at the end. ``flags`` come after the defaults, so they win."""
     argv = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    argv += ["--device", "cpu", "--dtype", "float32", "--page-size", str(PAGE_TOKENS)]
+    argv += ["--device", "cpu", "--dtype", "float32", "--page-size", str(page_tokens(model))]
     argv += ["--max-total-tokens", "32768", "--host", HOST, "--port", str(port)]
     argv += ["--skip-server-warmup", "--sleep-on-idle", *flags]
     environment = {name: v for name, v in os.environ.items() if not name.startswith("DUALPATH_")}

@@ -17,13 +17,14 @@ from tqdm import tqdm
 from benchmarks import tools
 from benchmarks.goals import goals_table, write_report
 from benchmarks.models.before import Pairs, compare
+from benchmarks.models.conversations import NoPrompt
 from benchmarks.models.families import FAMILIES
 from benchmarks.models.verdict import PROMPTS_MIN, goals_of, speed_goals, summary
 from benchmarks.models.walk import Measured, measure
 from benchmarks.own_cluster import ClusterFailed
 from benchmarks.testbed import machine
 
-FAILURES = (ClusterFailed, TimeoutError, OSError)
+FAILURES = (ClusterFailed, NoPrompt, TimeoutError, OSError)
 
 
 def main(argv: Sequence[str]) -> int:

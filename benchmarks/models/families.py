@@ -11,12 +11,17 @@ WINDOW_PAGES = 2
 NO_PARTS: Mapping[str, int] = MappingProxyType({})
 FLOAT8 = ("--kv-cache-dtype", "fp8_e4m3")
 DSA = ("--attention-backend", "dsa")
+COMPRESSED = ("--attention-backend", "dsv4")
+ROUNDING_MARGIN = 0.03
+"""Some times what a latent that rounds otherwise changes (of a logarithm of a probability)."""
 TWO_RANKS = ("--tp-size", "2")
 DRAFT = tuple(
     "--speculative-algorithm EAGLE --speculative-num-steps 1 --speculative-eagle-topk 1 "
     "--speculative-num-draft-tokens 2".split()
 )
 DRAFT_TOKENS = 24
+STATES_OF_GROUPS = ("window/1", "window/2")
+"""Of DeepSeek-V4: they make one group of four tokens, in two of the layers."""
 
 
 class Family(msgspec.Struct, frozen=True):
@@ -35,6 +40,11 @@ class Family(msgspec.Struct, frozen=True):
     """Of each part: how many objects a hit needs at its end."""
     new_tokens: int = 12
     """Of an answer; behind a draft more, for its acceptance to mean something."""
+    margin_min: float = 0.0
+    """Prompts are drawn until each token of the answer is likelier than the next best one by this
+    (logarithms): where KV is rounded coarsely, by chance, those with less have no right answer."""
+    faint: frozenset[str] = frozenset()
+    """Controls that not every prompt shows."""
 
     @property
     def has_draft(self) -> bool:
@@ -60,6 +70,14 @@ FAMILIES = {
             (*DRAFT, *TWO_RANKS),
             plain=DSA,
             new_tokens=DRAFT_TOKENS,
+        ),
+        Family(
+            "tiny-v4",
+            "tiny-v4",
+            plain=COMPRESSED,
+            spans={"window": 1},
+            margin_min=ROUNDING_MARGIN,
+            faint=frozenset(STATES_OF_GROUPS),
         ),
         Family("tiny, float8", "tiny", FLOAT8),
         Family("tiny, float8, two ranks", "tiny", (*FLOAT8, *TWO_RANKS)),

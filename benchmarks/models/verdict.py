@@ -96,13 +96,13 @@ def seen_ratio(controls: Sequence[Control]) -> float | None:
 
 
 def is_seen(control: Control) -> bool:
-    """Every answer was a hit of spoilt objects, and other tokens; behind a spoilt draft the same
-    tokens, of which hardly any were the draft's."""
+    """Every answer was a hit of spoilt objects, and other tokens (of a faint control one of them);
+    behind a spoilt draft the same tokens, of which hardly any were the draft's."""
     if not control.objects or control.hits < control.asked:
         return False
     if control.accepted_plain:
         return not control.differ and control.accepted < WITHOUT_DRAFT_MAX * control.accepted_plain
-    return control.differ == control.asked
+    return control.differ == control.asked or (control.faint and control.differ > 0)
 
 
 def acceptance_ratio(asked: Sequence[Asked]) -> float | None:

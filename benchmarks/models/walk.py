@@ -20,7 +20,7 @@ from benchmarks.models.families import Family
 from benchmarks.own_cluster import free_port
 from benchmarks.plain_sglang import plain_sglang
 from common.block import BlockLayout
-from launch.cluster.layout import PAGE_TOKENS
+from launch.cluster.layout import page_tokens
 from launch.models.resolve import resolve_model
 
 POLICIES = ("prefill", "decode", "split", "n-way")
@@ -65,6 +65,8 @@ class Control(msgspec.Struct):
     asked: int = 0
     hits: int = 0
     differ: int = 0
+    faint: bool = False
+    """Not every answer can show it: one has to."""
     accepted: float = 0.0
     accepted_plain: float = 0.0
 
@@ -92,6 +94,7 @@ class Walk:
     ) -> None:
         self.measured = Measured(has_draft=family.has_draft)
         self._family, self._talks, self._plain, self._cluster = family, talks, plain, cluster
+        self._page_tokens = page_tokens(resolve_model(family.model))
         self._layouts: dict[str, BlockLayout] = {}
         self._in_dram: set[tuple[int, str, int]] = set()
 
@@ -160,11 +163,12 @@ class Walk:
         if turn == 0:
             return 0
         computed = len(self._talks[number][turn - 1]) + self._family.new_tokens - 1
-        return min(computed, len(self._talks[number][turn]) - 1) // PAGE_TOKENS * PAGE_TOKENS
+        reusable = min(computed, len(self._talks[number][turn]) - 1)
+        return reusable // self._page_tokens * self._page_tokens
 
     def _needed_bytes(self, number: int, hit_tokens: int) -> int:
         """Of objects that a hit needs, and that no hit since the agents' start has needed."""
-        blocks = hit_tokens // PAGE_TOKENS
+        blocks = hit_tokens // self._page_tokens
         needed = {(number, KV, block) for block in range(blocks)}
         for part in filter(None, self._layouts):
             span = self._family.spans[exchange.group_of(part)]
@@ -209,13 +213,13 @@ class Walk:
                 changed = exchange.exchange(cluster.remote, kind)
 
             await self._restart(spoil)
-            await self._see(Control(kind.name, changed))
+            await self._see(Control(kind.name, changed, faint=kind.name in self._family.faint))
 
     async def _see(self, control: Control) -> None:
         last = len(self._talks[0]) - 1
         by_length = sorted(self._talks, key=lambda talk: -len(talk[last]))
         await self._cluster.flush()
-        for talk in by_length[:CONTROL_PROMPTS]:
+        for talk in by_length if control.faint else by_length[:CONTROL_PROMPTS]:
             right = self._plain[tuple(talk[last])]
             answer = await self._cluster.ask(talk[last], self._family.new_tokens)
             control.asked += 1
@@ -283,10 +287,14 @@ async def _right_answers(
     known: Plain = {}
     async with session() as http:
 
-        async def answer(prompt: list[int]) -> list[int]:
+        async def answer(prompt: list[int]) -> list[int] | None:
             await http.post(f"{url}/flush_cache")
             asked = ask(http, url, prompt, family.new_tokens, margins=not family.has_draft)
-            known[tuple(prompt)] = await asked
-            return known[tuple(prompt)].tokens
+            found = await asked
+            if min(found.margins, default=0.0) < family.margin_min:
+                return None
+            known[tuple(prompt)] = found
+            return found.tokens
 
-        return await conversations.converse(prompts, answer), known
+        page = page_tokens(resolve_model(family.model))
+        return await conversations.converse(prompts, answer, page), known

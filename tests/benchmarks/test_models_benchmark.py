@@ -33,6 +33,31 @@ def test_prompts_end_around_pages_windows_and_tracks():
     assert len({len(prompt) for talk in talks for prompt in talk}) > 15
 
 
+def test_prompts_end_around_larger_pages_too_and_have_right_answers():
+    asked: list[int] = []
+
+    async def answer(prompt: list[int]) -> list[int] | None:
+        asked.append(len(prompt))
+        return [7] * 12 if len(asked) % 3 == 0 else None
+
+    talks = asyncio.run(conversations.converse(30, answer, page_tokens=256))
+    lengths = [len(prompt) for talk in talks for prompt in talk]
+    assert asked == [length for length in lengths for _ in range(3)]
+    ends = [(length + 1) % 256 for length in lengths]
+    assert all(ends.count(end) >= 3 for end in (0, 1, 2))
+    for talk in talks:
+        for before, after in zip(talk, talk[1:], strict=False):
+            assert after[: len(before) + 12] == before + [7] * 12
+
+
+def test_a_prompt_without_a_right_answer_is_not_drawn_for_ever():
+    async def answer(prompt: list[int]) -> None:
+        return None
+
+    with pytest.raises(conversations.NoPrompt, match="63 tokens"):
+        asyncio.run(conversations.converse(3, answer))
+
+
 SPARSE = BlockLayout(4, 4, (10, 3), absent=((), (1,)))
 
 
@@ -111,6 +136,9 @@ def test_hits_and_bytes_are_compared_with_what_there_could_have_been():
         ({"differ": 2}, False),
         ({"hits": 2}, False),
         ({"objects": 0}, False),
+        ({"faint": True, "differ": 1}, True),
+        ({"faint": True, "differ": 0}, False),
+        ({"faint": True, "differ": 1, "hits": 2}, False),
         ({"accepted": 3.0, "accepted_plain": 4.8, "differ": 0}, True),
         ({"accepted": 4.0, "accepted_plain": 4.8, "differ": 0}, False),
         ({"accepted": 3.0, "accepted_plain": 4.8, "differ": 1}, False),
