@@ -18,7 +18,7 @@ from launch.cluster.child import end_sessions
 from launch.cluster.layout import page_tokens
 from launch.cluster.tensor_parallel import cpu_env
 
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 600.0
 
 
 @contextlib.contextmanager

@@ -24,9 +24,9 @@ from benchmarks.models.families import Family
 from benchmarks.own_cluster import ClusterFailed, own_cluster
 from launch.gateway.request.trace import HEADER
 
-START_TIMEOUT_S = 240.0
-WAIT_TIMEOUT_S = 60.0
-ANSWER_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 600.0
+WAIT_TIMEOUT_S = 240.0
+ANSWER_TIMEOUT_S = 300.0
 LOOK_S = 0.1
 PROCESSES = 4
 """Engines and agents."""
