@@ -119,6 +119,19 @@ class TieredStore:
         :meth:`abandon`: the block is a miss."""
         self._reads.give_up_fill(key)
 
+    def retire(self, keys: Sequence[BlockKey]) -> None:
+        """Something newer stands for these blocks: on every tier they go first, but for those that
+        several plans have used."""
+        self.pool.resident.retire(keys)
+        for tier in self._tiers.values():
+            tier.retire(keys)
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """These blocks count as used by one plan more, on every tier."""
+        self.pool.resident.touch(keys)
+        for tier in self._tiers.values():
+            tier.touch(keys)
+
     def _may_persist(self) -> bool:
         """May one more slot be pinned by persisting?"""
         pinned = self._reads.fills.pulls + len(self._writes)

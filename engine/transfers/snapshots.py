@@ -3,6 +3,8 @@
 SGLang takes one now and then, and does with its slot what it likes. Here it is copied into a
 spare slot, which the agent reads; then the spare one is free for the next. So few are stored
 that none is waited for: with no spare slot a snapshot is skipped, and counted.
+
+Of one path the last turn's are wanted: a snapshot names the blocks before it whose own it replaces.
 """
 
 from __future__ import annotations
@@ -52,17 +54,22 @@ class Snapshots:
         self.stored_total = 0
         self.skipped_total = 0
 
-    def offer_prompt(self, request: Request, tokens: int, slot: torch.Tensor) -> None:
-        """Of the first ``tokens`` tokens of a prompt that this engine has computed. One without a
-        plan may have begun under other weights."""
+    def offer_prompt(
+        self, request: Request, tokens: int, slot: torch.Tensor, is_branch: bool = False
+    ) -> None:
+        """Of the first ``tokens`` tokens of a prompt that this engine has computed; ``is_branch``:
+        where it leaves another one. One without a plan may have begun under other weights."""
         plan = self._plans.get(request.rid)
         is_known = plan is not None and self._plans.accepts(plan)
         if not is_known or self._plans.is_made_up(request.rid) or self._config.experiment.zero_io:
             return
-        self.offer(request, self._plans.key_at(request, tokens), slot)
+        self.offer(request, self._plans.key_at(request, tokens), slot, is_branch)
 
-    def offer(self, request: Request, key: BlockKey, slot: torch.Tensor) -> None:
-        """``slot`` (shape (1,)) has the states at the end of block ``key``."""
+    def offer(
+        self, request: Request, key: BlockKey, slot: torch.Tensor, is_branch: bool = False
+    ) -> None:
+        """``slot`` (shape (1,)) has the states at the end of block ``key``. It replaces those of
+        the prefix that the request's plan has found, unless it is a further branch of that."""
         if not self._spares:
             self.skipped_total += 1
             return
@@ -81,6 +88,9 @@ class Snapshots:
         self._open.add(job)
         self.offered_total += 1
         salt = request.cache_salt or request.extra_key
+        fit = self._plans.fit(request)
+        found = fit.plan.keys if fit is not None and not is_branch else []
+        older = found[: found.index(key)] if key in found else found
         message = PullBlocks(
             job,
             keys=[],
@@ -88,6 +98,8 @@ class Snapshots:
             deadline_s=timeout_s,
             tenant=tenant_digest(salt) if salt else "",
             parts=[PartPlaces([key], [spare]) for _ in self._plans.weights.namespace.parts],
+            replaces=older,
+            is_branch=is_branch,
         )
         send = partial(self._send, message, written)
         if written.query():

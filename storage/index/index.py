@@ -2,8 +2,8 @@
 
 Eviction takes leaves first: a block is of no use without its parent, so a parent stays
 while a child is here. Among leaves it takes the one with the least *score*: when the block
-was last used, counted in uses, plus a bonus for earlier uses. docs/storage.md has the
-comparison with LRU and Belady's rule.
+was last used, counted in uses, plus a bonus for earlier uses; what has *retired* goes before
+all others. docs/storage.md has the comparison with LRU and Belady's rule.
 """
 
 from __future__ import annotations
@@ -95,8 +95,15 @@ class BlockIndex:
         self._scores.touch(keys)
 
     def refresh(self, keys: Sequence[BlockKey]) -> None:
-        """They are in use still: as :meth:`touch`, without counting another use."""
+        """They are in use still: as :meth:`touch`, without counting another use, and but for what
+        has retired meanwhile."""
         self._scores.refresh(keys)
+
+    def retire(self, keys: Sequence[BlockKey]) -> None:
+        """Something newer stands for them: they go before all others, in the order of their ages.
+        Not those that several plans have used; and one that is used again is as any other."""
+        for row in self._scores.retire(keys).tolist():
+            self._order.offer(row)
 
     def uses(self, key: BlockKey) -> int:
         """How often the block was used of late, about, here or not."""

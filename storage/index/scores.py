@@ -14,6 +14,11 @@ from storage.index.use_counts import UseCounts
 BONUS_PART = 0.3
 """An earlier use makes a block younger by this part of all blocks that are held."""
 BONUS_USES_MAX = 4
+RETIRED_USES_MAX = 2
+"""Stored, and read for the prompt behind which its successor is. One that was used more often has
+several successors: prompts part there."""
+_RETIRED = 1 << 40
+"""Younger by so much is every block that has not retired."""
 
 
 class Scores:
@@ -51,7 +56,21 @@ class Scores:
     def refresh(self, keys: Sequence[BlockKey]) -> None:
         """See :meth:`storage.index.index.BlockIndex.refresh`."""
         if keys:
-            self._renew(keys, self._bonus(self._uses.estimate(keys)))
+            of, scores = self._rows.of, self._rows.scores
+            in_use = [key for key in keys if key in of and scores[of[key]] >= 0]
+            if in_use:
+                self._renew(in_use, self._bonus(self._uses.estimate(in_use)))
+
+    def retire(self, keys: Sequence[BlockKey]) -> NDArray[np.int64]:
+        """See :meth:`storage.index.index.BlockIndex.retire`; returns the rows that have."""
+        here = [key for key in keys if key in self._rows.of]
+        if not here:
+            return np.zeros(0, np.int64)
+        rows = np.fromiter((self._rows.of[key] for key in here), np.int64, len(here))
+        rows = rows[self._uses.estimate(here) <= RETIRED_USES_MAX]
+        rows = rows[self._rows.scores[rows] >= 0]
+        self._rows.scores[rows] -= _RETIRED
+        return rows
 
     def uses(self, key: BlockKey) -> int:
         """See :meth:`storage.index.index.BlockIndex.uses`."""

@@ -57,6 +57,9 @@ class BlockTier:
     def touch(self, keys: Sequence[BlockKey]) -> None:
         self._held.index.touch(keys)
 
+    def retire(self, keys: Sequence[BlockKey]) -> None:
+        self._held.index.retire(keys)
+
     def submit_reads(self, blocks: Sequence[BlockIO]) -> None:
         held, queue, started = self._held, self._queue, []
         held.index.refresh([block.key for block in blocks])

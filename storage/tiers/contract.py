@@ -163,6 +163,10 @@ class Tier(Protocol):
         are here the first is now the most recently used. A prefix is of use only from its
         beginning."""
 
+    def retire(self, keys: Sequence[BlockKey]) -> None:
+        """Something newer stands for those of these blocks that are here: where there is need of
+        room they go first, but for those that several plans have used."""
+
     def submit_reads(self, blocks: Sequence[BlockIO]) -> None:
         """Read each block into its buffer."""
 

@@ -51,6 +51,9 @@ class FaultyTier:
     def touch(self, keys: Sequence[BlockKey]) -> None:
         self.inner.touch(keys)
 
+    def retire(self, keys: Sequence[BlockKey]) -> None:
+        self.inner.retire(keys)
+
     def submit_reads(self, blocks: Sequence[BlockIO]) -> None:
         self._submit(blocks, False, self.unreadable, self.read_failure_rate)
 

@@ -108,8 +108,9 @@ def before_prompt_checkpoint(tree: Any, req: Any, *, up_to: int, **_: Any) -> No
     if snapshots is None or snapshot is None:
         return
     is_last = snapshot.tokens + mamba_checkpoint_grid(tree.page_size) > len(req.origin_input_ids)
-    if is_last or snapshot.tokens == req.mamba_branching_seqlen:
-        snapshots.offer_prompt(req, snapshot.tokens, snapshot.slot)
+    is_branch = snapshot.tokens == req.mamba_branching_seqlen
+    if is_last or is_branch:
+        snapshots.offer_prompt(req, snapshot.tokens, snapshot.slot, is_branch)
 
 
 def offer_answer(req: Request, computed_tokens: int) -> None:

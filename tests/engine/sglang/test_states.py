@@ -306,6 +306,19 @@ def test_a_snapshot_is_offered_under_the_key_of_its_block_and_its_copy_outlives_
     assert part_key("state0", key) != part_key("state1", key)
 
 
+def test_a_snapshot_replaces_those_of_the_prefix_that_its_plan_has_found(pool):
+    engine = Leaving(pool)
+    engine.parts.plan(engine.request, blocks=3)
+    keys = keys_of(engine.request, engine.parts.weights.digest)
+    for blocks, is_branch in ((5, False), (3, False), (2, False), (5, True)):
+        engine.snapshots.offer_prompt(
+            engine.request, blocks * PAGE, torch.tensor([1]), is_branch=is_branch
+        )
+    pulls = engine.pulls()
+    assert [pull.replaces for pull in pulls] == [keys[:3], keys[:2], keys[:1], []]
+    assert [pull.is_branch for pull in pulls] == [False, False, False, True]
+
+
 def test_with_every_spare_slot_on_its_way_a_snapshot_is_skipped(pool):
     engine = Leaving(pool)
     engine.parts.plan(engine.request, blocks=2)

@@ -118,6 +118,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.index = BlockIndex()
         self.held: dict[BlockKey, tuple[int, int]] = {}
         self.places = 0
+        self.retired: set[BlockKey] = set()
 
     @rule(key=st.sampled_from(KEYS), group=st.integers(0, 2))
     def add(self, key: BlockKey, group: int) -> None:
@@ -129,11 +130,22 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(key=st.sampled_from(KEYS))
     def pop(self, key: BlockKey) -> None:
         place, _ = self.held.pop(key, (None, 0))
+        self.retired.discard(key)
         assert self.index.pop(key) == place
 
     @rule(chain=st.sampled_from(CHAINS), length=st.integers(1, 6))
     def touch(self, chain: list[BlockKey], length: int) -> None:
         self.index.touch(chain[:length])
+        self.retired -= {*chain[:length]}
+
+    @rule(keys=st.sets(st.sampled_from(KEYS)))
+    def retire(self, keys: set[BlockKey]) -> None:
+        self.index.retire(sorted(keys))
+        self.retired |= {key for key in keys & self.held.keys() if self.index.uses(key) <= 2}
+
+    @rule(keys=st.sets(st.sampled_from(KEYS)))
+    def refresh(self, keys: set[BlockKey]) -> None:
+        self.index.refresh(sorted(keys))
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), count=st.integers(1, 5))
@@ -148,7 +160,9 @@ class IndexMachine(RuleBasedStateMachine):
             }
             assert key in able
             parents = {PARENT_OF[key] for key in self.held}
-            assert key not in parents or not any(other not in parents for other in able)
+            leaves = able - parents
+            assert key in leaves or not leaves
+            assert key in self.retired or not leaves & self.retired
             self.pop(key)
             count -= 1
             if not count:

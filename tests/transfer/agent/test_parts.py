@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,42 @@ def test_a_plan_of_blocks_alone_does_not_keep_their_window(gateway, start_engine
     assert gateway.read_all(7, share(range(4), range(0), range(0))).in_dram == [True] * 4
     assert "3 of 7" in deliver(engine, 5, 7, range(4), range(2, 4), range(3, 4)).error
     gateway.send(ReleasePlan(PlanId(7)))
+
+
+@pytest.mark.parametrize(("is_branch", "gone"), [(False, 1), (True, 0)])
+def test_a_snapshot_goes_before_older_ones_once_one_of_its_path_replaces_it(
+    tmp_path: Path, is_branch: bool, gone: int
+) -> None:
+    """But where prompts part, as the engine has said, and a plan has come back."""
+    with running_agent(tmp_path, ssd_dirs=[], dram_bytes=4 * SIZES[0]) as agent:
+        gateway = FakeGateway(agent.control)
+        engine = FakeEngine("p0", {"a0": agent.control}, layout=WithParts(KV, PARTS))
+        try:
+            engine.wait_alive("a0")
+
+            def leave(block: int, replaces: Sequence[int] = (), is_branch: bool = False) -> None:
+                engine.fill_part(1, 40, block)
+                parts = [PartPlaces([], []), PartPlaces([key_of(block)], [40])]
+                older = [key_of(each) for each in replaces]
+                pull = PullBlocks(JobId(block + 1), [], [], 10.0, parts=parts)
+                pull = msgspec.structs.replace(pull, replaces=older, is_branch=is_branch)
+                engine.send("a0", pull)
+                ended = engine.wait_end(block + 1)
+                assert isinstance(ended, PullEnded) and ended.held == [True]
+
+            leave(0)
+            leave(1, is_branch=is_branch)
+            used = share(range(0), range(0), range(1, 2))
+            assert gateway.read_all(7, used).in_dram == [True]
+            gateway.send(ReleasePlan(PlanId(7)))
+            leave(2, replaces=[5, 1])
+            leave(3)
+            leave(4)
+            states = share(range(0), range(0), range(5))
+            assert gateway.read_all(8, states).in_dram == [n != gone for n in range(5)]
+        finally:
+            gateway.close()
+            engine.kill()
 
 
 @pytest.mark.parametrize("size", [0, max(SIZES) + 1])

@@ -12,7 +12,7 @@ from itertools import chain
 import msgspec
 import numpy as np
 
-from common.block import TENANT_CHARS, BlockKey, BlockLabel, BlockLayout
+from common.block import TENANT_CHARS, BlockKey, BlockLabel, BlockLayout, part_key
 from common.messages.from_agents import PullEnded
 from common.messages.from_engines import PullBlocks
 from storage.tiered_store import TieredStore
@@ -184,8 +184,24 @@ class PullJobs:
         else:  # refused, and of no part is known what it would be
             held = self._held(message.keys)
             held += [False] * sum(len(each.keys) for each in message.parts)
+        if pull.objects and all(held):
+            self._replace(pull)
         ended = PullEnded(self._reports.incarnation, message.job, held)
         self._reports.reply(pull.engine, ended)
+
+    def _replace(self, pull: _Pull) -> None:
+        """Snapshots that this pull has brought stand for older ones of their path."""
+        message = pull.message
+        if message.is_branch:
+            self._store.touch([key for each in pull.objects for key in each.keys])
+        pools = zip(pull.engine.pools, pull.objects, strict=False)
+        names = [pool.part for pool, each in pools if pool.part and each.keys]
+        if not names or not message.replaces:
+            return
+        # Few of them have any: what the first part lacks is not asked of the others.
+        of_first = [part_key(names[0], key) for key in message.replaces]
+        older = [k for k, held in zip(message.replaces, self._held(of_first), strict=True) if held]
+        self._store.retire([part_key(name, key) for name in names for key in older])
 
 
 def _holders(ranks: Sequence[Rank], host: str) -> list[Rank]:
