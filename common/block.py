@@ -118,12 +118,16 @@ class Part(msgspec.Struct, frozen=True):
 
     @property
     def kind(self) -> str:
-        """The name without a number."""
-        return self.name.rstrip("0123456789")
+        return part_kind(self.name)
 
     def needed(self, blocks: int) -> range:
         """The blocks whose objects a hit of so many blocks needs."""
         return range(max(0, blocks - self.span_pages), blocks)
+
+
+def part_kind(name: str) -> str:
+    """Of a part: its name without a number."""
+    return name.rstrip("0123456789")
 
 
 class Namespace(msgspec.Struct, frozen=True):
@@ -164,6 +168,9 @@ class BlockOwner(msgspec.Struct, frozen=True):
     weight_version: str = ""
     tenant: str = ""
     """:func:`tenant_digest` of the tenant's salt; empty where there is none."""
+    part: str = ""
+    """Kind of the part, of whose objects quotas may speak; empty of blocks, and in what is stored
+    of an owner."""
 
 
 class BlockLabel(msgspec.Struct, frozen=True):
@@ -181,10 +188,20 @@ class BlockLabel(msgspec.Struct, frozen=True):
     """Name of the part; empty of a block."""
 
     @property
+    def part_owner(self) -> BlockOwner:
+        """The owner as quotas know it."""
+        return _of_part(self.owner, self.part) if self.part else self.owner
+
+    @property
     def owner(self) -> BlockOwner:
         return BlockOwner(
             self.namespace_digest, self.model_digest, self.weight_version, self.tenant
         )
+
+
+@lru_cache(256)
+def _of_part(owner: BlockOwner, part: str) -> BlockOwner:
+    return msgspec.structs.replace(owner, part=part_kind(part))
 
 
 UNLABELLED = BlockLabel(bytes(32), BlockLayout(0, 0, ()))

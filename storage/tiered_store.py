@@ -103,10 +103,24 @@ class TieredStore:
             offsets[key] = self.pool.offset(key)
         return offsets
 
-    def commit(self, key: BlockKey, label: BlockLabel = UNLABELLED) -> None:
-        """A reserved slot holds the block's bytes: it is resident, and written behind."""
+    def commit(
+        self,
+        key: BlockKey,
+        label: BlockLabel = UNLABELLED,
+        replaced: Sequence[BlockKey] = (),
+        is_branch: bool = False,
+    ) -> None:
+        """A reserved slot holds the block's bytes: it is resident, and written behind.
+
+        ``replaced``: those for which it stands, of which room is made first. ``is_branch``: it
+        counts as used once more."""
         self._reads.fills.check_pulled(key)
         self._reads.end_fill(key, label)
+        if replaced or is_branch:
+            used = [key] if is_branch else []
+            self.pool.resident.touch(used, replaced)
+            for tier in self._tiers.values():
+                tier.touch(used, replaced)
         self._writes.start(key, self._writes.targets_of_new())
 
     def abandon(self, key: BlockKey) -> None:
@@ -118,19 +132,6 @@ class TieredStore:
         """Nothing counts that comes into a reserved slot, which may not be reused before
         :meth:`abandon`: the block is a miss."""
         self._reads.give_up_fill(key)
-
-    def retire(self, keys: Sequence[BlockKey]) -> None:
-        """Something newer stands for these blocks: on every tier they go first, but for those that
-        several plans have used."""
-        self.pool.resident.retire(keys)
-        for tier in self._tiers.values():
-            tier.retire(keys)
-
-    def touch(self, keys: Sequence[BlockKey]) -> None:
-        """These blocks count as used by one plan more, on every tier."""
-        self.pool.resident.touch(keys)
-        for tier in self._tiers.values():
-            tier.touch(keys)
 
     def _may_persist(self) -> bool:
         """May one more slot be pinned by persisting?"""

@@ -126,7 +126,7 @@ class PullBlocks(MessageStruct):
     parts: list[PartPlaces] = []
     """Objects to keep as well, as of :class:`Deliver`; not only of the blocks in ``keys``."""
     replaces: list[Key] = []
-    """Blocks earlier in the same prefix: once these objects of parts are held, theirs go first."""
+    """Blocks earlier in the same prefix: theirs go first, once these objects of parts are held."""
     is_branch: bool = False
     """Prompts part here: these objects have been used by one more than they seem to be."""
 

@@ -76,7 +76,7 @@ class HeldBlocks:
         return key in self.index and self.index.group(key) in self._dropped
 
     def add(self, key: BlockKey, place: int, label: BlockLabel = UNLABELLED) -> None:
-        group = self.owners.group_of(label.owner)
+        group = self.owners.group_of(label.part_owner)
         self.index.add(key, place, label.parent, group)
         self.owners.note(group, 1, self._bytes_at(place))
         self._changes.append(Holding(key, self._tier, True))
@@ -86,7 +86,7 @@ class HeldBlocks:
     ) -> None:
         """See :meth:`storage.index.index.BlockIndex.add_many`; all have one label, and take
         ``nbytes`` together."""
-        group = self.owners.group_of(label.owner)
+        group = self.owners.group_of(label.part_owner)
         self.index.add_many(keys, places, group)
         self.owners.note(group, len(keys), nbytes)
         self._changes += [Holding(key, self._tier, True) for key in keys]

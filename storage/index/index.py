@@ -90,20 +90,20 @@ class BlockIndex:
 
     # ---- use and victims ----------------------------------------------------------------
 
-    def touch(self, keys: Sequence[BlockKey]) -> None:
-        """A plan uses these blocks of one prefix, first to last, whether they are here or not."""
+    def touch(self, keys: Sequence[BlockKey], replaced: Sequence[BlockKey] = ()) -> None:
+        """A plan uses these blocks of one prefix, first to last, whether they are here or not.
+
+        For those ``replaced`` something newer stands: they retire, which is to go before all
+        others, in the order of their ages. Not those that several plans have used; and one that
+        is used again is as any other."""
         self._scores.touch(keys)
+        for row in self._scores.retire(replaced).tolist():
+            self._order.offer(row)
 
     def refresh(self, keys: Sequence[BlockKey]) -> None:
         """They are in use still: as :meth:`touch`, without counting another use, and but for what
         has retired meanwhile."""
         self._scores.refresh(keys)
-
-    def retire(self, keys: Sequence[BlockKey]) -> None:
-        """Something newer stands for them: they go before all others, in the order of their ages.
-        Not those that several plans have used; and one that is used again is as any other."""
-        for row in self._scores.retire(keys).tolist():
-            self._order.offer(row)
 
     def uses(self, key: BlockKey) -> int:
         """How often the block was used of late, about, here or not."""

@@ -10,6 +10,8 @@ from common.block import BlockOwner, tenant_digest
 from common.sizes import parse_size
 
 FIELDS = ("namespace", "model", "version", "tenant", "tenant-digest")
+PART = "part"
+"""Of quotas alone: what is dropped is dropped with its parts."""
 
 
 class BadSelector(ValueError):
@@ -20,19 +22,20 @@ class Selector(msgspec.Struct, frozen=True):
     """Owners that agree in one field; ``*`` stands for every owner.
 
     ``namespace`` and ``model`` take the first digits of a digest, ``version`` a weight
-    version, ``tenant`` a salt, ``tenant-digest`` what is stored of a salt.
+    version, ``tenant`` a salt, ``tenant-digest`` what is stored of a salt; ``part`` the kind of a
+    part.
     """
 
     field: str
     value: str
 
     @classmethod
-    def parse(cls, text: str) -> Selector:
+    def parse(cls, text: str, fields: Sequence[str] = FIELDS) -> Selector:
         """Such as ``version:step-12``; raises :class:`BadSelector`."""
         field, colon, value = text.partition(":")
-        if field not in FIELDS or not colon or not value:
+        if field not in fields or not colon or not value:
             raise BadSelector(
-                f"{text!r} selects no blocks; write FIELD:VALUE with one of {', '.join(FIELDS)}"
+                f"{text!r} selects no blocks; write FIELD:VALUE with one of {', '.join(fields)}"
             )
         if field == "tenant" and value != "*":
             return cls("tenant-digest", tenant_digest(value))
@@ -46,6 +49,10 @@ class Selector(msgspec.Struct, frozen=True):
         elif self.field == "model":
             own = owner.model_digest
             is_same = own.startswith(self.value)
+        elif self.field == PART:
+            own = owner.part
+            is_same = own == self.value
+            return own if is_same or (own and self.value == "*") else None
         else:
             own = owner.weight_version if self.field == "version" else owner.tenant
             is_same = own == self.value
@@ -76,7 +83,7 @@ class Quota(msgspec.Struct, frozen=True):
         if not equals:
             raise BadSelector(f"{text!r} is no quota; write FIELD:VALUE=SIZE")
         try:
-            return cls(Selector.parse(selector), parse_size(size))
+            return cls(Selector.parse(selector, (*FIELDS, PART)), parse_size(size))
         except ValueError as error:
             raise BadSelector(f"{text!r} is no quota: {error}") from error
 

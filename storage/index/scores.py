@@ -62,7 +62,7 @@ class Scores:
                 self._renew(in_use, self._bonus(self._uses.estimate(in_use)))
 
     def retire(self, keys: Sequence[BlockKey]) -> NDArray[np.int64]:
-        """See :meth:`storage.index.index.BlockIndex.retire`; returns the rows that have."""
+        """``replaced`` of :meth:`storage.index.index.BlockIndex.touch`; returns the rows."""
         here = [key for key in keys if key in self._rows.of]
         if not here:
             return np.zeros(0, np.int64)

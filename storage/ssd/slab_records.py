@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from common.block import KEY_BYTES, BlockKey, BlockOwner
+from common.block import KEY_BYTES, BlockKey, BlockOwner, part_kind
 from storage.index.owners import selected
 from storage.ssd.notes import Drop
 
@@ -28,6 +29,23 @@ def latest(blocks: Records) -> NDArray[np.int64]:
     if len(position_of) == len(order):
         return order
     return order[np.sort(np.fromiter(position_of.values(), np.int64))]
+
+
+def owners_of(
+    blocks: Records, owners: Mapping[int, BlockOwner]
+) -> tuple[list[BlockOwner], NDArray[np.int64]]:
+    """The owners of blocks, as quotas know them, and which of these each block has; ``owners`` by
+    their numbers in tables."""
+    numbers, owner_of = np.unique(blocks["owner"], return_inverse=True)
+    found = [owners[number] for number in numbers.tolist()]
+    of_parts = np.flatnonzero(blocks["part"] != b"")
+    names, name_of = np.unique(blocks["part"][of_parts], return_inverse=True)
+    pairs, pair_of = np.unique(owner_of[of_parts] * len(names) + name_of, return_inverse=True)
+    owner_of[of_parts] = len(found) + pair_of
+    for number, name in (divmod(pair, len(names)) for pair in pairs.tolist()):
+        part = part_kind(names[name].decode(errors="replace"))
+        found.append(msgspec.structs.replace(found[number], part=part))
+    return found, owner_of
 
 
 def apply_drops(

@@ -15,7 +15,7 @@ from storage.index.owners import Quota
 from storage.ssd.backend import SsdBackend
 from storage.ssd.device import DeviceOptions, SsdDevice
 from storage.ssd.folder import DirectoryLocked, DirectoryUnusable, DiskBroken
-from storage.ssd.slab_records import Records, keys_of, latest
+from storage.ssd.slab_records import Records, keys_of, latest, owners_of
 from storage.ssd.slab_table import RECORD
 from storage.ssd.slots import Slot, SsdSlots
 from storage.tiers.block_tier import BlockTier
@@ -119,14 +119,14 @@ def _index_all(opened: Sequence[_Opened], slots: SsdSlots, held: HeldBlocks) -> 
     order = latest(blocks)
     indexed = blocks[order]
     owners = {n: owner for each in opened for owner, n in each.device.owners.numbers.items()}
-    numbers, owner_of = np.unique(indexed["owner"], return_inverse=True)
+    owners_found, owner_of = owners_of(indexed, owners)
     held.load(
         FoundBlocks(
             keys=keys_of(indexed["key"]),
             places=place_of[order],
             parents=keys_of(indexed["parent"]),
             stored_bytes=np.concatenate(sizes)[order],
-            owners=[owners[number] for number in numbers.tolist()],
+            owners=owners_found,
             owner_of=owner_of,
         )
     )

@@ -54,11 +54,8 @@ class BlockTier:
     def keys(self) -> list[BlockKey]:
         return list(self._held)
 
-    def touch(self, keys: Sequence[BlockKey]) -> None:
-        self._held.index.touch(keys)
-
-    def retire(self, keys: Sequence[BlockKey]) -> None:
-        self._held.index.retire(keys)
+    def touch(self, keys: Sequence[BlockKey], replaced: Sequence[BlockKey] = ()) -> None:
+        self._held.index.touch(keys, replaced)
 
     def submit_reads(self, blocks: Sequence[BlockIO]) -> None:
         held, queue, started = self._held, self._queue, []

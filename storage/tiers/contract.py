@@ -158,14 +158,11 @@ class Tier(Protocol):
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which blocks are believed to be here: no I/O, so a hint."""
 
-    def touch(self, keys: Sequence[BlockKey]) -> None:
+    def touch(self, keys: Sequence[BlockKey], replaced: Sequence[BlockKey] = ()) -> None:
         """A plan uses these blocks, first to last, wherever it reads them: of those that
         are here the first is now the most recently used. A prefix is of use only from its
-        beginning."""
-
-    def retire(self, keys: Sequence[BlockKey]) -> None:
-        """Something newer stands for those of these blocks that are here: where there is need of
-        room they go first, but for those that several plans have used."""
+        beginning. For those ``replaced`` something newer stands: where there is need of room they
+        go first, but for those that several plans have used."""
 
     def submit_reads(self, blocks: Sequence[BlockIO]) -> None:
         """Read each block into its buffer."""

@@ -48,11 +48,8 @@ class FaultyTier:
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
         return self.inner.contains(keys)
 
-    def touch(self, keys: Sequence[BlockKey]) -> None:
-        self.inner.touch(keys)
-
-    def retire(self, keys: Sequence[BlockKey]) -> None:
-        self.inner.retire(keys)
+    def touch(self, keys: Sequence[BlockKey], replaced: Sequence[BlockKey] = ()) -> None:
+        self.inner.touch(keys, replaced)
 
     def submit_reads(self, blocks: Sequence[BlockIO]) -> None:
         self._submit(blocks, False, self.unreadable, self.read_failure_rate)

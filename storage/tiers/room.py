@@ -25,7 +25,7 @@ class Room:
     def reserve(self, write: Operation) -> None:
         """A place for a block that is to be written; raises TierFull."""
         stored_bytes, owners = self._placement.stored_bytes(write.nbytes), self.held.owners
-        group = write.group = owners.group_of(write.label.owner)
+        group = write.group = owners.group_of(write.label.part_owner)
         owners.note(group, 0, stored_bytes)  # first: it keeps the group, whatever goes for it
         try:
             write.place = self._make_room(group, write.nbytes)
@@ -49,7 +49,7 @@ class Room:
             self._placement.release(place)
         elif place != TOLD_LATER:
             self.held.add(write.key, place, write.label)
-            if write.group != owners.group_of(write.label.owner):  # while it was written
+            if write.group != owners.group_of(write.label.part_owner):  # while it was written
                 self.evict(write.key, EvictionCause.DROPPED)
         owners.note(write.group, 0, -self._placement.stored_bytes(write.nbytes))
 

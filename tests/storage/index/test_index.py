@@ -140,7 +140,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(keys=st.sets(st.sampled_from(KEYS)))
     def retire(self, keys: set[BlockKey]) -> None:
-        self.index.retire(sorted(keys))
+        self.index.touch([], sorted(keys))
         self.retired |= {key for key in keys & self.held.keys() if self.index.uses(key) <= 2}
 
     @rule(keys=st.sets(st.sampled_from(KEYS)))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from common.block import TierName, tenant_digest
+from common.block import BlockLabel, TierName, tenant_digest
 from storage.block_format import HEADER_BYTES
 from storage.index.held_blocks import HeldBlocks
 from storage.index.owners import BadSelector, Quota, Selector
@@ -46,6 +47,37 @@ def test_a_full_quota_takes_from_its_own_tenant(kind: str, tmp_path: Path) -> No
     assert held(tier) == {1, 2, 3, 12, 13, 14}
     assert tier.stats().room.evictions_total == {EvictionCause.QUOTA: 3}
     tier.close()
+
+
+def of_part(name: str) -> BlockLabel:
+    return msgspec.structs.replace(label(ANN), part=name)
+
+
+@pytest.mark.parametrize("tables", ["right", "lost"])
+def test_snapshots_have_a_budget_also_after_a_start(tmp_path: Path, tables: str) -> None:
+    """All parts of a state count together, whoever's they are; blocks and windows do not."""
+    each = SLOT_BYTES
+    quotas = [Quota.parse(f"part:state={4 * each}")]
+
+    def started() -> SsdTier:
+        return SsdTier(tmp_path, 40 * each, no_wake, threads=2, quotas=quotas)
+
+    tier = started()
+    try:
+        write_as(tier, label(ANN), *range(10, 16))
+        write_as(tier, of_part("window"), *range(20, 26))
+        write_as(tier, of_part("state0"), 30, 31)
+        write_as(tier, of_part("state1"), 40, 41, 42)
+        assert held(tier) == {*range(10, 16), *range(20, 26), 31, 40, 41, 42}
+        tier.close()
+        if tables == "lost":
+            lose_tables(tmp_path)
+        tier = started()
+        tier.touch([], [key_of(41)])
+        write_as(tier, msgspec.structs.replace(label(BOB), part="state0"), 50, 51)
+        assert held(tier) == {*range(10, 16), *range(20, 26), 40, 42, 50, 51}
+    finally:
+        tier.close()
 
 
 def test_quotas_of_a_model_and_of_one_tenant_hold_together() -> None:
@@ -222,7 +254,7 @@ def test_drops_that_cover_nothing_leave_the_notes(tmp_path: Path) -> None:
         assert [str(drop.selector) for drop in notes.drops()] == ["version:v1"]
 
 
-@pytest.mark.parametrize("text", ["", "tenant", "tenant:", "colour:red"])
+@pytest.mark.parametrize("text", ["", "tenant", "tenant:", "colour:red", "part:state"])
 def test_what_selects_nothing_says_what_would(text: str) -> None:
     with pytest.raises(BadSelector, match="FIELD:VALUE"):
         Selector.parse(text)

@@ -46,7 +46,7 @@ class Conversations:
             index.touch([key])
             self.branches.add(key)
         else:
-            index.retire(path)
+            index.touch([], path)
         self.path_to[key] = path
         return key
 

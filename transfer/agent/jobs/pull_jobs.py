@@ -161,8 +161,10 @@ class PullJobs:
             error or "",
         )
         if error is None:
+            older = self._older(pull.message, next(iter(labels.values())).part)
             for key, label in labels.items():
-                self._store.commit(key, label)
+                replaced = [part_key(label.part, block) for block in older]
+                self._store.commit(key, label, replaced, pull.message.is_branch)
         elif isinstance(error, TransferFailed):
             engine.failures += 1
             self._quarantines.append(_Quarantine(engine, keys))
@@ -184,24 +186,15 @@ class PullJobs:
         else:  # refused, and of no part is known what it would be
             held = self._held(message.keys)
             held += [False] * sum(len(each.keys) for each in message.parts)
-        if pull.objects and all(held):
-            self._replace(pull)
         ended = PullEnded(self._reports.incarnation, message.job, held)
         self._reports.reply(pull.engine, ended)
 
-    def _replace(self, pull: _Pull) -> None:
-        """Snapshots that this pull has brought stand for older ones of their path."""
-        message = pull.message
-        if message.is_branch:
-            self._store.touch([key for each in pull.objects for key in each.keys])
-        pools = zip(pull.engine.pools, pull.objects, strict=False)
-        names = [pool.part for pool, each in pools if pool.part and each.keys]
-        if not names or not message.replaces:
-            return
-        # Few of them have any: what the first part lacks is not asked of the others.
-        of_first = [part_key(names[0], key) for key in message.replaces]
-        older = [k for k, held in zip(message.replaces, self._held(of_first), strict=True) if held]
-        self._store.retire([part_key(name, key) for name in names for key in older])
+    def _older(self, message: PullBlocks, part: str) -> list[BlockKey]:
+        """Blocks that the message names of which a snapshot is here: few of them have any, and what
+        one part lacks is not asked of the others."""
+        of_part = [part_key(part, key) for key in message.replaces]
+        held = self._held(of_part)
+        return [key for key, is_held in zip(message.replaces, held, strict=True) if is_held]
 
 
 def _holders(ranks: Sequence[Rank], host: str) -> list[Rank]:
