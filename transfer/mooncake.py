@@ -132,10 +132,12 @@ class TransferPeer:
         devices: str = "",
         retry_after_s: float = RETRY_AFTER_S,
         clock: Callable[[], float] = time.monotonic,
+        engine: MooncakeEngine | None = None,
     ) -> None:
+        """``engine``: what moves the bytes; None: Mooncake's own."""
         if protocol == "tcp":
             os.environ.setdefault("MC_FORCE_TCP", "1")
-        self._engine: MooncakeEngine = _engine_type()()
+        self._engine: MooncakeEngine = engine or _engine_type()()
         code = self._engine.initialize(host, "P2PHANDSHAKE", protocol, devices)
         if code != 0:
             raise TransferFailed(host, f"start over {protocol}", code)

@@ -1,6 +1,7 @@
 """Decisions a second on one core, and how even the storage NICs of a fluid model are kept.
 
-Needs no cluster and no other process; about 3 minutes on one core.
+Needs no cluster and no other process; about 3 minutes on one core. Times of planning are those of
+the reference machine, by the yardstick of the same run (:mod:`benchmarks.yardstick`).
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from rich.table import Table
 from benchmarks.goals import Goal, goals_table, write_report
 from benchmarks.scheduler import balance, speed
 from benchmarks.scheduler.balance import Balance, JobTime, Step
+from benchmarks.scheduler.cluster import PAPER, THOUSAND
 from benchmarks.scheduler.speed import PlanLoop, Speed
+from benchmarks.yardstick import Yardstick
 
-PAPER = (48, 96)
-THOUSAND = (333, 667)
 SMALL = (4, 8)
 """For the step response, where one node matters more."""
 BLOCKS = 10_000_000
@@ -54,13 +55,17 @@ def main(argv: Sequence[str]) -> int:
             task = progress.add_task(name, total=1.0)
             return lambda part: progress.update(task, completed=part)
 
-        speeds, ratios, block_bytes = measure_speed(bar)
+        yardstick = Yardstick()
+        measured, ratios, block_bytes = measure_speed(bar)
+        yardstick.look()
+        speeds = {name: of.scaled(yardstick.scale) for name, of in measured.items()}
         uses = measure_balance(bar)
         jobs = measure_jobs(bar)
         step = balance.step("n-way", SMALL, STEP_LOAD, bar("n-way, one node at a tenth"))
     rows = goals(speeds, ratios, [result for result, _ in uses], jobs, step)
     show(rows, speeds, [result for result, _ in uses], jobs)
     figures = {
+        "yardstick": yardstick.figures(),
         "speed": msgspec.to_builtins(speeds),
         "directory_bytes_a_block": block_bytes,
         "balance": [msgspec.to_builtins(result) for result, _ in uses],

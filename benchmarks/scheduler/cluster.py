@@ -17,6 +17,10 @@ from scheduler.options import SchedulerOptions
 from scheduler.plan import PlanRequest, Range
 from scheduler.scheduler import Scheduler
 
+PAPER = (48, 96)
+"""Prefill and decode nodes of the paper's largest cluster."""
+THOUSAND = (333, 667)
+
 
 class Hardware(msgspec.Struct, frozen=True):
     """One node with one engine: 8 GPUs, each with a NIC of 400 Gbit/s, and one such NIC for

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import chain, repeat
 
 import msgspec
 import numpy as np
@@ -39,6 +40,16 @@ class Speed(msgspec.Struct, frozen=True):
     plan_p99_wall_ms: float
     plans_per_s: float
     cycles_per_s: float
+
+    def scaled(self, scale: float) -> Speed:
+        """On a machine where each of these CPU times is ``scale`` times as long."""
+        return Speed(
+            self.plan_p50_ms * scale,
+            self.plan_p99_ms * scale,
+            self.plan_p99_wall_ms * scale,
+            self.plans_per_s / scale,
+            self.cycles_per_s / scale,
+        )
 
 
 class PlanLoop:
@@ -130,14 +141,14 @@ def full_directory(
     blocks: int, progress: Callable[[float], None]
 ) -> tuple[Directory, Iterator[list[BlockKey]]]:
     """A directory with as many blocks in the remote store, in prompts of ``HIT_BLOCKS``; and
-    the prompts' keys, in random order. ``progress`` is told the part that is done."""
+    the prompts' keys, in random order, endlessly. ``progress`` is told the part that is done."""
     directory, prompts = Directory(blocks), blocks // HIT_BLOCKS
     for prompt in range(prompts):
         changes = [Holding(key, TierName.REMOTE, True) for key in _prompt_keys(prompt)]
         directory.apply("agent-p0", Incarnation(1), prompt, prompt == 0, changes)
         progress((prompt + 1) / prompts)
     order = np.random.default_rng(1).permutation(prompts).tolist()
-    return directory, map(_prompt_keys, order)
+    return directory, map(_prompt_keys, chain.from_iterable(repeat(order)))
 
 
 def _prompt_keys(prompt: int) -> list[BlockKey]:
