@@ -258,8 +258,14 @@ class TransferPeer:
             return dict(self._moved_bytes)
 
     def _check_bounds(self, addresses: Addresses, lengths: Addresses) -> None:
+        if not len(lengths):
+            return
         with self._lock:
             starts, ends = self._starts, self._ends
+        # As a rule all of them are in the DRAM tier: what is between its bounds is in it.
+        first = int(np.searchsorted(starts, addresses.min(), side="right")) - 1
+        if first >= 0 and (addresses + lengths).max() <= ends[first]:
+            return
         region = np.searchsorted(starts, addresses, side="right") - 1
         # Region -1 is before the first start; the appended 0 makes it (or no regions) fail.
         outside = addresses + lengths > np.append(ends, 0)[region]

@@ -39,15 +39,17 @@ def test_ranges_move_each_layer_block_to_its_page(data):
             end += pages_total * size
     device = np.zeros(end, np.uint8)
     expected = device.copy()
-    for layer in range(layout.num_layers):
+    at_once = data.draw(st.integers(1, layout.num_layers))
+    for first in range(0, layout.num_layers, at_once):
+        layers = range(first, min(first + at_once, layout.num_layers))
         local, remote, lengths = layer_ranges(
             layout,
             np.array(bases),
-            layer,
+            layers,
             np.array(slots, np.int64) * slot_bytes,
             np.array(pages, np.int64),
         )
-        layer_bytes = layout.layer_start(layer + 1) - layout.layer_start(layer)
+        layer_bytes = layout.layer_start(layers.stop) - layout.layer_start(first)
         assert lengths.sum() == len(pages) * layer_bytes
         for source, target, length in zip(local, remote, lengths, strict=True):
             device[target : target + length] = host[source : source + length]
@@ -65,7 +67,7 @@ def test_neighbours_on_both_sides_are_one_range():
     latent = BlockLayout(4, 1, (64,))
     addresses = np.array([[1000]])
     slots, pages = np.array([0, 64, 128, 640]), np.array([3, 4, 6, 7])
-    local, remote, lengths = layer_ranges(latent, addresses, 0, slots, pages)
+    local, remote, lengths = layer_ranges(latent, addresses, range(1), slots, pages)
     assert local.tolist() == [0, 128, 640]
     assert remote.tolist() == [1192, 1384, 1448]
     assert lengths.tolist() == [128, 64, 64]

@@ -1,4 +1,4 @@
-"""Moves one layer of a transfer, and says on the engine's completion board that it is there."""
+"""Moves a transfer's next layers, and says on the engine's completion board that they are there."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ class LayerMover:
         self._own = threading.local()
 
     def move(self, transfer: Transfer) -> Exception | None:
-        """The next layer; returns what has ended the transfer, if anything has."""
+        """The next layer, or layers; returns what has ended the transfer, if anything has."""
         try:
             transfer.check()
             copy = self._peer.read if transfer.is_read else self._peer.write
             before_batch, batch_bytes = self._pace(transfer)
-            for ranges in self._ranges(transfer):
+            layers = transfer.next_layers
+            for ranges in self._ranges(transfer, layers):
                 copy(transfer.session_id, *ranges, before_batch, batch_bytes)
-            transfer.layers_done += 1
+            transfer.layers_done = layers.stop
             if transfer.board_address:
                 self._write_word(transfer, transfer.layers_done)
         except Exception as error:  # whatever it is, it ends this transfer and reaches its owner
@@ -57,11 +58,11 @@ class LayerMover:
             return lambda nbytes: transfer.check(), BYTES_PER_BATCH
         return partial(pacer.wait, transfer.precedence, transfer.check), pacer.batch_bytes
 
-    def _ranges(self, transfer: Transfer) -> Iterator[Ranges]:
-        layer, groups = transfer.layers_done, transfer.groups
+    def _ranges(self, transfer: Transfer, layers: range) -> Iterator[Ranges]:
+        groups = transfer.groups
         yield from joined(
             [
-                layer_ranges(group.layout, group.addresses, layer, group.slots, group.places)
+                layer_ranges(group.layout, group.addresses, layers, group.slots, group.places)
                 for group in groups
                 if len(group.places)
             ]
@@ -71,7 +72,8 @@ class LayerMover:
                 if not hasattr(self._own, "staging"):
                     page_bytes_max = max(max(each.layout.component_bytes) for each in groups)
                     self._own.staging = Staging(self._peer.register, page_bytes_max)
-                yield from self._own.staging.ranges(blocks, group.addresses, layer)
+                for layer in layers:
+                    yield from self._own.staging.ranges(blocks, group.addresses, layer)
 
     def _write_word(self, transfer: Transfer, code: int) -> None:
         self._words[transfer.scratch] = board_word(transfer.job, code)

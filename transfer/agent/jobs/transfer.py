@@ -13,6 +13,7 @@ from common.block import BlockLayout
 from common.ids import NO_PLAN, JobId, PlanId
 from transfer.agent.jobs.heads import OtherShards
 from transfer.credits import CreditWord
+from transfer.mooncake import BYTES_PER_BATCH, DESCRIPTORS_PER_BATCH
 from transfer.pacing.pacer import Precedence
 from transfer.ranges import Addresses
 
@@ -60,7 +61,7 @@ def no_blocks(layout: BlockLayout, addresses: Addresses) -> Group:
 @dataclass(eq=False)
 class Transfer:
     """One rank's shards of blocks, and of objects of parts: ``groups``, of which there is at
-    least one. They go layer by layer of the model.
+    least one. They go layer by layer of the model, of a pull some layers at a time.
 
     ``ended`` is called once, in the loop's thread, with None or the reason; none of the
     transfer's calls is running then. After :class:`TransferFailed` bytes may still land.
@@ -93,6 +94,18 @@ class Transfer:
     def num_layers(self) -> int:
         """Of the model."""
         return self.groups[0].layout.num_layers
+
+    @property
+    def next_layers(self) -> range:
+        """Those of its next turn: one of a delivery, whose engine waits for each. Nobody waits for
+        a layer of what is read, of which as many go as Mooncake takes in one batch."""
+        first, count = self.layers_done, 1
+        if self.is_read:
+            ranges = sum(each.objects * len(each.layout.component_bytes) for each in self.groups)
+            nbytes = self._bytes_before(self.num_layers)
+            fitting = BYTES_PER_BATCH * self.num_layers // max(1, nbytes)
+            count = max(1, min(DESCRIPTORS_PER_BATCH // max(1, ranges), fitting))
+        return range(first, min(first + count, self.num_layers))
 
     @property
     def nbytes(self) -> int:

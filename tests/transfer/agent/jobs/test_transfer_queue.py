@@ -14,6 +14,7 @@ import pytest
 from common.block import BlockLayout
 from common.board_word import FAILED, board_word
 from common.ids import JobId
+from transfer.agent.jobs import transfer
 from transfer.agent.jobs.transfer import DeadlinePassed, Group, JobCancelled, QueueFull, Transfer
 from transfer.agent.jobs.transfer_queue import TransferQueue
 from transfer.mooncake import PeerSuspended, TransferFailed
@@ -152,6 +153,32 @@ def test_a_layers_batch_has_what_that_layer_has_of_each_part():
         [],  # layer 3 has nothing: its word comes at once
     ]
     assert job.nbytes == kv.block_bytes + window.block_bytes and job.left_nbytes == 0
+
+
+@pytest.mark.parametrize("limit, turns", [(None, [3]), (4, [2, 1]), (1, [1, 1, 1])])
+def test_a_pull_takes_as_many_layers_at_a_turn_as_one_batch_has(limit, turns, worlds, monkeypatch):
+    """Nobody waits for one of its layers, and each turn costs the same."""
+    if limit is not None:
+        monkeypatch.setattr(transfer, "DESCRIPTORS_PER_BATCH", limit)
+    world, seen = worlds(), []
+
+    def read(session_id, dst, src, lengths, before_batch=None, batch_bytes=0):
+        seen.append(list(zip(dst.tolist(), src.tolist(), lengths.tolist(), strict=True)))
+
+    world.peer.read = read
+    addresses = np.arange(6).reshape(3, 2) * 10_000
+    group = Group(LAYOUT, addresses, np.array([500]), np.array([7]))
+    deadline, end = time.monotonic() + 10, lambda error: world.ends.put((1, error))
+    pull = Transfer(JobId(1), "p0", [group], deadline, end, is_read=True)
+    world.queue.submit(pull)
+    assert world.end() == (1, None)
+    assert [len(ranges) // 2 for ranges in seen] == turns
+    assert [each for ranges in seen for each in ranges] == [
+        *((500, 7 * 64, 64), (564, 10_000 + 7 * 32, 32)),
+        *((596, 20_000 + 7 * 64, 64), (660, 30_000 + 7 * 32, 32)),
+        *((692, 40_000 + 7 * 64, 64), (756, 50_000 + 7 * 32, 32)),
+    ]
+    assert pull.nbytes == LAYOUT.block_bytes
 
 
 def test_layers_go_in_order_and_each_is_told_after_it_has_come(worlds):
