@@ -127,7 +127,7 @@ def test_what_a_run_aborts_is_continued_by_the_next_from_its_kv(cluster, tmp_pat
         {"input_ids": prompt(3 * PAGE + 5, seed=13), "max_new_tokens": 16},
     ]
     source = write_jsonl(tmp_path / "in.jsonl", rows)
-    flags = ("--groups", "1", "--oversample-groups", "1", "--logprobs", "--temperature", "1.0")
+    flags = ("--groups", "1", "--oversample-groups", "1", "--logprobs", "--temperature", "0")
     assert run(source, tmp_path / "out", cluster.url, *flags) == 0
     assert keys(tmp_path / "out") == [(1, 0)]
     (begun,) = kept(tmp_path / "out")

@@ -107,14 +107,16 @@ class Gathering:
     async def close(self, group: Group) -> None:
         """It is whole: write or drop it; raises :class:`~launch.rollout.errors.JobStopped`."""
         await self._stop(group, keep=False)
-        row = self._parts.fields_of(group.number, group.prompt.row) if group.prompt else {}
-        whole = WholeGroup(row, group.chosen())
-        await self._hooks.reward(whole)
+        whole = None
+        if self._hooks.are_any and group.prompt is not None:
+            row = self._parts.fields_of(group.number, group.prompt.row)
+            whole = WholeGroup(row, group.chosen())
+            await self._hooks.reward(whole)
         if self._config.is_staleness_bounded:
             await self.ask_version()
         if self._is_stale(group):
             self._drop(group, "stale")
-        elif await self._hooks.keeps(whole):
+        elif whole is None or await self._hooks.keeps(whole):
             self._write(group)
             self._progress.groups += 1
         else:

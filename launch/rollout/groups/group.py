@@ -52,7 +52,8 @@ class Group(msgspec.Struct, eq=False):
     def chosen(self) -> list[Sample]:
         """The whole ones, in order, under numbers that are wanted."""
         free = sorted(set(self.wanted) - {sample.sample for sample in self.whole})
-        for sample in sorted(self.whole, key=lambda s: s.sample):
+        self.whole.sort(key=lambda s: s.sample)
+        for sample in self.whole:
             if sample.sample not in self.wanted:
                 sample.sample = free.pop(0)
         return sorted(self.whole, key=lambda s: s.sample)
