@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import re
 import shlex
+import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -186,6 +189,30 @@ def test_more_samples_than_needed_and_the_slow_ones_are_left(stub, tmp_path):
     assert summary(output)["missing"] == 0 and kept(output) == []
     rewards = [row["reward"] for row in samples(output)]
     assert rewards == pytest.approx([row + s / 10 for row in range(3) for s in range(2)])
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_each_group_is_written_or_dropped_once(stub, tmp_path):
+    """With samples beyond those that are needed, a reward and a filter of groups."""
+    source, output = write_jsonl(tmp_path / "in.jsonl", text_rows(60)), tmp_path / "out"
+    flags = ["--n", "2", "--oversample-samples", "1", "--concurrency", "4"]
+    flags += ["--group-reward", f"{HERE}:by_number", "--filter", f"{HERE}:odd_rows"]
+    flags += ["--shard-bytes", "3000"]
+    stub.set(delay_s=0.25)  # so that even a fast machine is not through before the last kill
+    chance = random.Random(7)
+    for kill in range(5):
+        job = start(source, output, stub.url, *flags)
+        time.sleep(0.6 + chance.uniform(0.0, 0.4))
+        job.kill()
+        job.communicate(timeout=10)
+        assert job.returncode == -signal.SIGKILL, f"it ended before kill {kill}"
+    stub.set(delay_s=0.0)
+    assert run(source, output, stub.url, *flags) == 0
+    assert keys(output) == [(row, sample) for row in range(1, 60, 2) for sample in range(2)]
+    assert sorted(line["row"] for line in dropped(output)) == list(range(0, 60, 2))
+    rewards = [row["reward"] for row in samples(output)]
+    assert rewards == pytest.approx([row + s / 10 for row in range(1, 60, 2) for s in range(2)])
+    assert kept(output) == []
 
 
 def has_kept(output: Path, samples: int) -> bool:
