@@ -8,6 +8,7 @@ _SCHEDULER = "managers.scheduler.Scheduler."
 _UPDATER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _UPDATES = "engine.sglang.weights.update_hooks:"
 _SPANS = "engine.sglang.weights.span_hooks:"
+_MEMORY = "engine.sglang.weights.memory_hooks:"
 
 WEIGHTS = (
     Hook(
@@ -63,5 +64,17 @@ WEIGHTS = (
         "before",
         _SPANS + "before_version_change",
         "a retracted request's tokens keep the version that they were made with",
+    ),
+    Hook(
+        _UPDATER + "release_memory_occupation",
+        "around",
+        _MEMORY + "around_release",
+        "memory that is given back already is not given back again",
+    ),
+    Hook(
+        _UPDATER + "resume_memory_occupation",
+        "around",
+        _MEMORY + "around_resume",
+        "an engine that has given nothing back does not end when it is to take it again",
     ),
 )
