@@ -238,9 +238,13 @@ def _health_routes(app: FastAPI) -> None:
 
 def _admin_routes(app: FastAPI) -> None:
     @app.api_route("/flush_cache", methods=["GET", "POST"])
-    async def flush_cache(request: Request) -> Response:
-        """Of the engines only: the store keeps its blocks."""
-        failures = await services_of(request).client.flush()
+    async def flush_cache(request: Request, timeout: float = 0.0) -> Response:
+        """Of the engines only: the store keeps its blocks. ``timeout``: seconds for requests to
+        end, as at SGLang."""
+        longest_s = services_of(request).config.request_timeout_s
+        if not 0 <= timeout <= longest_s:
+            raise BadRequest(f"timeout is to be 0 to {longest_s:g} s.", "timeout")
+        failures = await services_of(request).client.flush(timeout)
         if failures:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
             raise Unavailable(f"not flushed: {reasons}")

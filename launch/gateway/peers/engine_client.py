@@ -154,21 +154,22 @@ class EngineClient:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise RequestFailed(f"{name} did not answer: {error!r}") from error
 
-    async def flush(self) -> dict[str, str]:
+    async def flush(self, wait_s: float = 0.0) -> dict[str, str]:
         """Flush every engine's cache; engine name -> reason for those that did not. The attention
-        groups of an engine flush together."""
+        groups of an engine flush together. ``wait_s``: for requests there to end."""
         engines = [e for e in self.members.engines.values() if not e.address.group]
-        reasons = await asyncio.gather(*map(self._flush_one, engines))
+        reasons = await asyncio.gather(*(self._flush_one(engine, wait_s) for engine in engines))
         return {
             engine.name: reason
             for engine, reason in zip(engines, reasons, strict=True)
             if reason is not None
         }
 
-    async def _flush_one(self, engine: EnginePeer) -> str | None:
+    async def _flush_one(self, engine: EnginePeer, wait_s: float) -> str | None:
         """Why it did not, or None."""
+        call = Call("POST", "/flush_cache", query=f"timeout={wait_s:g}" if wait_s else "")
         try:
-            answer = await self.call(engine, Call("POST", "/flush_cache"))
+            answer = await self.call(engine, call, CALL_TIMEOUT_S + wait_s)
         except (aiohttp.ClientError, TimeoutError) as error:
             return repr(error)
         return None if answer.status == 200 else answer.body.decode(errors="replace").strip()

@@ -84,7 +84,8 @@ def worker_routes(app: FastAPI) -> None:
 
 def _workers(request: Request) -> Workers:
     services = services_of(request)
-    return Workers(services.plane, services.registry, services.orders)
+    own_url = str(request.base_url)
+    return Workers(services.plane, services.registry, services.orders, own_url)
 
 
 def _json(value: object, status: int = 200) -> Response:

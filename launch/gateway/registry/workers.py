@@ -1,4 +1,5 @@
-"""Engines in the words of SGLang's router: workers, by their names."""
+"""Engines in the words of SGLang's router: workers, by their names. Engines answer nobody but the
+gateway, so a worker's URL is the gateway's own: who aborts requests there aborts all of them."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from launch.gateway.peers.control_plane import ControlPlane
 from launch.gateway.peers.peer import EnginePeer
 from launch.gateway.registry.registry import Registry
 
+ITSELF = "gateway"
 LABELS = ("name", "control", "agent", "agent-control")
 """That an engine needs to be taken by hand: its name and zmq endpoint, and those of its agent."""
 
@@ -31,6 +33,7 @@ class WorkerView(TypedDict):
 
     id: str
     url: str
+    """Where callers reach it; where it listens itself is ``metadata["http"]``."""
     model_id: str
     worker_type: str
     is_healthy: bool
@@ -51,7 +54,11 @@ class WorkersView(TypedDict):
 class Workers:
     """Shows engines, takes them and lets them go."""
 
-    def __init__(self, plane: ControlPlane, registry: Registry, orders: Orders) -> None:
+    def __init__(
+        self, plane: ControlPlane, registry: Registry, orders: Orders, own_url: str
+    ) -> None:
+        """``own_url``: the gateway's, as a caller knows it."""
+        self._own_url = own_url.rstrip("/")
         self._plane = plane
         self._registry = registry
         self._orders = orders
@@ -79,7 +86,10 @@ class Workers:
         raise NotFound(f"no engine is at {url}")
 
     def add(self, asked: WorkerRequest) -> str:
-        """One that is known gets requests again; another one needs ``LABELS``. Returns its name."""
+        """One that is known gets requests again; another one needs ``LABELS``. Returns its name.
+        A trainer that takes the gateway for its router and for its engine adds it to itself."""
+        if asked.url.rstrip("/") == self._own_url:
+            return ITSELF
         try:
             name = self.name_at(asked.url)
         except NotFound:
@@ -124,7 +134,7 @@ class Workers:
         draining = engine.name in self._plane.scheduler.drained
         return {
             "id": engine.name,
-            "url": engine.address.http,
+            "url": self._own_url,
             "model_id": hello.namespace.model_digest if hello is not None else "",
             "worker_type": engine.address.role,
             "is_healthy": members.alive(engine) and not draining,
@@ -134,6 +144,7 @@ class Workers:
             "metadata": {
                 "agent": engine.address.agent,
                 "control": engine.address.control,
+                "http": engine.address.http,
                 "state": self._state(engine.name, draining),
             },
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from fastapi import FastAPI, Request, Response
 
 from common.json import JsonObject
@@ -23,6 +24,7 @@ _NEW_NAMES = {
 }
 """SGLang's old names for routes still work, but with a warning in an engine's log."""
 NOT_IMPLEMENTED_STATUS = 501
+_SERVER_INFO = ("/server_info", "/get_server_info")
 
 
 def routes_of_engines(app: FastAPI) -> None:
@@ -33,14 +35,26 @@ def routes_of_engines(app: FastAPI) -> None:
         Answers.ALL: _all,
         Answers.NOBODY: _nobody,
     }
+    own = dict.fromkeys(_SERVER_INFO, _server_info)
     for path, route in ROUTES.items():
-        if (handler := handlers.get(route.answers)) is not None:
+        if (handler := own.get(path) or handlers.get(route.answers)) is not None:
             app.add_api_route(path, handler, methods=_METHODS)
 
 
 async def _any(request: Request) -> Response:
     answer = await services_of(request).client.ask_any(await _call(request))
     return Response(answer.body, media_type=answer.content_type)
+
+
+async def _server_info(request: Request) -> Response:
+    """One engine's, but for what the cluster is as a whole: a server without P/D, with the ranks of
+    all engines, which slime reads as ``num_gpus``."""
+    services = services_of(request)
+    answer = await services.client.ask_any(await _call(request))
+    info = msgspec.json.decode(answer.body, type=dict[str, object])
+    ranks = await services.weights.engines.ranks(services.weights.engines.in_rank_order())
+    info |= {"disaggregation_mode": "null", "num_gpus": sum(ranks.values())}
+    return Response(msgspec.json.encode(info), media_type=answer.content_type)
 
 
 async def _all(request: Request) -> Response:

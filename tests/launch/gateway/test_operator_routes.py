@@ -41,6 +41,11 @@ async def test_operator_endpoints() -> None:
         async with cluster.http.post("/flush_cache") as answer:
             assert answer.status == 200
         assert [engine.flushed for engine in cluster.engines] == [1, 1]
+        async with cluster.http.get("/flush_cache?timeout=30") as answer:
+            assert answer.status == 200
+        assert {engine.flush_query for engine in cluster.engines} == {"timeout=30"}
+        async with cluster.http.get("/flush_cache?timeout=-1") as answer:
+            assert answer.status == 400
         assert (await post(cluster, "/admin/policy", {"path_policy": "split"}))[0] == 200
         status, answer, _ = await post(cluster, "/admin/policy", {"path_policy": "none"})
         assert status == 400 and "split" in answer["error"]["message"]

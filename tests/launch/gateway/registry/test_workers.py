@@ -35,21 +35,25 @@ async def test_workers_are_shown_as_sglangs_router_does() -> None:
         assert await call(cluster, "GET", "/workers/p0") == (200, p0)
         assert (await call(cluster, "GET", "/workers/p9"))[0] == 404
         _, urls = await call(cluster, "GET", "/list_workers")
-        assert p0["url"] in urls["urls"]
+        assert p0["metadata"]["http"] in urls["urls"]
+        itself = {"url": p0["url"], "worker_type": "regular"}  # as slime adds what it takes for one
+        _, taken = await call(cluster, "POST", "/workers", itself)
+        assert taken["worker_id"] == "gateway"
 
 
 async def test_one_of_the_configuration_is_drained_and_taken_back_by_its_url() -> None:
     async with running_cluster(decodes=2) as cluster:
         _, worker = await call(cluster, "GET", "/workers/d0")
+        url = worker["metadata"]["http"]
         assert (await call(cluster, "DELETE", "/workers/d0"))[0] == 202
         assert (await states(cluster))["d0"] == "draining"
         for _ in range(3):
             _, _, trace = await post(cluster, "/generate", GENERATE)
             assert trace["decode"] == "d1"
-        status, answer = await call(cluster, "POST", f"/add_worker?url={worker['url']}")
+        status, answer = await call(cluster, "POST", f"/add_worker?url={url}")
         assert (status, answer["worker_id"]) == (202, "d0")
         assert (await states(cluster))["d0"] == "serving"
-        assert (await call(cluster, "POST", f"/remove_worker?url={worker['url']}"))[0] == 202
+        assert (await call(cluster, "POST", f"/remove_worker?url={url}"))[0] == 202
         assert (await states(cluster))["d0"] == "draining"
         assert (await call(cluster, "POST", "/remove_worker?url=http://nobody"))[0] == 404
 
