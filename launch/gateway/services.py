@@ -138,6 +138,7 @@ class Services:
             walk.cancel()
         while self._background:
             await asyncio.wait(set(self._background))
+        await self.weights.catch_up.close()
         self._sweeping.cancel()
         await asyncio.gather(self._sweeping, return_exceptions=True)
         await self.history.close()

@@ -19,6 +19,7 @@ from launch.gateway.errors import BadRequest, Unavailable
 from launch.gateway.peers.engine_client import Call, HttpAnswer
 from launch.gateway.peers.peer import EnginePeer
 from launch.gateway.weights.bodies import tags_of
+from launch.gateway.weights.catch_up import FROM_DISK, CatchUp
 from launch.gateway.weights.fan_out import AllEngines, merged, open_jobs
 from launch.gateway.weights.gate import Gate
 from launch.gateway.weights.groups import UpdateGroups
@@ -27,7 +28,7 @@ from launch.gateway.weights.names import WeightNames
 if TYPE_CHECKING:
     from launch.gateway.services import Services, Walk
 
-FROM_DISK, FROM_TENSOR = "/update_weights_from_disk", "/update_weights_from_tensor"
+FROM_TENSOR = "/update_weights_from_tensor"
 FROM_DISTRIBUTED, VERSION = "/update_weights_from_distributed", "/update_weight_version"
 SESSION_CALLS = ("/begin_weight_update", "/end_weight_update")
 NEED_SESSION = (FROM_TENSOR, FROM_DISTRIBUTED)
@@ -61,13 +62,20 @@ class WeightUpdate:
         self.gate = Gate()
         self.names = WeightNames(self._members, services.leadership)
         self.names.is_updating = lambda: not self.gate.is_open
-        services.plane.on_engine_heard = self.names.heard
+        services.plane.on_engine_heard = self._heard
         self._updated: dict[str, Incarnation] | None = None
         """Processes that have taken every update since the gate closed; None: there was none."""
         self.engines = AllEngines(services.client, self._members)
         self.groups = UpdateGroups(self.engines)
+        self.catch_up = CatchUp(self.engines, self._members)
         self._released: set[str] = set()
         """Memory that engines have given back, by SGLang's tags."""
+
+    def _heard(self) -> None:
+        """An engine has reported."""
+        self.names.heard()
+        if self.gate.is_open and self._services.leadership.is_active:
+            self.catch_up.heard()
 
     # ---- the gate ---------------------------------------------------------------------
 
@@ -161,6 +169,7 @@ class WeightUpdate:
     async def _update(self, path: str, body: JsonObject) -> HttpAnswer:
         """At all that have taken every update so far. Who does not take this one has not; unless
         nobody does: then they are still alike."""
+        await self.catch_up.ended()
         engines = self.engines.in_rank_order()
         if self._updated is not None and path not in SESSION_CALLS:
             engines = [e for e in engines if self._has_all(e)]
@@ -174,6 +183,7 @@ class WeightUpdate:
         done = dict(incarnations[n] for n, o in outcomes.items() if o.has_new_weights)
         if done:
             self._updated = done
+            self.catch_up.updated(path, body)
         if path == FROM_DISK:  # a trainer may delete the folder once it has the answer
             await self.names.digested([e for e in self.engines.live() if self._has_all(e)])
         served = {e.address.role for e in engines if e.address.http in done}

@@ -157,20 +157,48 @@ async def test_an_engine_that_does_not_take_an_update_gets_no_requests() -> None
 
 
 async def test_an_update_goes_on_without_an_engine_that_dies_in_its_midst() -> None:
-    """It comes back with the weights that it began with, and stays out until the next update."""
+    """It comes back with the weights that it began with, and takes those of the others' folder."""
     async with two_by_two() as cluster:
         lost = cluster.prefills[1]
         lost.dying = "update_weights_from_disk"
         answer = await call(cluster, "update_weights_from_disk", DISK)
         assert lost.name in answer["message"]
+        assert len(names(cluster)) == 2
+        await lost.restart()
+        await cluster.until(lambda: len(names(cluster)) == 1)
+        await cluster.until(lambda: not cluster.services.plane.members.strangers())
+        for _ in range(4):
+            assert (await post(cluster, "/generate", GENERATE))[0] == 200
+        assert lost.bodies
+        assert lost.weights.state.version == DISK["weight_version"]
+
+
+async def test_an_engine_begins_anew_where_no_folder_has_the_weights() -> None:
+    """It stays out until the next update."""
+    async with two_by_two() as cluster:
+        await call(cluster, "update_weights_from_disk", DISK)
+        await call(cluster, "update_weights_from_tensor", TENSORS)
+        lost = cluster.prefills[1]
+        await lost.die()
         await lost.restart()
         peer = cluster.services.plane.members.engines[lost.name]
-        await cluster.until(lambda: cluster.services.plane.members.alive(peer))
+        members = cluster.services.plane.members
+        await cluster.until(lambda: peer.incarnation == lost.incarnation and members.alive(peer))
         for _ in range(4):
             assert (await post(cluster, "/generate", GENERATE))[0] == 200
         assert lost.bodies == []
         await call(cluster, "update_weights_from_disk", DISK)
         assert len(names(cluster)) == 1
+
+
+async def test_the_cluster_is_one_server_of_all_engines_ranks() -> None:
+    """Not a prefill one, whichever engine is asked: trainers size their groups by it."""
+    async with two_by_two() as cluster:
+        cluster.decodes[0].ranks = 2
+        for path in ("/server_info", "/get_server_info", "/server_info"):
+            async with cluster.http.get(path) as answer:
+                info = await answer.json()
+            assert (info["disaggregation_mode"], info["num_gpus"]) == ("null", 5)
 
 
 async def test_all_that_failed_alike_have_the_weights_that_they_had() -> None:
