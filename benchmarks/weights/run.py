@@ -42,7 +42,8 @@ Say = Callable[[str], None]
 async def measure(
     cases: Sequence[Case], seed: int, folder: Path, records: Records, say: Say
 ) -> None:
-    """Fills ``records``; raises :class:`ClusterFailed`."""
+    """Fills ``records``; raises :class:`ClusterFailed`. What is right is asked at the end, so that
+    nothing else runs beside what is timed."""
     model = resolve_model("tiny")
     folders = {False: model, True: make_other_weights(model, folder / "changed")}
     say("one server of plain SGLang ...")
@@ -50,27 +51,26 @@ async def measure(
         async with session() as http:
             trainer = Trainer(http, url, folders, ranks=1)
             plain_cases = list(dict.fromkeys(case.plain for case in cases))
-            one = Scene(trainer, Clients(http, url, seed), say)
-            await one.run(plain_cases, records.plain)
-    say("the cluster, and two servers that know what is right ...")
-    ports = {changed: free_port() + PORTS_APART * (1 + changed) for changed in folders}
-    async with contextlib.AsyncExitStack() as stack:
-        url = await stack.enter_async_context(beside(own_cluster("n-way", FLAGS, START_TIMEOUT_S)))
-        http = await stack.enter_async_context(session())
+            await Scene(trainer, Clients(http, url, seed), say).run(plain_cases, records.plain)
+    say("the cluster ...")
+    async with beside(own_cluster("n-way", FLAGS, START_TIMEOUT_S)) as url, session() as http:
         operator = Operator(url)
-        stack.push_async_callback(operator.close)
-        trainer = Trainer(http, url, folders, ranks=ENGINES)
-        all_of_it = Scene(trainer, Clients(http, url, seed), say, operator)
-        await all_of_it.wait_whole()
-        urls = {
-            changed: await stack.enter_async_context(
-                _plain(folders[changed], port, folder / f"right-{changed}.log")
-            )
-            for changed, port in ports.items()
-        }
-        await all_of_it.run(cases, records.cluster)
-        say("what plain SGLang gives ...")
-        judge = Judge(http, urls)
+        try:
+            trainer = Trainer(http, url, folders, ranks=ENGINES)
+            scene = Scene(trainer, Clients(http, url, seed), say, operator)
+            await scene.wait_whole()
+            await scene.run(cases, records.cluster)
+        finally:
+            await operator.close()
+    say("what plain SGLang gives ...")
+    port = free_port()
+    async with contextlib.AsyncExitStack() as stack:
+        urls = {}
+        for changed, model in folders.items():
+            log = folder / f"right-{changed}.log"
+            server = _plain(model, port + PORTS_APART * changed, log)
+            urls[changed] = await stack.enter_async_context(server)
+        judge = Judge(await stack.enter_async_context(session()), urls)
         for seen in records.cluster:
             seen.judged = await judge.judge(seen.case, seen.update, seen.pieces)
 
