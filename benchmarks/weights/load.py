@@ -14,6 +14,7 @@ import msgspec
 
 from benchmarks.clients.reference import VOCABULARY, sampling
 from benchmarks.own_cluster import ClusterFailed
+from benchmarks.weights.cases import BEFORE
 from launch.cluster.layout import PAGE_TOKENS
 from launch.gateway.request.trace import HEADER
 
@@ -117,7 +118,7 @@ class Clients:
     async def _converse(self, rng: random.Random) -> None:
         while not self._is_stopping:
             number = rng.randrange(CONVERSATIONS)
-            prompt, salt = self._prompts[number], rng.choice(SALTS) + self.apart
+            prompt, salt = self._prompts[number], rng.choice(SALTS)
             for turn in range(TURNS):
                 answer = await self._answer(prompt, salt, rng.random() < STREAMED)
                 if answer is None or self._is_stopping:
@@ -143,7 +144,7 @@ class Clients:
         body = {
             "input_ids": piece.prompt,
             "sampling_params": sampling(piece.wanted),
-            "cache_salt": salt,
+            "cache_salt": salt + self.apart,
             "stream": stream,
         }
         try:
@@ -184,7 +185,7 @@ def _take(piece: Piece, status: int, text: bytes) -> None:
     meta = value["meta_info"]
     piece.tokens, piece.reason = value["output_ids"], meta["finish_reason"]["type"]
     piece.cached_tokens = meta.get("cached_tokens", 0)
-    whole = [{"version": meta["weight_version"], "start": 0, "end": len(piece.tokens)}]
+    whole = [{"version": meta.get("weight_version", BEFORE), "start": 0, "end": len(piece.tokens)}]
     piece.spans = msgspec.convert(meta.get("weight_versions") or whole, list[Span])
     if piece.reason != ABORTED and len(piece.tokens) != piece.wanted:
         piece.lost = f"{len(piece.tokens)} of {piece.wanted} tokens"

@@ -96,7 +96,9 @@ async def test_what_a_pause_has_cut_is_sent_again_with_its_tokens():
     server = Server(10, 0)
     async with server.serve() as served, ClientSession() as http:
         clients = Clients(http, str(served.make_url("")).rstrip("/"), seed=1)
+        clients.apart = " apart"
         tokens = await clients._answer([7, 8], "salt", stream=True)
+        assert {body["cache_salt"] for body in server.asked} == {"salt apart"}
     assert tokens == [*range(10), *range(NEW_TOKENS - 10)]
     assert [piece.reason for piece in clients.pieces] == ["abort", "abort", "length"]
     first, _, last = clients.pieces
