@@ -22,6 +22,12 @@ PROMPT_IDS_HEADER = "x-dualpath-prompt-ids"
 """On a request to an engine: answer with the prompt's token ids alone."""
 FIELDS_HEADER = "x-dualpath-fields"
 """On a request to an engine: JSON of fields for which the route's body has no place."""
+INPUT_IDS_HEADER = "x-dualpath-input-ids"
+"""On a request to an engine: the prompt is the body's ``input_ids``, whatever its messages say."""
+RECORD_HEADER = "x-dualpath-record"
+"""On a request to an engine: the answer brings a record of its tokens (``RECORD``)."""
+RECORD = "turn_record"
+"""The field of an answer, or the event of a stream, that has it."""
 GAVE_UP_STATUS = 424
 """An engine's answer to a request with such fields that it gave up, for whatever reason."""
 

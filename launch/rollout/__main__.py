@@ -19,7 +19,6 @@ from collections.abc import AsyncIterator, Sequence
 import msgspec
 from rich.console import Console
 
-from launch.rollout.client import Client
 from launch.rollout.config import RolloutConfig, help_markdown, load_config
 from launch.rollout.console import SHOW_S, Bar, summary_table
 from launch.rollout.dry_run import dry_run
@@ -30,6 +29,8 @@ from launch.rollout.output.job_folder import JobFolder
 from launch.rollout.output.shards import Output
 from launch.rollout.own_cluster import own_cluster
 from launch.rollout.progress import Summary
+from launch.rollout.recording.passing_client import PassingClient
+from launch.rollout.recording.server import RecordingServer
 from launch.settings import BadConfig
 
 STOPPED, BAD_SETTING, WITH_FAILURES, INTERRUPTED = 1, 2, 3, 130
@@ -100,23 +101,41 @@ async def _generate(
 ) -> int:
     """Returns how many samples could not be had."""
     async with _endpoint(config, folder, console) as urls:
-        client = Client(urls, config.timeout_s, config.retry_s, config.access)
+        client = PassingClient(urls, config.timeout_s, config.retry_s, config.access)
         try:
-            folder.made_by(await client.model())
+            model = await client.model()
+            folder.made_by(model)
             limit = config.concurrency
             if not isinstance(limit, int):
                 limit = await client.concurrency()
-            job = Job(config, folder.table, output, client, limit)
-            try:
-                with Bar(console) as bar:
-                    await until_done(job, SHOW_S, bar.show)
-            finally:
-                _report(job.summary(), folder, console)
+            async with _recording(config, client, model) as recording:
+                job = Job(config, folder.table, output, client, limit, recording)
+                try:
+                    with Bar(console) as bar:
+                        await until_done(job, SHOW_S, bar.show)
+                finally:
+                    _report(job.summary(), folder, console)
         finally:
             await client.close()
     if job.progress.missing:
         console.print(f"missing samples and why: {errors_path(folder.path)}", markup=False)
     return job.progress.missing
+
+
+@contextlib.asynccontextmanager
+async def _recording(
+    config: RolloutConfig, client: PassingClient, model: str
+) -> AsyncIterator[RecordingServer | None]:
+    if not config.harness:
+        yield None
+        return
+    try:
+        server = await RecordingServer(client, config.record_host, model).__aenter__()
+    except OSError as error:
+        raise BadConfig(f"--record-host {config.record_host}: {error.strerror}") from error
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_exit(server)
+        yield server
 
 
 @contextlib.asynccontextmanager

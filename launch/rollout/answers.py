@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
@@ -43,7 +44,9 @@ class _Finish(msgspec.Struct):
     matched: int | str | None = None
 
 
-class _Span(msgspec.Struct):
+class SglangSpan(msgspec.Struct):
+    """Of ``weight_versions``."""
+
     version: str
     start: int
     end: int
@@ -53,7 +56,7 @@ class _Meta(msgspec.Struct):
     finish_reason: _Finish
     cached_tokens: int = 0
     weight_version: str = ""
-    weight_versions: list[_Span] = []
+    weight_versions: list[SglangSpan] = []
     output_token_logprobs: list[tuple[float, int, str | None]] = []
 
 
@@ -79,7 +82,6 @@ def generation_of(data: bytes, traced: str, logprobs: bool) -> Generation:
     pairs = meta.output_token_logprobs
     if logprobs and [token for _, token, _ in pairs] != answer.output_ids:
         raise RequestFailed("the engine's log-probabilities are not those of its tokens")
-    trace = msgspec.json.decode(traced, type=_Trace)
     stop = meta.finish_reason.matched
     return Generation(
         text=answer.text,
@@ -88,18 +90,24 @@ def generation_of(data: bytes, traced: str, logprobs: bool) -> Generation:
         finish_reason=meta.finish_reason.type,
         stop=stop if isinstance(stop, str) else None,
         cached_tokens=meta.cached_tokens,
-        versions=_versions(meta, len(answer.output_ids)),
-        read_bytes=sum(sum(reader.read_bytes.values()) for reader in trace.readers.values()),
+        versions=spans_of(meta.weight_versions, meta.weight_version, len(answer.output_ids)),
+        read_bytes=read_bytes_of(traced),
     )
 
 
-def _versions(meta: _Meta, tokens: int) -> list[Span]:
-    """Without empty spans; one span where SGLang gives none, as after an update without a
-    version."""
-    spans = [Span(s.version, s.start, min(s.end, tokens)) for s in meta.weight_versions]
+def read_bytes_of(traced: str) -> int:
+    """Of the header ``x-dualpath-trace``: read from SSD and remote, by all agents together."""
+    trace = msgspec.json.decode(traced, type=_Trace)
+    return sum(sum(reader.read_bytes.values()) for reader in trace.readers.values())
+
+
+def spans_of(given: Sequence[SglangSpan], version: str, tokens: int) -> list[Span]:
+    """Without empty spans; one of ``version`` where SGLang gives none, as after an update without
+    a version. Raises :class:`RequestFailed`."""
+    spans = [Span(s.version, s.start, min(s.end, tokens)) for s in given]
     spans = [span for span in spans if span.begin < span.end]
     if not spans and tokens:
-        spans = [Span(meta.weight_version, 0, tokens)]
+        spans = [Span(version, 0, tokens)]
     if spans and [span.begin for span in spans] != [0, *(span.end for span in spans[:-1])]:
         raise RequestFailed("the engine's versions of weights are not those of its tokens")
     if spans:

@@ -38,7 +38,7 @@ CONCURRENCY_UNKNOWN = 64
 """Requests in flight where the endpoint does not say how many it admits."""
 
 
-class _Tokens(msgspec.Struct):
+class Tokens(msgspec.Struct):
     tokens: list[int]
 
 
@@ -66,6 +66,7 @@ class _Cluster(msgspec.Struct):
     requests: _Requests
 
 
+JSON_HEADERS = {"content-type": "application/json"}
 T = TypeVar("T")
 _Asked: TypeAlias = AbstractAsyncContextManager[aiohttp.ClientResponse]
 
@@ -118,7 +119,7 @@ class Client:
         """``/v1/tokenize`` of a ``prompt`` or of ``messages``; raises :class:`RequestFailed`."""
         timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
         answer, _ = await self._post("v1/tokenize", fields, "tokenize", timeout)
-        return decoded(answer.content, _Tokens).tokens
+        return decoded(answer.content, Tokens).tokens
 
     async def detokenize(self, token_ids: list[int], skip_special: bool = False) -> str:
         """``/v1/detokenize``; raises :class:`RequestFailed`."""
@@ -167,7 +168,7 @@ class Client:
         self, path: str, body: JsonObject, name: str, timeout: aiohttp.ClientTimeout
     ) -> tuple[_HttpAnswer, int]:
         """The first good answer, and the attempts that it took."""
-        patience = _Patience(self._retry_s)
+        patience = Patience(self._retry_s)
         for attempt in itertools.count(1):
             with self._id(path, name, attempt) as rid:
                 answer = await self._attempt(path, body | rid, timeout)
@@ -207,7 +208,7 @@ class Client:
         try:
             answer = await self._round(
                 lambda url: self._http.post(
-                    f"{url}/{path}", data=data, headers=_JSON, timeout=timeout
+                    f"{url}/{path}", data=data, headers=JSON_HEADERS, timeout=timeout
                 )
             )
         finally:
@@ -236,7 +237,7 @@ class Client:
             self.in_flight += change
             self.on_in_flight(self.in_flight)
 
-    def _given_up(self, patience: _Patience, reason: str) -> Exception:
+    def _given_up(self, patience: Patience, reason: str) -> Exception:
         text = f"given up after {patience.waited_s:.0f} s: {reason}"
         if self._answered_s < patience.failing_since_s:
             return EndpointGone(f"the endpoint serves nobody; {text}")
@@ -256,14 +257,14 @@ class _HttpAnswer(msgspec.Struct):
 def _http_answer(url: str, answer: aiohttp.ClientResponse, content: bytes) -> _HttpAnswer:
     return _HttpAnswer(
         answer.status,
-        f"{url}: HTTP {answer.status}: {_excerpt(content)}" if answer.status != 200 else "",
+        f"{url}: HTTP {answer.status}: {excerpt(content)}" if answer.status != 200 else "",
         content,
         answer.headers.get(HEADER, "{}"),
-        _seconds(answer.headers.get("retry-after")),
+        seconds_of(answer.headers.get("retry-after")),
     )
 
 
-class _Patience:
+class Patience:
     """How long to wait before the next attempt, and when to stop."""
 
     def __init__(self, retry_s: float) -> None:
@@ -290,13 +291,10 @@ class _Patience:
         return max(retry_after_s, self._backoff_s, BACKOFF_FIRST_S) * random.uniform(0.7, 1.3)
 
 
-def _seconds(retry_after: str | None) -> float:
+def seconds_of(retry_after: str | None) -> float:
     """0 where the header is missing, or a date."""
     return float(retry_after) if retry_after and retry_after.isdecimal() else 0.0
 
 
-_JSON = {"content-type": "application/json"}
-
-
-def _excerpt(data: bytes) -> str:
+def excerpt(data: bytes) -> str:
     return data[:300].decode(errors="replace")

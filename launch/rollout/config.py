@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from launch.settings import (
     SECONDS,
     SIZE,
     SWITCH,
+    BadConfig,
     Form,
     check_choices,
     choice,
@@ -117,6 +119,21 @@ class JobConfig:
         "",
         "Environment of an episode of many turns, module:Class; empty means one turn.",
         ENV,
+    )
+    harness: str = setting(
+        "",
+        "Command of an agent that owns its loop, started once for each sample with a URL of its "
+        "own in its environment, at which its turns are recorded; empty means none.",
+        text("CMD"),
+    )
+    harness_timeout_s: float = setting(
+        3600.0, "Longest life of such a process; later, it is ended.", SECONDS
+    )
+    harness_output_bytes: int = setting(
+        1 << 20, "What is kept of each of its outputs: the end.", SIZE
+    )
+    record_host: str = setting(
+        "127.0.0.1", "Address of this machine at which harnesses find these URLs.", text("HOST")
     )
     max_turns: int = setting(16, "Turns after which an episode ends.", integer("N"))
     max_episode_tokens: int = setting(
@@ -226,6 +243,7 @@ class Parameters(msgspec.Struct, frozen=True):
     max_staleness_commits: int | None = None
     on_stale: str = "drop"
     loss_staleness_commits: int | None = None
+    harness: str = ""
 
 
 @dataclass(frozen=True)
@@ -281,7 +299,8 @@ def _check(config: RolloutConfig) -> None:
     check_choices(config)
     require(bool(config.input), "--input is missing: give a .jsonl or .parquet file or a folder.")
     require(bool(config.output), "--output is missing: give the folder of the samples.")
-    for name in ("n", "max_new_tokens", "max_turns", "max_episode_tokens", "shard_bytes"):
+    counts = ("n", "max_new_tokens", "max_turns", "max_episode_tokens", "shard_bytes")
+    for name in (*counts, "harness_output_bytes"):
         value = getattr(config, name)
         require(value >= 1, f"{flag(name)} {value}: give 1 or more.")
     for name in ("groups", "oversample_groups", "oversample_samples"):
@@ -294,7 +313,7 @@ def _check(config: RolloutConfig) -> None:
         bool(config.groups) or not config.oversample_groups,
         "--oversample-groups without --groups: say how many are needed.",
     )
-    for name in ("timeout_s", "retry_s", "env_timeout_s", "group_timeout_s"):
+    for name in ("timeout_s", "retry_s", "env_timeout_s", "group_timeout_s", "harness_timeout_s"):
         value = getattr(config, name)
         require(value > 0, f"{flag(name)} {value}: give a number greater than 0.")
     require(config.temperature >= 0, f"--temperature {config.temperature}: give 0 or more.")
@@ -303,6 +322,7 @@ def _check(config: RolloutConfig) -> None:
         not (config.overwrite and config.extend),
         "--overwrite with --extend: give the one that you mean.",
     )
+    _check_harness(config)
     if config.endpoint:
         given = [word for word in config.cluster_flags() if not word.startswith(_OF_A_CLIENT)]
         given += [name for name in config.cluster_secrets() if name != variable("api_key")]
@@ -310,6 +330,20 @@ def _check(config: RolloutConfig) -> None:
             not given,
             f"{' '.join(given)} with --endpoint: the cluster there has its own flags.",
         )
+
+
+def _check_harness(config: RolloutConfig) -> None:
+    if not config.harness:
+        return
+    require(not config.env, "--harness with --env: give the one that owns the loop.")
+    try:
+        shlex.split(config.harness)
+    except ValueError as error:
+        raise BadConfig(f"--harness {config.harness}: {error}") from error
+    require(
+        config.record_host not in ("0.0.0.0", "::", ""),
+        f"--record-host {config.record_host}: give the address at which harnesses reach it.",
+    )
 
 
 def load_config(argv: Sequence[str]) -> RolloutConfig:

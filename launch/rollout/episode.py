@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -24,6 +25,9 @@ from launch.rollout.input.sampling import request_params, sampling_of
 from launch.rollout.output.schema import ABORT, Sample, Segment, Turn, VersionSpan
 from launch.rollout.slots import Slots
 from launch.rollout.token_ids import CannotFollow, TokenIds, said_messages
+
+if TYPE_CHECKING:
+    from launch.rollout.recording.server import RecordingServer
 
 AGAIN_S = 0.5
 """Before a turn is continued that was aborted without a new token."""
@@ -55,6 +59,8 @@ class Parts(msgspec.Struct):
     """The whole input row, for the environment."""
     on_answer: Callable[[int, Generation, bool], None] = lambda *_: None
     """Called with the tokens that were sent, the answer, and whether it continues a turn."""
+    recording: RecordingServer | None = None
+    """Of a job whose episodes are harnesses'."""
 
 
 class Episode:

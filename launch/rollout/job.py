@@ -24,8 +24,9 @@ from launch.rollout.input.prompt_table import PromptTable
 from launch.rollout.input.sampling import request_params, sampling_of
 from launch.rollout.output.shards import Output
 from launch.rollout.progress import Progress, Summary
+from launch.rollout.recording.server import RecordingServer
 from launch.rollout.slots import Slots
-from launch.rollout.token_ids import TokenIds
+from launch.rollout.token_ids import NoTokenIds, TokenIds
 from launch.rollout.work import Prime, Source, Work
 
 log = logging.getLogger(__name__)
@@ -42,20 +43,28 @@ class Job:
     """One run over an output folder."""
 
     def __init__(
-        self, config: RolloutConfig, table: PromptTable, output: Output, client: Client, limit: int
+        self,
+        config: RolloutConfig,
+        table: PromptTable,
+        output: Output,
+        client: Client,
+        limit: int,
+        recording: RecordingServer | None = None,
     ) -> None:
+        """``recording``: of a job with a harness."""
         self._config = config
         self._output = output
         self._client = client
         samples = output.done.size
         self.progress = Progress(samples, int(output.done.sum()))
-        token_ids = TokenIds(client)
+        token_ids = TokenIds(client) if recording is None else NoTokenIds(client)
         source = Source(config, table, output, token_ids)
         # Of a run that makes some groups only, those count that it has begun.
         self.slots = Slots(limit, 0 if config.groups else source.draws())
         client.on_in_flight = self.slots.use.are
         build_env = load_env(config.env) if config.env else None
         self._parts = Parts(config, client, token_ids, self.slots, build_env, table.fields)
+        self._parts.recording = recording
         self._gathering = Gathering(self._parts, output, self.progress)
         self._gathering.on_missing = self._missing
         self._groups = source.groups()

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import aiohttp
@@ -30,13 +30,6 @@ async def own_cluster(config: RolloutConfig, log: Path) -> AsyncIterator[str]:
 
     It ends with this process even if that is killed.
     """
-    libc, parent = ctypes.CDLL(None), os.getpid()
-
-    def end_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "launch.cluster", *config.cluster_flags()],
@@ -45,7 +38,7 @@ async def own_cluster(config: RolloutConfig, log: Path) -> AsyncIterator[str]:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for the job, which ends the cluster last
-            preexec_fn=end_with_parent,
+            preexec_fn=ending_with_us(),
         )
     try:
         scheme = "https" if config.ssl_certfile else "http"
@@ -54,6 +47,18 @@ async def own_cluster(config: RolloutConfig, log: Path) -> AsyncIterator[str]:
         yield url
     finally:
         await asyncio.to_thread(stop, process)
+
+
+def ending_with_us() -> Callable[[], None]:
+    """For a child to call before it begins: it gets SIGTERM when this process ends, however."""
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def end_with_parent() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return end_with_parent
 
 
 async def _healthy(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float) -> None:

@@ -76,6 +76,13 @@ class TokenIds:
         return self._chat
 
 
+class NoTokenIds(TokenIds):
+    """For a job whose prompts its harness makes of the rows: nothing of them is sent before."""
+
+    async def prompt(self, row: Row) -> list[int]:
+        return []
+
+
 def said_messages(say: Say) -> list[JsonObject]:
     """As the messages of a chat."""
     if say.messages is not None:

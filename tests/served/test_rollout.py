@@ -6,6 +6,7 @@ import json
 import random
 import signal
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from tests.launch.rollout.jobs import (
     what_was_sampled,
     write_jsonl,
 )
+from tests.launch.rollout.recording.recorded_agent import ROUTES as CONVERSATIONS
+from tests.launch.rollout.recording.test_recording import CLIENTS
 from tests.served.conftest import WITH_THE_CLUSTER
 
 pytestmark = WITH_THE_CLUSTER
@@ -141,6 +144,23 @@ def test_what_a_run_aborts_is_continued_by_the_next_from_its_kv(cluster, tmp_pat
     assert second["cached_tokens"] >= 3 * PAGE
     assert long["token_ids"][: len(begun["token_ids"])] == begun["token_ids"]
     check_logprobs(cluster, long)
+
+
+def test_agents_that_own_their_loop_are_recorded_to_the_token(cluster, tmp_path):
+    """Anthropic's and OpenAI's clients, on three routes, streamed and whole: each conversation is
+    one trajectory, whose turns go on from the blocks of those before."""
+    asks = [words(120, seed=9), words(30, seed=10), words(20, seed=11)]
+    talks = [(route, stream) for route in CONVERSATIONS for stream in (False, True)]
+    told = [{"route": route, "stream": stream, "asks": asks} for route, stream in talks]
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "-", "conversations": told}])
+    flags = ("--harness", CLIENTS, "--logprobs", "--max-new-tokens", "16", "--max-turns", "18")
+    assert run(source, tmp_path / "out", cluster.url, *flags) == 0, samples(tmp_path / "out")
+    rows = sorted(samples(tmp_path / "out"), key=lambda row: row["trajectory"])
+    assert [(row["trajectory"], len(row["turns"])) for row in rows] == [(n, 3) for n in range(6)]
+    for row in rows:
+        check_logprobs(cluster, row)
+        for turn, following in pairwise(row["turns"]):
+            assert following["cached_tokens"] >= turn["prompt_tokens"] // PAGE * PAGE
 
 
 def samples_kept(output: Path) -> int:

@@ -24,6 +24,12 @@ HTTP = (
         "all routes' prompts come here as token ids; where a body takes no id, ours is set",
     ),
     Hook(
+        "entrypoints.openai.serving_base.OpenAIServingBase.handle_request",
+        "around",
+        "engine.sglang.http.answers:around_route",
+        "a chat's answer brings its token ids, where a job records them",
+    ),
+    Hook(
         "entrypoints.anthropic.serving.AnthropicServing.handle_messages",
         "around",
         "engine.sglang.http.answers:around_route",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from common.ids import FIELDS_HEADER
+from common.ids import FIELDS_HEADER, INPUT_IDS_HEADER, RECORD_HEADER
 from common.json import JsonObject
 from common.tracing.spans import NO_SPAN, Span
 from launch.gateway.errors import BadRequest
@@ -29,8 +29,8 @@ RESPONSES = "/v1/responses"
 """OpenAI's newer one."""
 GENERATING = (CHAT, COMPLETIONS, GENERATE, MESSAGES, RESPONSES)
 OF_EVENTS = (MESSAGES, RESPONSES)
-"""They take no token ids: engines make them of what was said. Their streams are of events with
-names, of which errors are some."""
+"""SGLang's take no token ids: engines make them of what was said, unless a header says that they
+are in the body. Their streams are of events with names, of which errors are some."""
 
 DEFAULT_NEW_TOKENS = {CHAT: 512, COMPLETIONS: 16, GENERATE: 128, MESSAGES: 512, RESPONSES: 512}
 RESERVED_NEW_TOKENS = 512
@@ -72,6 +72,8 @@ class Part(msgspec.Struct):
     """Nothing of the prompt is read from the store, though it is there."""
     no_store: bool = False
     """Nothing of it, nor of the answer, is kept there."""
+    is_recorded: bool = False
+    """The answer brings a record of its tokens."""
 
     @property
     def stream(self) -> bool:
@@ -109,10 +111,13 @@ class Part(msgspec.Struct):
 
     def engine_headers(self, rid: str) -> dict[str, str]:
         """What the engines are told of the request where its body has no place for it."""
-        if self.path != MESSAGES:
-            return {}
-        fields = {name: self.body[name] for name in _BESIDE_MESSAGES if name in self.body}
-        return {FIELDS_HEADER: msgspec.json.encode({**fields, "rid": rid}).decode()}
+        headers = {RECORD_HEADER: "1"} if self.is_recorded else {}
+        if self.path in OF_EVENTS and self.body.get("input_ids"):
+            headers[INPUT_IDS_HEADER] = "1"
+        if self.path == MESSAGES:
+            fields = {name: self.body[name] for name in _BESIDE_MESSAGES if name in self.body}
+            headers[FIELDS_HEADER] = msgspec.json.encode({**fields, "rid": rid}).decode()
+        return headers
 
     def engine_body(self) -> JsonObject:
         """The body for the engines, with the token ids in place of the prompt."""
@@ -120,7 +125,7 @@ class Part(msgspec.Struct):
         if self.token_ids is None:
             return body
         if self.path in OF_EVENTS:
-            pass  # they take no ids: the engines make them once more, of the same messages
+            pass  # those of its client are there; others the engines make of the same messages
         elif self.path == CHAT:
             body["input_ids"] = self.token_ids
         elif self.path == COMPLETIONS:
@@ -151,12 +156,16 @@ def split_request(path: str, body: JsonObject, parts_max: int) -> PartedRequest:
     """Take a request apart; raises :class:`BadRequest`."""
     refuse_media(body)
     body = dict(body)
-    no_load, no_store = bool(body.pop("no_load", None)), bool(body.pop("no_store", None))
+    no_load, no_store, is_recorded = (
+        bool(body.pop(name, None)) for name in ("no_load", "no_store", "return_turn_record")
+    )
     prompts = _prompts(path, body)
     samples = _samples(path, body)
     count = len(prompts) * samples
     if count > parts_max:
         raise BadRequest(f"{count} answers asked for in one request; at most {parts_max}")
+    if is_recorded and count > 1:
+        raise BadRequest("return_turn_record goes with one answer a request: n is 1.", "n")
     rid, names = _rids(body.get("request_id" if path == RESPONSES else "rid"), count)
     if path == RESPONSES and not body.get("request_id"):
         rid = f"resp_{rid}"  # the answer's id, by which its clients know it
@@ -164,7 +173,7 @@ def split_request(path: str, body: JsonObject, parts_max: int) -> PartedRequest:
     for index in range(count):
         part = _part(path, body, prompts, index // samples)
         part.index, part.request_rid = index, rid
-        part.no_load, part.no_store = no_load, no_store
+        part.no_load, part.no_store, part.is_recorded = no_load, no_store, is_recorded
         # As SGLang names the parts of a request; its engines know other ids.
         part.rid = names[index] if names else rid if count == 1 else f"{rid}_{index}"
         parts.append(part)
@@ -222,11 +231,9 @@ def _is_list_of_prompts(body: JsonObject) -> bool:
 
 
 def _prompts(path: str, body: JsonObject) -> Sequence[Prompt]:
-    if path == CHAT:
+    if path == CHAT or path in OF_EVENTS:
         ids = body.get("input_ids")
         return [ids if isinstance(ids, list) and ids else None]
-    if path in OF_EVENTS:
-        return [None]
     name = "prompt"
     if path == GENERATE:
         name = "text" if body.get("text") is not None else "input_ids"

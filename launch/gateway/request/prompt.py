@@ -44,6 +44,8 @@ async def tokenize(request: PartedRequest, endpoint: TokenizeEndpoint) -> None:
         return
     if request.path in OF_EVENTS:
         [part] = request.parts
+        if part.token_ids is not None:
+            return
         answer = await endpoint.prompt_ids(part.path, part.body | {"stream": False})
         part.token_ids = msgspec.json.decode(answer, type=_One).tokens
         return

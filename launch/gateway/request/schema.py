@@ -251,12 +251,18 @@ _PARSE_CALLS = {"text": str, "tools": list[JsonObject], "tool_call_parser": _Tex
 _SEPARATE = {"text": str, "reasoning_parser": str, "return_blocks": bool}
 OWN: Mapping[str, object] = {"no_load": _Flag, "no_store": _Flag}
 """Fields of this gateway's own, which engines do not see."""
+_RECORDED: Mapping[str, object] = {
+    **OWN,
+    "input_ids": list[int] | None,
+    "return_turn_record": _Flag,
+}
+"""Of conversations, whose next turns go on from the very tokens of those before."""
 TABLES: Mapping[str, Mapping[str, object]] = {
-    CHAT: {**_CHAT, **OWN},
+    CHAT: {**_CHAT, **_RECORDED},
     COMPLETIONS: {**_COMPLETIONS, **OWN},
     GENERATE: {**_GENERATE, **OWN},
-    MESSAGES: {**_MESSAGES, **OWN},
-    RESPONSES: {**_RESPONSES, **OWN},
+    MESSAGES: {**_MESSAGES, **_RECORDED},
+    RESPONSES: {**_RESPONSES, **_RECORDED},
     COUNT_TOKENS: _COUNT_TOKENS,
     TOKENIZE: _TOKENIZE,
     DETOKENIZE: _DETOKENIZE,

@@ -11,6 +11,7 @@ import msgspec
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
+from common.ids import PROMPT_IDS_HEADER
 from common.tracing.spans import NO_SPAN, OK, Span
 from launch.gateway.admission import Client, Seat
 from launch.gateway.body import read_body
@@ -53,6 +54,8 @@ async def serve(services: Services, path: str, request: Request) -> Response:
         if (salt_key := services.salt_keys.get(visitor.tenant)) is not None:
             body = salted(body, salt_key)
         parted = split_request(path, body, services.config.requests_max)
+        if PROMPT_IDS_HEADER in request.headers:
+            return await _prompt_ids(services, parted)
         seat = _admit(services, parted, client)
     except GatewayError as error:
         services.metrics.requests.labels(path, error.outcome).inc()
@@ -86,6 +89,13 @@ def error_response(error: GatewayError, trace: Trace | None = None) -> Response:
     if trace is not None and trace.attempts:
         headers |= trace.header(1)
     return Response(error.body(), error.status, headers=headers, media_type=error.content_type)
+
+
+async def _prompt_ids(services: Services, parted: PartedRequest) -> Response:
+    """What a request would be planned by, and nothing else."""
+    await _tokenize(services, parted)
+    ids = {"tokens": parted.parts[0].token_ids}
+    return Response(msgspec.json.encode(ids), media_type="application/json")
 
 
 async def _tokenize(services: Services, parted: PartedRequest) -> None:

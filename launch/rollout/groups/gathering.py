@@ -17,9 +17,10 @@ from launch.rollout.episode import Cut, Episode, Parts
 from launch.rollout.errors import RequestFailed
 from launch.rollout.groups.group import Group
 from launch.rollout.groups.hooks import Hooks, WholeGroup
-from launch.rollout.output.schema import Sample
+from launch.rollout.output.schema import Sample, trajectories
 from launch.rollout.output.shards import Dropped, Output
 from launch.rollout.progress import Progress
+from launch.rollout.recording.episode import HarnessEpisode
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ class Gathering:
             slots.give_back()
             slots.changed()
             return
-        episode = Episode(self._parts, group.prompt, number, group.begun.get(number))
+        kind = HarnessEpisode if self._parts.recording is not None else Episode
+        episode = kind(self._parts, group.prompt, number, group.begun.get(number))
         group.running.add(episode)
         try:
             sample = await episode.run()
@@ -169,7 +171,7 @@ class Gathering:
         samples = group.chosen()
         for sample in samples:
             sample.staleness_commits = self._versions.staleness_commits([sample])
-            for span in sample.versions:
+            for span in [span for one in trajectories(sample) for span in one.versions]:
                 behind = self._versions.behind_commits(span.version)
                 span.in_loss = limit is None or behind <= limit
         if (segment := self._output.add(samples)) is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from launch.rollout.answers import Span
-from launch.rollout.output.schema import Sample
+from launch.rollout.output.schema import Sample, trajectories
 
 
 class VersionLog:
@@ -50,7 +50,8 @@ class VersionLog:
 
     def staleness_commits(self, samples: Iterable[Sample]) -> int:
         """Of the oldest token in them; 0 where there are no tokens."""
-        versions = {span.version for sample in samples for span in sample.versions}
+        everything = [one for sample in samples for one in trajectories(sample)]
+        versions = {span.version for one in everything for span in one.versions}
         return max((self.behind_commits(version) for version in versions), default=0)
 
     def _save(self) -> None:

@@ -80,11 +80,28 @@ class Sample(msgspec.Struct):
     staleness_commits: int = 0
     """How far its oldest tokens' weights were behind those that were served when its group was
     whole."""
+    trajectory: int = 0
+    """Which of the episode's, in a shard."""
+    exit_code: int | None = None
+    """Of the harness."""
+    branches: list[Branch] = []
+    """The episode's other trajectories, from the second on, in the journal."""
 
     @property
     def is_whole(self) -> bool:
         """Whether the episode has ended."""
         return bool(self.finish_reason)
+
+
+class Branch(msgspec.Struct):
+    """What a trajectory has of its own, as in :class:`Sample`."""
+
+    messages: list[JsonObject]
+    token_ids: list[int]
+    logprobs: list[float]
+    prompt_tokens: int
+    turns: list[Turn]
+    versions: list[VersionSpan]
 
 
 class Key(msgspec.Struct):
@@ -133,6 +150,7 @@ COLUMNS = pa.schema(
         ("id", pa.string()),
         ("row", pa.int64()),
         ("sample", pa.int32()),
+        ("trajectory", pa.int32()),
         ("prompt", pa.string()),
         ("messages", pa.list_(_MESSAGE)),
         ("token_ids", pa.list_(pa.int32())),
@@ -142,6 +160,7 @@ COLUMNS = pa.schema(
         ("finish_reason", pa.string()),
         ("reward", pa.float64()),
         ("error", pa.string()),
+        ("exit_code", pa.int32()),
         ("turns", pa.list_(_TURN)),
         ("weight_version", pa.string()),
         ("weight_versions", pa.list_(_VERSIONS)),
@@ -154,6 +173,15 @@ COLUMNS = pa.schema(
 TAKEN_NAMES = tuple(n for n in COLUMNS.names if n not in ("id", "prompt", "messages"))
 """Names that no carried column may have; the input's own three are known columns."""
 assert set(_SAMPLING.names) == set(SAMPLING_COLUMNS)
+
+
+def trajectories(sample: Sample) -> list[Sample]:
+    """Those of an episode, each a row of a shard."""
+    others = [
+        msgspec.structs.replace(sample, trajectory=number, **msgspec.structs.asdict(branch))
+        for number, branch in enumerate(sample.branches, 1)
+    ]
+    return [sample, *others]
 
 
 def sample_columns(samples: Sequence[Sample]) -> list[pa.Array]:
@@ -230,8 +258,9 @@ def _message(message: JsonObject) -> dict[str, str | None]:
     extra = {k: v for k, v in message.items() if k not in ("role", "content")}
     if content is not None and text is None:
         extra["content"] = content
+    role = message.get("role") or message.get("type") or ""  # an element of /v1/responses
     return {
-        "role": str(message["role"]),
+        "role": str(role),
         "content": text,
         "extra": msgspec.json.encode(extra).decode() if extra else None,
     }

@@ -24,7 +24,7 @@ from launch.rollout.errors import DiskFull
 from launch.rollout.groups.version_log import VersionLog
 from launch.rollout.input.prompt_table import PromptTable
 from launch.rollout.output.kept import Kept
-from launch.rollout.output.schema import COLUMNS, Key, Sample, sample_columns
+from launch.rollout.output.schema import COLUMNS, Key, Sample, sample_columns, trajectories
 from launch.rollout.output.segment import Segment, sync, whole_lines
 
 BATCH_BYTES = 8 << 20
@@ -157,7 +157,9 @@ class Output:
             table = pq.read_table(shard, columns=["row", "sample", "error"])
             samples = table["row"].to_numpy(), table["sample"].to_numpy()
             self.done[samples] = True
-            self.failed += len(table) - table["error"].null_count
+            failed = table["error"].is_valid().to_numpy()
+            places = zip(*(numbers[failed].tolist() for numbers in samples), strict=True)
+            self.failed += len(set(places))  # an episode may have many rows
         sealed = {int(shard.stem.removeprefix("part-")) for shard in shards}
         number = max(sealed, default=-1) + 1
         for segment in self._segments():
@@ -183,10 +185,11 @@ class Output:
             pq.ParquetWriter(scratch, schema, compression="zstd") as writer,
         ):
             for batch in _batches(lines):
-                samples = []
+                samples: list[Sample] = []
                 for _, _, begin, size in batch:
                     file.seek(begin)
-                    samples += decoder.decode(file.read(size))
+                    for sample in decoder.decode(file.read(size)):
+                        samples += trajectories(sample)
                 carried = self._table.carried([sample.row for sample in samples])
                 arrays = [*sample_columns(samples), *carried]
                 writer.write_table(pa.table(arrays, schema=schema))

@@ -19,7 +19,13 @@ from aiohttp import ClientSession, web
 
 from common.block import BlockKey
 from common.cluster.membership import EngineAddress
-from common.ids import FIELDS_HEADER, PROMPT_IDS_HEADER, Incarnation
+from common.ids import (
+    FIELDS_HEADER,
+    INPUT_IDS_HEADER,
+    PROMPT_IDS_HEADER,
+    RECORD_HEADER,
+    Incarnation,
+)
 from common.loads import EngineLoad, ModelBounds
 from common.messages.fields import Ping
 from common.messages.from_engines import EngineEnds, EngineHello, PlanAccepted, PlanRefused
@@ -64,6 +70,8 @@ class StubEngine(ControlStub):
         self.samples = [sample("engine_kv_wait_seconds_total", 2, layer="0")]
         self.bodies: list[dict[str, Any]] = []
         self.fields: list[str | None] = []
+        self.asked_for: list[set[str]] = []
+        """Of each body, the headers that go with a recorded turn."""
         """Of which no place is in the body."""
         self.traceparents: list[str | None] = []
         """Which they came with."""
@@ -191,6 +199,8 @@ class StubEngine(ControlStub):
             return web.json_response({"tokens": [ord(c) for c in text]})
         self.bodies.append(body)
         self.fields.append(request.headers.get(FIELDS_HEADER))
+        turns = (INPUT_IDS_HEADER, RECORD_HEADER)
+        self.asked_for.append({name for name in turns if name in request.headers})
         self.traceparents.append(request.headers.get("traceparent"))
         assert body["rid"] in [plan.rid for plan in self.got(EnginePlan)]
         fault = self.faults.pop(0) if self.faults else ""

@@ -1,7 +1,7 @@
 """A stand-in for the cluster's endpoint, for tests of jobs: its "model" is a hash.
 
-``python stub.py`` prints its port. ``/stub`` (POST) sets faults, (GET) counts; of
-requests in flight, the most since it was set.
+``python -m tests.launch.rollout.stub 0`` prints its port. ``/stub`` (POST) sets faults, (GET)
+counts; of requests in flight, the most since it was set.
 """
 
 from __future__ import annotations
@@ -15,12 +15,21 @@ import sys
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 from aiohttp.typedefs import Handler
+
+from tests.launch.rollout.recording.stub_routes import (
+    ROUTES,
+    as_generate,
+    chat_of,
+    events,
+    record_of,
+    said_in,
+    whole_answer,
+)
 
 START, END, NEWLINE, FIRST = 1, 2, 3, 100
 """Special tokens; a byte b of text is token FIRST + b."""
@@ -36,6 +45,10 @@ def chat_ids(messages: list[dict[str, Any]], generation: bool = True) -> list[in
         body = text_ids(f"{message['role']}:{message['content']}")
         ids += [START, *body, END, NEWLINE]
     return [*ids, START, *text_ids("assistant:")] if generation else ids
+
+
+def route_ids(path: str, body: dict[str, Any]) -> list[int]:
+    return chat_ids(chat_of(path, body))
 
 
 def decode(ids: list[int]) -> str:
@@ -83,6 +96,9 @@ class Stub:
         app.router.add_post("/v1/detokenize", self.detokenize)
         app.router.add_post("/generate", self.generate)
         app.router.add_post("/abort_request", self.abort)
+        for path in ROUTES:
+            app.router.add_post(path, self.converse)
+        app.router.add_post("/v1/messages/count_tokens", self.count)
         app.router.add_post("/stub", self.change)
         app.router.add_get("/stub", self.show)
         return app
@@ -161,6 +177,33 @@ class Stub:
             aborted.set()
         return web.Response()
 
+    async def count(self, request: web.Request) -> web.Response:
+        ids = route_ids("/v1/messages", await request.json())
+        return web.json_response({"input_tokens": len(ids)})
+
+    async def converse(self, request: web.Request) -> web.StreamResponse:
+        """One of the three routes: the prompt's ids where these are asked for, else an answer."""
+        body = await request.json()
+        if "x-dualpath-prompt-ids" in request.headers:
+            return web.json_response({"tokens": route_ids(request.path, body)})
+        self.counts["requests"] += 1
+        if self.settings.get("lose", 0) > 0:
+            self.settings["lose"] -= 1
+            return web.json_response({"error": {"message": "lost"}}, status=502)
+        ids = body.get("input_ids") or route_ids(request.path, body)
+        answer = self.answer(as_generate(body), ids, False)
+        record = record_of(answer) if body.get("return_turn_record") else None
+        said = said_in(answer["text"])
+        await asyncio.sleep(self.settings.get("delay_s", 0.0))
+        if not body.get("stream"):
+            whole = whole_answer(request.path, said)
+            return web.json_response(whole | ({"turn_record": record} if record else {}))
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for event in events(request.path, said, record):
+            await response.write(event)
+        return response
+
     def answer(self, body: dict[str, Any], ids: list[int], is_aborted: bool) -> dict[str, Any]:
         params = body["sampling_params"]
         version = self.settings["weight_version"]
@@ -216,7 +259,7 @@ class StubProcess:
 
 @contextlib.contextmanager
 def stub_process(port: int = 0, **settings: Any) -> Iterator[StubProcess]:
-    argv = [sys.executable, str(Path(__file__)), str(port)]
+    argv = [sys.executable, "-m", "tests.launch.rollout.stub", str(port)]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

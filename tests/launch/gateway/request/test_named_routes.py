@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from common.ids import INPUT_IDS_HEADER, PROMPT_IDS_HEADER, RECORD_HEADER
 from common.messages.from_gateway import EnginePlan
 from launch.gateway.doors.keys import ApiKey
 from launch.gateway.doors.settings import DoorKeys
-from launch.gateway.request.parts import MESSAGES, RESPONSES
+from launch.gateway.request.parts import CHAT, MESSAGES, RESPONSES
 from tests.launch.gateway.client import PROMPT, TEXT, keys_of, post
 from tests.launch.gateway.stubs import running_cluster as cluster_of
 
@@ -35,6 +36,39 @@ async def test_the_engines_say_what_the_prompt_is(path: str) -> None:
             [body], [plan] = engine.bodies, engine.got(EnginePlan)
             assert body["bootstrap_room"] is not None and "input_ids" not in body
             assert plan.rid == body["rid"] == body["request_id"]
+
+
+@pytest.mark.parametrize("path", [*BODIES, CHAT])
+async def test_a_turn_goes_on_from_the_clients_tokens_and_is_recorded(path: str) -> None:
+    ids = [ord(c) for c in PROMPT]
+    said = {"model": "stub", "messages": [{"role": "user", "content": "else"}]}
+    asked = BODIES[path] | {"input": said["messages"]} if path == RESPONSES else said
+    async with cluster_of() as cluster:
+        await cluster.announce("node-p", keys_of(PROMPT))
+        recorded = {**asked, "max_tokens": 3, "input_ids": ids, "return_turn_record": True}
+        assert (await post(cluster, path, recorded))[2]["hit_blocks"] == 3
+        for engine in cluster.engines:
+            [body], [asked_for] = engine.bodies, engine.asked_for
+            assert body["input_ids"] == ids and "return_turn_record" not in body
+            assert asked_for == {RECORD_HEADER} | ({INPUT_IDS_HEADER} if path in BODIES else set())
+        status, answer, _ = await post(cluster, path, {**recorded, "input_ids": [-1]})
+        assert status == 400 and "integers" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [*BODIES, CHAT])
+async def test_a_client_may_ask_for_a_prompts_ids_alone(path: str) -> None:
+    async with cluster_of() as cluster:
+        body = BODIES.get(path) or {"model": "stub", "messages": SAID}
+        async with cluster.http.post(path, json=body, headers={PROMPT_IDS_HEADER: "1"}) as answer:
+            assert await answer.json() == {"tokens": [ord(c) for c in PROMPT]}
+        assert not any(engine.bodies for engine in cluster.engines)
+
+
+async def test_a_record_is_of_one_answer() -> None:
+    async with cluster_of() as cluster:
+        body = {"model": "stub", "messages": SAID, "n": 2, "return_turn_record": True}
+        status, answer, _ = await post(cluster, CHAT, body)
+        assert status == 400 and answer["error"]["param"] == "n"
 
 
 async def test_what_messages_have_no_place_for_goes_beside_them() -> None:
