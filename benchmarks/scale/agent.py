@@ -159,8 +159,9 @@ class Bench:
     async def bring(self, blocks: int) -> list[BlockKey]:
         """Have so many in DRAM, for a plan."""
         keys = self._new_keys(blocks)
+        label = self._engine.pools[0].label  # of the engine's shards: none are cut or joined
         for key in self._store.reserve(keys):
-            self._store.commit(key)
+            self._store.commit(key, label)
         self._store.admit(PLAN, keys, time.monotonic() + DEADLINE_S, time.monotonic())
         list(self._store.poll(time.monotonic()))
         return keys
