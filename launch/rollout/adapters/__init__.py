@@ -1,0 +1,1 @@
+"""Environments of others as harnesses: each module is a program for ``--harness``."""
