@@ -33,7 +33,7 @@ check-types: setup
 # -W: SWIG's complaint at interpreter exit would follow pytest's last line.
 PYTEST = .venv/bin/python -W "ignore:builtin type :DeprecationWarning" -m pytest
 TOGETHER = $(PYTEST) -m "not $(LATER)" --durations=9 --durations-min=4
-LATER ?= alone
+LATER ?= (whole or alone)
 WITHOUT_SGLANG = $(addprefix tests/,transfer launch/gateway launch/rollout launch/cluster launch/node launch/ray storage \
     scheduler benchmarks deploy)
 
@@ -53,10 +53,12 @@ check: setup
 	@EXAMPLES=few $(AT_ONCE) LATER=slow DIST=worksteal
 	@echo "check: all well"
 
-# Whole clusters, and what measures rates, have the machine to themselves: after all others.
+# Whole clusters come after all others, two at a time: each waits half of the time. What measures
+# rates or times has the machine to itself.
 test: setup-test
 ifeq ($(ARGS),)
 	@$(AT_ONCE)
+	$(PYTEST) -m whole --numprocesses=2 --dist=loadfile
 	$(PYTEST) -m alone
 else
 	@$(MAKE) --no-print-directory lint

@@ -26,6 +26,7 @@ import psutil
 
 import benchmarks.plain_sglang
 from launch.models.resolve import resolve_model
+from tests.common.ports import place_of_worker
 
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 15
@@ -89,13 +90,16 @@ def get(url: str, timeout_s: float = 10) -> tuple[int, str]:
 
 
 _PORTS_END = 32000
+_PROCESSES_MAX = 4
 
 
 def free_port_block(size: int, lowest: int = 17500) -> int:
     """First of ``size`` consecutive ports that are free now."""
-    # Below the ports of outgoing connections, where Mooncake refuses a fixed range.
-    own = os.getpid() % min(20, (_PORTS_END - lowest) // size) * size
-    for first in range(lowest + own, _PORTS_END, size):
+    # Below the ports of outgoing connections, where Mooncake refuses a fixed range. No other test
+    # process of this run looks there: what is to be bound in a while is still free now.
+    own = range(lowest, _PORTS_END, size)[place_of_worker() % _PROCESSES_MAX :: _PROCESSES_MAX]
+    begin = os.getpid() % min(20, len(own))
+    for first in (*own[begin:], *own[:begin]):
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(first, first + size):

@@ -92,8 +92,9 @@ def test_one_file_imports_ray():
     assert importers == {"launch/ray/places.py"}
 
 
-def test_a_whole_cluster_has_the_machine_to_itself():
-    """``make test`` runs other tests at once, and those that are marked ``alone`` one by one."""
+def test_a_whole_cluster_is_marked():
+    """``make test`` runs other tests at once, those that are marked ``whole`` two at a time, and
+    those that are marked ``alone`` one by one."""
     starters = [
         path
         for path in python_files("tests")
@@ -102,7 +103,9 @@ def test_a_whole_cluster_has_the_machine_to_itself():
         if "running_cluster" in [alias.name for alias in node.names]
     ]
     assert starters
-    assert [name_of(path) for path in starters if "mark.alone" not in path.read_text()] == []
+    marks = ("mark.whole", "mark.alone")
+    unmarked = [path for path in starters if not any(mark in path.read_text() for mark in marks)]
+    assert list(map(name_of, unmarked)) == []
 
 
 def test_names_of_test_files_are_unique():

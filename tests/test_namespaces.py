@@ -25,7 +25,7 @@ from tests.cluster import (
     shared_plain,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.timeout(600)]
 
 IDS = prompt(300, seed=5)
 HIT = 256

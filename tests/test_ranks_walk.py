@@ -22,7 +22,7 @@ BLOCK_BYTES = 8192 * PAGE
 CHUNK = 1024
 LENGTHS = (64, 65, 3000)
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.timeout(600)]
 
 
 def expected_hit(length: int) -> int:

@@ -33,7 +33,7 @@ LARGE_PROMPT = 3300
 DRAM_BYTES = 100 * BLOCK_BYTES
 POOL_TOKENS = 20480
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

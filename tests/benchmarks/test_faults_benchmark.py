@@ -246,7 +246,7 @@ def test_what_was_not_looked_at_does_not_hold():
 )
 def test_a_short_campaign_reaches_its_goals(tmp_path: Path):
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "benchmarks.faults", "--minutes", "2", "--seed", "5797"]
+    command = [sys.executable, "-m", "benchmarks.faults", "--minutes", "1", "--seed", "5797"]
     command += ["--conversations", "3", "--json", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=880)
     report = json.loads(out.read_text())

@@ -12,11 +12,15 @@ _PORTS = range(4096, 10240)
 _PROCESSES_MAX = 8
 
 
+def place_of_worker() -> int:
+    """This test process's among those of one run; 0 if it is the only one."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    return int(worker.removeprefix("gw")) + 1 if worker else 0
+
+
 def _own() -> range:
     """This test process's: what it is about to bind no other one may find free."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    place = int(worker.removeprefix("gw")) + 1 if worker else 0
-    return _PORTS[place % _PROCESSES_MAX :: _PROCESSES_MAX]
+    return _PORTS[place_of_worker() % _PROCESSES_MAX :: _PROCESSES_MAX]
 
 
 _next = itertools.islice(itertools.cycle(_own()), os.getpid() % 700, None)

@@ -31,7 +31,7 @@ Plain = Callable[..., list[int]]
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.alone,
+    pytest.mark.whole,
     pytest.mark.timeout(500),
     pytest.mark.skipif(
         bool(own_slurm.missing()),

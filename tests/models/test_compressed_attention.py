@@ -26,7 +26,7 @@ STATE_SEEDS = (1, 4, 5, 8)
 NEW_TOKENS = 12
 POLICIES = ("prefill", "decode", "split")
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

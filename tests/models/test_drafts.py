@@ -33,7 +33,7 @@ if "transfer.agent" in sys.orig_argv:
 """
 """Has agents leave the draft's layers out of what they deliver, while a file is there."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.timeout(600)]
 
 
 def accepted(answer: Answer) -> float:

@@ -19,7 +19,7 @@ from tests.prefill_checks import (
 LENGTHS = (65, 300, 1500)
 FLOAT8 = ["--kv-cache-dtype", "fp8_e4m3"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.timeout(600)]
 
 
 def tokens_of(url: str, input_ids: list[int]) -> list[int]:

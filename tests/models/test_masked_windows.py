@@ -11,7 +11,7 @@ from tests.models.by_transformers import greedy
 
 LENGTHS = (65, 300, 1500)
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.timeout(600)]
 
 
 def test_windows_by_a_mask_are_restored_by_every_path(tmp_path):

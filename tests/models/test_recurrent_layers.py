@@ -24,7 +24,7 @@ NEW_TOKENS = 48
 PARAMETERS = {**GREEDY, "max_new_tokens": NEW_TOKENS}
 POLICIES = ("prefill", "decode", "split", "n-way")
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.timeout(600)]
 
 Tokens = Callable[[list[int]], list[int]]
 

@@ -23,7 +23,7 @@ LENGTHS = (63, 127, 129, 190, 192, 255, 257, 1300)
 NEW_TOKENS = 20
 POLICIES = ("prefill", "decode", "split")
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.timeout(600)]
 
 Tokens = Callable[[list[int]], list[int]]
 

@@ -21,7 +21,7 @@ LATENT_BYTES, INDEX_BYTES = PAGE * 192 * 4, PAGE * 132
 BLOCK_BYTES = 6 * LATENT_BYTES + 5 * INDEX_BYTES
 LENGTHS = (65, 300, 1500)
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.timeout(600)]
 
 
 def expected_hit(length: int) -> int:

@@ -17,7 +17,7 @@ from launch.models.resolve import resolve_model
 from tests.cluster import GREEDY, RequestFailed, post, prompt, running_cluster, shared_plain
 from tests.common.ports import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.timeout(600)]
 
 PAGE = 64
 PROMPT = prompt(400, seed=8)

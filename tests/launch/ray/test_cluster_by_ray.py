@@ -22,7 +22,7 @@ from tests.launch.ray.hosts import RayHosts, until
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.alone,
+    pytest.mark.whole,
     pytest.mark.timeout(600),
     pytest.mark.skipif(
         os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2"
