@@ -352,6 +352,12 @@ class PlainTokens:
         finally:
             self._take_weights(resolve_model("tiny"))
 
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[str]:
+        """Its URL, for a test that changes its weights; afterwards it has its own again."""
+        yield self._served()
+        self._take_weights(resolve_model("tiny"))
+
     def _take_weights(self, model: Path) -> None:
         # What it has cached goes with the weights.
         assert self._post("update_weights_from_disk", {"model_path": str(model)}).body["success"]

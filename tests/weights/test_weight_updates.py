@@ -4,6 +4,7 @@ plain SGLang gives with the weights that were there, and no KV of one version me
 from __future__ import annotations
 
 import json
+import signal
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,38 +12,18 @@ from typing import Any
 
 import pytest
 
-from benchmarks.clients.reference import make_other_weights
 from benchmarks.clients.trainer import Group, described, serialized, tensors_of
 from launch.models.resolve import resolve_model
-from tests.cluster import GREEDY, RequestFailed, post, prompt, running_cluster, shared_plain
+from tests.cluster import GREEDY, RequestFailed, get, post, prompt
 from tests.common.ports import free_port
+from tests.weights.conftest import WITH_THE_CLUSTER
 
-pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.timeout(600)]
+pytestmark = WITH_THE_CLUSTER
 
 PAGE = 64
 PROMPT = prompt(400, seed=8)
 HIT = (len(PROMPT) - 1) // PAGE * PAGE
 TINY = resolve_model("tiny")
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return shared_plain()
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Two others than the model's own weights."""
-    folder = tmp_path_factory.mktemp("models")
-    return tuple(make_other_weights(TINY, folder / str(layer), layer) for layer in (3, 2))
-
-
-@pytest.fixture(scope="module")
-def cluster(plain, tmp_path_factory):
-    flags = ["--model", "tiny", "--poison-kv", "--load-policy", "always"]
-    flags += ["--dram-bytes", "256MiB", "--max-total-tokens", "16384"]
-    with running_cluster(tmp_path_factory.mktemp("weights"), *flags) as running:
-        yield running
 
 
 @pytest.fixture
@@ -186,22 +167,26 @@ def test_two_jobs_that_call_their_weights_alike_share_nothing(cluster, plain, mo
     call("destroy_weights_update_group", group_name="job")
 
 
-def test_an_engine_that_begins_anew_waits_for_the_weights_of_the_others(cluster, plain, call):
-    """It begins with those of its flags, which the cluster has no more."""
-    import signal
-
-    before = cluster.incarnations("engines")
-    cluster.signal("d0", signal.SIGKILL)
-    cluster.wait_until(
-        lambda: cluster.incarnations("engines").get("d0", 0) > before["d0"], 120, "d0 is back"
-    )
-    status, text = _health(cluster.url)
+def test_an_engine_that_begins_anew_waits_for_the_weights_of_the_others(
+    cluster, plain, models, call
+):
+    """It begins with those of its flags, which the cluster has no more; but loads the folder that
+    they came from, where there is one."""
+    restarted(cluster, "d0")
+    status, text = get(f"{cluster.url}/health")
     assert status == 503 and "weights" in text
-    call("update_weights_from_disk", model_path=str(TINY))
-    assert cluster.generate(PROMPT).output_ids == plain(PROMPT)
+    other, _ = models
+    call("update_weights_from_disk", model_path=str(other), weight_version="9")
+    expected = plain.of_weights(other, PROMPT)
+    assert cluster.generate(PROMPT).output_ids == expected
+    restarted(cluster, "d0")
+    cluster.wait_healthy()
+    assert cluster.generate(PROMPT).output_ids == expected
 
 
-def _health(url: str) -> tuple[int, str]:
-    from tests.cluster import get
-
-    return get(f"{url}/health")
+def restarted(cluster, name: str) -> None:
+    before = cluster.incarnations("engines")
+    cluster.signal(name, signal.SIGKILL)
+    cluster.wait_until(
+        lambda: cluster.incarnations("engines").get(name, 0) > before[name], 120, "it is back"
+    )
