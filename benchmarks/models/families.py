@@ -20,8 +20,8 @@ DRAFT = tuple(
     "--speculative-num-draft-tokens 2".split()
 )
 DRAFT_TOKENS = 24
-STATES_OF_GROUPS = ("window/1", "window/2")
-"""Of DeepSeek-V4: they make one group of four tokens, in two of the layers."""
+ENDS_OF_PAGES = ("window/0", "window/1", "window/2")
+"""Of DeepSeek-V4: 128 tokens of a page of 256, and what makes one group of four tokens."""
 
 
 class Family(msgspec.Struct, frozen=True):
@@ -77,7 +77,7 @@ FAMILIES = {
             plain=COMPRESSED,
             spans={"window": 1},
             margin_min=ROUNDING_MARGIN,
-            faint=frozenset(STATES_OF_GROUPS),
+            faint=frozenset(ENDS_OF_PAGES),
         ),
         Family("tiny, float8", "tiny", FLOAT8),
         Family("tiny, float8, two ranks", "tiny", (*FLOAT8, *TWO_RANKS)),

@@ -28,6 +28,8 @@ COLD, FLUSHED, SSD, REMOTE, KILLED = "cold", "flushed", "ssd", "remote", "reader
 AT_ONCE = 5
 """Requests of the cluster; the plain server has one."""
 CONTROL_PROMPTS = 3
+COMPUTED_MAX = 64
+"""Tokens behind the hit of a control's prompt: with more it hardly looks at a window there."""
 PLAIN_POOL_TOKENS = 16384
 _PLAIN_PORT_APART = 600
 """From the cluster's own ports, which are looked for at the same time."""
@@ -216,18 +218,21 @@ class Walk:
             await self._see(Control(kind.name, changed, faint=kind.name in self._family.faint))
 
     async def _see(self, control: Control) -> None:
-        last = len(self._talks[0]) - 1
-        by_length = sorted(self._talks, key=lambda talk: -len(talk[last]))
+        prompts = sorted((talk[-1] for talk in self._talks), key=self._shows_little)
         await self._cluster.flush()
-        for talk in by_length if control.faint else by_length[:CONTROL_PROMPTS]:
-            right = self._plain[tuple(talk[last])]
-            answer = await self._cluster.ask(talk[last], self._family.new_tokens)
+        for prompt in prompts if control.faint else prompts[:CONTROL_PROMPTS]:
+            right = self._plain[tuple(prompt)]
+            answer = await self._cluster.ask(prompt, self._family.new_tokens)
             control.asked += 1
             control.hits += answer.cached_tokens > 0
             control.differ += answer.tokens != right.tokens
             control.accepted += accepted(answer)
             control.accepted_plain += accepted(right)
         self.measured.controls.append(control)
+
+    def _shows_little(self, prompt: list[int]) -> tuple[bool, int]:
+        """Of what its hit was: much of it is computed behind that, or it is short."""
+        return (len(prompt) - 1) % self._page_tokens >= COMPUTED_MAX, -len(prompt)
 
 
 def accepted(answer: Answer) -> float:
