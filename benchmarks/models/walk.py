@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -218,7 +218,7 @@ class Walk:
             await self._see(Control(kind.name, changed, faint=kind.name in self._family.faint))
 
     async def _see(self, control: Control) -> None:
-        prompts = sorted((talk[-1] for talk in self._talks), key=self._shows_little)
+        prompts = by_what_they_show((talk[-1] for talk in self._talks), self._page_tokens)
         await self._cluster.flush()
         for prompt in prompts if control.faint else prompts[:CONTROL_PROMPTS]:
             right = self._plain[tuple(prompt)]
@@ -230,9 +230,10 @@ class Walk:
             control.accepted_plain += accepted(right)
         self.measured.controls.append(control)
 
-    def _shows_little(self, prompt: list[int]) -> tuple[bool, int]:
-        """Of what its hit was: much of it is computed behind that, or it is short."""
-        return (len(prompt) - 1) % self._page_tokens >= COMPUTED_MAX, -len(prompt)
+
+def by_what_they_show(prompts: Iterable[list[int]], page_tokens: int) -> list[list[int]]:
+    """The long ones first, and before them those of which little is computed behind the hit."""
+    return sorted(prompts, key=lambda p: ((len(p) - 1) % page_tokens >= COMPUTED_MAX, -len(p)))
 
 
 def accepted(answer: Answer) -> float:

@@ -12,7 +12,16 @@ from benchmarks.models.before import DELIVERY, STORE_READS, STORE_WRITES, ratio_
 from benchmarks.models.cluster import Answer
 from benchmarks.models.exchange import Kind, kinds_of, moves
 from benchmarks.models.verdict import goals_of, hit_ratio, is_seen, read_ratio, speed_goals
-from benchmarks.models.walk import COLD, KILLED, SSD, Asked, Control, Measured, margin_of
+from benchmarks.models.walk import (
+    COLD,
+    KILLED,
+    SSD,
+    Asked,
+    Control,
+    Measured,
+    by_what_they_show,
+    margin_of,
+)
 from common.block import BlockKey, BlockLabel, BlockLayout
 from storage.block_format import HEADER_BYTES, encode_header, verify
 from storage.remote.packs.format import PackBuilder
@@ -127,6 +136,13 @@ def test_hits_and_bytes_are_compared_with_what_there_could_have_been():
     assert hit_ratio(some[2:]) is None and read_ratio(some) is None
     reads = [asked(what=SSD, read_bytes=10, needed_bytes=10), asked(read_bytes=2, needed_bytes=2)]
     assert read_ratio([*reads, asked(read_bytes=3)]) == 15 / 12
+
+
+def test_controls_are_asked_with_prompts_that_end_behind_their_hit():
+    prompts = [[0] * length for length in (512, 513, 600, 1025, 1087, 1089)]
+    first = by_what_they_show(prompts, page_tokens=256)
+    assert [len(prompt) for prompt in first] == [1087, 1025, 513, 1089, 600, 512]
+    assert [len(prompt) for prompt in by_what_they_show(prompts, 64)][:2] == [1089, 1087]
 
 
 @pytest.mark.parametrize(
