@@ -45,6 +45,8 @@ class _Progress(msgspec.Struct):
     """Of the blocks done."""
     seed: bytes | None
     tenant: str
+    found_blocks: int
+    """The first ones, which the plan has found."""
 
     @property
     def blocks_done(self) -> int:
@@ -114,6 +116,7 @@ class Persister:
             hashes=stored,
             seed=seed,
             tenant=tenant_digest(salt) if salt else "",
+            found_blocks=len(stored),
         )
         while len(self._progress) > REQUESTS_MAX:
             self._progress.popitem(last=False)
@@ -142,6 +145,15 @@ class Persister:
         if progress is None or tokens % self._page_tokens:
             return None
         return progress.key_of(tokens // self._page_tokens)
+
+    def found_before(self, request: Request, tokens: int) -> list[BlockKey]:
+        """Blocks that the request's plan has found, before that with which the first ``tokens``
+        tokens end."""
+        progress = self._progress.get(request.rid)
+        if progress is None:
+            return []
+        blocks = min(progress.found_blocks, tokens // self._page_tokens - 1)
+        return block_keys(progress.namespace_digest, progress.hashes[:blocks])
 
     def end(self, request: Request) -> None:
         """The request leaves this engine."""

@@ -63,13 +63,21 @@ class Snapshots:
         is_known = plan is not None and self._plans.accepts(plan)
         if not is_known or self._plans.is_made_up(request.rid) or self._config.experiment.zero_io:
             return
-        self.offer(request, self._plans.key_at(request, tokens), slot, is_branch)
+        key, fit = self._plans.key_at(request, tokens), self._plans.fit(request)
+        found = fit.plan.keys if fit is not None and not is_branch else []
+        older = found[: found.index(key)] if key in found else found
+        self.offer(request, key, slot, older, is_branch)
 
     def offer(
-        self, request: Request, key: BlockKey, slot: torch.Tensor, is_branch: bool = False
+        self,
+        request: Request,
+        key: BlockKey,
+        slot: torch.Tensor,
+        older: list[BlockKey],
+        is_branch: bool = False,
     ) -> None:
-        """``slot`` (shape (1,)) has the states at the end of block ``key``. It replaces those of
-        the prefix that the request's plan has found, unless it is a further branch of that."""
+        """``slot`` (shape (1,)) has the states at the end of block ``key``. It stands for those of
+        the ``older`` blocks of its prefix: where others go on from it too, for none."""
         if not self._spares:
             self.skipped_total += 1
             return
@@ -88,9 +96,6 @@ class Snapshots:
         self._open.add(job)
         self.offered_total += 1
         salt = request.cache_salt or request.extra_key
-        fit = self._plans.fit(request)
-        found = fit.plan.keys if fit is not None and not is_branch else []
-        older = found[: found.index(key)] if key in found else found
         message = PullBlocks(
             job,
             keys=[],

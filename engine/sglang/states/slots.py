@@ -121,4 +121,5 @@ def offer_answer(req: Request, computed_tokens: int) -> None:
         return
     key = engine.persister.key_at(req, snapshot.tokens)
     if key is not None:
-        engine.snapshots.offer(req, key, snapshot.slot)
+        older = engine.persister.found_before(req, snapshot.tokens)
+        engine.snapshots.offer(req, key, snapshot.slot, older)

@@ -86,6 +86,19 @@ def test_blocks_from_the_store_are_not_offered_again(engine):
     assert offered(engine) == keys(PROMPT, engine)[3:]
 
 
+def test_what_the_plan_has_found_is_known_to_the_end_of_the_answer(engine):
+    """For snapshots, which stand for those of these blocks; the plan is gone by then."""
+    request = request_of()
+    engine.plan(request, 3)
+    begin(engine, request)
+    engine.plans.drop(request.rid)
+    decode_steps(engine, request, OUTPUT[:PAGE])
+    found = [engine.persister.found_before(request, blocks * PAGE) for blocks in (5, 3, 1)]
+    assert found == [keys(PROMPT, engine)[:3], keys(PROMPT, engine)[:2], []]
+    engine.persister.end(request)
+    assert engine.persister.found_before(request, 5 * PAGE) == []
+
+
 def test_of_a_model_with_more_state_than_blocks_nothing_is_offered(engine):
     persister = persist.Persister(
         engine.config, engine.table, engine.jobs, engine.links, engine.plans, is_on=False
