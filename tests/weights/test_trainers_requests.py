@@ -15,11 +15,13 @@ pytestmark = WITH_THE_CLUSTER
 
 ROUTERS = ("/workers", "/get_weight_version")
 """Not SGLang's own: of its router, and of the build that slime brings."""
-READ = {
+READ: dict[str, tuple[str, ...]] = {
+    "/health": (),
+    "/health_generate": (),
     "/v1/loads?include=core": (".loads[].num_running_reqs", ".loads[].num_waiting_reqs"),
     "/server_info": (".model_path", ".tp_size", ".pp_size", ".dp_size", ".disaggregation_mode"),
 }
-"""Of long answers about one process: what trainers read of them."""
+"""Of answers about one process: what trainers read of them."""
 IDS = prompt(300, seed=12)
 
 
@@ -28,6 +30,14 @@ def at_sglang(plain):
     """Its weights are a test's alone."""
     with plain.lent() as url:
         yield url
+
+
+@pytest.fixture(autouse=True)
+def weights_of_the_model(cluster):
+    """For the tests that come after."""
+    yield
+    tiny = {"model_path": str(resolve_model("tiny"))}
+    assert post(f"{cluster.url}/update_weights_from_disk", tiny).body["success"]
 
 
 @pytest.mark.parametrize("trainer", AS_SENT)
@@ -41,6 +51,8 @@ def test_the_gateway_answers_a_trainer_as_sglang_does(trainer, at_sglang, cluste
             assert (expected.status, got.status) == (404, 200), path
             continue
         assert got.status == expected.status, (path, expected.value, got.value)
+        if expected.status >= 400:  # what is wrong is said by several engines
+            continue
         wanted = READ.get(path, expected.shape)
         assert got.lacks(expected.only(wanted)) == [], (path, expected.value, got.value)
     assert cluster.state()["weights"]["held_by"] == []

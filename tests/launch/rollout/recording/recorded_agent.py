@@ -28,11 +28,18 @@ def chat(asks: list[str], stream: bool) -> None:
             messages.append({"role": "user", "content": ask})
         asked: Any = {"model": "any", "messages": messages, "tools": tools}
         if stream:
-            with client.chat.completions.stream(**asked) as streaming:
-                said: Any = streaming.get_final_completion().choices[0].message
+            said: Any = streamed(client, asked).choices[0].message
         else:
             said = client.chat.completions.create(**asked).choices[0].message
         messages.append(said.model_dump(exclude_none=True, exclude={"parsed"}))
+
+
+def streamed(client: openai.OpenAI, asked: Any) -> Any:
+    with client.chat.completions.stream(**asked) as streaming:
+        try:
+            return streaming.get_final_completion()
+        except openai.LengthFinishReasonError as cut:  # which is none to an agent
+            return cut.completion
 
 
 def messages(asks: list[str], stream: bool) -> None:
