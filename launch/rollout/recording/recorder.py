@@ -95,6 +95,7 @@ class Recorder:
 
     async def _serve(self, path: str, request: web.Request) -> web.StreamResponse:
         body = msgspec.json.decode(await request.read(), type=dict[str, object])
+        body["model"] = self._model  # /v1/responses refuses others, and agents have names of theirs
         if body.get("n") not in (None, 1):
             raise Refused("n is 1 here: send a request for each answer")
         if self.turns.count + len(self._at_work) > self._bounds.max_turns:
@@ -120,8 +121,7 @@ class Recorder:
         asked = [n for name in _LIMITS if isinstance(n := body.get(name), int) and n > 0]
         sent = {name: value for name, value in body.items() if name not in _LIMITS}
         sent["max_output_tokens" if path == RESPONSES else "max_tokens"] = min([most, *asked])
-        sent |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        return sent | {"model": self._model}
+        return sent | {"temperature": sampling.temperature, "top_p": sampling.top_p}
 
     # ---- the answer -------------------------------------------------------------------
 
