@@ -21,6 +21,7 @@ FLAGS = {
     "store": ["--json", "out.json"],
     "testbed": ["offline", "--json", "out.json"],
     "traffic": ["--json", "out.json"],
+    "weights": ["--json", "out.json"],
 }
 """Of each benchmark that needs more than Python."""
 

@@ -57,7 +57,7 @@ def is_served(port: int) -> bool:
 )
 def test_its_cluster_ends_with_it(tmp_path, end):
     port = free_port()
-    stub = f"{sys.executable} {rollout_stub.__file__}"
+    stub = f"{sys.executable} -m {rollout_stub.__name__}"
     job = start_job(tmp_path, stub, f"--port={port}", "--decode=2")
     if end is not None:
         wait_until(lambda: is_served(port))
