@@ -24,11 +24,11 @@ import os, sys
 if "transfer.agent" in sys.orig_argv:
     from transfer.agent.jobs import layers
     move = layers.LayerMover._ranges
-    def ranges(mover, transfer):
-        is_draft = transfer.layers_done >= transfer.groups[0].layout.model_layers
+    def ranges(mover, transfer, layers):
+        is_draft = layers.start >= transfer.groups[0].layout.model_layers
         if is_draft and not transfer.is_read and os.path.exists(os.environ["WITHOUT_DRAFT"]):
             return iter(())
-        return move(mover, transfer)
+        return move(mover, transfer, layers)
     layers.LayerMover._ranges = ranges
 """
 """Has agents leave the draft's layers out of what they deliver, while a file is there."""
