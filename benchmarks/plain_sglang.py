@@ -82,5 +82,11 @@ def _fork_server() -> ForkServer:
     return server
 
 
+def close_fork_server() -> None:
+    """No more of them are to be started; it would be found among what a measurement has left."""
+    _fork_server().close()
+    _fork_server.cache_clear()
+
+
 def _has_ended(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from benchmarks.own_cluster import ClusterFailed, free_port
-from benchmarks.plain_sglang import plain_sglang
+from benchmarks.plain_sglang import close_fork_server, plain_sglang
 from launch.cluster.layout import PAGE_TOKENS
 
 VOCABULARY = range(300, 2000)
@@ -69,6 +69,7 @@ def make_conversations(
     prompts = [rng.choices(VOCABULARY, k=rng.randint(200, 1400)) for _ in range(count)]
     turns: list[list[tuple[list[int], dict[str, list[int]]]]] = [[] for _ in range(count)]
     with contextlib.ExitStack() as stack:
+        stack.callback(close_fork_server)
         ports = {version: free_port() + 600 * i for i, version in enumerate(models)}
         served = {
             version: stack.enter_context(
