@@ -17,6 +17,7 @@ from benchmarks.own_cluster import ClusterFailed
 from benchmarks.weights.cases import BEFORE
 from launch.cluster.layout import PAGE_TOKENS
 from launch.gateway.request.trace import HEADER
+from launch.rollout.answers import SglangSpan
 
 CLIENTS = 6
 CONVERSATIONS = 6
@@ -30,14 +31,6 @@ ABORTED = "abort"
 """SGLang's type of the finish reason."""
 
 
-class Span(msgspec.Struct):
-    """Tokens of an answer that are of one version; SGLang's ``weight_versions``."""
-
-    version: str
-    start: int
-    end: int
-
-
 class Piece(msgspec.Struct):
     """One answer. Times are the monotonic clock's."""
 
@@ -47,7 +40,7 @@ class Piece(msgspec.Struct):
     sent_s: float
     done_s: float = 0.0
     tokens: list[int] = []
-    spans: list[Span] = []
+    spans: list[SglangSpan] = []
     reason: str = ""
     cached_tokens: int = 0
     events: list[tuple[float, int]] = []
@@ -186,6 +179,6 @@ def _take(piece: Piece, status: int, text: bytes) -> None:
     piece.tokens, piece.reason = value["output_ids"], meta["finish_reason"]["type"]
     piece.cached_tokens = meta.get("cached_tokens", 0)
     whole = [{"version": meta.get("weight_version", BEFORE), "start": 0, "end": len(piece.tokens)}]
-    piece.spans = msgspec.convert(meta.get("weight_versions") or whole, list[Span])
+    piece.spans = msgspec.convert(meta.get("weight_versions") or whole, list[SglangSpan])
     if piece.reason != ABORTED and len(piece.tokens) != piece.wanted:
         piece.lost = f"{len(piece.tokens)} of {piece.wanted} tokens"

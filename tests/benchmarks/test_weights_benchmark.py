@@ -29,9 +29,10 @@ from benchmarks.weights.cases import (
     make_cases,
 )
 from benchmarks.weights.judge import Judge, Judged, Tokens
-from benchmarks.weights.load import NEW_TOKENS, Clients, Piece, Span
+from benchmarks.weights.load import NEW_TOKENS, Clients, Piece
 from benchmarks.weights.updates import Trainer, Update
 from benchmarks.weights.verdict import Records, Seen, figures, make_goals
+from launch.rollout.answers import SglangSpan
 
 # ---- cases ----------------------------------------------------------------------------------
 
@@ -104,7 +105,7 @@ async def test_what_a_pause_has_cut_is_sent_again_with_its_tokens():
     first, _, last = clients.pieces
     assert last.prompt == [7, 8, *range(10)] and last.wanted == NEW_TOKENS - 10
     assert [count for _, count in first.events] == [1, 10]
-    assert first.spans == [Span("1", 0, 10)] and first.cached_tokens == 64
+    assert first.spans == [SglangSpan("1", 0, 10)] and first.cached_tokens == 64
 
 
 async def test_requests_are_lost_that_end_without_their_tokens():
@@ -123,7 +124,7 @@ async def test_requests_are_lost_that_end_without_their_tokens():
 
 
 def test_the_first_token_of_a_version_is_found_in_a_stream():
-    spans = [Span("1", 0, 3), Span("2", 3, 6)]
+    spans = [SglangSpan("1", 0, 3), SglangSpan("2", 3, 6)]
     events = [(11.0, 2), (12.0, 3), (14.0, 5), (15.0, 6)]
     piece = Piece([7], 6, 10.0, 15.5, list(range(6)), spans, events=events)
     assert [piece.first_token_s(version) for version in "123"] == [11.0, 14.0, None]
@@ -194,7 +195,7 @@ async def test_tokens_are_compared_with_those_of_their_weights(judge: Judge):
     assert await compare(False, [3], [4, 9, 10, 12]) == Tokens(right=2, wrong=1, ties=1)
 
 
-def piece(sent_s: float, *spans: Span, tokens: list[int], **more: Any) -> Piece:
+def piece(sent_s: float, *spans: SglangSpan, tokens: list[int], **more: Any) -> Piece:
     return Piece([1], len(tokens), sent_s, sent_s + 1, tokens, list(spans), **more)
 
 
@@ -202,14 +203,14 @@ UPDATE = Update("1", begun_s=100.0, updated_s=101.0, committed_s=102.0)
 
 
 async def test_each_span_is_of_its_own_weights(judge: Judge):
-    both = piece(99, Span("default", 0, 2), Span("1", 2, 4), tokens=[2, 3, 31, 32])
-    stale = piece(103, Span("default", 0, 2), tokens=[2, 3])
-    late = piece(103, Span("1", 0, 2), tokens=[11, 12])
+    both = piece(99, SglangSpan("default", 0, 2), SglangSpan("1", 2, 4), tokens=[2, 3, 31, 32])
+    stale = piece(103, SglangSpan("default", 0, 2), tokens=[2, 3])
+    late = piece(103, SglangSpan("1", 0, 2), tokens=[11, 12])
     found = await judge.judge(Case(DISK, RETRACT), UPDATE, [both, stale, late])
     assert found.before == Tokens(right=2)
     assert found.after == Tokens(right=4, wrong=2)
     assert found.others == 1  # the weights before would have given 2, 3
-    went_on = piece(99, Span("default", 0, 2), Span("1", 2, 4), tokens=[2, 3, 77, 78])
+    went_on = piece(99, SglangSpan("default", 0, 2), SglangSpan("1", 2, 4), tokens=[2, 3, 77, 78])
     found = await judge.judge(Case(DISK, IN_PLACE), UPDATE, [went_on, late])
     assert found.after == Tokens(right=2) and found.went_on == 2
 
@@ -219,7 +220,7 @@ async def test_each_span_is_of_its_own_weights(judge: Judge):
 
 def seen(case: Case, first_s: float, judged: Judged | None = None, **more: Any) -> Seen:
     """One answer, whose first token under the new weights comes so long after the pause."""
-    given = piece(102.5, Span("1", 0, 1), tokens=[11], **more)
+    given = piece(102.5, SglangSpan("1", 0, 1), tokens=[11], **more)
     given.done_s = UPDATE.begun_s + first_s
     return Seen(case, UPDATE, [given], judged)
 
